@@ -1,0 +1,159 @@
+"""One semantics, many backends: the public face of attention.
+
+A backend is a module with `local`, `routed`, `mixed` and `full`, and a `why_not(call)` that says in one sentence why
+it cannot serve a call (None: it can). `backend="auto"` takes the first of the device's list that can, and says once
+per kind of call, in the log, which one that was; a backend that was asked for by name and cannot serve the call
+raises NotImplementedError with its reason. Nothing ever falls back silently.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+log = logging.getLogger("l2a_jax.attention")
+
+BACKENDS = ("reference", "xla", "cudnn", "pallas", "pallas_interpret")
+# What `auto` tries, in order, by platform. The reference is last: it is exact, and needs O(T^2) memory.
+AUTO = {"gpu": ("pallas", "cudnn", "xla"), "cpu": ("xla", "reference")}
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a backend needs to know to accept or decline: the operation, the shapes, and which options are in use."""
+
+    operation: str
+    batch: int
+    length: int
+    heads: int
+    kv_heads: int
+    width: int
+    dtype: str
+    window: int | None = None
+    sinks: int = 0
+    segmented: bool = False
+
+
+def _module(name: str):
+    return importlib.import_module(f"l2a_jax.attention.{name}")
+
+
+def why_not(backend: str, call: Call) -> str | None:
+    """The reason why `backend` cannot serve `call`, or None."""
+    if backend not in BACKENDS:
+        raise ValueError(f"attention backend is {backend!r}; expected auto or one of {', '.join(BACKENDS)}")
+    try:
+        module = _module(backend)
+    except ModuleNotFoundError as error:
+        if error.name != f"l2a_jax.attention.{backend}":
+            raise
+        return "is not part of this build"
+    return getattr(module, "why_not", lambda call: None)(call)
+
+
+@functools.lru_cache(maxsize=None)
+def choose(call: Call, backend: str, platform: str) -> str:
+    """The backend that serves `call`: the one named, or the first that can. Logged once per kind of call."""
+    if backend != "auto":
+        reason = why_not(backend, call)
+        if reason is not None:
+            raise NotImplementedError(f"attention backend {backend!r} cannot serve {call}: {reason}")
+        return backend
+    reasons = []
+    for name in AUTO.get(platform, ("xla", "reference")):
+        reason = why_not(name, call)
+        if reason is None:
+            said = f"; passed over: {'; '.join(reasons)}" if reasons else ""
+            log.info("attention.%s T=%d %s on %s: backend %s%s", call.operation, call.length, call.dtype, platform,
+                     name, said)
+            return name
+        reasons.append(f"{name} ({reason})")
+    raise NotImplementedError(f"no attention backend can serve {call} on {platform}: {'; '.join(reasons)}")
+
+
+def _dispatch(operation, backend, q, k, v, *args, segment_ids, **options):
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
+        raise ValueError(f"attention takes q [B,T,N,H] and k, v [B,T,K,H]; got {q.shape}, {k.shape}, {v.shape}")
+    if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
+        raise ValueError(f"q {q.shape} and k {k.shape} must agree in B, T and H, and N must be a multiple of K")
+    if options.get("window", 1) < 1 or options.get("sinks", 0) < 0:
+        raise ValueError(f"window must be at least 1 and sinks at least 0; got {options}")
+    for name, value in (("segment_ids", segment_ids), *(("decisions", a) for a in args)):
+        if value is not None and value.shape != q.shape[:2]:
+            raise ValueError(f"{name} is {value.shape}; expected [B, T] = {q.shape[:2]}")
+    call = Call(operation, *q.shape[:3], k.shape[2], q.shape[3], jnp.dtype(q.dtype).name, options.get("window"),
+                options.get("sinks", 0), segment_ids is not None)
+    name = choose(call, backend, jax.default_backend())
+    with jax.named_scope(f"attention_{operation}"):
+        return getattr(_module(name), operation)(q, k, v, *args, segment_ids=segment_ids, **options)
+
+
+def local(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    *,
+    window: int,
+    sinks: int = 0,
+    segment_ids: Int[Array, "B T"] | None = None,
+    backend: str = "auto",
+) -> Float[Array, "B T N H"]:
+    """Causal attention over `window` keys including the token itself, plus the first `sinks` keys.
+
+    q, k, v: any float dtype; the output has q's. `window`, `sinks`: keys. `segment_ids`: see `reference`.
+    Raises ValueError on shapes that do not fit, NotImplementedError where the named backend cannot serve the call.
+    """
+    return _dispatch("local", backend, q, k, v, segment_ids=segment_ids, window=window, sinks=sinks)
+
+
+def routed(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    decisions: Bool[Array, "B T"],
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    backend: str = "auto",
+) -> Float[Array, "B T N H"]:
+    """Full causal attention for rows whose decision is True; every other row is exactly 0, and costs nothing.
+
+    Keys and values exist for every token. No gradient flows to `decisions` here (see `l2a_jax.nn.routing`).
+    """
+    return _dispatch("routed", backend, q, k, v, decisions.astype(bool), segment_ids=segment_ids)
+
+
+def mixed(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    decisions: Bool[Array, "B T"],
+    *,
+    window: int,
+    sinks: int = 0,
+    segment_ids: Int[Array, "B T"] | None = None,
+    backend: str = "auto",
+) -> Float[Array, "B T N H"]:
+    """One pass in which each row sees everything (decision True) or its window and sinks (False).
+
+    For inference and frozen decisions with shared attention; learning a decision needs both outputs of a row.
+    """
+    return _dispatch("mixed", backend, q, k, v, decisions.astype(bool), segment_ids=segment_ids, window=window,
+                     sinks=sinks)
+
+
+def full(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    backend: str = "auto",
+) -> Float[Array, "B T N H"]:
+    """Causal attention over everything in the row's own document."""
+    return _dispatch("full", backend, q, k, v, segment_ids=segment_ids)

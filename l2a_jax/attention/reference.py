@@ -1,0 +1,89 @@
+"""The oracle: attention written as its definition, in float32, with the whole T x T table in memory.
+
+Every other backend is compared with these few lines. Conventions, fixed once here:
+
+- q is [B, T, N, H]; k and v are [B, T, K, H] with N a multiple of K; query head n reads key head n // (N // K).
+- Scores are scaled by 1 / sqrt(H). A window of W keys includes the token itself: 0 <= i - j < W.
+- `segment_ids` [B, T] int: contiguous runs of equal ids are the documents of a packed row, 0 is padding. Nothing is
+  seen across documents, sinks are the first keys of the row's own document, and padding rows give exactly 0.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def segment_starts(segment_ids: Int[Array, "B T"] | None, shape: tuple[int, int]) -> Int[Array, "B T"]:
+    """Index of the first token of each token's document; all 0 where there are no documents."""
+    if segment_ids is None:
+        return jnp.zeros(shape, jnp.int32)
+    index = jnp.arange(shape[1], dtype=jnp.int32)
+    is_start = jnp.concatenate(
+        [jnp.ones((shape[0], 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1
+    )
+    return jax.lax.cummax(jnp.where(is_start, index, 0), axis=1)
+
+
+def causal_mask(segment_ids: Int[Array, "B T"] | None, shape: tuple[int, int]) -> Bool[Array, "B T T"]:
+    """True where query i may see key j: j <= i, in the same document, which is not padding."""
+    index = jnp.arange(shape[1])
+    mask = jnp.broadcast_to(index[None, :] <= index[:, None], (shape[0], shape[1], shape[1]))
+    if segment_ids is not None:
+        same = segment_ids[:, :, None] == segment_ids[:, None, :]
+        mask = mask & same & (segment_ids != 0)[:, :, None]
+    return mask
+
+
+def local_mask(
+    segment_ids: Int[Array, "B T"] | None, shape: tuple[int, int], *, window: int, sinks: int
+) -> Bool[Array, "B T T"]:
+    """The causal mask, cut to `window` keys including the token itself plus the first `sinks` keys of its document."""
+    index = jnp.arange(shape[1])
+    near = index[:, None] - index[None, :] < window
+    sink = index[None, None, :] - segment_starts(segment_ids, shape)[:, :, None] < sinks
+    return causal_mask(segment_ids, shape) & (near[None] | sink)
+
+
+def masked_attention(
+    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], mask: Bool[Array, "B T T"]
+) -> Float[Array, "B T N H"]:
+    """softmax(q k^T / sqrt(H)) v over the keys that `mask` allows; rows that may see nothing are exactly 0."""
+    batch, length, heads, width = q.shape
+    groups = heads // k.shape[2]
+    q32 = q.astype(jnp.float32).reshape(batch, length, k.shape[2], groups, width)
+    highest = jax.lax.Precision.HIGHEST
+    scores = jnp.einsum("btkgh,bskh->bkgts", q32, k.astype(jnp.float32), precision=highest) * width**-0.5
+    mask = mask[:, None, None]
+    # A finite floor keeps rows without keys (and their gradients) free of NaN; their output is set to 0 below.
+    weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1)
+    weights = jnp.where(mask, weights, 0.0)
+    out = jnp.einsum("bkgts,bskh->btkgh", weights, v.astype(jnp.float32), precision=highest)
+    return out.reshape(q.shape).astype(q.dtype)
+
+
+def full(q, k, v, *, segment_ids=None):
+    """Causal attention over everything in the row's own document."""
+    return masked_attention(q, k, v, causal_mask(segment_ids, q.shape[:2]))
+
+
+def local(q, k, v, *, window, sinks=0, segment_ids=None):
+    """Causal attention over a sliding window and the sinks."""
+    return masked_attention(q, k, v, local_mask(segment_ids, q.shape[:2], window=window, sinks=sinks))
+
+
+def routed(q, k, v, decisions, *, segment_ids=None):
+    """Full attention for the rows with a True decision; every other row is exactly 0."""
+    return masked_attention(q, k, v, causal_mask(segment_ids, q.shape[:2]) & decisions[:, :, None])
+
+
+def mixed(q, k, v, decisions, *, window, sinks=0, segment_ids=None):
+    """Each row sees everything (decision True) or its window and sinks (False)."""
+    shape = q.shape[:2]
+    mask = jnp.where(
+        decisions[:, :, None],
+        causal_mask(segment_ids, shape),
+        local_mask(segment_ids, shape, window=window, sinks=sinks),
+    )
+    return masked_attention(q, k, v, mask)
