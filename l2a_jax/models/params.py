@@ -1,0 +1,148 @@
+"""The parameter tree: names, shapes, initial values, and the step from a plain to a routed model.
+
+A tree is a nested dict; the layers are stacked on a leading L so that the forward pass can scan them. Kernels are
+[in, out]. The router's kernel stays float32 whatever the rest is stored in.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, PRNGKeyArray
+
+from l2a_jax.config import L2AConfig, ModelConfig
+
+Tree = dict[str, Any]
+
+
+def param_shapes(config: ModelConfig, l2a_config: L2AConfig | None = None) -> Tree:
+    """The tree of shapes (tuples of int) of a plain model, or of one with the L2A layer."""
+    c, layers = config, config.num_layers
+    queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+
+    def stacked(*shape):
+        return (layers, *shape)
+
+    attention = {
+        "q": {"kernel": stacked(c.hidden_size, queries), "bias": stacked(queries)},
+        "k": {"kernel": stacked(c.hidden_size, keys), "bias": stacked(keys)},
+        "v": {"kernel": stacked(c.hidden_size, keys), "bias": stacked(keys)},
+        "o": {"kernel": stacked(queries, c.hidden_size)},
+    }
+    norm = {"scale": stacked(c.hidden_size)}
+    block = {
+        "mlp": {
+            "gate": {"kernel": stacked(c.hidden_size, c.intermediate_size)},
+            "up": {"kernel": stacked(c.hidden_size, c.intermediate_size)},
+            "down": {"kernel": stacked(c.intermediate_size, c.hidden_size)},
+        },
+        "norm_mlp": norm,
+    }
+    if l2a_config is None or l2a_config.share_attention:
+        block |= {"attention": attention, "norm_attention": norm}
+    else:
+        block |= {"attention_local": attention, "attention_global": attention, "norm_local": norm, "norm_global": norm}
+    if l2a_config is not None:
+        block["router"] = {"kernel": stacked(c.hidden_size)}
+
+    tree = {
+        "embed": {"embedding": (c.vocab_size, c.hidden_size)},
+        "layers": block,
+        "norm_final": {"scale": (c.hidden_size,)},
+    }
+    if not c.tie_embeddings:
+        tree["unembed"] = {"kernel": (c.hidden_size, c.vocab_size)}
+    return tree
+
+
+def map_with_path(function: Callable[[str, Any], Any], *trees: Tree) -> Tree:
+    """`function("layers/router/kernel", leaf, ...)` over every leaf; a tuple counts as a leaf, so shapes work too."""
+
+    def name(path):
+        return "/".join(str(entry.key) for entry in path)
+
+    return jax.tree_util.tree_map_with_path(
+        lambda path, *leaves: function(name(path), *leaves), *trees, is_leaf=lambda x: isinstance(x, tuple)
+    )
+
+
+def param_dtype(path: str, dtype: Any) -> Any:
+    """The stored dtype of a leaf: float32 for the router, `dtype` for everything else."""
+    return jnp.dtype(jnp.float32 if path == "layers/router/kernel" else dtype)
+
+
+def abstract_params(config: ModelConfig, l2a_config: L2AConfig | None = None, dtype: Any = jnp.float32) -> Tree:
+    """The tree as `jax.ShapeDtypeStruct` leaves: what a checkpoint or a conversion has to fill."""
+    return map_with_path(
+        lambda path, shape: jax.ShapeDtypeStruct(shape, param_dtype(path, dtype)), param_shapes(config, l2a_config)
+    )
+
+
+def init_params(
+    config: ModelConfig, key: PRNGKeyArray, l2a_config: L2AConfig | None = None, dtype: Any = jnp.float32
+) -> Tree:
+    """Fresh parameters: kernels normal(0, 0.02) as in Qwen2, norms 1, biases 0, routers 0 (everything is routed).
+
+    With separate sets both start from the same draw, as `add_routing` would have it. Works under `jax.eval_shape`.
+    """
+
+    def leaf(path, shape):
+        kind = path.rsplit("/", 1)[-1]
+        if kind == "scale":
+            return jnp.ones(shape, dtype)
+        if kind == "bias":
+            return jnp.zeros(shape, dtype)
+        # Keyed by name, not by order: a leaf's draw does not change when the tree gains another.
+        leaf_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        return (0.02 * jax.random.normal(leaf_key, shape, jnp.float32)).astype(dtype)
+
+    plain = map_with_path(leaf, param_shapes(config))
+    return plain if l2a_config is None else add_routing(plain, config, l2a_config)
+
+
+def add_routing(params: Tree, config: ModelConfig, l2a_config: L2AConfig) -> Tree:
+    """The routed tree of a plain one: both attention sets copied from the base layer, the router at zero.
+
+    Raises ValueError where `params` is routed already, or `pruned_layers` names a layer that does not exist.
+    """
+    if "router" in params["layers"]:
+        raise ValueError("add_routing takes a plain model; these parameters have a router already")
+    check_layers(config, l2a_config)
+    block = dict(params["layers"])
+    if not l2a_config.share_attention:
+        attention, norm = block.pop("attention"), block.pop("norm_attention")
+        # Real copies: two names of one buffer could not both be donated to a training step.
+        block |= {"attention_local": attention, "attention_global": jax.tree.map(jnp.array, attention)}
+        block |= {"norm_local": norm, "norm_global": jax.tree.map(jnp.array, norm)}
+    block["router"] = {"kernel": jnp.zeros((config.num_layers, config.hidden_size), jnp.float32)}
+    return {**params, "layers": block}
+
+
+def check_layers(config: ModelConfig, l2a_config: L2AConfig) -> None:
+    """Raise ValueError where `pruned_layers` names a layer that the model does not have."""
+    beyond = [layer for layer in l2a_config.pruned_layers if layer >= config.num_layers]
+    if beyond:
+        raise ValueError(f"pruned_layers {beyond} do not exist: the model has {config.num_layers} layers, from 0")
+
+
+class _Node(nnx.Module):
+    """One level of the tree as an NNX module: attributes are parameters or further levels."""
+
+    def __init__(self, tree: Tree):
+        for name, value in tree.items():
+            setattr(self, name, _Node(value) if isinstance(value, dict) else nnx.Param(value))
+
+
+def as_module(tree: Tree) -> nnx.Module:
+    """The tree as NNX parameters under the same path names."""
+    return _Node(tree)
+
+
+def from_module(module: nnx.Module) -> dict[str, Array]:
+    """The plain tree inside an NNX module."""
+    return nnx.to_pure_dict(nnx.state(module, nnx.Param))

@@ -1,0 +1,1 @@
+"""Small pure functions: rotary embedding, normalisation and projections, and the routing decision."""

@@ -1,0 +1,29 @@
+"""Normalisation, projections and the gated MLP: the parts of Qwen2.5 that routing does not touch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Params = Mapping[str, "Params | Array"]
+
+
+def rms_norm(x: Float[Array, "*B D"], params: Params, eps: float) -> Float[Array, "*B D"]:
+    """x / rms(x) * scale (arXiv 1910.07467): statistics in float32, the scale applied in x's dtype as in Qwen2."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return normed.astype(x.dtype) * params["scale"].astype(x.dtype)
+
+
+def linear(x: Float[Array, "*B I"], params: Params) -> Float[Array, "*B O"]:
+    """x W (+ b), in x's dtype; W is [in, out]."""
+    out = x @ params["kernel"].astype(x.dtype)
+    return out + params["bias"].astype(x.dtype) if "bias" in params else out
+
+
+def gated_mlp(x: Float[Array, "*B D"], params: Params) -> Float[Array, "*B D"]:
+    """down(silu(gate(x)) * up(x))."""
+    return linear(jax.nn.silu(linear(x, params["gate"])) * linear(x, params["up"]), params["down"])

@@ -1,0 +1,69 @@
+"""Rotary position embedding and its scalings.
+
+Formulas: RoFormer (arXiv 2104.09864) in the half-split layout of Qwen2.5; linear interpolation (arXiv 2306.15595);
+YaRN (arXiv 2309.00071) with the bounds rounded to whole dimensions, as transformers does. All angles are float32.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from l2a_jax.config import ModelConfig, RopeScaling
+
+
+def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling, max_positions: int) -> np.ndarray:
+    """Radians per position for each of the H/2 pairs, as float32 [H/2].
+
+    `theta` multiplies the base; `linear` divides every frequency (the same as dividing positions); `yarn` divides
+    the slow ones, keeps the fast ones, and blends between the dimensions that turn `beta_fast` and `beta_slow` times
+    over the trained length.
+    """
+    base = theta * scaling.factor if scaling.kind == "theta" else theta
+    frequencies = 1.0 / base ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
+    if scaling.kind == "linear":
+        return (frequencies / scaling.factor).astype(np.float32)
+    if scaling.kind != "yarn":
+        return frequencies.astype(np.float32)
+
+    trained = scaling.original_max_positions or max_positions
+
+    def dimension_turning(turns: float) -> float:
+        return head_dim * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low = max(math.floor(dimension_turning(scaling.beta_fast)), 0)
+    high = min(math.ceil(dimension_turning(scaling.beta_slow)), head_dim - 1)
+    # Equal bounds would divide by zero; transformers opens the ramp by a thousandth of a dimension.
+    width = (high - low) or 0.001
+    interpolate = np.clip((np.arange(head_dim // 2, dtype=np.float32) - low) / width, 0, 1)
+    return (frequencies * (1 - interpolate) + frequencies / scaling.factor * interpolate).astype(np.float32)
+
+
+def amplitude(scaling: RopeScaling) -> float:
+    """Factor on cos and sin: YaRN's attention temperature (0.1 ln(factor) + 1 unless given), 1 for every other kind."""
+    if scaling.kind != "yarn":
+        return 1.0
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    return 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
+
+
+def rope_table(
+    positions: Int[Array, "B T"], config: ModelConfig, scaling: RopeScaling
+) -> tuple[Float[Array, "B T h"], Float[Array, "B T h"]]:
+    """cos and sin of every position's angles, float32, h = H/2."""
+    frequencies = inverse_frequencies(config.head_dim, config.rope_theta, scaling, config.max_positions)
+    angles = positions.astype(jnp.float32)[..., None] * jnp.asarray(frequencies)
+    return jnp.cos(angles) * amplitude(scaling), jnp.sin(angles) * amplitude(scaling)
+
+
+def apply_rope(
+    x: Float[Array, "B T N H"], table: tuple[Float[Array, "B T h"], Float[Array, "B T h"]]
+) -> Float[Array, "B T N H"]:
+    """Rotate the pairs (x[i], x[i + H/2]) by their position's angle, in float32."""
+    cos, sin = (part[:, :, None, :] for part in table)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -1,0 +1,98 @@
+"""The routing decision: straight-through gates, the penalty and its schedule, statistics, and control decisions.
+
+Formulas: the L2A layer (arXiv 2603.17484) as DESIGN.md states it. z is a token's router logit in one layer,
+p = sigmoid(z / temperature), d = 1[z >= temperature * logit(threshold)]. Everything here is float32.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+
+def router_logits(h: Float[Array, "B T D"], kernel: Float[Array, "D"]) -> Float[Array, "B T"]:
+    """z = w . h, in float32 at highest precision: a bfloat16 product would move tokens across the threshold."""
+    return jnp.einsum(
+        "btd,d->bt", h.astype(jnp.float32), kernel.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+    )
+
+
+def decide(z: Float[Array, "*S"], temperature: float, threshold: float) -> Bool[Array, "*S"]:
+    """d = 1[z >= temperature * logit(threshold)]; `>=`, so that a router at zero routes everything at threshold 0.5."""
+    return z >= temperature * math.log(threshold / (1 - threshold))
+
+
+def probability(z: Float[Array, "*S"], temperature: float) -> Float[Array, "*S"]:
+    """p = sigmoid(z / temperature)."""
+    return jax.nn.sigmoid(z / temperature)
+
+
+def straight_through(
+    d: Bool[Array, "*S"], p: Float[Array, "*S"], computed: Bool[Array, "*S"]
+) -> Float[Array, "*S"]:
+    """d~ = d + (p - stop_gradient(p)): the value of d, the gradient of p, and none where global was not `computed`.
+
+    The inner bracket is exactly 0, so the value is exactly d. A row whose global attention was not computed has no
+    evidence about its decision: its gradient is exactly 0, in the parallel topology too, where the local branch alone
+    would otherwise pull on it.
+    """
+    return d.astype(p.dtype) + jnp.where(computed, p - jax.lax.stop_gradient(p), 0.0)
+
+
+def gate(weight: Float[Array, "B T"], rows: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
+    """weight * rows, in float32 so that the weight's gradient, a sum over all heads, is not rounded to bfloat16."""
+    return (weight[..., None, None] * rows.astype(jnp.float32)).astype(rows.dtype)
+
+
+def penalty(p: Float[Array, "L B T"], real: Bool[Array, "B T"]) -> Float[Array, ""]:
+    """Mean of p^2 over layers and real tokens (the L2A regulariser in mean form)."""
+    return jnp.sum(jnp.where(real, jnp.square(p), 0.0)) / (p.shape[0] * jnp.maximum(jnp.sum(real), 1))
+
+
+def penalty_weight(
+    step: Int[Array, ""] | int, *, maximum: float, warmup: int, ramp: int
+) -> Float[Array, ""]:
+    """lambda(step): 0 up to step `warmup`, linear over the next `ramp` steps, then `maximum` (steps)."""
+    progress = (jnp.asarray(step, jnp.float32) - warmup) / max(ramp, 1)
+    return maximum * jnp.clip(progress, 0.0, 1.0)
+
+
+def sparsity(decisions: Bool[Array, "L B T"], real: Bool[Array, "B T"]) -> Float[Array, "L"]:
+    """Share of real tokens that are not routed, per layer."""
+    return jnp.sum(~decisions & real, axis=(1, 2)) / jnp.maximum(jnp.sum(real), 1)
+
+
+def entropy(p: Float[Array, "L B T"], real: Bool[Array, "B T"]) -> Float[Array, "L"]:
+    """Mean entropy of the routing probability per layer, in nats: 0.69 undecided, 0 certain."""
+    q = jnp.clip(p, 1e-7, 1 - 1e-7)
+    nats = -(q * jnp.log(q) + (1 - q) * jnp.log1p(-q))
+    return jnp.sum(jnp.where(real, nats, 0.0), axis=(1, 2)) / jnp.maximum(jnp.sum(real), 1)
+
+
+def random(key: PRNGKeyArray, rates: Float[Array, "L"], batch: int, length: int) -> Bool[Array, "L B T"]:
+    """Control decisions: each token of layer l is routed with probability rates[l], independently."""
+    rates = jnp.asarray(rates, jnp.float32)
+    return jax.random.uniform(key, (rates.shape[0], batch, length)) < rates[:, None, None]
+
+
+def shuffled(
+    key: PRNGKeyArray, decisions: Bool[Array, "L B T"], real: Bool[Array, "B T"] | None = None
+) -> Bool[Array, "L B T"]:
+    """Control decisions: each layer's and row's decisions permuted over its tokens, so that every count is kept.
+
+    With `real`, only real tokens change places (padding neither gives nor takes a decision).
+    """
+    real = jnp.ones(decisions.shape[1:], bool) if real is None else real
+
+    def permute(key, row, real):
+        # Ranks of the real tokens in a random order: the n-th real place takes the decision of rank n.
+        noise = jnp.where(real, jax.random.uniform(key, row.shape), 2.0)
+        taken = row[jnp.argsort(noise)]
+        place = jnp.cumsum(real) - 1
+        return jnp.where(real, taken[place], False)
+
+    keys = jax.random.split(key, decisions.shape[:2])
+    return jax.vmap(jax.vmap(permute, in_axes=(0, 0, 0)), in_axes=(0, 0, None))(keys, decisions, real)
