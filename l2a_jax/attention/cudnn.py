@@ -1,0 +1,47 @@
+"""cuDNN's fused attention through `jax.nn.dot_product_attention`, where its semantics are ours."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def why_not(call) -> str | None:
+    """cuDNN knows causal and windowed causal attention in half precision, nothing else."""
+    if jax.default_backend() != "gpu":
+        return "cuDNN needs an NVIDIA GPU"
+    if call.operation in ("routed", "mixed"):
+        return "cuDNN has no per-token choice of keys"
+    if call.dtype not in ("bfloat16", "float16"):
+        return f"cuDNN attention takes bfloat16 or float16, not {call.dtype}"
+    if call.sinks:
+        return "cuDNN has no attention sinks in a window"
+    if call.segmented:
+        return "cuDNN's packed rows are Hopper-only and know no padding rows"
+    if call.width % 8 or call.width > 128:
+        return f"cuDNN attention takes head widths up to 128 in steps of 8, not {call.width}"
+    return None
+
+
+def full(q, k, v, *, segment_ids=None):
+    """Causal attention over everything."""
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+
+
+def local(q, k, v, *, window, sinks=0, segment_ids=None):
+    """Causal attention over a sliding window."""
+    # W keys with the token itself are W - 1 to the left. is_causal must be named: without it the window
+    # (W - 1, 0) silently attends to the future (jax pull request 39576).
+    left = min(window, q.shape[1]) - 1
+    return jax.nn.dot_product_attention(
+        q, k, v, is_causal=True, local_window_size=(left, 0), implementation="cudnn")
+
+
+def routed(q, k, v, decisions, *, segment_ids=None):
+    """Not available; `why_not` says so before a call gets here."""
+    raise NotImplementedError("cuDNN has no per-token choice of keys")
+
+
+def mixed(q, k, v, decisions, *, window, sinks=0, segment_ids=None):
+    """Not available; `why_not` says so before a call gets here."""
+    raise NotImplementedError("cuDNN has no per-token choice of keys")

@@ -1,0 +1,96 @@
+"""What each query row may see, as two intervals of keys; and the order in which rows are worked on.
+
+Every operation of this package is the same computation over different rows: a row sees the keys `low..high` (its
+window, or its whole document) and the keys `sink_low..sink_high - 1` (its document's first keys, where the window has
+left them). The XLA and the Pallas backend both work from these four numbers per row, so no mask is ever stored.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from l2a_jax.attention.reference import segment_starts
+
+
+class Rows(NamedTuple):
+    """Key j is visible where low <= j <= high, or sink_low <= j < sink_high. A row with high = -1 sees nothing."""
+
+    low: Int[Array, "B R"]
+    high: Int[Array, "B R"]
+    sink_low: Int[Array, "B R"]
+    sink_high: Int[Array, "B R"]
+
+    def visible(self, keys: Int[Array, "S"]) -> Bool[Array, "B R S"]:
+        """The mask itself, for a few keys at a time."""
+        low, high, sink_low, sink_high = (field[:, :, None] for field in self)
+        return ((low <= keys) & (keys <= high)) | ((sink_low <= keys) & (keys < sink_high))
+
+
+def token_rows(
+    shape: tuple[int, int],
+    segment_ids: Int[Array, "B T"] | None = None,
+    *,
+    window: int | None = None,
+    sinks: int = 0,
+    seen: Bool[Array, "B T"] | None = None,
+    everything: Bool[Array, "B T"] | None = None,
+) -> Rows:
+    """One row per token. `window` None: the whole document; `everything`: rows that see it all the same;
+    `seen` False (not routed) and padding: rows that see nothing."""
+    index = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
+    start = segment_starts(segment_ids, shape)
+    low = start if window is None else jnp.maximum(start, index - (min(window, shape[1]) - 1))
+    if everything is not None:
+        low = jnp.where(everything, start, low)
+    sink_high = jnp.minimum(low, start + min(sinks, shape[1]))
+    alive = jnp.ones(shape, bool) if seen is None else seen
+    if segment_ids is not None:
+        alive = alive & (segment_ids != 0)
+    return Rows(
+        jnp.where(alive, low, 0), jnp.where(alive, index, -1),
+        jnp.where(alive, start, 0), jnp.where(alive, sink_high, 0),
+    )
+
+
+class Order(NamedTuple):
+    """A working order of the tokens. Row r of it is token `index[b, r]`; token t is its row `rank[b, t]`.
+
+    Rows r >= count[b] are nobody's. `first` counts the rows of the leading group (see `partition`).
+    """
+
+    index: Int[Array, "B T"]
+    rank: Int[Array, "B T"]
+    count: Int[Array, "B"]
+    first: Int[Array, "B"]
+
+
+def compact(decisions: Bool[Array, "B T"]) -> Order:
+    """Tokens with a True decision, in order; a cumulative sum and a scatter, no sort. Unused rows point at token 0."""
+    rank = jnp.cumsum(decisions, axis=1, dtype=jnp.int32) - 1
+    count = rank[:, -1] + 1
+    return Order(_invert(jnp.where(decisions, rank, decisions.shape[1])), jnp.maximum(rank, 0), count, count)
+
+
+def partition(decisions: Bool[Array, "B T"]) -> Order:
+    """All tokens: those with a True decision first, then the others, each group in order."""
+    true_rank = jnp.cumsum(decisions, axis=1, dtype=jnp.int32) - 1
+    first = true_rank[:, -1] + 1
+    false_rank = jnp.cumsum(~decisions, axis=1, dtype=jnp.int32) - 1 + first[:, None]
+    rank = jnp.where(decisions, true_rank, false_rank)
+    return Order(_invert(rank), rank, jnp.full_like(first, decisions.shape[1]), first)
+
+
+def _invert(rank: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """index with index[b, rank[b, t]] = t; ranks outside 0..T-1 are dropped, rows that nobody has are 0."""
+    batch, length = rank.shape
+    token = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), rank.shape)
+    return jnp.zeros_like(rank).at[jnp.arange(batch)[:, None], rank].set(token, mode="drop", unique_indices=True)
+
+
+def take(x: Array, index: Int[Array, "B R"]) -> Array:
+    """x[b, index[b, r]] for x [B, T, ...]."""
+    expanded = index.reshape(index.shape + (1,) * (x.ndim - 2))
+    return jnp.take_along_axis(x, expanded, axis=1, mode="clip")

@@ -1,0 +1,192 @@
+"""Memory-efficient attention in plain XLA, for any device, dtype, length and head width.
+
+Short sequences are one masked block. Longer ones walk over chunks of query rows; each chunk visits only the blocks of
+keys that one of its rows may see (a table of rows/CHUNK x keys/CHUNK truth values says which), with the online
+softmax of FlashAttention (arXiv 2205.14135). The backward pass recomputes the weights from the saved log-sum-exp, so
+nothing of size T x T exists in either pass.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from l2a_jax.attention.rows import Order, Rows, compact, partition, take, token_rows
+
+PLAIN_LENGTH = 512  # up to here one T x T block is cheaper than a loop
+CHUNK = 256
+_FLOOR = -1e30  # finite, so that a row without keys stays free of NaN
+
+
+def why_not(call) -> str | None:
+    """This backend serves every call."""
+    return None
+
+
+def full(q, k, v, *, segment_ids=None):
+    """Causal attention over everything in the row's own document."""
+    return _attend(q, k, v, token_rows(q.shape[:2], segment_ids))
+
+
+def local(q, k, v, *, window, sinks=0, segment_ids=None):
+    """Causal attention over a sliding window and the sinks."""
+    return _attend(q, k, v, token_rows(q.shape[:2], segment_ids, window=window, sinks=sinks))
+
+
+def routed(q, k, v, decisions, *, segment_ids=None):
+    """Full attention for the rows with a True decision; every other row is exactly 0."""
+    rows = token_rows(q.shape[:2], segment_ids, seen=decisions)
+    return _attend(q, k, v, rows, functools.partial(compact, decisions))
+
+
+def mixed(q, k, v, decisions, *, window, sinks=0, segment_ids=None):
+    """Each row sees everything (decision True) or its window and sinks (False)."""
+    rows = token_rows(q.shape[:2], segment_ids, window=window, sinks=sinks, everything=decisions)
+    return _attend(q, k, v, rows, functools.partial(partition, decisions))
+
+
+def _attend(q, k, v, rows: Rows, order=None) -> Float[Array, "B T N H"]:
+    if q.shape[1] <= PLAIN_LENGTH:
+        return _plain(q, k, v, rows)
+    return _flash(q, k, v, rows, order() if order else None)
+
+
+def _dot(spec, a, b):
+    """Products in the inputs' dtype (tensor cores), sums in float32; float32 inputs at full precision."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _plain(q, k, v, rows: Rows):
+    batch, length, heads, width = q.shape
+    mask = rows.visible(jnp.arange(length))[:, None, None]
+    grouped = q.reshape(batch, length, k.shape[2], -1, width)
+    scores = jnp.where(mask, _dot("brkgh,bskh->bkgrs", grouped, k) * width**-0.5, _FLOOR)
+    alive = (rows.high >= 0)[:, None, None, :, None]
+    weights = jnp.where(alive, jax.nn.softmax(scores, axis=-1), 0.0).astype(v.dtype)
+    return _dot("bkgrs,bskh->brkgh", weights, v).reshape(q.shape).astype(q.dtype)
+
+
+@jax.custom_vjp
+def _flash(q, k, v, rows: Rows, order: Order | None):
+    return _flash_forward(q, k, v, rows, order)[0]
+
+
+def _flash_forward(q, k, v, rows, order):
+    blocks = _Blocks(q, k, rows, order)
+    keys, values = blocks.split(k), blocks.split(v)
+
+    def chunk(xs):
+        query, limits, needed, count = xs
+
+        def visit(i, carry):
+            top, total, out = carry
+            block = needed[i]
+            scores = blocks.scores(query, keys[block], limits, block)
+            new_top = jnp.maximum(top, scores.max(-1))
+            weights = jnp.where(scores > _FLOOR, jnp.exp(scores - new_top[..., None]), 0.0)
+            shrink = jnp.exp(top - new_top)
+            value = values[block]
+            out = out * shrink[..., None] + _dot("bkgrs,bskh->bkgrh", weights.astype(value.dtype), value)
+            return new_top, total * shrink + weights.sum(-1), out
+
+        shape = query.shape[:1] + query.shape[2:4] + (CHUNK,)
+        start = (jnp.full(shape, _FLOOR), jnp.zeros(shape), jnp.zeros((*shape, query.shape[-1])))
+        top, total, out = jax.lax.fori_loop(0, count, visit, start)
+        safe = jnp.where(total > 0, total, 1.0)
+        out = jnp.where(total[..., None] > 0, out / safe[..., None], 0.0)
+        return out.transpose(0, 3, 1, 2, 4).astype(q.dtype), top + jnp.log(safe)
+
+    out, lse = jax.lax.map(chunk, (blocks.split_rows(q), *blocks.limits_and_table))
+    return blocks.join_rows(out), (q, k, v, rows, order, out, lse)
+
+
+def _flash_backward(saved, d_out):
+    q, k, v, rows, order, out, lse = saved
+    blocks = _Blocks(q, k, rows, order)
+    keys, values = blocks.split(k), blocks.split(v)
+
+    def chunk(carry, xs):
+        query, limits, needed, count, out, lse, d_out = xs
+        # delta = rowsum(dO * O) = rowsum(P * dP): FlashAttention-2 (arXiv 2307.08691), section 3.1.2
+        delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1).transpose(0, 2, 3, 1)
+
+        def visit(i, carry):
+            d_query, d_keys, d_values = carry
+            block = needed[i]
+            scores = blocks.scores(query, keys[block], limits, block)
+            weights = jnp.where(scores > _FLOOR, jnp.exp(scores - lse[..., None]), 0.0)
+            d_weights = _dot("brkgh,bskh->bkgrs", d_out, values[block])
+            d_scores = (weights * (d_weights - delta[..., None]) * blocks.scale).astype(q.dtype)
+            d_values = d_values.at[block].add(_dot("bkgrs,brkgh->bskh", weights.astype(q.dtype), d_out))
+            d_keys = d_keys.at[block].add(_dot("bkgrs,brkgh->bskh", d_scores, query))
+            return d_query + _dot("bkgrs,bskh->brkgh", d_scores, keys[block]), d_keys, d_values
+
+        start = (jnp.zeros(query.shape, jnp.float32), *carry)
+        d_query, d_keys, d_values = jax.lax.fori_loop(0, count, visit, start)
+        return (d_keys, d_values), d_query.astype(q.dtype)
+
+    zeros = jnp.zeros(keys.shape, jnp.float32)
+    xs = (blocks.split_rows(q), *blocks.limits_and_table, out, lse, blocks.split_rows(d_out))
+    (d_keys, d_values), d_q = jax.lax.scan(chunk, (zeros, zeros), xs)
+    return blocks.join_rows(d_q), blocks.join(d_keys).astype(k.dtype), blocks.join(d_values).astype(v.dtype), None, None
+
+
+_flash.defvjp(_flash_forward, _flash_backward)
+
+
+class _Blocks:
+    """The bookkeeping of both passes: padding, chunking, the working order, and which blocks a chunk visits."""
+
+    def __init__(self, q, k, rows, order):
+        self.length, self.kv_heads, self.scale, self.order = q.shape[1], k.shape[2], q.shape[-1] ** -0.5, order
+        self.chunks = -(-self.length // CHUNK)
+        if order is not None:
+            rows = Rows(*(take(field, order.index) for field in rows))
+            alive = jnp.arange(self.length) < order.count[:, None]
+            rows = rows._replace(high=jnp.where(alive, rows.high, -1), sink_high=jnp.where(alive, rows.sink_high, 0))
+        low, high, sink_low, sink_high = (
+            self.split(field, fill) for field, fill in zip(rows, (0, -1, 0, 0), strict=True))
+        # [chunks, 1, B, C] against [1, blocks, 1, 1]: does any row of the chunk see any key of the block?
+        first = (jnp.arange(self.chunks) * CHUNK)[None, :, None, None]
+        last = first + CHUNK - 1
+        see = (low[:, None] <= last) & (high[:, None] >= first)
+        see_sink = (sink_low[:, None] <= last) & (sink_high[:, None] > first) & (sink_high > sink_low)[:, None]
+        table = jnp.any(see | see_sink, axis=(2, 3))
+        needed = jax.vmap(lambda row: jnp.nonzero(row, size=self.chunks, fill_value=0)[0])(table)
+        self.limits_and_table = (Rows(low, high, sink_low, sink_high), needed, table.sum(1))
+
+    def split(self, x, fill=0):
+        """[B, T, ...] -> [chunks, B, CHUNK, ...], padded."""
+        pad = [(0, 0), (0, self.chunks * CHUNK - self.length)] + [(0, 0)] * (x.ndim - 2)
+        x = jnp.pad(x, pad, constant_values=fill)
+        return x.reshape(x.shape[0], self.chunks, CHUNK, *x.shape[2:]).swapaxes(0, 1)
+
+    def join(self, x):
+        """Inverse of `split`."""
+        x = x.swapaxes(0, 1)
+        return x.reshape(x.shape[0], -1, *x.shape[3:])[:, : self.length]
+
+    def split_rows(self, x):
+        """Rows [B, T, N, H] in working order, as [chunks, B, CHUNK, K, N // K, H]."""
+        x = x if self.order is None else take(x, self.order.index)
+        return self.split(x.reshape(*x.shape[:2], self.kv_heads, -1, x.shape[-1]))
+
+    def join_rows(self, x):
+        """Inverse of `split_rows`; tokens outside the working order are exactly 0."""
+        x = self.join(x)
+        x = x.reshape(*x.shape[:2], -1, x.shape[-1])
+        if self.order is None:
+            return x
+        rank = self.order.rank
+        mine = jnp.take_along_axis(self.order.index, rank, axis=1) == jnp.arange(self.length)
+        mine &= rank < self.order.count[:, None]
+        return jnp.where(mine[:, :, None, None], take(x, rank), 0)
+
+    def scores(self, query, key, limits, block):
+        """Scaled scores [B, K, G, C, C] of a chunk against one block of keys; invisible ones at the floor."""
+        mask = limits.visible(block * CHUNK + jnp.arange(CHUNK))[:, None, None]
+        return jnp.where(mask, _dot("brkgh,bskh->bkgrs", query, key) * self.scale, _FLOOR)

@@ -1,0 +1,108 @@
+"""The calls that every backend must answer as the oracle does: shapes, windows, packings and decisions."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from l2a_jax import attention
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. `packing`: None, or document lengths with 0-padding after them; `rate`: share of True decisions."""
+
+    operation: str
+    length: int = 70
+    batch: int = 2
+    heads: int = 4
+    kv_heads: int = 2
+    width: int = 64
+    window: int | None = None
+    sinks: int = 0
+    packing: tuple[tuple[int, ...], ...] | None = None
+    rate: float | str | None = None
+
+    def __str__(self):
+        parts = [self.operation, f"T{self.length}", f"{self.heads}-{self.kv_heads}-{self.width}"]
+        parts += [f"W{self.window}"] * (self.window is not None) + [f"S{self.sinks}"] * (self.sinks > 0)
+        parts += ["packed"] * (self.packing is not None) + [f"rate_{self.rate}"] * (self.rate is not None)
+        return "-".join(parts)
+
+    def inputs(self, seed: int = 0, dtype=jnp.float32):
+        """q, k, v, a cotangent for the output, and the options of the call."""
+        rng = np.random.default_rng((zlib.crc32(str(self).encode()), seed))
+        draw = lambda heads: jnp.asarray(  # noqa: E731
+            rng.standard_normal((self.batch, self.length, heads, self.width)), dtype)
+        q, k, v, cotangent = draw(self.heads), draw(self.kv_heads), draw(self.kv_heads), draw(self.heads)
+        options = {}
+        if self.window is not None:
+            options |= {"window": self.window, "sinks": self.sinks}
+        if self.packing is not None:
+            ids = np.zeros((self.batch, self.length), np.int32)
+            for row, lengths in zip(ids, self.packing, strict=True):
+                ends = np.cumsum(lengths)
+                for number, (end, size) in enumerate(zip(ends, lengths, strict=True), 1):
+                    row[end - size:end] = number
+            options["segment_ids"] = jnp.asarray(ids)
+        if self.rate is not None:
+            options["decisions"] = jnp.asarray(self._decisions(rng))
+        return q, k, v, cotangent, options
+
+    def _decisions(self, rng):
+        shape = (self.batch, self.length)
+        if self.rate == "one":
+            decisions = np.zeros(shape, bool)
+            decisions[0, self.length - 3] = True
+            return decisions
+        if self.rate == "uneven":  # none in the first row, nearly all in the last
+            return rng.random(shape) < np.linspace(0, 0.95, self.batch)[:, None]
+        return rng.random(shape) < self.rate
+
+    def call(self, backend, q, k, v, options):
+        """The face's answer to this case."""
+        return getattr(attention, self.operation)(q, k, v, backend=backend, **options)
+
+
+def value_and_gradients(case: Case, backend: str, q, k, v, cotangent, options):
+    """(out, dq, dk, dv) of one backend, compiled together."""
+
+    @jax.jit
+    def run(q, k, v, cotangent):
+        out, pull = jax.vjp(lambda q, k, v: case.call(backend, q, k, v, options), q, k, v)
+        return (out, *pull(cotangent))
+
+    return run(q, k, v, cotangent)
+
+
+_packed = ((30, 1, 25), (3, 3, 3, 60))
+CASES = (
+    Case("full"),
+    Case("full", length=1, heads=7, kv_heads=1),
+    Case("full", packing=_packed),
+    Case("local", window=1),
+    Case("local", window=17),
+    Case("local", window=100),
+    Case("local", length=131, window=4, heads=7, kv_heads=1),
+    Case("local", window=9, sinks=4),
+    Case("local", length=131, window=33, sinks=20, heads=14, kv_heads=2, batch=1),
+    Case("local", window=9, sinks=4, packing=_packed),
+    Case("local", window=5, sinks=1, packing=((70,), (1, 1, 1, 1, 40))),
+    Case("local", length=67, window=9, sinks=3, width=128, heads=2, kv_heads=1),
+    Case("routed", rate=0.2, length=131),
+    Case("routed", rate=0.0),
+    Case("routed", rate=1.0),
+    Case("routed", rate="one"),
+    Case("routed", rate="uneven", batch=3),
+    Case("routed", rate=0.4, packing=_packed, heads=7, kv_heads=1),
+    Case("routed", rate=0.5, length=67, width=128, heads=2, kv_heads=1),
+    Case("mixed", rate=0.3, window=9, sinks=4, length=131),
+    Case("mixed", rate="uneven", window=17, batch=3),
+    Case("mixed", rate=0.0, window=9, sinks=2),
+    Case("mixed", rate=1.0, window=9, sinks=2),
+    Case("mixed", rate=0.4, window=6, sinks=3, packing=_packed, heads=7, kv_heads=1),
+)
