@@ -1,0 +1,101 @@
+"""Fill the parameter tree from stored tensors: everything used, everything filled, block by block.
+
+A leaf (all layers stacked) is allocated once and filled from blocks of rows, so that converting needs the model, one
+leaf on its way to the device, and a few megabytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+import numpy as np
+
+from l2a_jax.config import L2AConfig, ModelConfig
+from l2a_jax.errors import UserError
+from l2a_jax.models.params import Tree, map_with_path, param_dtype, param_shapes
+from l2a_jax.weights.names import IGNORED, Place, put, tensor_map
+
+BLOCK_ELEMENTS = 1 << 20
+"""Elements read at a time (rounded to whole rows): 4 MB once they are float32."""
+
+
+class Tensors(Protocol):
+    """A file or folder of named tensors. `kind` picks the column of the name table; `where` names it in messages."""
+
+    kind: str
+    where: str
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) along the first dimension, in a floating dtype. Raises UserError if unreadable."""
+        ...
+
+
+def assemble(
+    tensors: Tensors, config: ModelConfig, l2a_config: L2AConfig | None = None, dtype: Any = jnp.bfloat16
+) -> Tree:
+    """The parameter tree of `tensors` as jax arrays in `dtype` (the router in float32).
+
+    Raises UserError, before anything is allocated, with every tensor that is missing, left over or of the wrong shape;
+    and on a NaN or infinity, naming the tensor.
+    """
+    dtype = floating(dtype)
+    places = tensor_map(config, l2a_config, tensors.kind)
+    check(tensors, places)
+    by_leaf: dict[str, list[tuple[str, Place]]] = {}
+    for name, place in places.items():
+        by_leaf.setdefault(place.path, []).append((name, place))
+
+    def fill(path: str, shape: tuple[int, ...]):
+        leaf = np.empty(shape, param_dtype(path, dtype))
+        for name, place in by_leaf[path]:
+            _copy(tensors, name, place, leaf if place.layer is None else leaf[place.layer])
+        return jnp.asarray(leaf)
+
+    return map_with_path(fill, param_shapes(config, l2a_config))
+
+
+def floating(dtype: Any) -> np.dtype:
+    """`dtype` as a numpy dtype. Raises UserError unless it is float32, bfloat16 or float16."""
+    try:
+        resolved = jnp.dtype(dtype)
+    except TypeError:
+        resolved = None
+    if resolved not in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
+        raise UserError(f"dtype is {dtype!r}; expected float32, bfloat16 or float16")
+    return resolved
+
+
+def check(tensors: Tensors, places: Mapping[str, Place]) -> None:
+    """Raise one UserError that lists every missing, left-over and misshapen tensor."""
+    missing = [name for name in places if name not in tensors.shapes]
+    left_over = [name for name in tensors.shapes if name not in places and not IGNORED.fullmatch(name)]
+    misshapen = [
+        f"{name} is {list(tensors.shapes[name])}, expected {list(place.shape)}"
+        for name, place in places.items()
+        if name in tensors.shapes and tuple(tensors.shapes[name]) != place.shape
+    ]
+    problems = [
+        f"{title}: {', '.join(names)}"
+        for title, names in (("missing", missing), ("left over", left_over), ("wrong shape", misshapen))
+        if names
+    ]
+    if problems:
+        raise UserError(f"{tensors.where} does not fit its configuration; {'; '.join(problems)}")
+
+
+def block_rows(shape: tuple[int, ...]) -> int:
+    """Rows to read at a time so that a block has about BLOCK_ELEMENTS elements."""
+    return max(1, BLOCK_ELEMENTS // max(1, int(np.prod(shape[1:]))))
+
+
+def _copy(tensors: Tensors, name: str, place: Place, leaf: np.ndarray) -> None:
+    step = block_rows(place.shape)
+    for start in range(0, place.shape[0], step):
+        rows = tensors.rows(name, start, min(start + step, place.shape[0]))
+        if not np.isfinite(rows).all():
+            raise UserError(f"{tensors.where} holds a NaN or an infinity in {name}, rows {start} to "
+                            f"{start + len(rows) - 1}")
+        put(leaf, place.transform, rows, start)

@@ -1,0 +1,115 @@
+"""One table of names: where each leaf of our tree lives in a Hugging Face folder and in a GGUF file.
+
+Both directions read it: `tensor_map` lists every tensor that a model must have, so whatever a source holds beyond it
+is left over and whatever it lacks is missing. The second attention set and the router carry the names of the L2A
+authors' release (arXiv 2603.17484): plain names are the local set, `*_global` the global one, `sigmoid_linear` the
+router. GGUF knows no routing, so only plain models come from there.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from l2a_jax.config import L2AConfig, ModelConfig
+from l2a_jax.models.params import map_with_path, param_shapes
+
+KEEP, TRANSPOSE, ROW = "keep", "transpose", "row"
+"""How a stored tensor becomes a leaf: as it is; [out, in] -> [in, out]; or [1, D] -> [D]."""
+
+IGNORED = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+"""Stored by old versions of transformers, derived from the configuration by everybody."""
+
+
+class Row(NamedTuple):
+    """A leaf (or one layer of it), its Hugging Face name and its GGUF name; `{layer}` counts from 0."""
+
+    path: str
+    hf: str
+    gguf: str | None
+    transform: str
+
+
+def _attention(name: str, norm: str, suffix: str = "", in_gguf: bool = True) -> list[Row]:
+    rows = [Row(f"layers/{norm}/scale", f"model.layers.{{layer}}.input_layernorm{suffix}.weight",
+                "blk.{layer}.attn_norm.weight" if in_gguf else None, KEEP)]
+    for short, long in (("q", "q"), ("k", "k"), ("v", "v"), ("o", "output")):
+        hf = f"model.layers.{{layer}}.self_attn.{short}_proj{suffix}"
+        gguf = f"blk.{{layer}}.attn_{long}"
+        rows.append(Row(f"layers/{name}/{short}/kernel", f"{hf}.weight", f"{gguf}.weight" if in_gguf else None,
+                        TRANSPOSE))
+        if short != "o":
+            rows.append(Row(f"layers/{name}/{short}/bias", f"{hf}.bias", f"{gguf}.bias" if in_gguf else None, KEEP))
+    return rows
+
+
+TABLE: dict[str, Row] = {
+    row.path: row
+    for row in (
+        Row("embed/embedding", "model.embed_tokens.weight", "token_embd.weight", KEEP),
+        *_attention("attention", "norm_attention"),
+        *_attention("attention_local", "norm_local", in_gguf=False),
+        *_attention("attention_global", "norm_global", "_global", in_gguf=False),
+        Row("layers/router/kernel", "model.layers.{layer}.self_attn.sigmoid_linear.weight", None, ROW),
+        Row("layers/mlp/gate/kernel", "model.layers.{layer}.mlp.gate_proj.weight", "blk.{layer}.ffn_gate.weight",
+            TRANSPOSE),
+        Row("layers/mlp/up/kernel", "model.layers.{layer}.mlp.up_proj.weight", "blk.{layer}.ffn_up.weight", TRANSPOSE),
+        Row("layers/mlp/down/kernel", "model.layers.{layer}.mlp.down_proj.weight", "blk.{layer}.ffn_down.weight",
+            TRANSPOSE),
+        Row("layers/norm_mlp/scale", "model.layers.{layer}.post_attention_layernorm.weight",
+            "blk.{layer}.ffn_norm.weight", KEEP),
+        Row("norm_final/scale", "model.norm.weight", "output_norm.weight", KEEP),
+        Row("unembed/kernel", "lm_head.weight", "output.weight", TRANSPOSE),
+    )
+}
+
+
+class Place(NamedTuple):
+    """Where a stored tensor goes: a leaf, the layer in it (None: the whole leaf), how, and its stored shape."""
+
+    path: str
+    layer: int | None
+    transform: str
+    shape: tuple[int, ...]
+
+
+def tensor_map(config: ModelConfig, l2a_config: L2AConfig | None = None, kind: str = "hf") -> dict[str, Place]:
+    """Every tensor of a model by its stored name, layer by layer; `kind` is "hf" or "gguf".
+
+    Shapes are as stored by Hugging Face ([out, in] for kernels), which are the reversed dimensions of GGUF.
+    """
+    leaves: list[tuple[Row, tuple[int, ...]]] = []
+    map_with_path(lambda path, shape: leaves.append((TABLE[path], shape)), param_shapes(config, l2a_config))
+
+    def stored(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return {KEEP: shape, TRANSPOSE: shape[::-1], ROW: (1, *shape)}[row.transform]
+
+    places = {}
+    stacked = [(row, shape) for row, shape in leaves if row.path.startswith("layers/")]
+    single = [(row, shape) for row, shape in leaves if not row.path.startswith("layers/")]
+    for row, shape in single:
+        places[getattr(row, kind)] = Place(row.path, None, row.transform, stored(row, shape))
+    for layer in range(config.num_layers):
+        for row, shape in stacked:
+            name = getattr(row, kind).format(layer=layer)
+            places[name] = Place(row.path, layer, row.transform, stored(row, shape[1:]))
+    return places
+
+
+def put(leaf: np.ndarray, transform: str, rows: np.ndarray, start: int) -> None:
+    """Write stored rows `start`, `start + 1`, ... into one layer of a leaf, cast to the leaf's dtype."""
+    if transform == ROW:
+        leaf[...] = rows[0]
+    elif transform == TRANSPOSE:
+        # Cast while the block is still contiguous: it is several times faster than casting across the stride.
+        leaf[:, start : start + len(rows)] = rows.astype(leaf.dtype, copy=False).T
+    else:
+        leaf[start : start + len(rows)] = rows
+
+
+def take(leaf: Any, transform: str) -> np.ndarray:
+    """The stored tensor of one layer of a leaf: the inverse of `put` over all rows."""
+    array = np.asarray(leaf)
+    return array[None] if transform == ROW else array.T if transform == TRANSPOSE else array
