@@ -67,7 +67,7 @@ def map_with_path(function: Callable[[str, Any], Any], *trees: Tree) -> Tree:
         return "/".join(str(entry.key) for entry in path)
 
     return jax.tree_util.tree_map_with_path(
-        lambda path, *leaves: function(name(path), *leaves), *trees, is_leaf=lambda x: isinstance(x, tuple)
+        lambda path, *leaves: function(name(path), *leaves), *trees, is_leaf=lambda x: type(x) is tuple
     )
 
 

@@ -1,0 +1,154 @@
+"""One optimiser step: accumulate gradients of the trainable subtree over micro-batches, update, report.
+
+A loss or gradient that is not finite withholds its update and every later one (`healthy` stays False), so that the
+parameters a diagnosis finds are those from before the step that failed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from l2a_jax.config import L2AConfig, ModelConfig
+from l2a_jax.data.batch import Batch
+from l2a_jax.models.params import Tree, map_with_path, param_dtype
+from l2a_jax.models.qwen2 import hidden_states
+from l2a_jax.nn import routing
+from l2a_jax.training.loss import cross_entropy, token_nll
+from l2a_jax.training.regimes import combine
+
+
+class TrainState(NamedTuple):
+    """What training changes: the number of updates, the masters of the trainable leaves, and the optimizer."""
+
+    step: Int[Array, ""]
+    trainable: Tree
+    optimizer: Any
+    healthy: Bool[Array, ""]
+
+
+class Objective(NamedTuple):
+    """Everything static about a step. `remat`: a checkpoint policy, True for everything, False for nothing."""
+
+    config: ModelConfig
+    l2a_config: L2AConfig | None
+    penalty: float = 0.0
+    penalty_warmup: int = 0
+    penalty_ramp: int = 1
+    dtype: Any = jnp.float32
+    backend: str = "auto"
+    remat: Callable | bool = False
+
+
+def initial_state(trainable: Tree, optimizer: optax.GradientTransformation, master_dtype: Any) -> TrainState:
+    """Step 0: masters in `master_dtype` (the router always float32) and a fresh optimizer over them alone."""
+    masters = map_with_path(lambda path, leaf: leaf.astype(param_dtype(path, master_dtype)), trainable)
+    return TrainState(jnp.zeros((), jnp.int32), masters, optimizer.init(masters), jnp.ones((), bool))
+
+
+def compute_params(trainable: Tree, frozen: Tree, dtype: Any) -> Tree:
+    """The whole tree in the compute dtype, the router in float32; differentiable in `trainable`."""
+    return combine(map_with_path(lambda path, leaf: leaf.astype(param_dtype(path, dtype)), trainable), frozen)
+
+
+class _Sums(NamedTuple):
+    """Sums over real tokens that a step reports as means; routing's are per layer."""
+
+    nll: Array
+    correct: Array
+    penalty: Array
+    unrouted: Array
+    entropy: Array
+
+
+def train_step(
+    state: TrainState,
+    frozen: Tree,
+    batch: Batch,
+    key: PRNGKeyArray,
+    *,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+) -> tuple[TrainState, dict[str, Array]]:
+    """One update from the A micro-batches of `batch` ([A, B, T] each), and its metrics.
+
+    Loss and penalty are means over all tokens of the step, so a micro-batch counts by its tokens. `key` is the run's:
+    leakage draws from fold_in(key, step, microbatch, layer).
+    """
+    real = jnp.ones(batch.tokens.shape, bool) if batch.segment_ids is None else batch.segment_ids != 0
+    counted = jnp.maximum(jnp.sum(batch.weights), 1.0)
+    real_tokens = jnp.maximum(jnp.sum(real), 1)
+    weight = routing.penalty_weight(state.step, maximum=objective.penalty, warmup=objective.penalty_warmup,
+                                    ramp=objective.penalty_ramp)
+    step_key = jax.random.fold_in(key, state.step)
+    layers = objective.config.num_layers
+
+    def loss(trainable, micro, real, micro_key):
+        params = compute_params(trainable, frozen, objective.dtype)
+        hidden, routed = hidden_states(
+            params, micro.tokens, objective.config, objective.l2a_config, positions=micro.positions,
+            segment_ids=micro.segment_ids, key=micro_key, train=True, backend=objective.backend,
+            remat=objective.remat)
+        summed = cross_entropy(params, hidden, micro.targets, micro.weights, objective.config)
+        if routed is None:
+            nothing = jnp.zeros(layers)
+            return summed.nll / counted, _Sums(summed.nll, summed.correct, jnp.zeros(()), nothing, nothing)
+        share = jnp.sum(real) / real_tokens  # a micro-batch's part of the mean over all real tokens
+        penalty = routing.penalty(routed.probabilities, real) * share
+        sums = _Sums(summed.nll, summed.correct, penalty, routing.sparsity(routed.decisions, real) * share,
+                     routing.entropy(routed.probabilities, real) * share)
+        return summed.nll / counted + weight * penalty, jax.lax.stop_gradient(sums)
+
+    def accumulate(carry, inputs):
+        micro, real, index = inputs
+        gradients, sums = jax.grad(loss, has_aux=True)(state.trainable, micro, real,
+                                                       jax.random.fold_in(step_key, index))
+        return jax.tree.map(jnp.add, carry, (gradients, sums)), None
+
+    zeros = jax.tree.map(jnp.zeros_like, state.trainable), _Sums(*(jnp.zeros(()),) * 3, *(jnp.zeros(layers),) * 2)
+    inputs = (batch, real, jnp.arange(batch.tokens.shape[0]))
+    if batch.tokens.shape[0] == 1:  # no second copy of the gradients where there is nothing to add
+        (gradients, sums), _ = accumulate(zeros, jax.tree.map(lambda x: x[0], inputs))
+    else:
+        (gradients, sums), _ = jax.lax.scan(accumulate, zeros, inputs)
+
+    norm = optax.global_norm(jax.tree.map(lambda g: g.astype(jnp.float32), gradients))
+    mean_nll = sums.nll / counted
+    healthy = state.healthy & jnp.isfinite(mean_nll) & jnp.isfinite(norm) & jnp.isfinite(sums.penalty)
+    updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
+    updated = TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), optimizer_state, healthy)
+    state = jax.tree.map(lambda new, old: jnp.where(healthy, new, old), updated, state._replace(healthy=healthy))
+
+    metrics = {"loss": mean_nll, "accuracy": sums.correct / counted, "grad_norm": norm, "tokens": real_tokens,
+               "healthy": healthy}
+    if objective.l2a_config is not None:
+        metrics |= {"sparsity": jnp.mean(sums.unrouted), "sparsity_per_layer": sums.unrouted,
+                    "router_entropy": jnp.mean(sums.entropy), "penalty": sums.penalty, "penalty_weight": weight}
+        if "router" in gradients.get("layers", {}):
+            metrics["router_grad_norm"] = optax.global_norm(gradients["layers"]["router"])
+    return state, metrics
+
+
+class Evaluation(NamedTuple):
+    """A held-out batch: per token the nats and whether the top token was right; routing as the model decided."""
+
+    nll: Float[Array, "B T"]
+    correct: Bool[Array, "B T"]
+    real: Bool[Array, "B T"]
+    decisions: Bool[Array, "L B T"] | None
+
+
+def evaluate_batch(params: Tree, batch: Batch, decisions: Bool[Array, "L B T"] | None, *,
+                   objective: Objective) -> Evaluation:
+    """Score one batch under the router's own decisions, or under `decisions`."""
+    real = jnp.ones(batch.tokens.shape, bool) if batch.segment_ids is None else batch.segment_ids != 0
+    hidden, routed = hidden_states(params, batch.tokens, objective.config, objective.l2a_config,
+                                   positions=batch.positions, segment_ids=batch.segment_ids, decisions=decisions,
+                                   backend=objective.backend)
+    nll, correct = token_nll(params, hidden, batch.targets, objective.config)
+    return Evaluation(nll, correct, real, None if routed is None else routed.decisions)
