@@ -1,0 +1,30 @@
+"""Counts as people write them: `12M` tokens, `1.5k` steps."""
+
+from __future__ import annotations
+
+import re
+
+from l2a_jax.errors import UserError
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
+_COUNT = re.compile(r"\s*([0-9][0-9_,]*(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([kmbgt]?)\s*", re.IGNORECASE)
+
+
+def parse_count(text: str | int, what: str = "a count") -> int:
+    """`"12M"` -> 12,000,000. Decimal units k, M, B (or G) and T in either case; `1.5k`, `1e6`, `2_048`, `12,000` too.
+
+    Raises `UserError` for anything else, for zero, and for a fraction of one; `what` names the flag in the message.
+    """
+    match = _COUNT.fullmatch(str(text))
+    value = float("nan") if match is None else float(re.sub("[_,]", "", match[1])) * _UNITS[match[2].lower()]
+    if not (value >= 1 and value == round(value)):
+        raise UserError(f"{what} is {text!r}; expected a whole number above 0 such as 500, 20k, 12M or 1.5B")
+    return round(value)
+
+
+def format_count(count: int) -> str:
+    """12_345_678 -> `12.3M`: three digits at most, for people to read."""
+    for unit, name in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= unit:
+            return f"{count / unit:.3g}{name}"
+    return str(count)

@@ -1,0 +1,310 @@
+"""`open_data`: from what `--data` says to batches by index."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from l2a_jax.data.batch import Batch
+from l2a_jax.data.encoder import make_encoder
+from l2a_jax.data.mixing import Mix, interleave, make_mix, permutation, ranks
+from l2a_jax.data.packing import Plan, best_fit, concatenate
+from l2a_jax.data.recipes import Domain, resolve
+from l2a_jax.data.split import held_out_identities
+from l2a_jax.data.store import TokenStore
+from l2a_jax.data.tokenise import tokenised
+from l2a_jax.errors import UserError
+
+PACKINGS = ("best_fit", "concat")
+ORDER = 1
+"""Raised whenever the same arguments would give other batches than before."""
+
+
+class Part(NamedTuple):
+    """A domain ready to read: its store, its share of the tokens trained on, its rows for training and held out."""
+
+    domain: Domain
+    store: TokenStore
+    share: float
+    train: Plan
+    held_out: Plan
+    train_documents: np.ndarray
+    held_out_documents: np.ndarray
+
+
+@dataclass(frozen=True)
+class PackedData:
+    """Rows of packed documents from several domains; see `l2a_jax.data.batch.TrainingData` for what it promises.
+
+    Row g of the stream, over all hosts, is fixed by the seed alone; micro-batch i is rows i*batch_size and on, of
+    which process p takes the p-th of `process_count` equal shares.
+    """
+
+    parts: tuple[Part, ...]
+    mix: Mix
+    packing: str
+    seq_len: int
+    batch_size: int
+    seed: int
+    held_out_fraction: float
+    end_id: int
+    fingerprint: str
+    process_index: int = 0
+    process_count: int = 1
+    dropped: tuple[str, ...] = ()
+
+    def batch(self, index: int) -> Batch:
+        """Micro-batch `index`, int32/float32 [batch_size / process_count, seq_len]."""
+        return self._fill([self._train_row(row) for row in self._mine(index)])
+
+    def held_out(self, batches: int | None = None, domain: str | None = None) -> Iterator[Batch]:
+        """The held-out documents once, in the domains' shares as long as they last, at most `batches` batches.
+
+        The last batch is filled with rows of padding (weights 0). `domain` restricts to one domain by name.
+        """
+        chosen = [part for part in self.parts if domain in (None, part.domain.name)]
+        if not chosen:
+            raise UserError(f"no domain {domain!r}; expected one of {', '.join(p.domain.name for p in self.parts)}")
+        counts = [part.held_out.row_count for part in chosen]
+        order = interleave(counts, [part.share for part in chosen], self.seed)
+        nth = ranks(order, len(counts))
+        total = -(-order.size // self.batch_size)
+        for index in range(total if batches is None else min(batches, total)):
+            rows = [r for r in self._mine(index) if r < order.size]
+            located = [(chosen[order[r]], chosen[order[r]].held_out, int(nth[r])) for r in rows]
+            yield self._fill(located)
+
+    def _mine(self, index: int) -> range:
+        size = self.batch_size // self.process_count
+        first = index * self.batch_size + self.process_index * size
+        return range(first, first + size)
+
+    def _train_row(self, row: int) -> tuple[Part, Plan, int]:
+        domain, nth = self.mix.locate(row)
+        part = self.parts[domain]
+        epoch, place = divmod(nth, part.train.row_count)
+        order = permutation(self.seed, part.domain.name, epoch, part.train.row_count)
+        return part, part.train, int(order[place])
+
+    def _fill(self, rows: list[tuple[Part, Plan, int]]) -> Batch:
+        shape = (self.batch_size // self.process_count, self.seq_len)
+        tokens, targets = np.full(shape, self.end_id, np.int32), np.full(shape, self.end_id, np.int32)
+        weights, segments, positions = np.zeros(shape, np.float32), np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        counting = np.arange(self.seq_len, dtype=np.int32)
+        for b, (part, plan, row) in enumerate(rows):
+            ids, t = part.store.tokens, 0
+            first, last = int(plan.rows[row]), int(plan.rows[row + 1])
+            table = (plan.starts[first:last].tolist(), plan.lengths[first:last].tolist(), plan.ends[first:last].tolist())
+            for segment, (start, length, ends) in enumerate(zip(*table, strict=True), start=1):
+                counted = length - ends  # the last token of a document has no target
+                tokens[b, t : t + length] = ids[start : start + length]
+                targets[b, t : t + counted] = ids[start + 1 : start + 1 + counted]
+                weights[b, t : t + counted] = 1
+                segments[b, t : t + length] = segment
+                positions[b, t : t + length] = counting[:length]
+                t += length
+        if self.packing == "concat":
+            return Batch(tokens, targets, weights)
+        return Batch(tokens, targets, weights, segments, positions)
+
+    def domain_of_row(self, index: int, row: int) -> str:
+        """The domain of a row of this process's part of micro-batch `index`."""
+        return self.parts[self.mix.locate(self._mine(index)[row])[0]].domain.name
+
+    @cached_property
+    def tokens_per_batch(self) -> float:
+        """Tokens, padding not counted, in a micro-batch over all processes, on average."""
+        per_row = np.array([part.train.lengths.sum(dtype=np.int64) / part.train.row_count for part in self.parts])
+        return float(self.batch_size * (per_row * self.mix.counts).sum() / self.mix.counts.sum())
+
+    def usage(self, batches: int) -> dict[str, Any]:
+        """What the first `batches` micro-batches hold: per domain and in all, tokens seen, unique tokens, epochs.
+
+        Tokens exclude padding. Unique tokens count each place in the text once, however often it was seen.
+        """
+        domains = {}
+        for part, rows in zip(self.parts, self.mix.used(batches * self.batch_size), strict=True):
+            plan, name = part.train, part.domain.name
+            tokens = plan.row_tokens
+            epochs, rest = divmod(rows, plan.row_count)
+            partial = int(tokens[permutation(self.seed, name, epochs, plan.row_count)[:rest]].sum()) if rest else 0
+            total = int(tokens.sum())
+            domains[name] = {"tokens": epochs * total + partial, "unique_tokens": total if epochs else partial,
+                             "epochs": round(rows / plan.row_count, 4), "rows": rows}  # fmt: skip
+        summed = {key: sum(d[key] for d in domains.values()) for key in ("tokens", "unique_tokens", "rows")}
+        for entry in domains.values():
+            entry["share"] = round(entry["tokens"] / max(summed["tokens"], 1), 4)
+        return {**summed, "domains": domains}
+
+    def describe(self) -> dict[str, Any]:
+        """What there is to train on, as plain JSON values. Tokens include one end token a document."""
+        domains = {}
+        for part in self.parts:
+            store, plan = part.store, part.train
+            lengths = np.diff(store.offsets)
+            kept = part.train_documents
+            _, first = np.unique(store.identities[kept], return_index=True)
+            tokens, rows = int(plan.lengths.sum(dtype=np.int64)), plan.row_count
+            domains[part.domain.name] = {
+                "share": round(part.share, 4),
+                "documents": int(kept.size),
+                "tokens": int(lengths[kept].sum()),
+                "unique_tokens": int(lengths[kept][first].sum()),
+                "longest_document": int(lengths[kept].max()),
+                "rows": rows,
+                "packing_efficiency": round(tokens / (rows * self.seq_len), 4),
+                "held_out_documents": int(part.held_out_documents.size),
+                "held_out_tokens": int(lengths[part.held_out_documents].sum()),
+                "held_out_rows": part.held_out.row_count,
+                "empty_documents": store.meta["empty_documents"],
+                "text_bytes": store.meta["text_bytes"],
+                "files": store.meta["files"],
+            }
+        keys = ("documents", "tokens", "unique_tokens", "rows", "held_out_documents", "held_out_tokens")
+        total = {key: sum(domain[key] for domain in domains.values()) for key in keys}
+        packed = sum(int(part.train.lengths.sum(dtype=np.int64)) for part in self.parts)
+        return {
+            **total,
+            "packing": self.packing,
+            "packing_efficiency": round(packed / (total["rows"] * self.seq_len), 4),
+            "tokens_per_batch": round(self.tokens_per_batch, 1),
+            "seq_len": self.seq_len,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "held_out": self.held_out_fraction,
+            "dropped_domains": list(self.dropped),
+            "domains": domains,
+            "fingerprint": self.fingerprint,
+        }
+
+
+def open_data(
+    spec: str | Iterable[str],
+    tokenizer: Any,
+    *,
+    seq_len: int,
+    batch_size: int,
+    seed: int,
+    cache_dir: str | os.PathLike | None = None,
+    packing: str = "best_fit",
+    weights: Mapping[str, float] | None = None,
+    held_out: float = 0.01,
+    text_field: str | None = None,
+    join: str | None = None,
+    end_id: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> PackedData:
+    """Opens (and the first time tokenises) what `--data` names.
+
+    Args:
+        spec: the entries of `--data`: recipes, `RECIPE=DIR`, files, folders, globs, `NAME=FILES`.
+        tokenizer: see `l2a_jax.data.encoder.make_encoder`; also for `end_id`.
+        seq_len: T, tokens in a row. batch_size: rows in a micro-batch over all processes.
+        seed: order of rows and domains. The held-out split does not depend on it.
+        cache_dir: where token stores live (None: `$L2A_CACHE` or the user's cache folder).
+        packing: `best_fit` (segments, positions restart), or `concat`: documents shuffled once by the seed, joined to
+            one string and cut, without segments.
+        weights: domain name -> relative share of the tokens; 0 drops it, a domain not named counts 1. None: each
+            entry of `spec` by its size, and inside a recipe the recipe's weights.
+        held_out: fraction of the documents held out, by hash of their text; 0 for none.
+        text_field: field or template of .jsonl and .parquet records (None: found from the first record).
+        join: field whose equal neighbours form one document; None keeps the recipe's (`source` for narrative), ""
+            joins nothing.
+        process_index, process_count: which equal part of each batch this process reads.
+
+    Raises:
+        UserError: anything wrong with the arguments or the files, in one sentence.
+    """
+    _check(seq_len, batch_size, packing, held_out, process_index, process_count)
+    domains = resolve(spec)
+    if weights is not None:
+        _check_weights(weights, domains)
+        domains = tuple(replace(domain, weight=float(weights.get(domain.name, 1.0))) for domain in domains)
+    dropped = tuple(domain.name for domain in domains if domain.weight == 0)
+    domains = tuple(
+        replace(domain, text_field=text_field or domain.text_field, join=domain.join if join is None else join or None)
+        for domain in domains
+        if domain.weight != 0
+    )
+    encoder = make_encoder(tokenizer, end_id)
+    stores = [tokenised(domain, encoder, cache_dir) for domain in domains]
+    identities = held_out_identities([store.identities for store in stores], held_out)
+
+    plans = []
+    for domain, store in zip(domains, stores, strict=True):
+        is_held = np.isin(store.identities, identities)
+        train, held = np.flatnonzero(~is_held), np.flatnonzero(is_held)
+        if not train.size:
+            raise UserError(f"the domain {domain.name!r} has no document to train on: its {held.size} are held out, "
+                            "each a copy of one held out in another domain")  # fmt: skip
+        lengths = np.diff(store.offsets)
+        plans.append([_plan(store.offsets[chosen], lengths[chosen], seq_len, packing, f"{seed} {domain.name}")
+                      for chosen in (train, held)] + [train, held])  # fmt: skip
+    tokens = np.array([plan[0].lengths.sum(dtype=np.int64) for plan in plans], float)
+    shares = _shares(domains, tokens, by_weight=weights is not None)
+    parts = tuple(Part(domain, store, float(share), *plan)
+                  for domain, store, share, plan in zip(domains, stores, shares, plans, strict=True))  # fmt: skip
+
+    # A share is of tokens, the stream is of rows: fuller rows come less often.
+    rows = np.array([part.train.row_count for part in parts])
+    order = {
+        "order": ORDER, "stores": [store.folder.name for store in stores], "shares": [round(s, 12) for s in shares],
+        "checksums": [store.meta["checksums"]["tokens.bin"] for store in stores], "packing": packing, "seed": seed,
+        "seq_len": seq_len, "batch_size": batch_size, "held_out": held_out,
+    }  # fmt: skip
+    return PackedData(
+        parts, make_mix(shares * rows / tokens, int(rows.sum()), seed), packing, seq_len, batch_size, seed, held_out,
+        encoder.end_id, hashlib.sha256(json.dumps(order).encode()).hexdigest(), process_index, process_count, dropped,
+    )  # fmt: skip
+
+
+def _plan(starts: np.ndarray, lengths: np.ndarray, seq_len: int, packing: str, key: str) -> Plan:
+    if packing == "best_fit":
+        return best_fit(starts, lengths, seq_len)
+    shuffled = permutation(0, f"documents {key}", 0, starts.size)
+    return concatenate(starts[shuffled], lengths[shuffled], seq_len)
+
+
+def _shares(domains: tuple[Domain, ...], tokens: np.ndarray, by_weight: bool) -> np.ndarray:
+    """Share of the tokens of each domain, in all 1."""
+    weights = np.array([1.0 if domain.weight is None else domain.weight for domain in domains])
+    if by_weight:
+        return weights / weights.sum()
+    entries = np.array([domain.entry for domain in domains])
+    shares = np.zeros(len(domains))
+    for entry in set(entries.tolist()):
+        mine = entries == entry
+        shares[mine] = tokens[mine].sum() / tokens.sum() * weights[mine] / weights[mine].sum()
+    return shares
+
+
+def _check(seq_len: int, batch_size: int, packing: str, held_out: float, index: int, count: int) -> None:
+    def require(good: bool, message: str) -> None:
+        if not good:
+            raise UserError(message)
+
+    require(seq_len >= 2, f"the sequence length is {seq_len}; expected at least 2 tokens")
+    require(batch_size >= 1, f"the batch size is {batch_size}; expected at least 1 row")
+    require(packing in PACKINGS, f"packing is {packing!r}; expected one of {', '.join(PACKINGS)}")
+    require(0 <= held_out < 1, f"held_out is {held_out}; expected a fraction from 0 to below 1")
+    require(0 <= index < count, f"process_index is {index}; expected 0 to {count - 1}")
+    require(batch_size % count == 0, f"a batch of {batch_size} rows does not divide among {count} processes")
+
+
+def _check_weights(weights: Mapping[str, float], domains: tuple[Domain, ...]) -> None:
+    names = [domain.name for domain in domains]
+    for name, weight in weights.items():
+        if name not in names:
+            raise UserError(f"a weight names the domain {name!r}; expected one of {', '.join(names)}")
+        if not (np.isfinite(weight) and weight >= 0):
+            raise UserError(f"the weight of {name!r} is {weight}; expected a number of at least 0")
+    if not any(weights.get(name, 1.0) > 0 for name in names):
+        raise UserError("every domain has weight 0; expected at least one above 0")

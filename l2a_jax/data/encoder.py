@@ -1,0 +1,69 @@
+"""A tokenizer as the data sees it: texts in, arrays of ids out, and a hash of what it does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from l2a_jax.errors import UserError
+
+DOCUMENT_ENDS = "<|endoftext|>"
+"""Qwen2.5's mark between documents. An instruct model's `eos_token` is its end of turn, which is something else."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """`encode`: texts -> int arrays without special tokens; `end_id` closes each document; ids are below `vocabulary`."""
+
+    encode: Callable[[Sequence[str]], list[np.ndarray]]
+    end_id: int
+    vocabulary: int
+    fingerprint: str
+
+
+def make_encoder(tokenizer: Any, end_id: int | None = None) -> Encoder:
+    """Wraps a `tokenizers.Tokenizer`, a transformers tokenizer, or anything with `encode(text, add_special_tokens=)`.
+
+    Args:
+        tokenizer: a fast one tokenises on all cores; another one runs on one core.
+        end_id: the id after each document; None takes `<|endoftext|>`, else the tokenizer's `eos_token_id`.
+
+    Raises:
+        UserError: there is no id for the end of a document, or the tokenizer cannot encode.
+    """
+    fast = getattr(tokenizer, "backend_tokenizer", None) or tokenizer
+    if not hasattr(fast, "encode_batch_fast"):
+        fast = None
+    if not callable(getattr(tokenizer, "encode", None)):
+        raise UserError(f"the tokenizer is a {type(tokenizer).__name__}; expected one with encode(text)")
+    names = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
+    if end_id is None:
+        end_id = names.get(DOCUMENT_ENDS, getattr(tokenizer, "eos_token_id", None))
+    if end_id is None:
+        raise UserError(f"the tokenizer has neither {DOCUMENT_ENDS} nor eos_token_id; expected an id to end documents")
+    known = max(names.values(), default=getattr(tokenizer, "vocab_size", 2**31) - 1)
+    if fast is None:
+        identity = json.dumps([type(tokenizer).__qualname__, sorted(names.items()), repr(tokenizer)])
+        encode = lambda texts: [np.asarray(tokenizer.encode(t, add_special_tokens=False)) for t in texts]  # noqa: E731
+    else:
+        fast = _whole(fast)
+        identity = fast.to_str()
+        encode = lambda texts: [np.asarray(e.ids) for e in fast.encode_batch_fast(texts, add_special_tokens=False)]  # noqa: E731
+    return Encoder(
+        encode, int(end_id), max(known, int(end_id)) + 1, hashlib.sha256(f"{end_id} {identity}".encode()).hexdigest()
+    )
+
+
+def _whole(fast):
+    """The same tokenizer without truncation and padding, which somebody may have left on."""
+    if fast.truncation is None and fast.padding is None:
+        return fast
+    copy = type(fast).from_str(fast.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return copy

@@ -1,0 +1,36 @@
+"""Data sets of the Hugging Face hub as a stream of records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from l2a_jax.data.recipes import Hub
+from l2a_jax.errors import UserError
+
+SECONDS = 15
+"""Patience for the first answer: `datasets` itself retries for half a minute before it says that there is no network."""
+
+
+def hub_records(hub: Hub, instead: str) -> Iterator[tuple[str, Mapping]]:
+    """(place, record) in the data set's order, at its present revision.
+
+    Raises:
+        UserError: `datasets` is missing, or the hub cannot be reached; `instead` says what else to give.
+    """
+    try:
+        import datasets
+        from huggingface_hub import HfApi
+    except ImportError:
+        raise UserError(f"{hub.path} is on the Hugging Face hub, which needs datasets: pip install datasets. "
+                        f"Or give local files: {instead}") from None  # fmt: skip
+    try:
+        revision = HfApi().dataset_info(hub.path, timeout=SECONDS).sha
+        rows = datasets.load_dataset(hub.path, hub.config, split=hub.split, streaming=True, revision=revision)
+        for number, record in enumerate(rows):
+            yield f"{hub.path}, row {number}", record
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{hub.path} cannot be read from the Hugging Face hub ({type(error).__name__}: {reason}). "
+                        f"Without a network give local files: {instead}") from error  # fmt: skip

@@ -1,0 +1,131 @@
+"""The synthetic recall corpus: locally predictable sentences, with facts stated early and asked for later.
+
+    the quiet river runs near the old bridge . keep Ada amber . ... a green hill waits by the tall tower . tell Ada amber .
+
+Sentences follow a sparse word chain, so a window of a few tokens predicts them. Which treasure a name keeps is drawn
+anew in every row, and a question comes at least `distance` tokens after the last mention of the name: its answer is
+known only to a model that looks beyond its window. Position t needs memory where token t + 1 is such an answer, and
+the tokens alone say where that is: t holds the name after "tell".
+
+The corpus is a function of (seed, split, index); nothing is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from l2a_jax.data.batch import Batch
+from l2a_jax.errors import UserError
+
+NAMES = ("Ada Bruno Clara Dario Edda Felix Greta Hugo Ines Jonas Karin Leon Maren Nils Olga Pavel Quinn Rosa Sven "
+         "Tilda Ulla Viktor Wanda Xaver Yara Zeno Alma Boris Celia Dora Emil Frieda").split()
+TREASURES = ("amber basalt coral dust ebony flint garnet honey iron jade kelp linen moss nickel opal pearl quartz "
+             "resin salt topaz umber velvet wax zinc apple barley copper denim elm feather glass hemp").split()
+ARTICLES = "the a one this that every".split()
+ADJECTIVES = ("quiet old green tall narrow bright cold wide empty grey soft broken distant early golden hidden "
+              "little modern pale round silver steep warm young").split()
+NOUNS = ("river bridge hill tower garden road forest lamp window harbour market train field wall door village boat "
+         "bird horse letter clock table school mountain island kitchen station valley engine cloud library street"
+         ).split()
+VERBS = ("runs waits stands turns rests sleeps grows falls rises moves shines leans hides floats stays listens").split()
+PREPOSITIONS = "near under behind beyond beside above past towards".split()
+SPECIAL = ["<pad>", "<eos>", ".", "keep", "tell"]
+VOCABULARY: list[str] = SPECIAL + NAMES + TREASURES + ARTICLES + ADJECTIVES + NOUNS + VERBS + PREPOSITIONS
+IDS = {word: index for index, word in enumerate(VOCABULARY)}
+PAD, EOS, STOP, KEEP, TELL = range(len(SPECIAL))
+
+SENTENCE = (ARTICLES, ADJECTIVES, NOUNS, VERBS, PREPOSITIONS, ARTICLES, ADJECTIVES, NOUNS)
+BRANCHES = 3  # each word is followed by one of this many: about one nat a token, all of it local
+
+
+def _word_chain() -> list[np.ndarray]:
+    """For each place in a sentence, the words that may follow each word of the place before: fixed for ever."""
+    rng = np.random.default_rng(0)
+    return [np.array([rng.choice(after, BRANCHES, replace=False) for _ in before])
+            for before, after in zip(SENTENCE, SENTENCE[1:], strict=False)]
+
+
+_CHAIN = _word_chain()
+
+
+@dataclass(frozen=True)
+class RecallCorpus:
+    """Rows of the corpus as training data: `batch(i)` is a pure function of the seed and i.
+
+    `seq_len` T in tokens; `distance`: the least number of tokens between a fact's last mention and its question,
+    which must exceed the model's window plus its sinks; `facts` per row.
+    """
+
+    seq_len: int
+    batch_size: int
+    seed: int = 0
+    distance: int = 64
+    facts: int = 6
+
+    def __post_init__(self):
+        needed = 2 * self.distance + 16 * self.facts
+        if self.seq_len < needed:
+            raise UserError(f"the recall corpus needs --seq-len of at least {needed} to ask for {self.facts} facts "
+                            f"from {self.distance} tokens away; got {self.seq_len}")
+
+    @property
+    def fingerprint(self) -> str:
+        """Everything that determines the rows and their order."""
+        return f"recall-v1 T={self.seq_len} B={self.batch_size} seed={self.seed} distance={self.distance} " \
+               f"facts={self.facts}"
+
+    def batch(self, index: int) -> Batch:
+        """Micro-batch `index` of the training split."""
+        return self._rows(np.random.default_rng((self.seed, 0, index)))
+
+    def held_out(self, batches: int = 8) -> Iterator[Batch]:
+        """The first `batches` batches of the held-out split: the same for every seed of training."""
+        for index in range(batches):
+            yield self._rows(np.random.default_rng((0, 1, index)))
+
+    def describe(self) -> dict:
+        """What a summary says about the data."""
+        return {"name": "synthetic recall corpus", "fingerprint": self.fingerprint, "domains": {"recall": 1.0},
+                "packing_efficiency": 1.0, "unique_tokens": "unlimited (generated)"}
+
+    def _rows(self, rng: np.random.Generator) -> Batch:
+        rows = np.stack([self._row(rng) for _ in range(self.batch_size)])
+        return Batch(rows[:, :-1], rows[:, 1:], np.ones((self.batch_size, self.seq_len), np.float32), None, None)
+
+    def _row(self, rng: np.random.Generator) -> Int[np.ndarray, "T+1"]:
+        names = rng.choice(NAMES, self.facts, replace=False)
+        kept = dict(zip(names, rng.choice(TREASURES, self.facts), strict=True))
+        unstated, mentioned, row = list(names), {}, _sentence(rng)
+        while len(row) <= self.seq_len:
+            due = [name for name, at in mentioned.items() if len(row) - at >= self.distance]
+            if due and rng.random() < 0.5:
+                name = due[rng.integers(len(due))]
+                mentioned[name] = len(row) + 2
+                row += [TELL, IDS[name], IDS[kept[name]], STOP]
+            elif unstated and rng.random() < 0.7:
+                name = unstated.pop()
+                mentioned[name] = len(row) + 2
+                row += [KEEP, IDS[name], IDS[kept[name]], STOP]
+            else:
+                row += _sentence(rng)
+        return np.asarray(row[: self.seq_len + 1], np.int32)
+
+
+def _sentence(rng: np.random.Generator) -> list[int]:
+    place = int(rng.integers(len(SENTENCE[0])))
+    words = [IDS[SENTENCE[0][place]]]
+    for turn, (words_here, follow) in enumerate(zip(SENTENCE[1:], _CHAIN, strict=True)):
+        word = follow[place][rng.integers(BRANCHES)]
+        place = SENTENCE[turn + 1].index(word)
+        words.append(IDS[words_here[place]])
+    return [*words, STOP]
+
+
+def needs_memory(tokens: Int[np.ndarray, "B T"]) -> Bool[np.ndarray, "B T"]:
+    """The ground truth: True at position t where token t + 1 is the answer to a question about a distant fact."""
+    previous = np.concatenate([np.full_like(tokens[:, :1], PAD), tokens[:, :-1]], axis=1)
+    return previous == TELL

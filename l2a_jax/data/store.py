@@ -1,0 +1,166 @@
+"""The token store: documents as ids in one memory-mapped file, written once, checked whenever it is opened.
+
+A folder with `tokens.bin` (uint16 or uint32, documents one after the other, each closed by its end token),
+`offsets.npy` (int64 [N+1], where documents start), `identities.npy` (uint64 [N], hash of each document's text) and
+`meta.json` (how it was made, sizes, checksums). It is written under another name and renamed when whole, so a folder
+with the right name is a finished store or a damaged one, never an unfinished one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+import zlib
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int64, UInt64
+
+from l2a_jax.errors import UserError
+
+FORMAT = 1
+CHUNK = 1 << 24
+"""Bytes of tokens.bin under one checksum."""
+CHECKED = 256
+"""Chunks verified on opening: every one up to 4 GiB, this many spread over a longer file."""
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """N documents. Document i is `tokens[offsets[i]:offsets[i + 1]]`, its end token last."""
+
+    tokens: np.ndarray
+    """uint16 or uint32, memory-mapped."""
+    offsets: Int64[np.ndarray, " N+1"]
+    identities: UInt64[np.ndarray, " N"]
+    meta: dict[str, Any]
+    folder: Path
+
+
+def _checksums(path: Path, chunks: np.ndarray | None = None) -> list[int]:
+    """CRC-32 of the chunks of a file, all of them or those named."""
+    if path.stat().st_size == 0:
+        return []
+    data = np.memmap(path, np.uint8, "r")
+    chunks = np.arange(-(-data.size // CHUNK)) if chunks is None else chunks
+    return [zlib.crc32(data[c * CHUNK : (c + 1) * CHUNK]) for c in chunks.tolist()]
+
+
+class StoreWriter:
+    """Appends documents piece by piece: tokens go to disk, 16 bytes a document stay in memory until the end."""
+
+    def __init__(self, folder: Path, dtype: str):
+        self._folder, self.dtype = folder, np.dtype(dtype)
+        self._file = open(folder / "tokens.bin", "wb")
+        self._offsets, self._identities = array("q", [0]), array("Q")
+        self.tokens = 0
+
+    def append(self, ids: np.ndarray) -> None:
+        """More tokens of the current document."""
+        self._file.write(ids.astype(self.dtype).tobytes())
+        self.tokens += ids.size
+
+    def end(self, identity: int) -> None:
+        """The current document is whole."""
+        self._offsets.append(self.tokens)
+        self._identities.append(identity)
+
+    def finish(self, meta: dict[str, Any]) -> None:
+        """Writes the index and meta.json, which vouches for the other files; then everything is on disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        np.save(self._folder / "offsets.npy", np.asarray(self._offsets, np.int64))
+        np.save(self._folder / "identities.npy", np.asarray(self._identities, np.uint64))
+        names = ("tokens.bin", "offsets.npy", "identities.npy")
+        meta |= {
+            "format": FORMAT,
+            "dtype": self.dtype.name,
+            "documents": len(self._identities),
+            "tokens": self.tokens,
+            "sizes": {name: (self._folder / name).stat().st_size for name in names},
+            "checksums": {name: _checksums(self._folder / name) for name in names},
+        }
+        with open(self._folder / "meta.json", "w") as file:
+            json.dump(meta, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@contextmanager
+def writing(folder: Path, dtype: str) -> Iterator[StoreWriter]:
+    """A writer into a temporary folder beside `folder`, renamed to it if the block ends well and removed if not.
+
+    If another process has finished the same store meanwhile, that one stays.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(folder.parent)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
+        partial.chmod(0o755)  # a cache may be shared
+    except OSError as error:
+        raise UserError(f"the token cache {folder.parent} cannot be written ({error.strerror}); "
+                        "expected a folder to write to: set L2A_CACHE") from None  # fmt: skip
+    writer = StoreWriter(partial, dtype)
+    try:
+        yield writer
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not (folder / "meta.json").exists():
+                raise
+    finally:
+        writer.close()
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sweep(parent: Path, age: float = 86400.0) -> None:
+    """Removes what a killed build left behind, once nothing has been written to it for a day."""
+    for left in parent.glob(".*.partial-*"):
+        newest = max((f.stat().st_mtime for f in (left, *left.glob("*"))), default=0.0)
+        if time.time() - newest > age:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def open_store(folder: Path) -> TokenStore:
+    """Maps a store after checking sizes and checksums. Raises `UserError` that names the damaged file."""
+
+    def check(good: bool, name: str, what: str) -> None:
+        if not good:
+            raise UserError(f"{folder / name} is damaged: {what}; delete the folder {folder} and it is built again")
+
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        sizes, checksums, dtype = meta["sizes"], meta["checksums"], np.dtype(meta["dtype"])
+        documents, tokens = int(meta["documents"]), int(meta["tokens"])
+    except FileNotFoundError:
+        check(False, "meta.json", "it is missing")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        check(False, "meta.json", f"it does not read ({type(error).__name__})")
+    for name, size in sizes.items():
+        path = folder / name
+        check(path.exists(), name, "it is missing")
+        found = path.stat().st_size
+        check(found == size, name, f"it has {found} bytes instead of {size}")
+        chunks = np.unique(np.linspace(0, max(len(checksums[name]) - 1, 0), CHECKED).astype(int))
+        chunks = chunks[: len(checksums[name])]
+        wrong = [c for c, crc in zip(chunks, _checksums(path, chunks), strict=True) if crc != checksums[name][c]]
+        check(not wrong, name, f"its checksum differs in the {CHUNK >> 20} MiB from byte {wrong and wrong[0] * CHUNK}")
+    ids = np.memmap(folder / "tokens.bin", dtype, "r") if tokens else np.zeros(0, dtype)
+    offsets = np.load(folder / "offsets.npy", mmap_mode="r")
+    identities = np.load(folder / "identities.npy", mmap_mode="r")
+    consistent = ids.size == tokens and offsets.size == documents + 1 and identities.size == documents
+    check(consistent, "meta.json", "its counts do not match the files")
+    # A plain view: slicing np.memmap costs several times the copy of a short document.
+    return TokenStore(np.asarray(ids), np.asarray(offsets), np.asarray(identities), meta, folder)

@@ -1,0 +1,268 @@
+"""Files as a stream of documents: lines and records in, pieces of text out, memory flat however large the file.
+
+A reader yields `Fragment`s (some text; does it start a new document?), which is all that is needed to split a file
+into documents and to join several records into one. `pieces` turns fragments into what the tokeniser gets.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import re
+import shutil
+import string
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from l2a_jax.errors import UserError
+
+SEPARATOR = "<|endoftext|>"
+"""Splits a plain text file into documents; a file without it is one document."""
+
+TEXT, LINES, PARQUET = (".txt", ".raw", ".tokens"), (".jsonl",), (".parquet",)
+SUFFIXES = TEXT + LINES + PARQUET
+
+LAYOUTS = ("text", "content", "{question}\n{answer}")
+"""What the text of a record may be called, in the order tried on the first record, where no field is given."""
+
+PIECE = 1 << 17
+"""Characters after which a long document goes to the tokeniser in several pieces."""
+
+_HEADING = re.compile(r" = (?!= )(.*\S) = \s*")
+
+
+class Fragment(NamedTuple):
+    """Some text of a document. `identity` (with the first fragment) stands for the document in the held-out split."""
+
+    text: str
+    starts: bool
+    identity: str | None = None
+
+
+class Piece(NamedTuple):
+    """Text to tokenise; `ends` where the document ends with it. A skipped empty document is `Piece("", True)`."""
+
+    text: str
+    ends: bool
+    identity: str | None = None
+
+
+class _Counted(io.FileIO):
+    """A file that reports the bytes read from it: progress of compressed files without reading them twice."""
+
+    def __init__(self, path: Path, on_read: Callable[[int], None]):
+        super().__init__(path)
+        self._on_read = on_read
+
+    def readinto(self, buffer) -> int:
+        count = super().readinto(buffer)
+        self._on_read(count or 0)
+        return count
+
+
+def suffix(path: Path) -> str:
+    """The suffix that tells the format: `.jsonl` for `a.jsonl` and `a.jsonl.gz`."""
+    return Path(path.name.removesuffix(".gz")).suffix.lower()
+
+
+def _open(path: Path, on_read: Callable[[int], None]) -> io.BufferedIOBase:
+    raw = io.BufferedReader(_Counted(path, on_read), buffer_size=1 << 20)
+    return gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
+
+
+def read_lines(path: Path, on_read: Callable[[int], None] = lambda n: None) -> Iterator[tuple[int, str]]:
+    """(line number from 1, line with its ending, bytes decoded as they are). Raises `UserError` on bytes not UTF-8."""
+    offset = 0
+    try:
+        with _open(path, on_read) as file:
+            for number, raw in enumerate(file, start=1):
+                try:
+                    line = raw.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    where = offset + error.start
+                    raise UserError(
+                        f"{path} is not UTF-8: byte 0x{raw[error.start]:02x} at offset {where} (line {number})"
+                        + (" of the uncompressed text" if path.suffix == ".gz" else "")
+                        + "; convert the file to UTF-8"
+                    ) from None
+                yield number, line.removeprefix("\ufeff") if number == 1 else line
+                offset += len(raw)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be decompressed: {error}") from None
+
+
+def separated(lines: Iterable[str]) -> Iterator[Fragment]:
+    """Documents between `<|endoftext|>` marks; without a mark all lines are one document."""
+    starts = True
+    for line in lines:
+        head, *tails = line.split(SEPARATOR)
+        if head or not tails:
+            yield Fragment(head, starts)
+            starts = False
+        for tail in tails:
+            tail = tail.removeprefix("\r").removeprefix("\n")
+            starts = True
+            if tail:
+                yield Fragment(tail, starts)
+                starts = False
+
+
+def articles(lines: Iterable[str]) -> Iterator[Fragment]:
+    """WikiText: a document for each top-level heading, ` = Title = ` alone between blank lines.
+
+    The title is the document's identity: the raw and the tokenised WikiText hold the same articles in two spellings,
+    and both must fall on the same side of the split.
+    """
+    before, line, first = "", None, True
+    for after in chain(lines, [""]):
+        if line is not None:
+            heading = _HEADING.fullmatch(line) if not before.strip() and not after.strip() else None
+            yield Fragment(line, first or heading is not None, heading[1] if heading else None)
+            before, first = line, False
+        line = after
+
+
+def read_records(path: Path, on_read: Callable[[int], None] = lambda n: None) -> Iterator[tuple[str, Mapping]]:
+    """(place for error messages, record) for each line of a .jsonl file or row of a .parquet file."""
+    if suffix(path) in PARQUET:
+        yield from _parquet_rows(path, on_read)
+        return
+    for number, line in read_lines(path, on_read):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number} is not JSON: {error.msg} at column {error.colno}") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{path}, line {number} holds a JSON {type(record).__name__}; expected an object a line")
+        yield f"{path}, line {number}", record
+
+
+def _parquet_rows(path: Path, on_read: Callable[[int], None]) -> Iterator[tuple[str, Mapping]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{path}: reading .parquet files needs pyarrow; pip install pyarrow") from None
+    with _open(path, on_read) as file, tempfile.TemporaryFile() as seekable:
+        if path.suffix == ".gz":
+            shutil.copyfileobj(file, seekable)
+            file = seekable
+        try:
+            number = 0
+            for rows in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=256):
+                for record in rows.to_pylist():
+                    number += 1
+                    yield f"{path}, row {number}", record
+        except pyarrow.ArrowInvalid as error:
+            raise UserError(f"{path} is not a whole parquet file: {error}") from None
+
+
+def record_text(records: Iterable[tuple[str, Mapping[str, Any]]], field: str | None = None, join: str | None = None,
+                seen: set[str] | None = None) -> Iterator[Fragment]:
+    """Records as documents.
+
+    Args:
+        records: (place, record).
+        field: the field that holds the text, or a template such as `"{question}\\n{answer}"`; None finds it in
+            `LAYOUTS` by the first record.
+        join: neighbouring records with the same value in this field are one document, parts divided by a blank line.
+            Records that lack it stand alone.
+        seen: values of `join` already met, shared by the files of a domain.
+
+    Raises:
+        UserError: a record without the field, text that is no string, or the parts of a document not side by side
+            (they could end up on both sides of the held-out split).
+    """
+    seen = set() if seen is None else seen
+    template: str | None = None
+    current: str | None = None
+    for place, record in records:
+        if template is None:
+            template = _template(field, place, record)
+        text = _format(template, place, record)
+        source = record.get(join) if join else None
+        if source is not None and source == current:
+            yield Fragment("\n\n", False)
+            yield Fragment(text, False)
+            continue
+        if source is not None:
+            if source in seen:
+                raise UserError(
+                    f"{place}: more of {join} {source!r} after records of another one; parts of a document to join "
+                    "must be neighbours: sort the file, or do not join"
+                )
+            seen.add(source)
+        current = source
+        yield Fragment(text, True)
+
+
+def _template(field: str | None, place: str, record: Mapping) -> str:
+    for layout in LAYOUTS if field is None else (field,):
+        template = layout if "{" in layout else "{" + layout + "}"
+        if all(name in record for _, name, _, _ in string.Formatter().parse(template) if name):
+            return template
+    wanted = "text field " + repr(field) if field else "text field (" + ", ".join(map(repr, LAYOUTS)) + ")"
+    raise UserError(f"{place} has no {wanted}; its fields are {', '.join(map(repr, record)) or 'none'}")
+
+
+def _format(template: str, place: str, record: Mapping) -> str:
+    parts = []
+    for literal, name, _, _ in string.Formatter().parse(template):
+        parts.append(literal)
+        if name:
+            if name not in record:
+                raise UserError(f"{place} has no text field {name!r}; its fields are {', '.join(map(repr, record))}")
+            value = record[name]
+            if not isinstance(value, str | None):
+                raise UserError(f"{place}: field {name!r} is {type(value).__name__}; expected text")
+            parts.append(value or "")
+    text = "".join(parts)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{place}: the text holds half a surrogate pair at character {error.start}") from None
+    return text
+
+
+def pieces(fragments: Iterable[Fragment], size: int = PIECE) -> Iterator[Piece]:
+    """Fragments as pieces of about `size` characters, none across documents.
+
+    A long document is cut only between a line and the next line's first visible character: no token of Qwen2.5
+    reaches over that place, so the ids are those of the whole text.
+    """
+    held: list[str] = []
+    length, started, identity = 0, False, None
+
+    def take(ends: bool) -> Iterator[Piece]:
+        nonlocal held, length, started
+        text, held, length = "".join(held), [], 0
+        if started or text.strip():
+            yield Piece(text, ends, identity)
+            started = not ends
+        elif ends:
+            yield Piece("", True)
+
+    for fragment in fragments:
+        if fragment.starts:
+            if held or started:
+                yield from take(ends=True)
+            identity = fragment.identity
+        for line in _lines(fragment.text) if len(fragment.text) > size else (fragment.text,):
+            if length >= size and held[-1].endswith("\n") and line and not line[0].isspace():
+                yield from take(ends=False)
+            if line or fragment.starts:
+                held.append(line)
+                length += len(line)
+    if held or started:
+        yield from take(ends=True)
+
+
+def _lines(text: str) -> Iterator[str]:
+    return (match[0] for match in re.finditer(r"[^\n]*\n|[^\n]+", text))

@@ -1,0 +1,174 @@
+"""Text to token store, once: the store's name is a hash of the text, the tokenizer and how the text is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+
+from l2a_jax.data.counts import format_count
+from l2a_jax.data.encoder import Encoder
+from l2a_jax.data.hub import hub_records
+from l2a_jax.data.progress import progress
+from l2a_jax.data.recipes import RECIPES, Domain
+from l2a_jax.data.store import FORMAT, TokenStore, open_store, writing
+from l2a_jax.data.text import (
+    PIECE, TEXT, Fragment, Piece, articles, pieces, read_lines, read_records, record_text, separated, suffix,
+)  # fmt: skip
+from l2a_jax.errors import UserError
+
+BATCH = 1 << 21
+"""Characters handed to the tokenizer at once: enough pieces for all cores, some tens of megabytes of tokens."""
+
+
+def cache_folder(cache_dir: str | os.PathLike | None = None) -> Path:
+    """Where stores live: `cache_dir`, else `$L2A_CACHE`, else `l2a_jax/tokens` in the user's cache folder."""
+    if cache_dir is not None:
+        return Path(cache_dir).expanduser()
+    if os.environ.get("L2A_CACHE"):
+        return Path(os.environ["L2A_CACHE"]).expanduser()
+    if sys.platform == "darwin":
+        base = Path("~/Library/Caches")
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return base.expanduser() / "l2a_jax" / "tokens"
+
+
+def tokenised(domain: Domain, encoder: Encoder, cache_dir: str | os.PathLike | None = None) -> TokenStore:
+    """The domain's store: opened if it is there, built if not.
+
+    Raises:
+        UserError: unreadable text (see `l2a_jax.data.text`), a domain without any text, or a damaged store.
+    """
+    cache = cache_folder(cache_dir)
+    source = (
+        [[domain.hub.path, domain.hub.config, domain.hub.split, domain.hub.characters]]
+        if domain.hub
+        else [_file_hash(path, cache) for path in domain.files]
+    )
+    reading = {"text_field": domain.text_field, "join": domain.join, "by_heading": domain.by_heading, "piece": PIECE}
+    key = {"format": FORMAT, "source": source, "reading": reading, "tokenizer": encoder.fingerprint}
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
+    folder = cache / f"{domain.name}-{name}"
+    if not folder.exists():
+        _build(domain, encoder, folder, {"key": key})
+    return open_store(folder)
+
+
+def _file_hash(path: Path, cache: Path) -> str:
+    """Hash of a file's bytes, remembered by path, size and time so that a terabyte is not read at every start."""
+    stat = path.stat()
+    known = cache / "hashes" / hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]
+    state = f"{stat.st_size} {stat.st_mtime_ns}"
+    try:
+        digest, remembered = known.read_text().split("\n")
+        if remembered == state:
+            return digest
+    except (OSError, ValueError):
+        pass
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    # A file written within the clock's grain could change once more under the same time.
+    if time.time() - stat.st_mtime > 2:
+        try:
+            known.parent.mkdir(parents=True, exist_ok=True)
+            known.write_text(f"{digest}\n{state}")
+        except OSError:
+            pass  # only a memory; a cache that cannot be written is reported where it matters
+    return digest
+
+
+def fragments(domain: Domain, on_read: Callable[[int], None] = lambda n: None) -> Iterator[Fragment]:
+    """All text of a domain, file after file."""
+    seen: set[str] = set()
+    if domain.hub:
+        patterns = ", ".join(d.pattern for d in RECIPES[domain.entry])
+        instead = f"--data {domain.entry}=DIR, a folder of .txt, .jsonl or .parquet files named {patterns}"
+        records = hub_records(domain.hub, instead)
+        if domain.by_heading:  # WikiText's rows are the lines of the file, its blank lines emptied
+            yield from articles(fragment.text or " \n" for fragment in record_text(records, domain.text_field))
+        else:
+            yield from record_text(records, domain.text_field, domain.join, seen)
+    for path in domain.files:
+        if suffix(path) in TEXT:
+            lines = (line for _, line in read_lines(path, on_read))
+            yield from articles(lines) if domain.by_heading else separated(lines)
+        else:
+            yield from record_text(read_records(path, on_read), domain.text_field, domain.join, seen)
+
+
+def _first(fragments: Iterable[Fragment], characters: int | None) -> Iterator[Fragment]:
+    """Whole documents until there are so many characters."""
+    total = 0
+    for fragment in fragments:
+        if characters is not None and fragment.starts and total >= characters:
+            return
+        total += len(fragment.text)
+        yield fragment
+
+
+def _batches(stream: Iterable[Piece]) -> Iterator[list[Piece]]:
+    batch: list[Piece] = []
+    size = 0
+    for piece in stream:
+        batch.append(piece)
+        size += len(piece.text) + 64  # many tiny documents are a batch too
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _build(domain: Domain, encoder: Encoder, folder: Path, meta: dict) -> None:
+    done = characters = skipped = 0
+    total = domain.hub.characters if domain.hub else sum(path.stat().st_size for path in domain.files)
+
+    def on_read(count: int) -> None:
+        nonlocal done
+        done += count
+
+    stream = pieces(_first(fragments(domain, on_read), domain.hub.characters if domain.hub else None))
+    first = next(stream, None)  # an error in the first file or on the way to the hub comes before any folder
+    stream = chain([] if first is None else [first], stream)
+    started = time.monotonic()
+    end = np.array([encoder.end_id])
+    with (
+        writing(folder, "uint16" if encoder.vocabulary <= 1 << 16 else "uint32") as writer,
+        progress(f"tokenising {domain.name}", total) as report,
+    ):
+        documents, text_bytes, hasher, identity = 0, 0, hashlib.blake2b(digest_size=8), None
+        for batch in _batches(stream):
+            for piece, ids in zip(batch, encoder.encode([piece.text for piece in batch]), strict=True):
+                characters += len(piece.text)
+                if not piece.text:
+                    skipped += 1
+                    continue
+                data = piece.text.encode()
+                text_bytes += len(data)
+                hasher.update(data)
+                identity = piece.identity if piece.identity is not None else identity
+                writer.append(ids)
+                if piece.ends:
+                    writer.append(end)
+                    chosen = hashlib.blake2b(identity.encode(), digest_size=8) if identity is not None else hasher
+                    writer.end(int.from_bytes(chosen.digest(), "little"))
+                    documents, hasher, identity = documents + 1, hashlib.blake2b(digest_size=8), None
+            speed = text_bytes / 1e6 / max(time.monotonic() - started, 1e-9)
+            report(characters if domain.hub else done,
+                   f"{documents} documents, {format_count(writer.tokens)} tokens, {speed:.1f} MB/s")  # fmt: skip
+        if not documents:
+            places = ", ".join(map(str, domain.files)) or domain.hub.path
+            raise UserError(f"no text for the domain {domain.name!r}: {places} holds no document that is not empty")
+        writer.finish(meta | {
+            "domain": domain.name, "text_bytes": text_bytes, "empty_documents": skipped, "end_id": encoder.end_id,
+            "files": [path.name for path in domain.files] or [domain.hub.path],
+            "seconds": round(time.monotonic() - started, 2),
+        })  # fmt: skip
