@@ -1,0 +1,151 @@
+"""Write a model as a Hugging Face folder: whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from l2a_jax.config import L2AConfig, ModelConfig
+from l2a_jax.errors import UserError
+from l2a_jax.models.params import Tree
+from l2a_jax.weights.assemble import floating
+from l2a_jax.weights.hf_config import config_fields
+from l2a_jax.weights.hf_folder import INDEX, SINGLE
+from l2a_jax.weights.names import Place, take, tensor_map
+from l2a_jax.weights.pretrained import load_pretrained
+from l2a_jax.weights.safetensors_file import Stored, write_safetensors
+from l2a_jax.weights.tokenizer import Tokenizer
+
+SHARD_BYTES = 5_000_000_000
+
+
+def convert(source: str | Path, out: str | Path, dtype: Any = "bfloat16", shard_bytes: int = SHARD_BYTES) -> str:
+    """Read any source and write it to `out` as a Hugging Face folder in `dtype`: what both commands do.
+
+    Returns one line that says what was written. Raises UserError as `load_pretrained` and `save_pretrained` do.
+    """
+    check_free(out)
+    model = load_pretrained(source, dtype)
+    save_pretrained(out, model.params, model.config, model.l2a_config, model.tokenizer, shard_bytes=shard_bytes)
+    size = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    kind = "plain Qwen2" if model.l2a_config is None else f"{model.l2a_config.topology} L2A"
+    return f"wrote {out}: {kind}, {size:,} parameters in {floating(dtype).name}" + (
+        "" if model.tokenizer else "; without a tokenizer, because the source has none"
+    )
+
+
+def save_pretrained(
+    out: str | Path,
+    params: Tree,
+    config: ModelConfig,
+    l2a_config: L2AConfig | None = None,
+    tokenizer: Tokenizer | None = None,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Write a Hugging Face folder that `load_pretrained` reads back bit for bit; a plain model loads in transformers.
+
+    Every leaf keeps its dtype. A model with the L2A layer has its local set under the plain names, the second set under
+    `*_global`, and its L2AConfig in `config.json`. Files hold at most `shard_bytes` each (a larger tensor stands alone).
+    Nothing is left behind on failure. Raises UserError if `out` exists and is not empty, or cannot be written.
+    """
+    tensors = _stored(params, config, l2a_config)
+    fields = config_fields(config, l2a_config, dtype=params["embed"]["embedding"].dtype.name)
+    for role in ("bos", "eos", "pad"):
+        index = None if tokenizer is None else getattr(tokenizer, f"{role}_id")
+        if index is not None:
+            fields[f"{role}_token_id"] = index
+    with new_folder(out) as folder:
+        _write_json(folder / "config.json", fields)
+        if tokenizer is not None:
+            tokenizer.save(folder)
+        _write_shards(folder, tensors, shard_bytes)
+    return Path(out)
+
+
+def check_free(out: str | Path) -> None:
+    """Raise UserError unless `out` does not exist or is an empty folder, in a place that can be written."""
+    out = Path(out)
+    if out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty; choose a new folder")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} exists and is not a folder")
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write {out}: {parent} is {'read-only' if parent.is_dir() else 'not a folder'}")
+
+
+@contextlib.contextmanager
+def new_folder(out: str | Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its name once the block has ended well, and disappears otherwise."""
+    out = Path(out)
+    check_free(out)
+    partial = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+        partial.chmod(0o777 & ~_umask())
+        yield partial
+        # rename(2) replaces an empty folder and nothing else, so nothing that appeared meanwhile is lost.
+        partial.rename(out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error}") from error
+    finally:
+        if partial is not None and partial.exists():
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _stored(params: Tree, config: ModelConfig, l2a_config: L2AConfig | None) -> dict[str, Stored]:
+    leaves: dict[str, Any] = {
+        "/".join(entry.key for entry in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    places = tensor_map(config, l2a_config)
+    unknown = {place.path for place in places.values()} ^ leaves.keys()
+    if unknown:
+        raise ValueError(f"the parameters do not fit the configuration: {', '.join(sorted(unknown))}")
+
+    def stored(place: Place) -> Stored:
+        leaf = leaves[place.path]
+        return Stored(
+            place.shape,
+            floating(leaf.dtype),
+            lambda: take(leaf if place.layer is None else leaf[place.layer], place.transform),
+        )
+
+    return {name: stored(place) for name, place in places.items()}
+
+
+def _write_shards(folder: Path, tensors: dict[str, Stored], shard_bytes: int) -> None:
+    shards: list[dict[str, Stored]] = [{}]
+    for name, tensor in tensors.items():
+        if shards[-1] and sum(other.nbytes for other in shards[-1].values()) + tensor.nbytes > shard_bytes:
+            shards.append({})
+        shards[-1][name] = tensor
+    if len(shards) == 1:
+        write_safetensors(folder / SINGLE, tensors)
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_safetensors(folder / file, shard)
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _write_json(path: Path, fields: dict[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
