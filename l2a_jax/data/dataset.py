@@ -39,7 +39,7 @@ class Part(NamedTuple):
     held_out_documents: np.ndarray
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedData:
     """Rows of packed documents from several domains; see `l2a_jax.data.batch.TrainingData` for what it promises.
 
@@ -101,7 +101,11 @@ class PackedData:
         for b, (part, plan, row) in enumerate(rows):
             ids, t = part.store.tokens, 0
             first, last = int(plan.rows[row]), int(plan.rows[row + 1])
-            table = (plan.starts[first:last].tolist(), plan.lengths[first:last].tolist(), plan.ends[first:last].tolist())
+            table = (
+                plan.starts[first:last].tolist(),
+                plan.lengths[first:last].tolist(),
+                plan.ends[first:last].tolist(),
+            )
             for segment, (start, length, ends) in enumerate(zip(*table, strict=True), start=1):
                 counted = length - ends  # the last token of a document has no target
                 tokens[b, t : t + length] = ids[start : start + length]

@@ -49,11 +49,18 @@ def make_encoder(tokenizer: Any, end_id: int | None = None) -> Encoder:
     known = max(names.values(), default=getattr(tokenizer, "vocab_size", 2**31) - 1)
     if fast is None:
         identity = json.dumps([type(tokenizer).__qualname__, sorted(names.items()), repr(tokenizer)])
-        encode = lambda texts: [np.asarray(tokenizer.encode(t, add_special_tokens=False)) for t in texts]  # noqa: E731
+
+        def encode(texts: Sequence[str]) -> list[np.ndarray]:
+            return [np.asarray(tokenizer.encode(text, add_special_tokens=False), np.int64) for text in texts]
+
     else:
         fast = _whole(fast)
         identity = fast.to_str()
-        encode = lambda texts: [np.asarray(e.ids) for e in fast.encode_batch_fast(texts, add_special_tokens=False)]  # noqa: E731
+
+        def encode(texts: Sequence[str]) -> list[np.ndarray]:
+            found = fast.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [np.asarray(encoding.ids, np.int64) for encoding in found]
+
     return Encoder(
         encode, int(end_id), max(known, int(end_id)) + 1, hashlib.sha256(f"{end_id} {identity}".encode()).hexdigest()
     )

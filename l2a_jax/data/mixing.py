@@ -25,8 +25,10 @@ def _random(key: str, count: int) -> UInt64[np.ndarray, " count"]:
 
 @lru_cache(maxsize=16)
 def permutation(seed: int, name: str, epoch: int, count: int) -> Int64[np.ndarray, " count"]:
-    """The order of a domain's rows in an epoch (kept while the epoch lasts; do not write to it)."""
-    return np.argsort(_random(f"rows {seed} {epoch} {name}", count), kind="stable")
+    """The order of a domain's rows in an epoch; read-only, because it is kept for the next call."""
+    order = np.argsort(_random(f"rows {seed} {epoch} {name}", count), kind="stable")
+    order.flags.writeable = False
+    return order
 
 
 def interleave(counts: Sequence[int], rates: Sequence[float], seed: int) -> Int64[np.ndarray, " sum"]:

@@ -59,7 +59,7 @@ class StoreWriter:
 
     def __init__(self, folder: Path, dtype: str):
         self._folder, self.dtype = folder, np.dtype(dtype)
-        self._file = open(folder / "tokens.bin", "wb")
+        self._file = open(folder / "tokens.bin", "wb")  # noqa: SIM115 (closed by `finish` or `close`)
         self._offsets, self._identities = array("q", [0]), array("Q")
         self.tokens = 0
 

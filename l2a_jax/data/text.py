@@ -164,8 +164,12 @@ def _parquet_rows(path: Path, on_read: Callable[[int], None]) -> Iterator[tuple[
             raise UserError(f"{path} is not a whole parquet file: {error}") from None
 
 
-def record_text(records: Iterable[tuple[str, Mapping[str, Any]]], field: str | None = None, join: str | None = None,
-                seen: set[str] | None = None) -> Iterator[Fragment]:
+def record_text(
+    records: Iterable[tuple[str, Mapping[str, Any]]],
+    field: str | None = None,
+    join: str | None = None,
+    seen: set[str] | None = None,
+) -> Iterator[Fragment]:
     """Records as documents.
 
     Args:

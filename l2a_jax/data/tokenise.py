@@ -7,7 +7,9 @@ import json
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 
@@ -20,8 +22,18 @@ from l2a_jax.data.progress import progress
 from l2a_jax.data.recipes import RECIPES, Domain
 from l2a_jax.data.store import FORMAT, TokenStore, open_store, writing
 from l2a_jax.data.text import (
-    PIECE, TEXT, Fragment, Piece, articles, pieces, read_lines, read_records, record_text, separated, suffix,
-)  # fmt: skip
+    PIECE,
+    TEXT,
+    Fragment,
+    Piece,
+    articles,
+    pieces,
+    read_lines,
+    read_records,
+    record_text,
+    separated,
+    suffix,
+)
 from l2a_jax.errors import UserError
 
 BATCH = 1 << 21
@@ -127,6 +139,19 @@ def _batches(stream: Iterable[Piece]) -> Iterator[list[Piece]]:
         yield batch
 
 
+def _encoded(batches: Iterable[list[Piece]], encoder: Encoder) -> Iterator[tuple[list[Piece], list[np.ndarray]]]:
+    """Batches with their ids, in order; two are always under way, so that no core waits for reading or writing."""
+    under_way: deque[tuple[list[Piece], Future]] = deque()
+    with ThreadPoolExecutor(2) as pool:
+        for batch in batches:
+            under_way.append((batch, pool.submit(encoder.encode, [piece.text for piece in batch])))
+            if len(under_way) > 2:
+                batch, ids = under_way.popleft()
+                yield batch, ids.result()
+        for batch, ids in under_way:
+            yield batch, ids.result()
+
+
 def _build(domain: Domain, encoder: Encoder, folder: Path, meta: dict) -> None:
     done = characters = skipped = 0
     total = domain.hub.characters if domain.hub else sum(path.stat().st_size for path in domain.files)
@@ -145,8 +170,8 @@ def _build(domain: Domain, encoder: Encoder, folder: Path, meta: dict) -> None:
         progress(f"tokenising {domain.name}", total) as report,
     ):
         documents, text_bytes, hasher, identity = 0, 0, hashlib.blake2b(digest_size=8), None
-        for batch in _batches(stream):
-            for piece, ids in zip(batch, encoder.encode([piece.text for piece in batch]), strict=True):
+        for batch, encoded in _encoded(_batches(stream), encoder):
+            for piece, ids in zip(batch, encoded, strict=True):
                 characters += len(piece.text)
                 if not piece.text:
                     skipped += 1
