@@ -6,9 +6,11 @@ leaf on its way to the device, and a few megabytes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -48,13 +50,18 @@ def assemble(
     for name, place in places.items():
         by_leaf.setdefault(place.path, []).append((name, place))
 
-    def fill(path: str, shape: tuple[int, ...]):
+    def fill(path: str, shape: tuple[int, ...]) -> jax.Array:
         leaf = np.empty(shape, param_dtype(path, dtype))
         for name, place in by_leaf[path]:
             _copy(tensors, name, place, leaf if place.layer is None else leaf[place.layer])
         return jnp.asarray(leaf)
 
-    return map_with_path(fill, param_shapes(config, l2a_config))
+    shapes = param_shapes(config, l2a_config)
+    sizes: dict[str, tuple[int, ...]] = {}
+    map_with_path(sizes.__setitem__, shapes)
+    # The largest leaf first: the copy of a leaf on its way to the device then never stands on top of the whole model.
+    leaves = {path: fill(path, sizes[path]) for path in sorted(sizes, key=lambda path: -math.prod(sizes[path]))}
+    return map_with_path(lambda path, _: leaves[path], shapes)
 
 
 def floating(dtype: Any) -> np.dtype:
@@ -88,7 +95,7 @@ def check(tensors: Tensors, places: Mapping[str, Place]) -> None:
 
 def block_rows(shape: tuple[int, ...]) -> int:
     """Rows to read at a time so that a block has about BLOCK_ELEMENTS elements."""
-    return max(1, BLOCK_ELEMENTS // max(1, int(np.prod(shape[1:]))))
+    return max(1, BLOCK_ELEMENTS // max(1, math.prod(shape[1:])))
 
 
 def _copy(tensors: Tensors, name: str, place: Place, leaf: np.ndarray) -> None:

@@ -59,10 +59,9 @@ def save_pretrained(
     """
     tensors = _stored(params, config, l2a_config)
     fields = config_fields(config, l2a_config, dtype=params["embed"]["embedding"].dtype.name)
-    for role in ("bos", "eos", "pad"):
-        index = None if tokenizer is None else getattr(tokenizer, f"{role}_id")
-        if index is not None:
-            fields[f"{role}_token_id"] = index
+    for role in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if tokenizer is not None and getattr(tokenizer, role) is not None:
+            fields[role] = getattr(tokenizer, role)
     with new_folder(out) as folder:
         _write_json(folder / "config.json", fields)
         if tokenizer is not None:

@@ -103,7 +103,7 @@ def gguf_tokenizer(file: GGUFFile) -> Tokenizer | None:
             raise UserError(f"{file.path}: {name} is {index}, of {len(tokens)} tokens")
         return tokens[index]
 
-    settings = {"bos_token": token("bos_token_id"), "eos_token": token("eos_token_id"),
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": token("bos_token_id"), "eos_token": token("eos_token_id"),
                 "pad_token": token("padding_token_id"), "add_bos_token": bool(fields.get("add_bos_token", False)),
                 "chat_template": file.fields.get("tokenizer.chat_template")}
     return byte_level_bpe(

@@ -33,9 +33,10 @@ QWEN2_SPLIT = "|".join((
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Text to token ids and back. Ids are None where the source names no such token."""
+    """Text to token ids and back, under the names that transformers gives them. An id is None where the source names
+    no such token."""
 
-    backend: Backend
+    backend_tokenizer: Backend
     settings: dict[str, Any] = field(default_factory=dict)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -43,44 +44,48 @@ class Tokenizer:
 
         `add_special_tokens` only matters to a tokenizer that puts a token before or after every text; Qwen2's do not.
         """
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return self.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """`encode` of each text, on all cores."""
-        encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        encoded = self.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return [one.ids for one in encoded]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """The text of token ids; bytes that are no UTF-8 become U+FFFD."""
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+        return self.backend_tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+    def get_vocab(self) -> dict[str, int]:
+        """Every token, added ones included, with its id."""
+        return self.backend_tokenizer.get_vocab(with_added_tokens=True)
 
     @cached_property
     def vocab_size(self) -> int:
         """Number of ids, added tokens included: one more than the largest. A model may have more (padding) rows."""
-        return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        return max(self.get_vocab().values(), default=-1) + 1
 
     def token_id(self, token: str) -> int | None:
         """Id of one token by its text, None if there is no such token."""
-        return self.backend.token_to_id(token)
+        return self.backend_tokenizer.token_to_id(token)
 
     @property
-    def eos_id(self) -> int | None:
+    def eos_token_id(self) -> int | None:
         """The token that ends a text (or, for an instruct model, a turn)."""
         return self._role("eos_token")
 
     @property
-    def bos_id(self) -> int | None:
+    def bos_token_id(self) -> int | None:
         """The token that opens a text, if the model has one."""
         return self._role("bos_token")
 
     @property
-    def pad_id(self) -> int | None:
+    def pad_token_id(self) -> int | None:
         """The token that fills a batch up."""
         return self._role("pad_token")
 
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, which `load_tokenizer` and transformers read."""
-        self.backend.save(str(folder / "tokenizer.json"))
+        self.backend_tokenizer.save(str(folder / "tokenizer.json"))
         (folder / "tokenizer_config.json").write_text(json.dumps(self.settings, indent=2, ensure_ascii=False) + "\n",
                                                       encoding="utf-8")
 
@@ -101,9 +106,13 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
         settings = {**settings, "chat_template": template.read_text(encoding="utf-8")}
     if (folder / "tokenizer.json").exists():
         try:
-            return Tokenizer(Backend.from_file(str(folder / "tokenizer.json")), settings)
+            backend = Backend.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # tokenizers raises plain Exception
             raise UserError(f"{folder / 'tokenizer.json'} is not a readable tokenizer: {error}") from error
+        # Whoever saved it may have left these on; as in transformers, they are a caller's choice.
+        backend.no_truncation()
+        backend.no_padding()
+        return Tokenizer(backend, settings)
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         vocabulary = _json(folder / "vocab.json")
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
@@ -157,10 +166,10 @@ def byte_level_bpe(
     backend.add_tokens([AddedToken(t, normalized=False, special=False) for t in added
                         if normalise or t in vocabulary])
     tokenizer = Tokenizer(backend, settings)
-    if settings.get("add_bos_token") and tokenizer.bos_id is not None:
+    if settings.get("add_bos_token") and tokenizer.bos_token_id is not None:
         bos = settings["bos_token"]
         backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.bos_id)]
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.bos_token_id)]
         )
     return tokenizer
 
