@@ -58,17 +58,18 @@ def token_rows(
 class Order(NamedTuple):
     """A working order of the tokens. Row r of it is token `index[b, r]`; token t is its row `rank[b, t]`.
 
-    Rows r >= count[b] are nobody's. `first` counts the rows of the leading group (see `partition`).
+    Rows that are nobody's have
+    index T; all rows r >= count[b] are. `first` counts the rows of the leading group (see `partition`).
     """
 
-    index: Int[Array, "B T"]
+    index: Int[Array, "B R"]
     rank: Int[Array, "B T"]
     count: Int[Array, "B"]
     first: Int[Array, "B"]
 
 
 def compact(decisions: Bool[Array, "B T"]) -> Order:
-    """Tokens with a True decision, in order; a cumulative sum and a scatter, no sort. Unused rows point at token 0."""
+    """Tokens with a True decision, in order; a cumulative sum and a scatter, no sort."""
     rank = jnp.cumsum(decisions, axis=1, dtype=jnp.int32) - 1
     count = rank[:, -1] + 1
     return Order(_invert(jnp.where(decisions, rank, decisions.shape[1])), jnp.maximum(rank, 0), count, count)
@@ -83,11 +84,19 @@ def partition(decisions: Bool[Array, "B T"]) -> Order:
     return Order(_invert(rank), rank, jnp.full_like(first, decisions.shape[1]), first)
 
 
-def _invert(rank: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """index with index[b, rank[b, t]] = t; ranks outside 0..T-1 are dropped, rows that nobody has are 0."""
+def align_groups(order: Order, decisions: Bool[Array, "B T"], align: int, size: int) -> Order:
+    """A partition of `size` rows whose second group starts at a multiple of `align` rows."""
+    gap = -order.first % align
+    rank = jnp.where(decisions, order.rank, order.rank + gap[:, None])
+    return Order(_invert(rank, size), rank, order.count + gap, order.first)
+
+
+def _invert(rank: Int[Array, "B T"], size: int | None = None) -> Int[Array, "B R"]:
+    """index with index[b, rank[b, t]] = t; ranks outside 0..size-1 are dropped, rows that nobody has hold T."""
     batch, length = rank.shape
     token = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), rank.shape)
-    return jnp.zeros_like(rank).at[jnp.arange(batch)[:, None], rank].set(token, mode="drop", unique_indices=True)
+    index = jnp.full((batch, length if size is None else size), length, jnp.int32)
+    return index.at[jnp.arange(batch)[:, None], rank].set(token, mode="drop", unique_indices=True)
 
 
 def take(x: Array, index: Int[Array, "B R"]) -> Array:

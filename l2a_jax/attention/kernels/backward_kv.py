@@ -1,0 +1,130 @@
+"""Backward kernel for keys and values: one program per block of keys and key head, over the rows that see it.
+
+The program loops over the query heads of its group, so nothing is repeated in memory and nothing is added up
+afterwards. Scores are kept transposed (keys x rows): each product then takes its left factor from registers. Sinks are
+not seen here; they have a kernel of their own (`sinks`), because every row of a document sees them.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from l2a_jax.attention.kernels import tile as t
+from l2a_jax.attention.kernels.plan import Block, Plan, Spec, row_ranges
+
+
+def backward_kv(spec: Spec, block: Block, q, k, v, plan: Plan, lse, delta, d_out, *, interpret: bool):
+    """(dk, dv) [B, T, K, H] without the sinks' share. q, dO, lse and delta are in working order."""
+    tables = (row_ranges(spec, plan, block.keys), plan.limits, plan.count)
+    return pl.pallas_call(
+        functools.partial(_kernel, spec=spec, block=block),
+        out_shape=(jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
+        grid=(spec.kv_heads, pl.cdiv(spec.length, block.keys), k.shape[0]),
+        compiler_params=plt.CompilerParams(num_warps=block.num_warps, num_stages=block.num_stages),
+        interpret=interpret,
+        name="l2a_attention_backward_kv",
+    )(q, k, v, lse, delta, d_out, tables)
+
+
+def _kernel(q_ref, k_ref, v_ref, lse_ref, delta_ref, d_out_ref, tables, d_k_ref, d_v_ref, *, spec: Spec, block: Block):
+    ranges, limits, count = tables
+    kv_head, block_number, batch = (pl.program_id(i) for i in range(3))
+    first = block_number * block.keys
+    number = first + jnp.arange(block.keys)
+    ragged = spec.length % block.keys != 0
+    keys = t.load_tokens(k_ref, batch, first, block.keys, kv_head, spec.length if ragged else None)
+    values = t.load_tokens(v_ref, batch, first, block.keys, kv_head, spec.length if ragged else None)
+    scale = spec.scale * t.LOG2_E
+    limit = spec.rows if count is None else count[batch]
+    # Rows beyond the end must read as 0, but only a ragged last tile has any.
+    may_end = count is not None or spec.rows % block.rows != 0
+
+    def visit(head, row_tile, carry, edge):
+        start = row_tile * block.rows
+        end = limit if may_end and edge is not False else None
+        query = t.load_tokens(q_ref, batch, start, block.rows, head, end)
+        d_out = t.load_tokens(d_out_ref, batch, start, block.rows, head, end)
+        lse = _load_row(lse_ref, batch, head, start, block.rows, end, t.DEAD)
+        delta = _load_row(delta_ref, batch, head, start, block.rows, end, 0.0)
+
+        def visible():
+            rows = _row_limits(spec, limits, batch, start, block.rows)
+            low = None if rows[0] is None else rows[0][None, :]
+            return t.see(low, rows[1][None, :], number[:, None])
+
+        d_keys, d_values = carry
+        scores = t.hide(t.dot(keys, query, trans_b=True), visible, edge)
+        weights = jnp.exp2(scores * scale - lse[None, :])
+        d_values += t.dot(weights.astype(d_out.dtype), d_out)
+        d_weights = t.dot(values, d_out, trans_b=True)
+        d_scores = weights * (d_weights - delta[None, :])
+        d_keys += t.dot(d_scores.astype(query.dtype), query)
+        return d_keys, d_values
+
+    zeros = jnp.zeros((block.keys, spec.width), jnp.float32)
+    carry = (zeros, zeros)
+    for group in range(2 if spec.kind == "mixed" else 1):
+        bounds = _tile_bounds(spec, block, ranges, batch, block_number, group)
+        carry = _over_heads(spec, block, kv_head * spec.group_size, bounds, visit, carry)
+    d_keys, d_values = carry
+    for ref, value in ((d_k_ref, d_keys * spec.scale), (d_v_ref, d_values)):
+        at = ref.at[batch, pl.ds(first, block.keys), kv_head, :]
+        plt.store(at, value.astype(ref.dtype), mask=(number < spec.length)[:, None] if ragged else None)
+
+
+def _over_heads(spec, block, first_head, bounds, visit, carry):
+    if not block.flat:
+        def one_head(g, carry):
+            return t.sweep(bounds, lambda i, carry, edge: visit(first_head + g, i, carry, edge), carry,
+                           flat=False, bounded_below=True)
+        return jax.lax.fori_loop(0, spec.group_size, one_head, carry)
+    # One loop over heads and tiles: the loads of a head's first tile overlap the arithmetic of the last head's end.
+    begin, full_begin, full_end, end = bounds
+    tiles = jnp.maximum(end - begin, 0)
+
+    def one(i, carry):
+        row_tile = begin + jax.lax.rem(i, tiles)
+        edge = (row_tile < full_begin) | (row_tile >= full_end)
+        return visit(first_head + jax.lax.div(i, tiles), row_tile, carry, edge)
+
+    return jax.lax.fori_loop(0, tiles * spec.group_size, one, carry)
+
+
+def _tile_bounds(spec, block, ranges, batch, block_number, group):
+    """Tiles of rows (begin, full_begin, full_end, end) that visit a block of keys; full ones need no mask."""
+    if ranges is None:
+        first = block_number * block.keys
+        last = jnp.minimum(first + block.keys, spec.length) - 1
+        window = spec.length if spec.window is None else spec.window
+        end_rows, full_end_rows = (jnp.minimum(row + window, spec.length) for row in (last, first))
+        rows = (first, last, full_end_rows, end_rows)
+    else:
+        rows = [ranges[batch, block_number, 4 * group + i] for i in range(4)]
+    begin, full_begin, full_end, end = rows
+    size = block.rows
+    first_tile = begin // size
+    last_tile = jnp.maximum((end + size - 1) // size, first_tile)
+    full_first = jnp.clip((full_begin + size - 1) // size, first_tile, last_tile)
+    return first_tile, full_first, jnp.clip(full_end // size, full_first, last_tile), last_tile
+
+
+def _row_limits(spec, limits, batch, start, size):
+    if not spec.explicit:
+        high = start + jnp.arange(size)
+        return None if spec.window is None else high - (spec.window - 1), high
+    inside = start + jnp.arange(size) < spec.rows
+
+    def column(ref, other):
+        return plt.load(ref.at[batch, pl.ds(start, size)], mask=inside, other=other)
+
+    return column(limits.low, 0) if spec.bounded_below else None, column(limits.high, -1)
+
+
+def _load_row(ref, batch, head, start, size, limit, other):
+    at = ref.at[batch, head, pl.ds(start, size)]
+    return plt.load(at) if limit is None else plt.load(at, mask=start + jnp.arange(size) < limit, other=other)

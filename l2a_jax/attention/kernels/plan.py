@@ -1,0 +1,149 @@
+"""What the kernels are told about a call: static facts (`Spec`), small integer tables (`Plan`), and block sizes.
+
+All tables are O(T). Without documents and decisions there are none at all: the kernels compute their bounds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from l2a_jax.attention.rows import Order, Rows, align_groups, compact, partition, take, token_rows
+
+ALIGN = 128  # rows; the second group of a mixed call starts at a multiple of every block of rows
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The static facts of a call. `kind`: all rows as they are, only routed rows, or two groups of rows."""
+
+    kind: str  # "all", "routed" or "mixed"
+    length: int
+    heads: int
+    kv_heads: int
+    width: int
+    window: int | None = None
+    sinks: int = 0
+    segmented: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Length of the working order."""
+        return self.length if self.kind != "mixed" else -(-self.length // ALIGN) * ALIGN + ALIGN
+
+    @property
+    def explicit(self) -> bool:
+        """Whether a row's keys are read from a table (else they follow from its number)."""
+        return self.segmented or self.kind != "all"
+
+    @property
+    def bounded_below(self) -> bool:
+        """Whether some row may not see key 0."""
+        return self.segmented or self.window is not None
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per key head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def scale(self) -> float:
+        """1 / sqrt(H)."""
+        return self.width**-0.5
+
+
+@dataclass(frozen=True)
+class Block:
+    """Tile sizes of one kernel. `rows` x `keys` scores at a time; `flat`: one loop whose edge blocks are masked behind
+    a branch (else three loops: edge, interior, edge)."""
+
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
+    flat: bool = False
+
+
+class Plan(NamedTuple):
+    """Integer tables. `limits`: what each row of the working order sees. `index` [B, R], `count` [B]:
+    the working order. `before` [B, T + 1] per group: how many of the group's rows come before a token, plus the row
+    where the group starts. `end` [B, T]: one past the last token of a token's document."""
+
+    limits: Rows | None = None
+    index: Int[Array, "B R"] | None = None
+    rank: Int[Array, "B T"] | None = None
+    count: Int[Array, "B"] | None = None
+    before: tuple[Int[Array, "B S"], ...] | None = None
+    end: Int[Array, "B T"] | None = None
+
+
+def make_plan(spec: Spec, batch: int, decisions: Bool[Array, "B T"] | None, segment_ids: Int[Array, "B T"] | None):
+    """The tables of a call."""
+    if not spec.explicit:
+        return Plan()
+    shape = (batch, spec.length)
+    end = None if segment_ids is None else segment_ends(segment_ids)
+    seen = decisions if spec.kind == "routed" else None
+    everything = decisions if spec.kind == "mixed" else None
+    rows = token_rows(shape, segment_ids, window=spec.window, sinks=spec.sinks, seen=seen, everything=everything)
+    if spec.kind == "all":
+        return Plan(limits=rows, end=end)
+    if spec.kind == "routed":
+        alive = rows.high >= 0
+        order, before = compact(alive), (_before(alive),)
+    else:
+        order = align_groups(partition(decisions), decisions, ALIGN, spec.rows)
+        start = -(-order.first // ALIGN) * ALIGN
+        before = (_before(decisions), _before(~decisions) + start[:, None])
+    return Plan(_reorder(rows, order, spec.rows), order.index, order.rank, order.count, before, end)
+
+
+def _reorder(rows: Rows, order: Order, size: int) -> Rows:
+    """The rows in working order; places that nobody has see nothing."""
+    mine = order.index < rows.high.shape[1]
+    low, high, sink_low, sink_high = (take(field, order.index) for field in rows)
+    return Rows(jnp.where(mine, low, 0), jnp.where(mine, high, -1), sink_low, jnp.where(mine, sink_high, 0))
+
+
+def _before(member: Bool[Array, "B T"]) -> Int[Array, "B S"]:
+    total = jnp.cumsum(member, axis=1, dtype=jnp.int32)
+    return jnp.pad(total, ((0, 0), (1, 0)))
+
+
+def segment_ends(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """One past the last token of each token's document."""
+    length = segment_ids.shape[1]
+    index = jnp.arange(length, dtype=jnp.int32)
+    is_last = jnp.concatenate([segment_ids[:, 1:] != segment_ids[:, :-1], jnp.ones_like(segment_ids[:, :1], bool)], 1)
+    return jax.lax.cummin(jnp.where(is_last, index + 1, length), axis=1, reverse=True)
+
+
+def row_ranges(spec: Spec, plan: Plan, keys: int) -> Int[Array, "B M C"] | None:
+    """For every block of `keys` keys, which rows of the working order may see it: per group the numbers
+    (begin, full_begin, full_end, end); rows full_begin..full_end - 1 see all of it. None: follows from numbers alone.
+    """
+    if not spec.explicit:
+        return None
+    batch = plan.limits.high.shape[0]
+    first = jnp.arange(0, spec.length, keys)
+    last = jnp.minimum(first + keys, spec.length) - 1
+    if plan.end is None:
+        first_end = last_end = jnp.full((batch, first.size), spec.length, jnp.int32)
+    else:
+        first_end, last_end = plan.end[:, first], plan.end[:, last]
+    columns = []
+    windows = {"all": (spec.window,), "routed": (None,), "mixed": (None, spec.window)}[spec.kind]
+    for group, window in enumerate(windows):
+        full_end, end = first_end, last_end
+        if window is not None:
+            full_end, end = jnp.minimum(full_end, first + window), jnp.minimum(end, last + window)
+        tokens = jnp.stack(jnp.broadcast_arrays(first, last, full_end, end), axis=-1)
+        if plan.before is None:
+            columns.append(tokens)
+        else:
+            columns.append(take(plan.before[group], tokens.reshape(batch, -1)).reshape(tokens.shape))
+    return jnp.concatenate(columns, axis=-1).astype(jnp.int32)

@@ -1,0 +1,108 @@
+"""Gradients of the attention sinks: the few keys that nearly every row sees.
+
+Inside the key kernel they would be one long program that all others wait for. Here every chunk of rows writes its own
+share and the shares are added in a fixed order, so the result is the same in every run. A chunk spans at most
+`window` tokens: then all its rows that still see sinks (from beyond their window) belong to one document.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Int
+
+from l2a_jax.attention.kernels import tile as t
+from l2a_jax.attention.kernels.plan import Block, Spec
+from l2a_jax.attention.rows import Rows
+
+MAX_SINKS = 128
+
+
+def add_sink_gradients(spec: Spec, block: Block, d_k, d_v, q, k, v, rows: Rows | None, lse, delta, d_out, *,
+                       interpret: bool):
+    """(dk, dv) with the sinks' share. Everything is in token order; `rows` None: they follow from row numbers."""
+    batch, chunk = q.shape[0], min(spec.window, block.rows)
+    chunks = pl.cdiv(spec.length, chunk)
+    origin = None if rows is None else _origins(rows, chunk, chunks)
+    share = jax.ShapeDtypeStruct((batch, chunks, spec.kv_heads, _padded(spec), spec.width), jnp.float32)
+    shares = pl.pallas_call(
+        functools.partial(_kernel, spec=spec, chunk=chunk),
+        out_shape=(share, share),
+        grid=(spec.kv_heads, chunks, batch),
+        compiler_params=plt.CompilerParams(num_warps=block.num_warps, num_stages=block.num_stages),
+        interpret=interpret,
+        name="l2a_attention_sinks",
+    )(q, k, v, lse, delta, d_out, None if rows is None else (origin, rows.sink_low, rows.sink_high))
+    shares = [share[..., : spec.sinks, :] for share in shares]
+    if origin is None or not spec.segmented:
+        count = min(spec.sinks, spec.length)
+        return tuple(x.at[:, :count].add(share.sum(1)[:, :, :count].swapaxes(1, 2).astype(x.dtype))
+                     for x, share in zip((d_k, d_v), shares, strict=True))
+    # One document's chunks: its first one receives the sum of all, by a matrix product (a scatter would add in an
+    # order of its own); the others are sent out of range.
+    same = (origin[:, :, None] == origin[:, None, :]) & (origin < t.FAR)[:, :, None]
+    is_first = ~jnp.any(jnp.tril(same, -1), axis=2) & (origin < t.FAR)
+    target = jnp.where(is_first, origin, spec.length)[:, :, None] + jnp.arange(spec.sinks)
+    where = (jnp.arange(batch)[:, None, None], target)
+
+    def add(x, share):
+        highest = jax.lax.Precision.HIGHEST
+        total = jnp.einsum("bcd,bdksh->bcskh", same.astype(jnp.float32), share, precision=highest)
+        return x.at[where].add(total.astype(x.dtype), mode="drop")
+
+    return tuple(add(x, share) for x, share in zip((d_k, d_v), shares, strict=True))
+
+
+def _padded(spec: Spec) -> int:
+    return max(16, pl.next_power_of_2(spec.sinks))
+
+
+def _origins(rows: Rows, chunk: int, chunks: int) -> Int[Array, "B C"]:
+    """First sink that a row of each chunk sees from beyond its window; FAR where none does."""
+    first = jnp.where(rows.sink_low < rows.sink_high, rows.sink_low, t.FAR)
+    first = jnp.pad(first, ((0, 0), (0, chunks * chunk - first.shape[1])), constant_values=t.FAR)
+    return first.reshape(-1, chunks, chunk).min(-1)
+
+
+def _kernel(q_ref, k_ref, v_ref, lse_ref, delta_ref, d_out_ref, tables, d_k_ref, d_v_ref, *, spec: Spec, chunk: int):
+    kv_head, number, batch = (pl.program_id(i) for i in range(3))
+    size = max(16, pl.next_power_of_2(chunk))  # a window below 16 leaves rows unused
+    start = number * chunk
+    here = pl.ds(start, size)
+    inside = (jnp.arange(size) < chunk) & (start + jnp.arange(size) < spec.length)
+    padded = _padded(spec)
+    if tables is None:
+        first, low = jnp.int32(0), jnp.zeros((size,), jnp.int32)
+        high = jnp.clip(start + jnp.arange(size) - (spec.window - 1), 0, spec.sinks)
+    else:
+        origins, low_ref, high_ref = tables
+        first = jnp.minimum(origins[batch, number], spec.length)
+        low = plt.load(low_ref.at[batch, here], mask=inside, other=0)
+        high = plt.load(high_ref.at[batch, here], mask=inside, other=0)
+    keys_at = first + jnp.arange(padded)
+    visible = t.see(low[None, :], high[None, :] - 1, keys_at[:, None]) & inside[None, :]
+    keys = t.load_tokens(k_ref, batch, first, padded, kv_head, spec.length)
+    values = t.load_tokens(v_ref, batch, first, padded, kv_head, spec.length)
+    scale = spec.scale * t.LOG2_E
+
+    def one_head(g, carry):
+        d_keys, d_values = carry
+        head = kv_head * spec.group_size + g
+        query, d_out = (plt.load(ref.at[batch, here, head, :], mask=inside[:, None], other=0.0)
+                        for ref in (q_ref, d_out_ref))
+        lse = plt.load(lse_ref.at[batch, head, here], mask=inside, other=t.DEAD)
+        delta = plt.load(delta_ref.at[batch, head, here], mask=inside, other=0.0)
+        scores = jnp.where(visible, t.dot(keys, query, trans_b=True) * scale, t.FLOOR)
+        weights = jnp.exp2(scores - lse[None, :])
+        d_scores = weights * (t.dot(values, d_out, trans_b=True) - delta[None, :])
+        return (d_keys + t.dot(d_scores.astype(query.dtype), query),
+                d_values + t.dot(weights.astype(d_out.dtype), d_out))
+
+    zeros = jnp.zeros((padded, spec.width), jnp.float32)
+    d_keys, d_values = jax.lax.fori_loop(0, spec.group_size, one_head, (zeros, zeros))
+    d_k_ref[batch, number, kv_head, :, :] = d_keys * spec.scale
+    d_v_ref[batch, number, kv_head, :, :] = d_values

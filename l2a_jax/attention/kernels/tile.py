@@ -1,0 +1,151 @@
+"""What the three kernels share: the keys that a tile of rows may see, loads at the edges, and loops over blocks.
+
+Scores are kept in base 2 (exp2 is one instruction). A row that sees nothing has log-sum-exp `DEAD`, so that its
+weights vanish without a mask, in the backward pass too.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from l2a_jax.attention.kernels.plan import Plan, Spec
+
+LOG2_E = 1.4426950408889634
+FLOOR = -1e30  # finite: a block without visible keys leaves no NaN, and the first visible key wipes its trace
+DEAD = 1e30
+FAR = 2**30
+
+
+class Limits(NamedTuple):
+    """`Rows` of one tile, with its extremes: every live row sees low_max..high_min, none sees outside
+    low_min..high_max but the sinks."""
+
+    low: jax.Array | None
+    high: jax.Array
+    sink_low: jax.Array | None
+    sink_high: jax.Array | None
+    low_min: jax.Array
+    low_max: jax.Array
+    high_min: jax.Array
+    high_max: jax.Array
+
+
+def tile_limits(spec: Spec, plan: Plan, batch, start, size: int) -> Limits:
+    """The limits of rows start..start + size - 1 of the working order."""
+    if not spec.explicit:
+        return _computed_limits(spec, start, size)
+    inside = start + jnp.arange(size) < spec.rows
+
+    def column(ref, other=0):
+        return plt.load(ref.at[batch, pl.ds(start, size)], mask=inside, other=other)
+
+    rows = plan.limits
+    high = column(rows.high, -1)
+    alive = high >= 0
+    low = column(rows.low) if spec.bounded_below else None
+    sink_low, sink_high = (column(rows.sink_low), column(rows.sink_high)) if spec.sinks else (None, None)
+    zero = jnp.int32(0)
+    return Limits(
+        low, high, sink_low, sink_high,
+        zero if low is None else jnp.min(jnp.where(alive, low, FAR)),
+        zero if low is None else jnp.max(jnp.where(alive, low, 0)),
+        jnp.min(jnp.where(alive, high, FAR)),
+        jnp.max(high),
+    )
+
+
+def _computed_limits(spec, start, size):
+    high = start + jnp.arange(size)
+    last = start + size - 1
+    if spec.window is None:
+        low, low_min, low_max = None, jnp.int32(0), jnp.int32(0)
+    else:
+        back = spec.window - 1
+        low = jnp.maximum(high - back, 0)
+        low_min, low_max = jnp.maximum(start - back, 0), jnp.maximum(last - back, 0)
+    sink_low = sink_high = None
+    if spec.sinks:
+        sink_low, sink_high = jnp.zeros_like(high), jnp.minimum(low, spec.sinks)
+    return Limits(low, high, sink_low, sink_high, low_min, low_max, start, jnp.minimum(last, spec.length - 1))
+
+
+def key_bounds(limits: Limits, keys: int):
+    """Blocks of keys (begin, full_begin, full_end, end) that a tile of rows visits; full ones need no mask."""
+    begin, end = limits.low_min // keys, limits.high_max // keys + 1
+    full_begin = jnp.clip((limits.low_max + keys - 1) // keys, begin, end)
+    full_end = jnp.clip((limits.high_min + 1) // keys, full_begin, end)
+    return begin, full_begin, full_end, end
+
+
+def sweep(bounds, step, carry, *, flat: bool, bounded_below: bool):
+    """carry = step(block, carry, edge) for the blocks of `bounds`, in order; `edge` says whether a mask is due."""
+    begin, full_begin, full_end, end = bounds
+    if flat:
+        return jax.lax.fori_loop(
+            begin, end, lambda i, carry: step(i, carry, (i < full_begin) | (i >= full_end)), carry)
+    if bounded_below:
+        carry = jax.lax.fori_loop(begin, full_begin, lambda i, carry: step(i, carry, True), carry)
+    carry = jax.lax.fori_loop(full_begin, full_end, lambda i, carry: step(i, carry, False), carry)
+    return jax.lax.fori_loop(full_end, end, lambda i, carry: step(i, carry, True), carry)
+
+
+def sink_sweep(spec: Spec, limits: Limits, step, carry):
+    """carry = step(first_key, carry) for blocks of `sink_block(spec)` keys that cover every sink of the tile."""
+    keys = sink_block(spec)
+    if not spec.segmented:
+        count = (jnp.max(limits.sink_high) + keys - 1) // keys
+        return jax.lax.fori_loop(0, count, lambda i, carry: step(i * keys, carry), carry)
+
+    def following(key):  # the first sink of any row at or after `key`
+        candidate = jnp.maximum(limits.sink_low, key)
+        return jnp.min(jnp.where(candidate < limits.sink_high, candidate, FAR))
+
+    def body(state):
+        key, carry = state
+        return following(key + keys), step(key, carry)
+
+    return jax.lax.while_loop(lambda state: state[0] < FAR, body, (following(0), carry))[1]
+
+
+def sink_block(spec: Spec) -> int:
+    """Sinks visited at a time: a power of two that the matrix unit accepts."""
+    return min(64, max(16, pl.next_power_of_2(spec.sinks)))
+
+
+def hide(scores, visible, edge):
+    """Scores with the invisible ones at the floor, where this is an edge block. `visible` is a function, so that an
+    interior block does not even compute its mask."""
+    if isinstance(edge, bool):
+        return jnp.where(visible(), scores, FLOOR) if edge else scores
+    return jax.lax.cond(edge, lambda scores: jnp.where(visible(), scores, FLOOR), lambda scores: scores, scores)
+
+
+def see(low, high, keys):
+    """low <= keys <= high; `low` None: no lower bound."""
+    return keys <= high if low is None else (low <= keys) & (keys <= high)
+
+
+def load_tokens(ref, batch, start, size, head, limit=None):
+    """Tokens start..start + size - 1 of ref [B, T, heads, H]; those from `limit` on read as 0."""
+    at = ref.at[batch, pl.ds(start, size), head, :]
+    if limit is None:
+        return plt.load(at)
+    return plt.load(at, mask=(start + jnp.arange(size) < limit)[:, None], other=0.0)
+
+
+def gathered(ref, batch, tokens, head):
+    """The view ref[batch, tokens, head, :] for a vector of token numbers; tokens of nobody lie out of range."""
+    shape = (tokens.shape[0], ref.shape[3])
+    columns = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    return ref.at[batch, jnp.broadcast_to(tokens[:, None], shape), head, columns]
+
+
+def dot(a, b, trans_a=False, trans_b=False):
+    """Matrix product with float32 sums; float32 inputs keep their precision."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return plt.dot(a, b, trans_a=trans_a, trans_b=trans_b, precision=precision)

@@ -1,0 +1,114 @@
+"""Pallas kernels through Triton: windows, sinks, packed rows and routed rows, forward and backward, on NVIDIA GPUs.
+
+This file joins the kernels of `kernels/` into differentiable functions; each says for itself what it computes.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+
+from l2a_jax.attention.kernels import blocks
+from l2a_jax.attention.kernels.backward_kv import backward_kv
+from l2a_jax.attention.kernels.backward_q import backward_q
+from l2a_jax.attention.kernels.forward import forward
+from l2a_jax.attention.kernels.plan import Block, Plan, Spec, make_plan
+from l2a_jax.attention.kernels.sinks import MAX_SINKS, add_sink_gradients
+from l2a_jax.attention.rows import take, token_rows
+
+WIDTHS = (16, 32, 64, 128)
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def why_not(call) -> str | None:
+    """The Triton lowering wants an NVIDIA GPU of the Ampere generation or newer, and widths that are powers of two."""
+    if jax.default_backend() != "gpu":
+        return "the kernels are compiled for NVIDIA GPUs; pallas_interpret runs them elsewhere"
+    capability = getattr(jax.devices()[0], "compute_capability", "9.0")
+    if float(capability) < 8:
+        return f"the kernels need compute capability 8.0, this device has {capability}"
+    return shape_why_not(call)
+
+
+def shape_why_not(call) -> str | None:
+    """What the kernels decline on any device."""
+    if call.width not in WIDTHS:
+        return f"head width {call.width} is none of {WIDTHS}"
+    if call.dtype not in DTYPES:
+        return f"dtype {call.dtype} is none of {DTYPES}"
+    if call.sinks > MAX_SINKS:
+        return f"{call.sinks} sinks are more than {MAX_SINKS}"
+    return None
+
+
+def full(q, k, v, *, segment_ids=None, **kernel):
+    """Causal attention over everything in the row's own document."""
+    return _call("all", q, k, v, None, segment_ids, **kernel)
+
+
+def local(q, k, v, *, window, sinks=0, segment_ids=None, **kernel):
+    """Causal attention over a sliding window and the sinks."""
+    return _call("all", q, k, v, None, segment_ids, window=window, sinks=sinks, **kernel)
+
+
+def routed(q, k, v, decisions, *, segment_ids=None, **kernel):
+    """Full attention for the rows with a True decision; every other row is exactly 0."""
+    return _call("routed", q, k, v, decisions, segment_ids, **kernel)
+
+
+def mixed(q, k, v, decisions, *, window, sinks=0, segment_ids=None, **kernel):
+    """Each row sees everything (decision True) or its window and sinks (False).
+
+    Both kinds of rows are tiles of one launch: routed ones first (they take longest), then the local ones.
+    """
+    return _call("mixed", q, k, v, decisions, segment_ids, window=window, sinks=sinks, **kernel)
+
+
+def _call(kind, q, k, v, decisions, segment_ids, *, window=None, sinks=0, interpret=False, table=None):
+    length, heads, width = q.shape[1:]
+    if window is not None and window >= length:
+        window, sinks, kind = None, 0, "all" if kind == "mixed" else kind
+        decisions = decisions if kind == "routed" else None
+    spec = Spec(kind, length, heads, k.shape[2], width, window, min(sinks, length), segment_ids is not None)
+    table = table or blocks.table(blocks.architecture(), width, q.dtype.itemsize)
+    return _attend(q, k, v, decisions, segment_ids, spec, tuple(sorted(table.items())), interpret)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _attend(q, k, v, decisions, segment_ids, spec: Spec, table: tuple[tuple[str, Block], ...], interpret: bool):
+    return _attend_forward(q, k, v, decisions, segment_ids, spec, table, interpret)[0]
+
+
+def _attend_forward(q, k, v, decisions, segment_ids, spec, table, interpret):
+    plan = make_plan(spec, q.shape[0], decisions, segment_ids)
+    out, lse = forward(spec, dict(table)["forward"], q, k, v, plan, interpret=interpret)
+    return out, (q, k, v, decisions, segment_ids, plan, out, lse)
+
+
+def _attend_backward(spec, table, interpret, saved, d_out):
+    q, k, v, decisions, segment_ids, plan, out, lse = saved
+    block = dict(table)
+    d_out = d_out.astype(q.dtype)
+    d_q, delta, ordered_q, ordered_d_out = backward_q(
+        spec, block["backward_q"], q, k, v, plan, out, lse, d_out, interpret=interpret)
+    if spec.kind == "all":
+        ordered_q, ordered_d_out = q, d_out
+    d_k, d_v = backward_kv(
+        spec, block["backward_kv"], ordered_q, k, v, plan, lse, delta, ordered_d_out, interpret=interpret)
+    if spec.sinks:
+        rows = _token_order(spec, q.shape[0], decisions, segment_ids)
+        if spec.kind == "mixed":
+            lse, delta = (take(x.swapaxes(1, 2), plan.rank).swapaxes(1, 2) for x in (lse, delta))
+        d_k, d_v = add_sink_gradients(
+            spec, block["sinks"], d_k, d_v, q, k, v, rows, lse, delta, d_out, interpret=interpret)
+    return d_q, d_k, d_v, None, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _token_order(spec, batch, decisions, segment_ids):
+    if not spec.explicit:
+        return None
+    return token_rows((batch, spec.length), segment_ids, window=spec.window, sinks=spec.sinks, everything=decisions)

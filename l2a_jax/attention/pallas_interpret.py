@@ -1,0 +1,14 @@
+"""The Pallas kernels in interpret mode: the same code, run step by step on any device. For tests; slow."""
+
+from __future__ import annotations
+
+import functools
+
+from l2a_jax.attention import pallas
+from l2a_jax.attention.kernels import blocks
+
+why_not = pallas.shape_why_not
+full, local, routed, mixed = (
+    functools.partial(operation, interpret=True, table=blocks.INTERPRET)
+    for operation in (pallas.full, pallas.local, pallas.routed, pallas.mixed)
+)
