@@ -71,7 +71,8 @@ def best_fit_rows(lengths: Int64[np.ndarray, " P"], capacity: int) -> Int64[np.n
             groups[room].append(rows)
             occupied |= 1 << room
 
-    for size, items in zip((-sizes).tolist(), np.split(order, first[1:]), strict=True):
+    for size, begin, end in zip((-sizes).tolist(), first, np.append(first[1:], order.size), strict=False):
+        items = order[begin:end]
         while items.size:
             fitting = occupied >> size
             if not fitting:

@@ -1,0 +1,22 @@
+import pytest
+
+from l2a_jax.data import format_count, parse_count
+from l2a_jax.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("12M", 12_000_000), ("1.5k", 1500), ("2_048", 2048), ("12,000", 12_000), ("1e6", 10**6), ("1B", 10**9), (7, 7)],
+)
+def test_counts_as_people_write_them(text, count):
+    assert parse_count(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "M", "0", "-3", "1.5", "12 apples", "0.0001k", "nan"])
+def test_anything_else_is_an_error_that_names_the_flag(text):
+    with pytest.raises(UserError, match="--tokens is .*expected a whole number"):
+        parse_count(text, "--tokens")
+
+
+def test_counts_for_people():
+    assert [format_count(n) for n in (999, 12_345_678, 1500)] == ["999", "12.3M", "1.5k"]
