@@ -19,7 +19,7 @@ class Plan(NamedTuple):
     lengths: Int32[np.ndarray, " P"]
     ends: Bool[np.ndarray, " P"]
     """The piece holds its document's last token, which has no target."""
-    rows: Int64[np.ndarray, " R+1"]
+    rows: Int64[np.ndarray, " R_plus_1"]
 
     @property
     def row_count(self) -> int:

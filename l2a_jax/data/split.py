@@ -11,7 +11,7 @@ ENOUGH = 10
 """A domain of at least this many different documents holds out at least one, whatever the fraction above 0."""
 
 
-def held_out_identities(domains: Sequence[UInt64[np.ndarray, " N"]], fraction: float) -> UInt64[np.ndarray, " H"]:
+def held_out_identities(domains: Sequence[UInt64[np.ndarray, " _"]], fraction: float) -> UInt64[np.ndarray, " H"]:
     """The identities held out, over all domains together: a text in two domains is on one side in both.
 
     In each domain, those with a hash in the lowest `fraction` of all hashes, but never its last one (a domain of one

@@ -39,7 +39,7 @@ class TokenStore:
 
     tokens: np.ndarray
     """uint16 or uint32, memory-mapped."""
-    offsets: Int64[np.ndarray, " N+1"]
+    offsets: Int64[np.ndarray, " N_plus_1"]
     identities: UInt64[np.ndarray, " N"]
     meta: dict[str, Any]
     folder: Path

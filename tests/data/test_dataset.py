@@ -36,7 +36,7 @@ def epoch(data):
 
 def test_a_batch_is_what_the_protocol_says(opened, write, texts, tokenizer):
     found = texts(60, 5, 400)
-    data = opened(write("a.jsonl", found), held_out=0)
+    data = opened(write("a.jsonl", found), held_out=0.0)
     assert isinstance(data, TrainingData)
     ends = {text + "<|endoftext|>" for text in found}
     for index in epoch(data):
@@ -64,7 +64,7 @@ def test_a_batch_is_what_the_protocol_says(opened, write, texts, tokenizer):
 
 def test_an_epoch_holds_every_document_whole_unless_it_is_longer_than_a_row(opened, write, texts, tokenizer):
     short, long = texts(40, 5, 120), texts(3, 300, 600, seed=9)
-    data = opened(write("a.jsonl", short + long), held_out=0)
+    data = opened(write("a.jsonl", short + long), held_out=0.0)
     found = contents((data.batch(i) for i in epoch(data)), tokenizer)
     for text in short:
         assert text + "<|endoftext|>" in found
@@ -80,14 +80,14 @@ def test_an_epoch_holds_every_document_whole_unless_it_is_longer_than_a_row(open
 def test_every_token_but_the_first_is_a_target_once_an_epoch(opened, write, texts):
     found = texts(30, 5, 600)
     for packing in ("best_fit", "concat"):
-        data = opened(write("a.jsonl", found), held_out=0, packing=packing, batch_size=1)
+        data = opened(write("a.jsonl", found), held_out=0.0, packing=packing, batch_size=1)
         counted = sum(data.batch(i).weights.sum() for i in epoch(data))
         assert counted == sum(len(text) for text in found)
 
 
 def test_concatenation_has_no_segments_and_still_no_target_across_documents(opened, write, texts, tokenizer):
     found = texts(30, 5, 200)
-    data = opened(write("a.jsonl", found), held_out=0, packing="concat", batch_size=1)
+    data = opened(write("a.jsonl", found), held_out=0.0, packing="concat", batch_size=1)
     rows = [data.batch(i) for i in epoch(data)]
     assert all(b.segment_ids is None and b.positions is None for b in rows)
     for batch in rows:
@@ -111,7 +111,7 @@ def test_resume_is_the_same_batch_from_a_fresh_object_in_any_epoch(opened, write
 
 
 def test_each_epoch_has_every_row_once_in_an_order_of_its_own(opened, write, texts):
-    data = opened(write("a.jsonl", texts(100)), batch_size=1, held_out=0)
+    data = opened(write("a.jsonl", texts(100)), batch_size=1, held_out=0.0)
     rows = data.describe()["rows"]
     epochs = [[data.batch(e * rows + i).tokens.tobytes() for i in range(rows)] for e in range(3)]
     assert len(set(epochs[0])) == rows and set(epochs[0]) == set(epochs[1]) == set(epochs[2])
@@ -122,7 +122,7 @@ def test_the_fingerprint_tells_orders_apart(opened, write, texts):
     a, b = write("a.jsonl", texts(50)), write("b.jsonl", texts(50, seed=1))
     variants = [{}, {"seed": 1}, {"batch_size": 8}, {"seq_len": 64}, {"packing": "concat"}, {"held_out": 0.5}]
     prints = [opened(a, **variant).fingerprint for variant in variants] + [opened(b).fingerprint]
-    prints += [opened([f"x={a}", f"y={b}"], weights={"x": w}).fingerprint for w in (1, 2)]
+    prints += [opened([f"x={a}", f"y={b}"], weights={"x": w}).fingerprint for w in (1.0, 2.0)]
     assert len(set(prints)) == len(prints)
     assert opened(a, process_index=1, process_count=2).fingerprint == prints[0], "hosts may come and go"
 
@@ -142,11 +142,11 @@ def test_shares_are_of_tokens_within_one_percent(opened, write, texts):
     """Domains whose rows are differently full, so that equal rows would not be equal tokens."""
     paths = {"full": texts(400, 120, 127), "half": texts(900, 64, 90, seed=1), "short": texts(2000, 5, 30, seed=2)}
     spec = [f"{name}={write(name + '.jsonl', found)}" for name, found in paths.items()]
-    for weights in ({"full": 1, "half": 1, "short": 2}, {"full": 0.7, "half": 0.2, "short": 0.1}):
+    for weights in ({"full": 1.0, "half": 1.0, "short": 2.0}, {"full": 0.7, "half": 0.2, "short": 0.1}):
         data = opened(spec, weights=weights, batch_size=8)
         batches = 1_000_000 // (8 * 128)
         tokens = dict.fromkeys(paths, 0)
-        for index in range(0, batches):
+        for index in range(batches):
             filled = (data.batch(index).segment_ids > 0).sum(axis=1)
             for row, count in enumerate(filled.tolist()):
                 tokens[data.domain_of_row(index, row)] += count
@@ -173,7 +173,7 @@ def test_without_weights_files_come_by_size_and_recipes_by_their_own(opened, wri
 def test_weight_zero_leaves_a_domain_out_unread(opened, write, texts, tmp_path):
     a, broken = write("a.jsonl", texts(20)), tmp_path / "b.jsonl"
     broken.write_text("no json")
-    data = opened([f"a={a}", f"b={broken}"], weights={"b": 0})
+    data = opened([f"a={a}", f"b={broken}"], weights={"b": 0.0})
     assert list(data.describe()["domains"]) == ["a"] and data.describe()["dropped_domains"] == ["b"]
 
 
@@ -256,17 +256,17 @@ def test_the_description_is_json_and_counts(opened, write, texts):
     once = data.usage(1)
     assert once["tokens"] == once["unique_tokens"] == (data.batch(0).segment_ids > 0).sum()
     many = data.usage(10_000)
-    left_over = sum((len(t) + 1) % 128 == 1 for t in found + found[:10] if len(t) > 128)  # end tokens, only targets
+    left_over = sum((len(t) + 1) % 128 == 1 for t in found + found[:10] if len(t) >= 128)  # end tokens, only targets
     assert 0 <= said["tokens"] - many["unique_tokens"] <= left_over and many["tokens"] > 100 * said["tokens"]
 
 
 def test_a_row_as_text(opened, write, tokenizer):
-    data = opened(write("a.jsonl", ["first document", "second " + "x" * 80]), held_out=0, batch_size=1)
+    data = opened(write("a.jsonl", ["first document", "second " + "x" * 80]), held_out=0.0, batch_size=1)
     text = decode_row(data.batch(0), 0, tokenizer, characters=40)
     assert "--- document 2: 88 tokens from 15, 87 of them with a target" in text
     assert "first document<|endoftext|>" in text and "characters ..." in text
     assert text.endswith("--- padding: 25 tokens")
-    concat = opened(write("a.jsonl", ["first document"]), held_out=0, batch_size=1, packing="concat")
+    concat = opened(write("a.jsonl", ["first document"]), held_out=0.0, batch_size=1, packing="concat")
     assert "first document" in decode_row(concat.batch(0), 0, tokenizer)
 
 
@@ -279,10 +279,10 @@ def test_a_row_as_text(opened, write, tokenizer):
         ({"held_out": 1.0}, "held_out is 1.0"),
         ({"process_index": 2, "process_count": 2}, "process_index is 2; expected 0 to 1"),
         ({"process_count": 3}, "4 rows does not divide among 3 processes"),
-        ({"weights": {"a": 1}}, "names the domain 'a'; expected one of files"),
-        ({"weights": {"files": -1}}, "the weight of 'files' is -1"),
+        ({"weights": {"a": 1.0}}, "names the domain 'a'; expected one of files"),
+        ({"weights": {"files": -1.0}}, "the weight of 'files' is -1"),
         ({"weights": {"files": float("nan")}}, "the weight of 'files' is nan"),
-        ({"weights": {"files": 0}}, "every domain has weight 0"),
+        ({"weights": {"files": 0.0}}, "every domain has weight 0"),
     ],
 )
 def test_arguments_that_mean_nothing(opened, write, texts, options, message):

@@ -48,9 +48,9 @@ def test_a_hub_recipe_stops_after_its_characters(hub, opened, monkeypatch):
     hub([{"text": f"document {i} " * 5} for i in range(1000)])
     small = Domain("tiny", "tiny", 1.0, hub=Hub("some/where", characters=1000))
     monkeypatch.setitem(RECIPES, "tiny", (small,))
-    data = opened("tiny", held_out=0)
+    data = opened("tiny", held_out=0.0)
     assert data.describe()["documents"] == 18
-    assert data.fingerprint == opened("tiny", held_out=0).fingerprint
+    assert data.fingerprint == opened("tiny", held_out=0.0).fingerprint
 
 
 @pytest.mark.parametrize("recipe", ["wikitext", "diverse"])

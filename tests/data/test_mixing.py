@@ -8,16 +8,16 @@ from l2a_jax.data.mixing import interleave, make_mix, permutation
 
 def test_every_prefix_has_the_shares_within_one_item_of_each_domain():
     counts = [700, 200, 99, 1]
-    order = interleave(counts, counts, seed=3)
+    order = interleave(counts, [float(c) for c in counts], seed=3)
     for d, count in enumerate(counts):
         so_far = np.cumsum(order == d)
         expected = np.arange(1, 1001) * count / 1000
         assert so_far[-1] == count and np.abs(so_far - expected).max() <= len(counts)
 
 
-@pytest.mark.parametrize("rates", [[1, 1, 1, 1], [0.7, 0.2, 0.1], [0.999, 0.001], [1.0]])
+@pytest.mark.parametrize("rates", [[1.0] * 4, [0.7, 0.2, 0.1], [0.999, 0.001], [1.0]])
 def test_the_stream_counts_its_own_rows(rates):
-    mix = make_mix(np.array(rates), 1000, seed=0)
+    mix = make_mix(np.array(rates, float), 1000, seed=0)
     size = mix.domains.size
     np.testing.assert_allclose(mix.counts / size, np.array(rates) / sum(rates), atol=2 / size)
     seen = [0] * len(rates)

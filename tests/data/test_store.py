@@ -1,6 +1,7 @@
 """The token store: built once, never half, checked when opened."""
 
 import json
+import os
 import time
 
 import numpy as np
@@ -61,7 +62,8 @@ def test_hashes_of_old_files_are_remembered_but_not_of_fresh_ones(write, texts, 
     fresh = tokenise._file_hash(path, tmp_path)
     path.write_bytes(path.read_bytes()[::-1])
     assert tokenise._file_hash(path, tmp_path) != fresh
-    monkeypatch.setattr(time, "time", lambda now=time.time(): now + 60)
+    later = time.time() + 60
+    monkeypatch.setattr(time, "time", lambda: later)
     old = tokenise._file_hash(path, tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(tokenise.hashlib, "file_digest", lambda *a: pytest.fail("read again"))
@@ -155,8 +157,6 @@ def test_what_a_killed_build_left_is_no_store_and_is_swept_after_a_day(build, wr
     path = write("a.jsonl", texts(3))
     build(path)
     assert left.exists(), "another process may be at work on it"
-    import os
-
     for place in (left / "tokens.bin", left):
         os.utime(place, (1, 1))
     build(write("b.jsonl", texts(3, seed=2)))

@@ -1,6 +1,7 @@
 """From files to documents: what separates them, what joins them, and what is said about files that do not read."""
 
 import gzip
+from itertools import pairwise
 
 import pytest
 
@@ -47,7 +48,7 @@ def test_long_documents_are_cut_between_lines_and_nothing_is_lost():
     cut = list(pieces([Fragment(text, True), Fragment("second", True)], size=100))
     assert "".join(p.text for p in cut) == text + "second"
     assert [p.ends for p in cut] == [False] * (len(cut) - 2) + [True, True]
-    assert len(cut) > 10 and all(p.text[-1] == "\n" and not q.text[0].isspace() for p, q in zip(cut[:-2], cut[1:-1]))
+    assert len(cut) > 10 and all(p.text[-1] == "\n" and not q.text[0].isspace() for p, q in pairwise(cut[:-1]))
 
 
 def test_joined_records_are_one_document_in_order():
@@ -113,10 +114,9 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 def test_parquet(tmp_path, suffix):
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
+    parquet = pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "a.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["one", None, "two"], "n": [1, 2, 3]}), path)
+    parquet.write_table(pyarrow.table({"text": ["one", None, "two"], "n": [1, 2, 3]}), path)
     if suffix:
         (tmp_path / "a.parquet.gz").write_bytes(gzip.compress(path.read_bytes()))
     (domain,) = resolve(str(path) + suffix)
