@@ -1,6 +1,6 @@
 """The synthetic recall corpus: locally predictable sentences, with facts stated early and asked for later.
 
-    the quiet river runs near the old bridge . keep Ada amber . ... a green hill waits by the tall tower . tell Ada amber .
+    the quiet river runs near the old bridge . keep Ada amber . ... each green hill waits by the tall tower . tell Ada amber .
 
 Sentences follow a sparse word chain, so a window of a few tokens predicts them. Which treasure a name keeps is drawn
 anew in every row, and a question comes at least `distance` tokens after the last mention of the name: its answer is
@@ -25,7 +25,7 @@ NAMES = ("Ada Bruno Clara Dario Edda Felix Greta Hugo Ines Jonas Karin Leon Mare
          "Tilda Ulla Viktor Wanda Xaver Yara Zeno Alma Boris Celia Dora Emil Frieda").split()
 TREASURES = ("amber basalt coral dust ebony flint garnet honey iron jade kelp linen moss nickel opal pearl quartz "
              "resin salt topaz umber velvet wax zinc apple barley copper denim elm feather glass hemp").split()
-ARTICLES = "the a one this that every".split()
+ARTICLES = "the each one this that every".split()
 ADJECTIVES = ("quiet old green tall narrow bright cold wide empty grey soft broken distant early golden hidden "
               "little modern pale round silver steep warm young").split()
 NOUNS = ("river bridge hill tower garden road forest lamp window harbour market train field wall door village boat "
@@ -64,7 +64,7 @@ class RecallCorpus:
     batch_size: int
     seed: int = 0
     distance: int = 64
-    facts: int = 6
+    facts: int = 8
 
     def __post_init__(self):
         needed = 2 * self.distance + 16 * self.facts
@@ -82,9 +82,9 @@ class RecallCorpus:
         """Micro-batch `index` of the training split."""
         return self._rows(np.random.default_rng((self.seed, 0, index)))
 
-    def held_out(self, batches: int = 8) -> Iterator[Batch]:
-        """The first `batches` batches of the held-out split: the same for every seed of training."""
-        for index in range(batches):
+    def held_out(self, batches: int | None = None) -> Iterator[Batch]:
+        """The first `batches` batches (8 unless told) of the held-out split: the same for every seed of training."""
+        for index in range(8 if batches is None else batches):
             yield self._rows(np.random.default_rng((0, 1, index)))
 
     def describe(self) -> dict:
@@ -102,7 +102,7 @@ class RecallCorpus:
         unstated, mentioned, row = list(names), {}, _sentence(rng)
         while len(row) <= self.seq_len:
             due = [name for name, at in mentioned.items() if len(row) - at >= self.distance]
-            if due and rng.random() < 0.5:
+            if due and rng.random() < 0.7:
                 name = due[rng.integers(len(due))]
                 mentioned[name] = len(row) + 2
                 row += [TELL, IDS[name], IDS[kept[name]], STOP]
@@ -129,3 +129,18 @@ def needs_memory(tokens: Int[np.ndarray, "B T"]) -> Bool[np.ndarray, "B T"]:
     """The ground truth: True at position t where token t + 1 is the answer to a question about a distant fact."""
     previous = np.concatenate([np.full_like(tokens[:, :1], PAD), tokens[:, :-1]], axis=1)
     return previous == TELL
+
+
+def make_tokenizer():
+    """The corpus's vocabulary as a word-level tokenizer: one id a word, words and stops apart by spaces."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers
+
+    from l2a_jax.weights.tokenizer import Tokenizer
+
+    backend = Backend(models.WordLevel(IDS, unk_token=SPECIAL[PAD]))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(SPECIAL[: EOS + 1])
+    backend.decoder = decoders.Sequence([])
+    return Tokenizer(backend, {"eos_token": SPECIAL[EOS], "pad_token": SPECIAL[PAD],
+                               "tokenizer_class": "PreTrainedTokenizerFast"})

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
+from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,8 @@ from l2a_jax.weights.hf_config import parse_config, read_json
 from l2a_jax.weights.hf_folder import HFFolder, shard_files
 from l2a_jax.weights.tokenizer import Tokenizer, load_tokenizer
 
+TINY = "qwen2.5-tiny"
+"""The source name of the small model that is part of the package."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer.json", "tokenizer_config.json",
               "vocab.json", "merges.txt", "chat_template.jinja"]
@@ -63,6 +66,14 @@ def read_config(source: str | Path) -> tuple[ModelConfig, L2AConfig | None]:
     return run_folder.read_run_config(path) if run_folder.is_run_folder(path) else _open(path)[:2]
 
 
+def source_tokenizer(source: str | Path) -> Tokenizer | None:
+    """The tokenizer of a source alone, without reading its tensors; None where it has none."""
+    path = locate(source)
+    if run_folder.is_run_folder(path):
+        return run_folder.run_tokenizer(path)
+    return gguf_tokenizer(GGUFFile(path)) if path.is_file() else load_tokenizer(path)
+
+
 def source_hash(source: str | Path) -> str:
     """SHA-256 of the weights and the configuration of a source, in hexadecimal; about a second for each gigabyte.
 
@@ -87,6 +98,8 @@ def locate(source: str | Path) -> Path:
 
     Raises UserError if it does not exist, is neither a folder nor a `.gguf` file, or cannot be downloaded.
     """
+    if str(source) == TINY:
+        return Path(str(resources.files("l2a_jax") / "assets" / "tiny"))
     path = Path(source).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path

@@ -1,0 +1,1 @@
+"""Evaluation: what a trained run can do, beside the controls that say why."""

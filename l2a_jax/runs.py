@@ -1,0 +1,377 @@
+"""What a training command does from start to end; the only place that knows every part.
+
+    settings -> shapes -> data -> compiled step and its memory estimate -> weights -> fit -> score -> summary
+
+A run folder holds `config.json` (everything needed to repeat it), `metrics.jsonl`, `checkpoints/`, `summary.json` and
+`curves.png`. A resumed run rebuilds everything from `config.json` and refuses a base or data that is not the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import json
+import logging
+import os
+import pathlib
+import platform
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from l2a_jax import presets
+from l2a_jax.config import MODELS, L2AConfig, ModelConfig, position_limit, to_dict
+from l2a_jax.data.batch import Batch, TrainingData
+from l2a_jax.data.dataset import open_data
+from l2a_jax.data.recall import RecallCorpus, make_tokenizer
+from l2a_jax.errors import UserError
+from l2a_jax.evaluation import recall
+from l2a_jax.models.params import Tree, abstract_params, add_routing, init_params
+from l2a_jax.models.qwen2 import check_tokens
+from l2a_jax.presets import Settings
+from l2a_jax.training import memory, metrics
+from l2a_jax.training.checkpoint import BEST, LATEST, Checkpoints
+from l2a_jax.training.diagnose import first_non_finite
+from l2a_jax.training.loop import NonFinite, Schedule, Stopped, fit, stacked_batch
+from l2a_jax.training.optimizer import OptimizerConfig, make_optimizer
+from l2a_jax.training.regimes import PLAIN_REGIMES, count_parameters, partition, regime_mask
+from l2a_jax.training.step import (
+    Objective,
+    TrainState,
+    compute_params,
+    evaluate_batch,
+    initial_state,
+    train_step,
+)
+from l2a_jax.weights.pretrained import TINY, load_pretrained, read_config, source_tokenizer
+
+log = logging.getLogger("l2a_jax")
+
+
+class Plan(NamedTuple):
+    """A run before anything is allocated: the settings, and what they mean for this source, data and device."""
+
+    settings: Settings
+    source: str | None  # None: fresh parameters
+    config: ModelConfig
+    l2a_config: L2AConfig | None
+    source_routed: bool
+    data: TrainingData
+    tokenizer: Any
+    steps: int
+    dtype: Any
+
+    @property
+    def is_demo(self) -> bool:
+        return not self.settings.data
+
+
+def make_plan(settings: Settings) -> Plan:
+    """Resolve a run's source, layer and data. UserError where anything does not fit; nothing is written."""
+    if settings.backend not in ("auto", "reference", "xla", "cudnn", "pallas", "pallas_interpret"):
+        raise UserError(f"--backend is {settings.backend!r}; expected auto, reference, xla, cudnn, pallas or "
+                        "pallas_interpret")
+    dtype = jnp.dtype(settings.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+    source = settings.model or (None if settings.regime == "pretrain" else TINY)
+    if source is None:
+        config, source_layer, tokenizer = MODELS["qwen2.5-tiny"], None, make_tokenizer()
+    else:
+        (config, source_layer), tokenizer = read_config(source), source_tokenizer(source)
+    l2a_config = presets.layer_of(settings)
+    if source_layer is not None:
+        if l2a_config is None:
+            raise UserError(f"--regime {settings.regime} trains a plain model, but {source} has an L2A layer")
+        l2a_config = presets.adapt_layer(source_layer, settings, source)
+    config = presets.model_of(settings, config)
+    limit = position_limit(config, l2a_config)
+    if settings.seq_len > limit:
+        raise UserError(f"--seq-len {settings.seq_len} is longer than max_positions x factor = {limit} of this model; "
+                        "shorten it or choose a larger --rope factor")
+    if settings.data:
+        if tokenizer is None:
+            raise UserError(f"{source} has no tokenizer, so --data cannot be read with it")
+        data = open_data(settings.data, tokenizer, seq_len=settings.seq_len, batch_size=settings.batch_size,
+                         seed=settings.seed, packing=settings.packing)
+    else:
+        reach = 0 if l2a_config is None else l2a_config.window + l2a_config.sinks
+        data = RecallCorpus(settings.seq_len, settings.batch_size, settings.seed, distance=max(64, reach + 1))
+    return Plan(settings, source, config, l2a_config, source_layer is not None, data, tokenizer,
+                presets.steps_of(settings), dtype)
+
+
+class Run(NamedTuple):
+    """A plan made runnable: compiled functions, and the tree split into what is trained and what is frozen."""
+
+    plan: Plan
+    objective: Objective
+    mask: Tree
+    optimizer: optax.GradientTransformation
+    like: TrainState
+    step: Callable[[TrainState, Tree, Batch, jax.Array], tuple[TrainState, dict]] | None
+    evaluate: Callable[[Tree, Tree, Batch, Any], Any]
+    memory_bytes: int
+
+
+def compile_run(plan: Plan) -> Run:
+    """Compile a step from shapes alone and refuse a run that cannot fit (UserError with the estimate)."""
+    s = plan.settings
+    objective = Objective(
+        plan.config, plan.l2a_config, penalty=s.penalty if plan.l2a_config is not None else 0.0,
+        penalty_warmup=round(s.penalty_warmup * plan.steps), penalty_ramp=max(1, round(s.penalty_ramp * plan.steps)),
+        dtype=plan.dtype, backend=s.backend, remat=s.remat)
+    optimizer = make_optimizer(
+        OptimizerConfig(s.lr, plan.steps, round(s.warmup * plan.steps), s.router_lr, s.weight_decay, s.clip), s.regime)
+    abstract = abstract_params(plan.config, plan.l2a_config, plan.dtype)
+    mask = regime_mask(abstract, s.regime)
+    trainable, frozen = partition(abstract, mask)
+    like = jax.eval_shape(lambda t: initial_state(t, optimizer, jnp.dtype(s.master_dtype)), trainable)
+    evaluate = jax.jit(lambda trainable, frozen, batch, decisions: evaluate_batch(
+        compute_params(trainable, frozen, plan.dtype), batch, decisions, objective=objective))
+    if not jax.tree.leaves(trainable):
+        return Run(plan, objective, mask, optimizer, like, None, evaluate, memory.tree_bytes(frozen))
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), stacked_batch(plan.data, 0, s.grad_accum))
+    step = jax.jit(functools.partial(train_step, objective=objective, optimizer=optimizer), donate_argnums=0)
+    started = time.perf_counter()
+    compiled = step.lower(like, frozen, batch, jax.eval_shape(jax.random.key, 0)).compile()
+    need = memory.check_fits(compiled, like, frozen)
+    log.info("compiled a step in %.1f s; it needs %.2f GB of %.1f GB", time.perf_counter() - started, need / 1e9,
+             memory.device_bytes() / 1e9)
+    return Run(plan, objective, mask, optimizer, like, compiled, evaluate, need)
+
+
+def load_tree(plan: Plan) -> tuple[Tree, Tree, str]:
+    """The run's whole tree at step 0, the plain or routed source it came from, and the source's hash."""
+    if plan.source is None:
+        params = jax.jit(lambda key: init_params(plan.config, key, dtype=plan.dtype))(
+            jax.random.key(plan.settings.seed))
+        return params, params, f"fresh parameters, seed {plan.settings.seed}"
+    loaded = load_pretrained(plan.source, plan.dtype)
+    if plan.l2a_config is None or plan.source_routed:
+        return loaded.params, loaded.params, loaded.source_hash
+    return add_routing(loaded.params, plan.config, plan.l2a_config), loaded.params, loaded.source_hash
+
+
+def train(settings: Settings, run_dir: pathlib.Path) -> dict[str, Any]:
+    """Train as `settings` say into the new folder `run_dir`; returns the summary that `summary.json` holds."""
+    plan = make_plan(settings)
+    _announce(plan)
+    run = compile_run(plan)
+    params, source_params, source = load_tree(plan)
+    _new_folder(run_dir)
+    _write_config(run_dir, plan, source)
+    trainable, frozen = partition(params, run.mask)
+    state = initial_state(trainable, run.optimizer, jnp.dtype(settings.master_dtype))
+    return _fit_and_score(run, run_dir, state, frozen, source_params)
+
+
+def resume(run_dir: pathlib.Path) -> dict[str, Any]:
+    """Continue the run in `run_dir` from its newest checkpoint, bit for bit as if it had never stopped."""
+    path = run_dir / "config.json"
+    if not path.exists():
+        raise UserError(f"--resume {run_dir}: there is no config.json; expected the folder of an earlier run")
+    recorded = json.loads(path.read_text())
+    settings = Settings(**{**recorded["settings"], "preset": tuple(recorded["settings"]["preset"]),
+                           "data": tuple(recorded["settings"]["data"])})
+    plan = make_plan(settings)
+    _announce(plan)
+    if plan.data.fingerprint != recorded["data_fingerprint"]:
+        raise UserError(f"--resume {run_dir}: the data is not what the run began with "
+                        f"({plan.data.fingerprint}, not {recorded['data_fingerprint']})")
+    run = compile_run(plan)
+    params, source_params, source = load_tree(plan)
+    if source != recorded["source_hash"]:
+        raise UserError(f"--resume {run_dir}: the weights of {plan.source} have changed since the run began "
+                        f"(hash {source[:12]}, not {recorded['source_hash'][:12]})")
+    trainable, frozen = partition(params, run.mask)
+    if Checkpoints(run_dir).metadata(LATEST) is None:  # stopped before the first checkpoint: the start is exact too
+        state = initial_state(trainable, run.optimizer, jnp.dtype(settings.master_dtype))
+    else:
+        state = Checkpoints(run_dir).load(LATEST, run.like)
+    log.info("resuming after step %d of %d", int(state.step), plan.steps)
+    return _fit_and_score(run, run_dir, state, frozen, source_params)
+
+
+def _fit_and_score(run: Run, run_dir: pathlib.Path, state: TrainState, frozen: Tree, source_params: Tree) -> dict:
+    """Train to the end, evaluate, write the summary and the curves; say what happened where it cannot."""
+    plan, s = run.plan, run.plan.settings
+    checkpoints = Checkpoints(run_dir)
+    key = jax.random.key(s.seed)
+    held_out = list(plan.data.held_out(s.eval_batches))
+    if not held_out:
+        log.warning("the data has no held-out documents: no held-out loss, and no best checkpoint")
+    best = (checkpoints.metadata(BEST) or {}).get("best", float("inf"))
+
+    def evaluate(state: TrainState) -> dict[str, Any]:
+        return held_out_metrics(lambda batch: run.evaluate(state.trainable, frozen, batch, None), held_out)
+
+    began = time.perf_counter()
+    if run.step is not None:
+        records = metrics.MetricsLog(run_dir / "metrics.jsonl", int(state.step))
+        try:
+            state = fit(state, lambda state, batch: run.step(state, frozen, batch, key), plan.data,
+                        Schedule(plan.steps, s.grad_accum, s.save_every, s.eval_every), log=records,
+                        checkpoints=checkpoints, evaluate=evaluate, metadata={}, best=best)
+        except NonFinite as failure:
+            where = first_non_finite(failure.state.trainable, frozen,
+                                     stacked_batch(plan.data, failure.step - 1, s.grad_accum),
+                                     jax.random.fold_in(key, failure.step - 1), run.objective)
+            raise UserError(f"{failure}; {where}. That update was withheld, and the last good checkpoint is in "
+                            f"{checkpoints.root}") from failure
+        except Stopped as stopped:
+            raise SystemExit(_say_stopped(stopped, run_dir)) from None
+
+    summary = _summary(run, run_dir, state, evaluate(state), time.perf_counter() - began)
+    if plan.is_demo:
+        summary["recall"] = _recall_report(run, state, frozen, source_params, held_out)
+    metrics.write_json(run_dir / "summary.json", summary)
+    if run.step is not None:
+        metrics.draw_curves(metrics.read_metrics(run_dir / "metrics.jsonl"), run_dir / "curves.png")
+    _print_summary(run_dir, summary)
+    return summary
+
+
+def held_out_metrics(evaluate: Callable[[Batch], Any], batches: list[Batch]) -> dict[str, Any]:
+    """Mean loss in nats and accuracy over the counted tokens, and the share of unrouted tokens per layer."""
+    if not batches:
+        return {}
+    nll = correct = counted = real = 0.0
+    unrouted = None
+    for batch in batches:
+        result = jax.device_get(evaluate(batch))
+        nll += float((result.nll * batch.weights).sum(dtype=np.float64))
+        correct += float((result.correct * batch.weights).sum())
+        counted += float(batch.weights.sum())
+        real += float(result.real.sum())
+        if result.decisions is not None:
+            unrouted = (unrouted if unrouted is not None else 0) + (~result.decisions & result.real).sum(axis=(1, 2))
+    out = {"held_out_loss": nll / counted, "held_out_accuracy": correct / counted}
+    if unrouted is not None:
+        out |= {"held_out_sparsity": float(unrouted.mean() / real), "held_out_sparsity_per_layer": unrouted / real}
+    return out
+
+
+def _recall_report(run, state, frozen, source_params, held_out):
+    plan = run.plan
+    plain = run.objective._replace(l2a_config=None)
+    if plan.l2a_config is None:
+        rows = recall.score(lambda batch, decisions: run.evaluate(state.trainable, frozen, batch, None), held_out)[0]
+        return {"rows": {"this model (full attention)": rows}}
+    start_trainable, start_frozen = partition(add_routing(source_params, plan.config, plan.l2a_config)
+                                              if not plan.source_routed else source_params, run.mask)
+    baseline = jax.jit(lambda params, batch: evaluate_batch(params, batch, None, objective=plain))
+    return recall.report(
+        baseline=lambda batch, decisions: baseline(source_params, batch),
+        untrained=lambda batch, decisions: run.evaluate(start_trainable, start_frozen, batch, decisions),
+        trained=lambda batch, decisions: run.evaluate(state.trainable, frozen, batch, decisions),
+        batches=held_out, seed=plan.settings.seed)
+
+
+def _announce(plan: Plan) -> None:
+    s = plan.settings
+    if plan.is_demo:
+        log.info("embedded demo: a tiny model and the synthetic recall corpus; for a real Qwen2.5 give --model (a hub "
+                 "id, folder or .gguf) and --data")
+    abstract = abstract_params(plan.config, plan.l2a_config)
+    total, trained = (count_parameters(abstract, mask) for mask in (None, regime_mask(abstract, s.regime)))
+    tokens = plan.steps * s.seq_len * s.batch_size * s.grad_accum
+    log.info("regime %s: %s of %s parameters, %s steps of %s x %s x %s tokens, seed %s, %s on %s", s.regime,
+             f"{trained:,}", f"{total:,}", plan.steps, s.grad_accum, s.batch_size, s.seq_len, s.seed, plan.dtype.name,
+             jax.devices()[0].device_kind)
+    if plan.l2a_config is not None:
+        log.info("layer: %s", plan.l2a_config)
+    if trained:
+        log.info("%s tokens in all, %.3g per trained parameter", f"{tokens:,}", tokens / trained)
+
+
+def _new_folder(run_dir: pathlib.Path) -> None:
+    if run_dir.exists() and any(run_dir.iterdir()):
+        raise UserError(f"--run-dir {run_dir} is not empty; choose another, or continue it with --resume {run_dir}")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--run-dir {run_dir} cannot be written: {error}") from error
+
+
+def _write_config(run_dir: pathlib.Path, plan: Plan, source: str) -> None:
+    source_path = plan.source
+    if source_path is not None and pathlib.Path(source_path).expanduser().exists():
+        source_path = str(pathlib.Path(source_path).expanduser().absolute())
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    metrics.write_json(run_dir / "config.json", {
+        "settings": dataclasses.asdict(plan.settings),
+        "model_source": source_path,
+        "source_hash": source,
+        "model_config": to_dict(plan.config),
+        "l2a_config": None if plan.l2a_config is None else to_dict(plan.l2a_config),
+        "data": plan.data.describe(),
+        "data_fingerprint": plan.data.fingerprint,
+        "steps": plan.steps,
+        "dtype": plan.dtype.name,
+        "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "command": [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]],
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    })
+
+
+def _summary(run, run_dir, state, held_out, seconds):
+    plan, s = run.plan, run.plan.settings
+    records = metrics.read_metrics(run_dir / "metrics.jsonl")
+    trained = count_parameters(abstract_params(plan.config, plan.l2a_config), run.mask)
+    tokens = sum(record["tokens"] for record in records)
+    speeds = sorted(record["tokens_per_second"] for record in records)
+    summary = {
+        "regime": s.regime, "steps": int(state.step), "trained_parameters": trained, "tokens_seen": tokens,
+        "tokens_per_trained_parameter": tokens / trained if trained else None,
+        "tokens_per_second_median": speeds[len(speeds) // 2] if speeds else None,
+        "peak_memory_gb": metrics.peak_memory_gb(), "estimated_memory_gb": run.memory_bytes / 1e9,
+        "seconds_this_session": seconds, "data": plan.data.describe(), **held_out,
+    }
+    if records:
+        tail = records[-max(1, len(records) // 20):]
+        summary["loss_last_5_percent"] = sum(record["loss"] for record in tail) / len(tail)
+        if "sparsity" in tail[-1]:
+            summary["sparsity_last_step"] = tail[-1]["sparsity"]
+    if "held_out_loss" in held_out:
+        summary["held_out_perplexity"] = float(np.exp(held_out["held_out_loss"]))
+        best = Checkpoints(run_dir).metadata(BEST)
+        if best is not None:
+            summary["best_checkpoint"] = {"step": best["step"], "held_out_loss": best["best"]}
+    return summary
+
+
+def _print_summary(run_dir: pathlib.Path, summary: dict[str, Any]) -> None:
+    if "recall" in summary:
+        print(recall.format_report(summary["recall"]))
+    if "held_out_loss" in summary:
+        sparsity = f", {summary['held_out_sparsity']:.1%} of decisions local" if "held_out_sparsity" in summary else ""
+        print(f"held-out loss {summary['held_out_loss']:.4f} (perplexity {summary['held_out_perplexity']:.2f})"
+              f"{sparsity}")
+    print(f"run folder: {run_dir}")
+
+
+def _say_stopped(stopped: Stopped, run_dir: pathlib.Path) -> int:
+    print(f"stopped after step {stopped.step}, which is saved; continue with: python train/run.py --resume {run_dir}",
+          file=sys.stderr)
+    return 128 + stopped.signal_number
+
+
+def default_run_dir(regime: str) -> pathlib.Path:
+    """`runs/REGIME-TIME`, below the current folder."""
+    return pathlib.Path("runs") / f"{regime}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def set_deterministic() -> None:
+    """Ask XLA for deterministic GPU kernels; must happen before the first use of a device."""
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
