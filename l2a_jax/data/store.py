@@ -46,12 +46,13 @@ class TokenStore:
 
 
 def _checksums(path: Path, chunks: np.ndarray | None = None) -> list[int]:
-    """CRC-32 of the chunks of a file, all of them or those named."""
-    if path.stat().st_size == 0:
-        return []
-    data = np.memmap(path, np.uint8, "r")
-    chunks = np.arange(-(-data.size // CHUNK)) if chunks is None else chunks
-    return [zlib.crc32(data[c * CHUNK : (c + 1) * CHUNK]) for c in chunks.tolist()]
+    """CRC-32 of the chunks of a file, all of them or those named. Read, not mapped: a chunk at a time in memory."""
+    found = []
+    with open(path, "rb") as file:
+        for chunk in range(-(-path.stat().st_size // CHUNK)) if chunks is None else chunks.tolist():
+            file.seek(chunk * CHUNK)
+            found.append(zlib.crc32(file.read(CHUNK)))
+    return found
 
 
 class StoreWriter:
