@@ -22,6 +22,8 @@ from l2a_jax.weights.names import IGNORED, Place, put, tensor_map
 BLOCK_ELEMENTS = 1 << 20
 """Elements read at a time (rounded to whole rows): 4 MB once they are float32."""
 
+MAX_LAYERS = 10_000
+
 
 class Tensors(Protocol):
     """A file or folder of named tensors. `kind` picks the column of the name table; `where` names it in messages."""
@@ -44,6 +46,9 @@ def assemble(
     and on a NaN or infinity, naming the tensor.
     """
     dtype = floating(dtype)
+    # A corrupt layer count would otherwise be noticed only after naming every tensor of billions of layers.
+    if config.num_layers > MAX_LAYERS:
+        raise UserError(f"{tensors.where} claims {config.num_layers} layers; expected at most {MAX_LAYERS}")
     places = tensor_map(config, l2a_config, tensors.kind)
     check(tensors, places)
     by_leaf: dict[str, list[tuple[str, Place]]] = {}

@@ -15,7 +15,7 @@ import jax
 
 from l2a_jax.config import L2AConfig, ModelConfig
 from l2a_jax.errors import UserError
-from l2a_jax.models.params import Tree
+from l2a_jax.models.params import Tree, map_with_path, param_shapes
 from l2a_jax.weights.assemble import floating
 from l2a_jax.weights.hf_config import config_fields
 from l2a_jax.weights.hf_folder import INDEX, SINGLE
@@ -107,9 +107,14 @@ def _stored(params: Tree, config: ModelConfig, l2a_config: L2AConfig | None) -> 
         "/".join(entry.key for entry in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
     places = tensor_map(config, l2a_config)
-    unknown = {place.path for place in places.values()} ^ leaves.keys()
+    expected = {}
+    map_with_path(expected.__setitem__, param_shapes(config, l2a_config))
+    unknown = expected.keys() ^ leaves.keys()
     if unknown:
         raise ValueError(f"the parameters do not fit the configuration: {', '.join(sorted(unknown))}")
+    for path, shape in expected.items():
+        if leaves[path].shape != shape:
+            raise ValueError(f"{path} is {leaves[path].shape}; expected {shape}")
 
     def stored(place: Place) -> Stored:
         leaf = leaves[place.path]

@@ -112,13 +112,13 @@ def locate(source: str | Path) -> Path:
 
 def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.utils import RepositoryNotFoundError
 
     try:
         folder = snapshot_download(hub_id, allow_patterns=_HUB_FILES)
     except RepositoryNotFoundError as error:
         raise UserError(f"the hub has no model {hub_id} (or it needs a login), and there is no such folder") from error
-    except (OSError, HfHubHTTPError, RuntimeError, ValueError) as error:
+    except Exception as error:  # whatever the client's HTTP library raises, which changes between versions
         raise UserError(f"cannot download {hub_id} from the hub ({type(error).__name__}), and it is neither a folder "
                         "nor in the local cache; point at a folder or a .gguf file instead") from error
     return Path(folder)

@@ -32,7 +32,7 @@ MEASURED = [
     ("parallel", 256, 0, True, EVERYTHING, 28.43),
     ("sequential", 256, 4, True, NOTHING, 43.73),
     ("sequential", 256, 4, False, NOTHING, 43.78),
-    ("sequential", 256, 1, True, NOTHING, 43.61),
+    ("sequential", 256, 1, False, NOTHING, 43.61),
     ("sequential", 256, 4, True, FIFTH, 55.07),
     ("parallel", 256, 4, True, FIFTH, 41.47),
     ("sequential", 64, 0, False, NOTHING, 320.7),

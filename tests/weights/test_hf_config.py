@@ -1,0 +1,103 @@
+"""`config.json` in both spellings, its defaults, and what is refused."""
+
+import dataclasses
+import json
+
+import pytest
+from tiny_qwen import BASE, FAMILIES
+
+from l2a_jax.config import MODELS, L2AConfig, RopeScaling
+from l2a_jax.errors import UserError
+from l2a_jax.weights.hf_config import config_fields, parse_config
+
+OLD = {key: value for key, value in BASE.items() if key != "rope_theta"}
+
+
+def rope(fields):
+    config, _ = parse_config(fields)
+    return config.rope_theta, config.rope
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"rope_theta": 5e5}, {"rope_type": "default", "rope_theta": 5e5}),
+        ({"rope_theta": 1e4, "rope_scaling": None}, {"rope_type": "default", "rope_theta": 1e4}),
+        (
+            {"rope_theta": 1e6, "rope_scaling": {"type": "linear", "factor": 4}},
+            {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
+        ),
+        (
+            {"rope_theta": 1e6, "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e6},
+        ),
+    ],
+)
+def test_both_spellings_mean_the_same(old, new):
+    assert rope({**OLD, **old}) == rope({**OLD, "rope_parameters": new})
+
+
+def test_rope_values():
+    assert rope({**OLD, "rope_theta": 5e5}) == (5e5, RopeScaling())
+    assert rope(OLD) == (10_000.0, RopeScaling())
+    assert rope(FAMILIES["linear"])[1] == RopeScaling("linear", 2.5)
+    assert rope(FAMILIES["yarn"])[1] == RopeScaling("yarn", 4.0, 32)
+    assert rope(FAMILIES["yarn_parameters"]) == (20_000.0, RopeScaling("yarn", 4.0, 32, 16.0, 2.0, 1.3))
+
+
+def test_absent_fields_take_the_defaults_of_transformers():
+    required = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                "num_attention_heads")
+    config, l2a_config = parse_config({key: BASE[key] for key in required})
+    assert (config.num_kv_heads, config.head_dim) == (4, 12)
+    assert (config.rms_norm_eps, config.max_positions, config.tie_embeddings) == (1e-6, 32_768, False)
+    assert l2a_config is None
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("l2a_config", [None, L2AConfig(pruned_layers=(1,), rope=RopeScaling("theta", 5.0))])
+def test_config_round_trip(name, l2a_config):
+    for scaling in (RopeScaling(), RopeScaling("linear", 3.0), RopeScaling("yarn", 4.0, 99, 20.0, 2.0, 1.1)):
+        config = dataclasses.replace(MODELS[name], rope=scaling)
+        fields = json.loads(json.dumps(config_fields(config, l2a_config)))
+        assert parse_config(fields) == (config, l2a_config)
+
+
+def test_a_stretched_base_is_written_as_the_larger_base():
+    config = dataclasses.replace(MODELS["tiny"], rope=RopeScaling("theta", 5.0))
+    assert rope(config_fields(config)) == (5 * config.rope_theta, RopeScaling())
+
+
+def test_a_window_that_is_switched_off_is_ignored():
+    assert parse_config({**BASE, "sliding_window": 16, "max_window_layers": 0}) == parse_config(BASE)
+    assert parse_config({**BASE, "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 3})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llama"}, "model of type 'llama'; expected 'qwen2'"),
+        ({"model_type": "qwen3"}, "model of type 'qwen3'"),
+        ({"model_type": None}, "model of type None"),
+        ({"vocab_size": None, "hidden_size": None}, "misses vocab_size, hidden_size"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"quantization_config": {}}, "quantised weights"),
+        ({"num_key_value_heads": 3}, "multiple of num_kv_heads"),
+        ({"hidden_size": "48"}, "unusable"),
+        ({"num_attention_heads": 0}, "expected at least 1"),
+        ({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}, "sliding-window attention"),
+        ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "sliding-window attention"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "scales RoPE by 'dynamic'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1}}, "scales RoPE by 'llama3'"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope factor"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "rope factor"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": False}}, "truncate"),
+        ({"l2a_config": {"window": 4}}, "model_type 'qwen2' with l2a_config"),
+        ({"model_type": "l2a_qwen2"}, "without l2a_config"),
+        ({"model_type": "l2a_qwen2", "l2a_config": {"window": 0}}, "window is 0"),
+        ({"model_type": "l2a_qwen2", "l2a_config": {"windows": 4}}, "no field"),
+    ],
+)
+def test_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        parse_config({**BASE, **change})

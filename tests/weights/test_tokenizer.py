@@ -1,0 +1,114 @@
+"""The tokenizer from a GGUF file and from a folder, against transformers' Qwen2 (no torch needed)."""
+
+import json
+import unicodedata
+
+import pytest
+from tiny_gguf import ADDED, MERGES, SPECIAL, vocabulary, write_gguf
+
+from l2a_jax.errors import UserError
+from l2a_jax.weights import load_pretrained, load_tokenizer
+from l2a_jax.weights.gguf_file import GGUFFile
+from l2a_jax.weights.gguf_model import gguf_tokenizer
+
+TEXTS = [
+    "", "a", "the inner and the\tthen", "  two   spaces    four ", "\n\n\r\n x \r\r y\n", "1234 12 3.14e-10 ½ ① ٣ 一",
+    "he's the's I'LL we'Ve don't", "def f(x):\n    return x**2  # the end\n\n\n", "你好,世界! 日本語 한국어", "café naïve Ünï — ‘quoted’…",
+    "🎉👩‍👩‍👧‍👦🇩🇪", "مرحبا שלום नमस्ते ไทย", "<|im_start|>user\nthe<|im_end|>\n<|endoftext|>", "<tool_call>{}</tool_call>x",
+    "a<|no_token|>b", "\u00a0\u3000\u2028\u200b x", "\x00\x01\x7f", "[PAD300]",
+]
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    write_gguf(tmp_path / "model.gguf")
+    return gguf_tokenizer(GGUFFile(tmp_path / "model.gguf"))
+
+
+@pytest.fixture
+def theirs():
+    qwen2 = pytest.importorskip("transformers").Qwen2Tokenizer
+    tokens, _ = vocabulary()
+    found = qwen2(vocab={t: i for i, t in enumerate(tokens)}, merges=[tuple(m.split(" ")) for m in MERGES])
+    found.add_special_tokens({"additional_special_tokens": SPECIAL})
+    found.add_tokens(ADDED)
+    return found
+
+
+def test_equal_to_qwen2_on_normalised_text(tokenizer, theirs):
+    for text in TEXTS:
+        text = unicodedata.normalize("NFC", text)
+        assert tokenizer.encode(text) == theirs(text)["input_ids"], text
+        assert tokenizer.encode_batch([text, "x"])[0] == tokenizer.encode(text)
+
+
+def test_text_comes_back(tokenizer):
+    for text in TEXTS:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    ids = tokenizer.encode("<|im_start|>the<|im_end|><tool_call>")
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "the<tool_call>"
+
+
+def test_marks_are_single_tokens(tokenizer):
+    tokens, _ = vocabulary()
+    assert tokenizer.encode("<|im_start|><tool_call>") == [tokens.index("<|im_start|>"), tokens.index("<tool_call>")]
+    assert tokenizer.eos_token_id == tokens.index("<|im_end|>")
+    assert tokenizer.pad_token_id == tokenizer.bos_token_id == tokens.index("<|endoftext|>")
+    assert tokenizer.vocab_size == len(tokens) == 320
+    assert tokenizer.token_id("<|im_end|>") == tokenizer.eos_token_id and tokenizer.token_id("nothing") is None
+    assert tokenizer.get_vocab()["Ġthe"] == tokens.index("Ġthe")
+
+
+def test_a_token_before_every_text_if_the_file_asks(tmp_path):
+    write_gguf(tmp_path / "model.gguf", metadata={"tokenizer.ggml.add_bos_token": True})
+    tokenizer = load_pretrained(tmp_path / "model.gguf").tokenizer
+    assert tokenizer.encode("the") == [tokenizer.bos_token_id, *tokenizer.encode("the", add_special_tokens=False)]
+
+
+def test_saved_and_loaded(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert again.settings == tokenizer.settings
+    assert [again.encode(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
+
+
+def test_what_transformers_saved(theirs, tmp_path):
+    theirs.save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    for text in TEXTS:
+        assert tokenizer.encode(text) == theirs(text)["input_ids"], text
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (theirs.eos_token_id, theirs.pad_token_id)
+    assert tokenizer.vocab_size == len(theirs)
+
+
+def test_vocabulary_and_merges_without_tokenizer_json(theirs, tmp_path):
+    tokens, _ = vocabulary()
+    (tmp_path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES, ""]), encoding="utf-8")
+    marks = {str(tokens.index(mark)): {"content": mark, "special": mark in SPECIAL} for mark in SPECIAL + ADDED}
+    settings = {"added_tokens_decoder": marks, "eos_token": {"content": "<|im_end|>"}, "bos_token": None}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(tmp_path)
+    for text in TEXTS + [unicodedata.normalize("NFD", text) for text in TEXTS]:
+        assert tokenizer.encode(text) == theirs(text)["input_ids"], text
+    assert tokenizer.eos_token_id == tokens.index("<|im_end|>") and tokenizer.bos_token_id is None
+
+
+def test_no_tokenizer_or_a_broken_one(tmp_path):
+    assert load_tokenizer(tmp_path) is None
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text("{")
+        with pytest.raises(UserError, match=name):
+            load_tokenizer(tmp_path)
+        (tmp_path / name).unlink()
+
+
+@pytest.mark.torch
+def test_equal_to_transformers_on_the_same_file(tokenizer, tmp_path):
+    pytest.importorskip("torch", reason="transformers reads GGUF with torch only")
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
+    for text in TEXTS + [unicodedata.normalize("NFD", text) for text in TEXTS]:
+        assert tokenizer.encode(text) == theirs(text)["input_ids"], text
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (theirs.eos_token_id, theirs.pad_token_id)
