@@ -55,8 +55,11 @@ def test_a_hub_recipe_stops_after_its_characters(hub, opened, monkeypatch):
 
 @pytest.mark.parametrize("recipe", ["wikitext", "diverse"])
 def test_without_a_network_one_error_says_how_to_give_files(hub, opened, recipe):
-    hub(ConnectionError("name or service\n not known"))
-    message = rf"cannot be read from the Hugging Face hub \(ConnectionError: name or service not known\).*{recipe}=DIR"
+    class ConnectError(Exception):
+        """As httpx raises: no OSError."""
+
+    hub(ConnectError("name or service\n not known"))
+    message = rf"cannot be read from the Hugging Face hub \(ConnectError: name or service not known\).*{recipe}=DIR"
     with pytest.raises(UserError, match=message):
         opened(recipe)
 
