@@ -25,6 +25,8 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
     architecture = file.fields.get("general.architecture")
     if architecture != ARCHITECTURE:
         raise UserError(f"{file.path} holds a model of architecture {architecture!r}; expected {ARCHITECTURE!r}")
+    if file.fields.get("split.count", 1) > 1:
+        raise UserError(f"{file.path} is one of {file.fields['split.count']} parts of a model; merge them into one file")
     if "token_embd.weight" not in file.shapes:
         raise UserError(f"{file.path} does not fit its configuration; missing: token_embd.weight")
 

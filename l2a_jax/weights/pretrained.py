@@ -128,6 +128,9 @@ def _open(path: Path) -> tuple[ModelConfig, L2AConfig | None, Tensors]:
     if path.is_file():
         file = GGUFFile(path)
         return gguf_config(file), None, file
+    inside = sorted(file.name for file in path.glob("*.gguf"))
+    if inside and not (path / "config.json").exists():
+        raise UserError(f"{path} has no config.json; point at its file {' or '.join(inside)} instead")
     config, l2a_config = parse_config(read_json(path / "config.json"), str(path / "config.json"))
     folder = HFFolder(path)
     return _tie(config, folder), l2a_config, folder

@@ -1,5 +1,6 @@
 """The two commands as a user runs them: exit status, one line of error, and nothing half-written."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -40,7 +41,22 @@ def model(tmp_path):
     return folder
 
 
+@pytest.fixture
+def call(capsys):
+    """Run a command in this process: (status, stdout, stderr)."""
+
+    def run(name, *arguments):
+        spec = importlib.util.spec_from_file_location(f"command_{name[:-3]}", ROOT / "convert" / name)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        status = module.main(list(map(str, arguments)))
+        return status, *capsys.readouterr()
+
+    return run
+
+
 def command(name, *arguments):
+    """Run a command as a user does."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(
         [sys.executable, ROOT / "convert" / name, *map(str, arguments)], capture_output=True, text=True, timeout=300,
@@ -59,8 +75,15 @@ def test_there_and_back(model, tmp_path):
     assert all(source[name].tobytes() == result[name].tobytes() for name in source)
 
 
-def test_bfloat16_is_the_default(model, tmp_path):
-    assert command("from_hf.py", model, tmp_path / "converted").returncode == 0
+def test_an_error_as_a_user_sees_it(model, tmp_path):
+    run = command("to_hf.py", "owner/name", tmp_path / "out")
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr.startswith("to_hf.py: cannot download owner/name") and run.stderr.count("\n") == 1
+
+
+def test_bfloat16_is_the_default(model, tmp_path, call):
+    status, said, _ = call("from_hf.py", model, tmp_path / "converted")
+    assert status == 0 and "without a tokenizer" in said
     assert json.loads((tmp_path / "converted" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
@@ -69,23 +92,22 @@ def test_bfloat16_is_the_default(model, tmp_path):
     ("source", "out", "message"),
     [
         ("nowhere", "out", "does not exist"),
-        ("owner/name", "out", "cannot download owner/name"),
         ("model", "model", "is not empty"),
         ("model", "model/config.json/out", "cannot write"),
         ("truncated.gguf", "out", "not a readable GGUF file"),
     ],
 )
-def test_one_line_of_error_and_status_2(model, tmp_path, monkeypatch, name, source, out, message):
+def test_one_line_of_error_and_status_2(model, tmp_path, monkeypatch, call, name, source, out, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "truncated.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
     before = sorted(tmp_path.rglob("*"))
-    run = command(name, source, out)
-    assert (run.returncode, run.stdout) == (2, "")
-    assert message in run.stderr and run.stderr.count("\n") == 1
+    status, said, complaint = call(name, source, out)
+    assert (status, said) == (2, "")
+    assert message in complaint and complaint.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_an_unknown_dtype(model, tmp_path):
-    run = command("from_hf.py", model, tmp_path / "out", "--dtype", "int4")
-    assert run.returncode == 2 and "expected float32, bfloat16 or float16" in run.stderr
+def test_an_unknown_dtype(model, tmp_path, call):
+    status, _, complaint = call("from_hf.py", model, tmp_path / "out", "--dtype", "int4")
+    assert status == 2 and "expected float32, bfloat16 or float16" in complaint
     assert not (tmp_path / "out").exists()

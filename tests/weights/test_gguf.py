@@ -95,6 +95,7 @@ def test_the_hash_is_of_the_content(tmp_path):
     ("metadata", "message"),
     [
         ({"general.architecture": "llama"}, "architecture 'llama'; expected 'qwen2'"),
+        ({"split.count": 3}, "one of 3 parts"),
         ({"qwen2.embedding_length": None}, "misses the field qwen2.embedding_length"),
         ({"qwen2.embedding_length": 32}, "wrong shape: token_embd.weight is .320, 64., expected .320, 32."),
         ({"qwen2.block_count": 3}, "missing: blk.2.attn_k.bias, .*blk.2.attn_norm.weight"),

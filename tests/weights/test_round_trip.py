@@ -77,6 +77,15 @@ def test_the_local_set_has_the_plain_names(tmp_path):
             np.testing.assert_array_equal(stored, params["layers"][f"norm_{name}"]["scale"][2])
 
 
+def test_transformers_refuses_a_routed_model(tmp_path):
+    """It would run the local set as plain full attention, without a word about what it left out."""
+    transformers = pytest.importorskip("transformers")
+    config, l2a_config = MODELS["tiny"], ROUTED["shared"]
+    save_pretrained(tmp_path / "out", random_tree(config, l2a_config), config, l2a_config)
+    with pytest.raises(ValueError, match="l2a_qwen2"):
+        transformers.AutoConfig.from_pretrained(tmp_path / "out")
+
+
 def test_float32_and_mixed_leaves_keep_their_dtype(tmp_path):
     config = MODELS["tiny"]
     params = random_tree(config, ROUTED["shared"], jnp.float32)

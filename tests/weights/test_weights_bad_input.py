@@ -160,6 +160,11 @@ def test_a_file_that_is_no_model(tmp_path):
     refused(tmp_path / "model.gguf", "not a readable GGUF file")
 
 
+def test_the_folder_of_a_gguf_file(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"")
+    refused(tmp_path, "has no config.json; point at its file model.gguf instead")
+
+
 @pytest.mark.parametrize("raised", ["offline", "connection", "timeout", "absent"])
 def test_hub_id_without_network(monkeypatch, raised):
     import huggingface_hub as hub
