@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from l2a_jax.config import L2AConfig, ModelConfig
 from l2a_jax.errors import UserError
@@ -25,6 +26,7 @@ BLOCK_ELEMENTS = 1 << 20
 MAX_LAYERS = 10_000
 
 
+@runtime_checkable
 class Tensors(Protocol):
     """A file or folder of named tensors. `kind` picks the column of the name table; `where` names it in messages."""
 
@@ -32,7 +34,7 @@ class Tensors(Protocol):
     where: str
     shapes: Mapping[str, tuple[int, ...]]
 
-    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+    def rows(self, name: str, start: int, stop: int) -> Float[np.ndarray, "rows ..."]:
         """Rows [start, stop) along the first dimension, in a floating dtype. Raises UserError if unreadable."""
         ...
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
+from jaxtyping import Float32
 
 from l2a_jax.errors import UserError
 
@@ -62,7 +63,7 @@ class GGUFFile:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {name: entry.shape for name, entry in self.entries.items()}
 
-    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+    def rows(self, name: str, start: int, stop: int) -> Float32[np.ndarray, "rows ..."]:
         """Rows [start, stop) of a tensor as float32, with its own trailing dimensions."""
         entry = self.entries[name]
         # A vector is one row of the block format, so it is read whole and cut afterwards.

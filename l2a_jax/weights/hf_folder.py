@@ -7,6 +7,7 @@ from pathlib import Path
 
 import ml_dtypes  # noqa: F401  (lets numpy name bfloat16, which safetensors asks for)
 import numpy as np
+from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 
 from l2a_jax.errors import UserError
@@ -37,7 +38,7 @@ class HFFolder:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return self._shapes
 
-    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+    def rows(self, name: str, start: int, stop: int) -> Float[np.ndarray, "rows ..."]:
         """Rows [start, stop) of a tensor in its stored dtype."""
         # Opened for each block: the map of a file that stays open would keep all that was read of it in memory.
         try:

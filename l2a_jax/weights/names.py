@@ -9,9 +9,10 @@ router. GGUF knows no routing, so only plain models come from there.
 from __future__ import annotations
 
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Array, Float
 
 from l2a_jax.config import L2AConfig, ModelConfig
 from l2a_jax.models.params import map_with_path, param_shapes
@@ -98,7 +99,7 @@ def tensor_map(config: ModelConfig, l2a_config: L2AConfig | None = None, kind: s
     return places
 
 
-def put(leaf: np.ndarray, transform: str, rows: np.ndarray, start: int) -> None:
+def put(leaf: Float[np.ndarray, "..."], transform: str, rows: Float[np.ndarray, "rows ..."], start: int) -> None:
     """Write stored rows `start`, `start + 1`, ... into one layer of a leaf."""
     if transform == ROW:
         leaf[...] = rows[0]
@@ -108,7 +109,7 @@ def put(leaf: np.ndarray, transform: str, rows: np.ndarray, start: int) -> None:
         leaf[start : start + len(rows)] = rows
 
 
-def take(leaf: Any, transform: str) -> np.ndarray:
+def take(leaf: Float[Array, "..."], transform: str) -> Float[np.ndarray, "..."]:
     """The stored tensor of one layer of a leaf: the inverse of `put` over all rows."""
     array = np.asarray(leaf)
     return array[None] if transform == ROW else array.T if transform == TRANSPOSE else array
