@@ -1,8 +1,9 @@
-"""Counts as people write them: `12M` tokens, `1.5k` steps."""
+"""Numbers as people write them: `12M` tokens, `code=2 math=0.5` for a mix."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from l2a_jax.errors import UserError
 
@@ -28,3 +29,22 @@ def format_count(count: int) -> str:
         if count >= unit:
             return f"{count / unit:.3g}{name}"
     return str(count)
+
+
+def parse_weights(entries: str | Iterable[str], what: str = "a weight") -> dict[str, float]:
+    """`["code=2", "math=0.5"]` or `"code=2,math=0.5"` -> {"code": 2.0, "math": 0.5}, for `open_data(weights=)`.
+
+    Raises `UserError` for anything that is not NAME=NUMBER, and for a name given twice.
+    """
+    weights: dict[str, float] = {}
+    for entry in [entries] if isinstance(entries, str) else entries:
+        for part in filter(None, entry.split(",")):
+            name, equals, number = part.strip().partition("=")
+            try:
+                weight = float(number)
+            except ValueError:
+                equals = ""
+            if not (name and equals) or name in weights:
+                raise UserError(f"{what} is {part!r}; expected NAME=NUMBER, each domain once, such as code=2 math=0.5")
+            weights[name] = weight
+    return weights

@@ -1,6 +1,6 @@
 import pytest
 
-from l2a_jax.data import format_count, parse_count
+from l2a_jax.data import format_count, parse_count, parse_weights
 from l2a_jax.errors import UserError
 
 
@@ -20,3 +20,15 @@ def test_anything_else_is_an_error_that_names_the_flag(text):
 
 def test_counts_for_people():
     assert [format_count(n) for n in (999, 12_345_678, 1500)] == ["999", "12.3M", "1.5k"]
+
+
+def test_weights_as_people_write_them():
+    assert parse_weights(["code=2", "math=0.5,science=0"]) == {"code": 2.0, "math": 0.5, "science": 0.0}
+    assert parse_weights("code=2, math=1") == {"code": 2.0, "math": 1.0}
+    assert parse_weights([]) == {}
+
+
+@pytest.mark.parametrize("entry", ["code", "code=", "=2", "code=much", "code=1,code=2"])
+def test_weights_that_do_not_read(entry):
+    with pytest.raises(UserError, match="--mix is .*expected NAME=NUMBER"):
+        parse_weights([entry], "--mix")
