@@ -54,7 +54,7 @@ def save_pretrained(
     """Write a Hugging Face folder that `load_pretrained` reads back bit for bit; a plain model loads in transformers.
 
     Every leaf keeps its dtype. A model with the L2A layer has its local set under the plain names, the second set under
-    `*_global`, and its L2AConfig in `config.json`. Files hold at most `shard_bytes` each (a larger tensor stands alone).
+    `*_global`, and its L2AConfig in `config.json`. Files hold at most `shard_bytes` each; a larger tensor stands alone.
     Nothing is left behind on failure. Raises UserError if `out` exists and is not empty, or cannot be written.
     """
     tensors = _stored(params, config, l2a_config)

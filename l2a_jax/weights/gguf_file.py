@@ -100,7 +100,7 @@ def _check_format(path: Path, name: str, format: gguf.GGMLQuantizationType) -> N
     try:
         gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[format][1]), np.uint8), format)
     except NotImplementedError:
-        raise UserError(f"{path}: {name} is stored as {format.name}, which the gguf package cannot dequantise") from None
+        raise UserError(f"{path}: {name} is stored as {format.name}, which gguf cannot dequantise") from None
 
 
 class _Cursor:

@@ -26,7 +26,7 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
     if architecture != ARCHITECTURE:
         raise UserError(f"{file.path} holds a model of architecture {architecture!r}; expected {ARCHITECTURE!r}")
     if file.fields.get("split.count", 1) > 1:
-        raise UserError(f"{file.path} is one of {file.fields['split.count']} parts of a model; merge them into one file")
+        raise UserError(f"{file.path} is one of {file.fields['split.count']} parts of a model; merge them into one")
     if "token_embd.weight" not in file.shapes:
         raise UserError(f"{file.path} does not fit its configuration; missing: token_embd.weight")
 
@@ -105,14 +105,19 @@ def gguf_tokenizer(file: GGUFFile) -> Tokenizer | None:
             raise UserError(f"{file.path}: {name} is {index}, of {len(tokens)} tokens")
         return tokens[index]
 
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": token("bos_token_id"), "eos_token": token("eos_token_id"),
-                "pad_token": token("padding_token_id"), "add_bos_token": bool(fields.get("add_bos_token", False)),
-                "chat_template": file.fields.get("tokenizer.chat_template")}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": token("bos_token_id"),
+        "eos_token": token("eos_token_id"),
+        "pad_token": token("padding_token_id"),
+        "add_bos_token": bool(fields.get("add_bos_token", False)),
+        "chat_template": file.fields.get("tokenizer.chat_template"),
+    }
     return byte_level_bpe(
         vocabulary=tokens,
         merges=[tuple(merge.split(" ")) for merge in fields["merges"]],
-        special=[text for text, kind in zip(tokens, types) if kind == _CONTROL],
-        added=[text for text, kind in zip(tokens, types) if kind == _USER_DEFINED],
+        special=[text for text, kind in zip(tokens, types, strict=True) if kind == _CONTROL],
+        added=[text for text, kind in zip(tokens, types, strict=True) if kind == _USER_DEFINED],
         settings={key: value for key, value in settings.items() if value is not None},
         normalise=False,
     )

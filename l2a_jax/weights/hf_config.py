@@ -75,12 +75,15 @@ def parse_config(fields: dict[str, Any], where: str = "config.json") -> tuple[Mo
     except (TypeError, ValueError) as error:
         raise UserError(f"{where} is unusable: {error}") from error
     if (fields["model_type"] == L2A_TYPE) != (l2a_config is not None):
-        raise UserError(f"{where} has model_type {fields['model_type']!r} {'without' if l2a_config is None else 'with'} "
-                        f"{L2A_KEY}; expected {L2A_TYPE!r} with it or {PLAIN_TYPE!r} without")
+        have = "without" if l2a_config is None else "with"
+        raise UserError(f"{where} has model_type {fields['model_type']!r} {have} {L2A_KEY}; expected {L2A_TYPE!r} with "
+                        f"it or {PLAIN_TYPE!r} without")
     return config, l2a_config
 
 
-def config_fields(config: ModelConfig, l2a_config: L2AConfig | None = None, dtype: str = "bfloat16") -> dict[str, Any]:
+def config_fields(
+    config: ModelConfig, l2a_config: L2AConfig | None = None, dtype: str = "bfloat16"
+) -> dict[str, Any]:
     """The fields of a `config.json`: the inverse of `parse_config`.
 
     RoPE kind `theta` is written as the larger base that it means, because Hugging Face has no such kind; an

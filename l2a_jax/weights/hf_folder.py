@@ -54,7 +54,7 @@ class HFFolder:
     def _read_header(self, shard: Path) -> None:
         try:
             with safe_open(shard, framework="numpy") as file:
-                for name in file.keys():
+                for name in file.keys():  # noqa: SIM118  (no dict: it cannot be iterated)
                     tensor = file.get_slice(name)
                     if name in self._shapes:
                         raise UserError(f"{self.path}: {name} is stored in {self._shard_of[name].name} and in "

@@ -99,7 +99,7 @@ def tensor_map(config: ModelConfig, l2a_config: L2AConfig | None = None, kind: s
     return places
 
 
-def put(leaf: Float[np.ndarray, "..."], transform: str, rows: Float[np.ndarray, "rows ..."], start: int) -> None:
+def put(leaf: Float[np.ndarray, "*shape"], transform: str, rows: Float[np.ndarray, "rows ..."], start: int) -> None:
     """Write stored rows `start`, `start + 1`, ... into one layer of a leaf."""
     if transform == ROW:
         leaf[...] = rows[0]
@@ -109,7 +109,7 @@ def put(leaf: Float[np.ndarray, "..."], transform: str, rows: Float[np.ndarray, 
         leaf[start : start + len(rows)] = rows
 
 
-def take(leaf: Float[Array, "..."], transform: str) -> Float[np.ndarray, "..."]:
+def take(leaf: Float[Array, "*shape"], transform: str) -> Float[np.ndarray, "*stored"]:
     """The stored tensor of one layer of a leaf: the inverse of `put` over all rows."""
     array = np.asarray(leaf)
     return array[None] if transform == ROW else array.T if transform == TRANSPOSE else array

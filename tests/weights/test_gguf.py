@@ -131,7 +131,7 @@ def test_a_nan_is_named(tmp_path):
     tensors = weights(FIELDS)
     tensors["model.layers.1.mlp.down_proj.weight"][5, 7] = np.nan
     write_gguf(tmp_path / "model.gguf", tensors=tensors)
-    with pytest.raises(UserError, match="NaN or an infinity in blk.1.ffn_down.weight"):
+    with pytest.raises(UserError, match=r"NaN or an infinity in blk\.1\.ffn_down\.weight"):
         load_pretrained(tmp_path / "model.gguf")
 
 
@@ -142,7 +142,7 @@ def test_every_truncation_is_one_clear_error(tmp_path):
     cut = tmp_path / "cut.gguf"
     for length in (0, 3, 10, 24, 100, 1_000, 5_000, len(data) // 2, len(data) - 1):
         cut.write_bytes(data[:length])
-        with pytest.raises(UserError, match="cut.gguf"):
+        with pytest.raises(UserError, match=r"cut\.gguf"):
             load_pretrained(cut)
 
 

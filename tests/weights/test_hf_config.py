@@ -28,7 +28,8 @@ def rope(fields):
             {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
         ),
         (
-            {"rope_theta": 1e6, "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
+            {"rope_theta": 1e6,
+             "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
             {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e6},
         ),
     ],

@@ -1,6 +1,7 @@
 """The fifteen perplexities of real Qwen2.5-Coder-0.5B before any training, measured once with an independent PyTorch
 implementation (float32, first 2,048 tokens of WikiText-2 test, raw, as 2 rows of 1,024)."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -66,7 +67,8 @@ def routed(what: str, layers: int) -> jax.Array:
 
 def perplexity(logits: jax.Array, tokens: jax.Array) -> float:
     losses = [
-        -jnp.take_along_axis(jax.nn.log_softmax(row[:-1]), ids[1:, None], axis=-1) for row, ids in zip(logits, tokens)
+        -jnp.take_along_axis(jax.nn.log_softmax(row[:-1]), ids[1:, None], axis=-1)
+        for row, ids in zip(logits, tokens, strict=True)
     ]
     return float(np.exp(np.mean(np.asarray(losses, np.float64))))
 
@@ -77,7 +79,7 @@ def test_perplexity(model, tokens, topology, window, sinks, stretched, what, exp
     params, config, l2a_config, decisions = model.params, model.config, None, None
     with jax.default_matmul_precision("float32"):
         if topology is None:
-            config = config.__class__(**{**config.__dict__, "rope": rope})
+            config = dataclasses.replace(config, rope=rope)
         else:
             l2a_config = L2AConfig(window=window, sinks=sinks, topology=topology, share_attention=False, rope=rope)
             params = add_routing(params, config, l2a_config)

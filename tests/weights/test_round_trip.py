@@ -25,13 +25,14 @@ def random_tree(config, l2a_config, dtype=jnp.bfloat16):
     leaves, structure = jax.tree.flatten(tree)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     return structure.unflatten(
-        jax.random.normal(key, leaf.shape, jnp.float32).astype(leaf.dtype) for key, leaf in zip(keys, leaves)
+        jax.random.normal(key, leaf.shape, jnp.float32).astype(leaf.dtype)
+        for key, leaf in zip(keys, leaves, strict=True)
     )
 
 
 def assert_same_bits(left, right):
     assert jax.tree.structure(left) == jax.tree.structure(right)
-    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right)):
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 

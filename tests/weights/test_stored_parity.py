@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_qwen import FAMILIES, TOKENS, write_folder
 
 from l2a_jax.models.qwen2 import forward
 from l2a_jax.weights import load_pretrained
-
-from tiny_qwen import FAMILIES, TOKENS, write_folder
 
 STORED = np.load(Path(__file__).with_name("reference_logits.npz"))
 KEPT = slice(3, None, 4)

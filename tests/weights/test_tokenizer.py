@@ -2,6 +2,7 @@
 
 import json
 import unicodedata
+from pathlib import Path
 
 import pytest
 from tiny_gguf import ADDED, MERGES, SPECIAL, vocabulary, write_gguf
@@ -12,6 +13,8 @@ from l2a_jax.weights import load_pretrained, load_tokenizer
 from l2a_jax.weights.gguf_file import GGUFFile
 from l2a_jax.weights.gguf_model import gguf_tokenizer
 
+STORED = json.loads(Path(__file__).with_name("reference_tokens.json").read_text())
+
 
 @pytest.fixture
 def tokenizer(tmp_path):
@@ -20,7 +23,22 @@ def tokenizer(tmp_path):
 
 
 @pytest.fixture
+def folder(tmp_path):
+    """`vocab.json` and `merges.txt`, without a `tokenizer.json`."""
+    tokens, _ = vocabulary()
+    marks = {str(tokens.index(mark)): {"content": mark, "special": mark in SPECIAL} for mark in SPECIAL + ADDED}
+    settings = {"added_tokens_decoder": marks, "eos_token": {"content": "<|im_end|>"}, "bos_token": None}
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (path / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES, ""]), encoding="utf-8")
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return path
+
+
+@pytest.fixture
 def theirs():
+    """transformers' Qwen2 tokenizer with the toy vocabulary."""
     qwen2 = pytest.importorskip("transformers").Qwen2Tokenizer
     tokens, _ = vocabulary()
     found = qwen2(vocab={t: i for i, t in enumerate(tokens)}, merges=[tuple(m.split(" ")) for m in MERGES])
@@ -29,11 +47,14 @@ def theirs():
     return found
 
 
-def test_equal_to_qwen2_on_normalised_text(tokenizer, theirs):
-    for text in TEXTS:
-        text = unicodedata.normalize("NFC", text)
-        assert tokenizer.encode(text) == theirs(text)["input_ids"], text
-        assert tokenizer.encode_batch([text, "x"])[0] == tokenizer.encode(text)
+def test_equal_to_stored_tokens_of_transformers(tokenizer, folder):
+    """NFC text always; with `vocab.json` and `merges.txt`, which are Qwen2's own files, NFD text too."""
+    normal, decomposed = STORED[: len(TEXTS)], STORED[len(TEXTS) :]
+    assert [tokenizer.encode(unicodedata.normalize("NFC", text)) for text in TEXTS] == normal
+    assert tokenizer.encode_batch([unicodedata.normalize("NFC", text) for text in TEXTS]) == normal
+    own = load_tokenizer(folder)
+    assert [own.encode(unicodedata.normalize("NFC", text)) for text in TEXTS] == normal
+    assert [own.encode(unicodedata.normalize("NFD", text)) for text in TEXTS] == decomposed
 
 
 def test_text_comes_back(tokenizer):
@@ -75,17 +96,10 @@ def test_what_transformers_saved(theirs, tmp_path):
     assert tokenizer.vocab_size == len(theirs)
 
 
-def test_vocabulary_and_merges_without_tokenizer_json(theirs, tmp_path):
-    tokens, _ = vocabulary()
-    (tmp_path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES, ""]), encoding="utf-8")
-    marks = {str(tokens.index(mark)): {"content": mark, "special": mark in SPECIAL} for mark in SPECIAL + ADDED}
-    settings = {"added_tokens_decoder": marks, "eos_token": {"content": "<|im_end|>"}, "bos_token": None}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    tokenizer = load_tokenizer(tmp_path)
-    for text in TEXTS + [unicodedata.normalize("NFD", text) for text in TEXTS]:
-        assert tokenizer.encode(text) == theirs(text)["input_ids"], text
-    assert tokenizer.eos_token_id == tokens.index("<|im_end|>") and tokenizer.bos_token_id is None
+def test_vocabulary_and_merges_without_tokenizer_json(folder):
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.eos_token_id == vocabulary()[0].index("<|im_end|>") and tokenizer.bos_token_id is None
+    assert tokenizer.decode(tokenizer.encode("<|im_start|>the<|im_end|>"), skip_special_tokens=True) == "the"
 
 
 def test_no_tokenizer_or_a_broken_one(tmp_path):

@@ -130,7 +130,7 @@ def test_config_missing_or_broken(tmp_path):
     refused(folder, "config.json is not readable JSON")
     (folder / "config.json").unlink()
     refused(folder, "has no config.json")
-    with pytest.raises(UserError, match="has no config.json"):
+    with pytest.raises(UserError, match=r"has no config\.json"):
         read_config(folder)
 
 

@@ -53,7 +53,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "linear": {**BASE, "rope_scaling": {"type": "linear", "factor": 2.5}},
     "yarn": {**BASE, "rope_scaling": _yarn()},
     "yarn_parameters": {
-        **BASE, "rope_parameters": {**_yarn(beta_fast=16.0, beta_slow=2.0, attention_factor=1.3), "rope_theta": 20_000.0},
+        **BASE,
+        "rope_parameters": {**_yarn(beta_fast=16.0, beta_slow=2.0, attention_factor=1.3), "rope_theta": 20_000.0},
     },
     "yarn_mscale": {**BASE, "rope_scaling": _yarn(mscale=1.2, mscale_all_dim=0.7)},
 }
