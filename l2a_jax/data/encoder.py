@@ -18,7 +18,7 @@ DOCUMENT_ENDS = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class Encoder:
-    """`encode`: texts -> int arrays without special tokens; `end_id` closes each document; ids are below `vocabulary`."""
+    """`encode`: texts -> int64 ids, no special tokens added; `end_id` closes a document; ids are below `vocabulary`."""
 
     encode: Callable[[Sequence[str]], list[np.ndarray]]
     end_id: int

@@ -8,7 +8,7 @@ from l2a_jax.data.recipes import Hub
 from l2a_jax.errors import UserError
 
 SECONDS = 15
-"""Patience for the first answer: `datasets` itself retries for half a minute before it says that there is no network."""
+"""Patience for the first answer: `datasets` itself retries for half a minute where there is no network."""
 
 
 def hub_records(hub: Hub, instead: str) -> Iterator[tuple[str, Mapping]]:

@@ -119,8 +119,11 @@ def _local_recipe(name: str, place: str) -> tuple[Domain, ...]:
         if not files and len(recipe) == 1 and not Path(place).is_dir():
             files = found  # named one by one: the user has chosen
         if not files:
-            raise UserError(f"--data {entry}: no file is named {domain.pattern} for the domain {domain.name!r}; "
-                            f"expected {', '.join(d.pattern for d in recipe)} ({', '.join(SUFFIXES)}, also .gz)")  # fmt: skip
+            patterns = ", ".join(d.pattern for d in recipe)
+            raise UserError(
+                f"--data {entry}: no file is named {domain.pattern} for the domain {domain.name!r}; "
+                f"expected {patterns} ({', '.join(SUFFIXES)}, also .gz)"
+            )
         # A record says itself where its text is: the field of the hub data set need not be the file's.
         domains.append(replace(domain, files=files, hub=None, text_field=None))
     return tuple(domains)

@@ -191,7 +191,7 @@ def record_text(
         if template is None:
             template = _template(field, place, record)
         text = _format(template, place, record)
-        source = record.get(join) if join else None
+        source = str(record[join]) if join and record.get(join) is not None else None
         if source is not None and source == current:
             yield Fragment("\n\n", False)
             yield Fragment(text, False)
@@ -210,7 +210,11 @@ def record_text(
 def _template(field: str | None, place: str, record: Mapping) -> str:
     for layout in LAYOUTS if field is None else (field,):
         template = layout if "{" in layout else "{" + layout + "}"
-        if all(name in record for _, name, _, _ in string.Formatter().parse(template) if name):
+        try:
+            names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        except ValueError as error:
+            raise UserError(f"the text field {field!r} is no template: {error}") from None
+        if names and all(name in record for name in names):
             return template
     wanted = "text field " + repr(field) if field else "text field (" + ", ".join(map(repr, LAYOUTS)) + ")"
     raise UserError(f"{place} has no {wanted}; its fields are {', '.join(map(repr, record)) or 'none'}")

@@ -14,7 +14,7 @@ def test_counts_as_people_write_them(text, count):
 
 @pytest.mark.parametrize("text", ["", "M", "0", "-3", "1.5", "12 apples", "0.0001k", "nan"])
 def test_anything_else_is_an_error_that_names_the_flag(text):
-    with pytest.raises(UserError, match="--tokens is .*expected a whole number"):
+    with pytest.raises(UserError, match=r"--tokens is .*expected a whole number"):
         parse_count(text, "--tokens")
 
 
@@ -30,5 +30,5 @@ def test_weights_as_people_write_them():
 
 @pytest.mark.parametrize("entry", ["code", "code=", "=2", "code=much", "code=1,code=2"])
 def test_weights_that_do_not_read(entry):
-    with pytest.raises(UserError, match="--mix is .*expected NAME=NUMBER"):
+    with pytest.raises(UserError, match=r"--mix is .*expected NAME=NUMBER"):
         parse_weights([entry], "--mix")

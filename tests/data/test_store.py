@@ -107,7 +107,7 @@ def test_counts_in_meta_must_match_the_files(build, write, texts):
     folder = build(write("a.jsonl", texts(3))).folder
     meta = json.loads((folder / "meta.json").read_text())
     (folder / "meta.json").write_text(json.dumps(meta | {"documents": 4}))
-    with pytest.raises(UserError, match="its counts do not match"):
+    with pytest.raises(UserError, match=r"its counts do not match"):
         open_store(folder)
 
 
@@ -196,7 +196,7 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
 def test_a_cache_that_cannot_be_written_is_an_error(write, texts, tokenizer, tmp_path):
     (tmp_path / "file").write_text("")
     (domain,) = resolve(str(write("a.jsonl", texts(3))))
-    with pytest.raises(UserError, match="cannot be written .*L2A_CACHE"):
+    with pytest.raises(UserError, match=r"cannot be written .*L2A_CACHE"):
         tokenised(domain, make_encoder(tokenizer), tmp_path / "file" / "cache")
 
 
@@ -212,10 +212,10 @@ def test_any_tokenizer_that_encodes_will_do(write, texts, tokenizer, tmp_path):
 
     (domain,) = resolve(str(write("a.jsonl", ["ab", "c"])))
     assert tokenised(domain, make_encoder(Plain()), tmp_path / "c").tokens.tolist() == [98, 99, 0, 100, 0]
-    with pytest.raises(UserError, match="expected one with encode"):
+    with pytest.raises(UserError, match=r"expected one with encode"):
         make_encoder(object())
     tokenizer_without_end = type("T", (), {"encode": lambda self, text, add_special_tokens: []})()
-    with pytest.raises(UserError, match="neither .* nor eos_token_id"):
+    with pytest.raises(UserError, match=r"neither .* nor eos_token_id"):
         make_encoder(tokenizer_without_end)
 
 

@@ -59,7 +59,7 @@ def test_joined_records_are_one_document_in_order():
 
 def test_parts_to_join_must_be_neighbours():
     records = [(f"row {i}", {"text": "x", "source": s}) for i, s in enumerate("aba")]
-    with pytest.raises(UserError, match="row 2: more of source 'a'.*sort the file"):
+    with pytest.raises(UserError, match=r"row 2: more of source 'a'.*sort the file"):
         list(record_text(records, join="source"))
 
 
@@ -76,6 +76,8 @@ def test_the_layout_of_records_is_found_or_given():
         ('{"body": "x"}\n', None, r"a\.jsonl, line 1 has no text field .*its fields are 'body'"),
         ('{"text": "x"}\n\n{"txt": "x"}\n', None, r"a\.jsonl, line 3 has no text field 'text'; its fields are 'txt'"),
         ('{"text": "x"}\n', "body", r"line 1 has no text field 'body'"),
+        ('{"text": "x"}\n', "{text", r"the text field '{text' is no template"),
+        ('{"text": "x"}\n', "{}", r"line 1 has no text field '{}'"),
         ('{"text": 3}\n', None, r"line 1: field 'text' is int; expected text"),
         ('{"text": "x"}\n{"text": \n', None, r"line 2 is not JSON"),
         ('["x"]\n', None, r"line 1 holds a JSON list; expected an object"),
