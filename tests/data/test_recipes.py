@@ -70,7 +70,7 @@ def test_entries_that_mean_nothing(folder, entry, message):
 
 def test_folders_without_text(tmp_path, folder):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="the folder holds no .txt"):
+    with pytest.raises(UserError, match=r"the folder holds no .txt"):
         resolve(str(tmp_path / "empty"))
     (folder / "science_x.jsonl").unlink()
     with pytest.raises(UserError, match=r"no file is named science_\* for the domain 'science'; expected narrative_\*"):
