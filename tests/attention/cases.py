@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from dataclasses import dataclass
 
@@ -70,8 +71,10 @@ class Case:
 
 def value_and_gradients(case: Case, backend: str, q, k, v, cotangent, options):
     """(out, dq, dk, dv) of one backend, compiled together."""
+    # Interpreted kernels are large programs that run once: compiling them well would take most of the suite's time.
+    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=quick if backend == "pallas_interpret" else None)
     def run(q, k, v, cotangent):
         out, pull = jax.vjp(lambda q, k, v: case.call(backend, q, k, v, options), q, k, v)
         return (out, *pull(cotangent))

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import CASES, Case, value_and_gradients
 
-from l2a_jax.attention import xla
+from l2a_jax.attention import reference, xla
 
 BACKENDS = ("xla", "xla_chunked", "cudnn", pytest.param("pallas", marks=pytest.mark.gpu), "pallas_interpret")
 
@@ -48,3 +45,85 @@ def assert_close(actual, expected, tolerance):
 def test_values_and_gradients_are_the_oracles(backend, case):
     inputs = case.inputs()
     assert_close(run(case, backend, *inputs), value_and_gradients(case, "reference", *inputs), 3e-6)
+
+
+@pytest.mark.parametrize("case", CASES[::2], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+def test_bfloat16_stays_near_the_float32_oracle(backend, case):
+    q, k, v, cotangent, options = case.inputs(dtype=jnp.bfloat16)
+    exact = [x.astype(jnp.float32) for x in (q, k, v, cotangent)]
+    actual = run(case, backend, q, k, v, cotangent, options)
+    assert all(x.dtype == jnp.bfloat16 for x in actual)
+    assert_close([x.astype(jnp.float32) for x in actual], value_and_gradients(case, "reference", *exact, options), 1e-2)
+
+
+PROBES = (
+    Case("full", length=40, batch=1), Case("local", length=40, batch=1, window=7, sinks=2),
+    Case("routed", length=40, batch=1, rate=0.5), Case("mixed", length=40, batch=1, rate=0.3, window=7, sinks=2),
+    Case("local", length=40, batch=1, window=7, sinks=2, packing=((13, 20),)),
+)
+
+
+@pytest.mark.parametrize("case", PROBES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+def test_a_changed_token_is_seen_exactly_where_the_mask_allows_it(backend, case):
+    """Perturb the key and value of one token: only rows that may see it change, and those all do."""
+    q, k, v, cotangent, options = case.inputs(seed=int(np.random.default_rng().integers(2**31)))
+    token = 15
+    changed = [x.at[:, token].add(1.0) for x in (k, v)]
+    before, *gradients = run(case, backend, q, k, v, cotangent, options)
+    after = run(case, backend, q, *changed, cotangent, options)[0]
+    moved = np.asarray(jnp.any(before != after, axis=(2, 3)))[0]
+    shape, packed = q.shape[:2], options.get("segment_ids")
+    mask = reference.causal_mask(packed, shape)
+    if case.window is not None:
+        near = reference.local_mask(packed, shape, window=case.window, sinks=case.sinks)
+        mask = jnp.where(options["decisions"][:, :, None], mask, near) if case.operation == "mixed" else near
+    if case.operation == "routed":
+        mask = mask & options["decisions"][:, :, None]
+    mask = np.asarray(mask)[0]
+    np.testing.assert_array_equal(moved, mask[:, token])
+    # A row without keys gives exactly nothing back, and a key that no row sees receives exactly nothing.
+    assert not np.any(np.asarray(gradients[0])[0, ~mask.any(1)])
+    assert not np.any(np.asarray(gradients[1])[0, ~mask.any(0)])
+
+
+@pytest.mark.parametrize("case", (CASES[9], CASES[17], CASES[23]), ids=str)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+def test_two_runs_agree_bit_for_bit(backend, case):
+    inputs = case.inputs(dtype=jnp.bfloat16 if backend == "pallas" else jnp.float32)
+    for one, other in zip(run(case, backend, *inputs), run(case, backend, *inputs), strict=True):
+        np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
+
+
+# Long enough for every block of the table to have interior tiles, ragged ends and several documents.
+LONG = (
+    Case("full", length=1_100, batch=1, heads=14, kv_heads=2),
+    Case("local", length=1_100, heads=14, kv_heads=2, window=300, sinks=4),
+    Case("local", length=1_100, batch=1, heads=6, kv_heads=2, width=128, window=129, sinks=20,
+         packing=((500, 3, 2, 400),)),
+    Case("routed", length=1_300, heads=14, kv_heads=2, rate="uneven"),
+    Case("routed", length=1_300, heads=6, kv_heads=2, width=128, rate=0.3, packing=((700, 600), (20, 1_000))),
+    Case("mixed", length=1_100, heads=14, kv_heads=2, rate=0.2, window=200, sinks=4),
+    Case("mixed", length=1_100, heads=6, kv_heads=2, width=128, rate=0.2, window=64, sinks=4,
+         packing=((700, 400), (20, 1_000))),
+)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, tolerance", ((jnp.float32, 3e-6), (jnp.bfloat16, 1e-2)), ids=("float32", "bfloat16"))
+@pytest.mark.parametrize("case", LONG, ids=str)
+def test_long_rows_on_the_device(case, dtype, tolerance):
+    q, k, v, cotangent, options = case.inputs(dtype=dtype)
+    exact = [x.astype(jnp.float32) for x in (q, k, v, cotangent)]
+    actual = [x.astype(jnp.float32) for x in run(case, "pallas", q, k, v, cotangent, options)]
+    assert_close(actual, value_and_gradients(case, "reference", *exact, options), tolerance)
+
+
+def test_padding_rows_are_zero_and_give_nothing_back():
+    case = Case("local", window=9, sinks=4, packing=((30, 1, 25), (3, 3, 3, 60)))
+    for backend in ("xla", "pallas_interpret"):
+        q, k, v, cotangent, options = case.inputs()
+        padding = np.asarray(options["segment_ids"]) == 0
+        for value in run(case, backend, q, k, v, cotangent, options):
+            assert not np.any(np.asarray(value)[padding])

@@ -70,29 +70,25 @@ def _kernel(q_ref, k_ref, v_ref, lse_ref, delta_ref, d_out_ref, tables, d_k_ref,
     carry = (zeros, zeros)
     for group in range(2 if spec.kind == "mixed" else 1):
         bounds = _tile_bounds(spec, block, ranges, batch, block_number, group)
-        carry = _over_heads(spec, block, kv_head * spec.group_size, bounds, visit, carry)
+        carry = _over_heads(spec, kv_head * spec.group_size, bounds, visit, carry)
     d_keys, d_values = carry
     for ref, value in ((d_k_ref, d_keys * spec.scale), (d_v_ref, d_values)):
         at = ref.at[batch, pl.ds(first, block.keys), kv_head, :]
         plt.store(at, value.astype(ref.dtype), mask=(number < spec.length)[:, None] if ragged else None)
 
 
-def _over_heads(spec, block, first_head, bounds, visit, carry):
-    if not block.flat:
-        def one_head(g, carry):
-            return t.sweep(bounds, lambda i, carry, edge: visit(first_head + g, i, carry, edge), carry,
-                           flat=False, bounded_below=True)
-        return jax.lax.fori_loop(0, spec.group_size, one_head, carry)
-    # One loop over heads and tiles: the loads of a head's first tile overlap the arithmetic of the last head's end.
+def _over_heads(spec, first_head, bounds, visit, carry):
+    """Edge tiles of all heads, then interior tiles of all heads, then the other edge: three loops in all, so that the
+    pipeline of loads is filled three times and not three times per head."""
     begin, full_begin, full_end, end = bounds
-    tiles = jnp.maximum(end - begin, 0)
+    for first, last, edge in ((begin, full_begin, True), (full_begin, full_end, False), (full_end, end, True)):
+        tiles = last - first
 
-    def one(i, carry):
-        row_tile = begin + jax.lax.rem(i, tiles)
-        edge = (row_tile < full_begin) | (row_tile >= full_end)
-        return visit(first_head + jax.lax.div(i, tiles), row_tile, carry, edge)
+        def step(i, carry, first=first, tiles=tiles, edge=edge):
+            return visit(first_head + jax.lax.div(i, tiles), first + jax.lax.rem(i, tiles), carry, edge)
 
-    return jax.lax.fori_loop(0, tiles * spec.group_size, one, carry)
+        carry = jax.lax.fori_loop(0, tiles * spec.group_size, step, carry)
+    return carry
 
 
 def _tile_bounds(spec, block, ranges, batch, block_number, group):

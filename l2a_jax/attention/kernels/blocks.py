@@ -12,16 +12,16 @@ INTERPRET = {"forward": Block(32, 16, 4, 1), "backward_q": Block(16, 32, 4, 1, f
 
 _HALF = {
     ("sm_90", 64): {"forward": Block(128, 64, 4, 3), "backward_q": Block(128, 64, 8, 3),
-                    "backward_kv": Block(64, 128, 8, 3, flat=True), "sinks": Block(128, 0, 4, 1)},
+                    "backward_kv": Block(64, 128, 8, 3), "sinks": Block(128, 0, 4, 1)},
     ("sm_90", 128): {"forward": Block(128, 64, 8, 3), "backward_q": Block(128, 64, 8, 2),
-                     "backward_kv": Block(64, 128, 8, 2, flat=True), "sinks": Block(64, 0, 4, 1)},
+                     "backward_kv": Block(64, 128, 8, 2), "sinks": Block(64, 0, 4, 1)},
     ("sm_89", 64): {"forward": Block(128, 64, 4, 3), "backward_q": Block(64, 64, 4, 3),
-                    "backward_kv": Block(64, 64, 4, 2, flat=True), "sinks": Block(64, 0, 4, 1)},
+                    "backward_kv": Block(64, 64, 4, 2), "sinks": Block(64, 0, 4, 1)},
     ("sm_89", 128): {"forward": Block(128, 32, 4, 2), "backward_q": Block(64, 32, 4, 2),
-                     "backward_kv": Block(32, 64, 4, 2, flat=True), "sinks": Block(64, 0, 4, 1)},
+                     "backward_kv": Block(32, 64, 4, 2), "sinks": Block(64, 0, 4, 1)},
 }
 _SINGLE = {"forward": Block(32, 32, 4, 1), "backward_q": Block(32, 32, 4, 1),
-           "backward_kv": Block(32, 32, 4, 1, flat=True), "sinks": Block(32, 0, 4, 1)}
+           "backward_kv": Block(32, 32, 4, 1), "sinks": Block(32, 0, 4, 1)}
 
 
 def table(arch: str, width: int, itemsize: int) -> dict[str, Block]:

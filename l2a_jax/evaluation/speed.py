@@ -1,0 +1,144 @@
+"""Speed of attention beside every peer that is installed, in one run: JSON, and a markdown table.
+
+Ours: the Pallas kernels. Peers: cuDNN through JAX, tokamax, PyTorch's SDPA and compiled flex_attention; a routed call,
+which no peer has, stands beside dense attention over the same length.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import jax
+
+from l2a_jax import attention
+from l2a_jax.evaluation.speed_cases import SpeedCase
+from l2a_jax.evaluation.speed_timing import matmul_ceiling, time_jax
+from l2a_jax.evaluation.speed_torch import torch_peers
+
+log = logging.getLogger("l2a_jax.speed")
+PASSES = ("fwd", "fwd+bwd")
+
+
+def ours(case: SpeedCase, backend: str):
+    """f(q, k, v, decisions) for one of our backends."""
+
+    def call(q, k, v, decisions):
+        if case.operation == "routed":
+            return attention.routed(q, k, v, decisions, backend=backend)
+        if case.operation == "local":
+            return attention.local(q, k, v, window=case.window, backend=backend)
+        return attention.full(q, k, v, backend=backend)
+
+    return call
+
+
+def jax_peers(case: SpeedCase) -> dict:
+    """name -> f(q, k, v, decisions) for the JAX libraries at hand. Beside a routed call they are dense."""
+    window = None if case.window is None else (case.window - 1, 0)
+    dense = SpeedCase("full", case.length, case.width, case.batch) if case.operation == "routed" else case
+    peers = {"cuDNN": ours(dense, "cudnn")}
+    try:
+        import tokamax
+    except ImportError:
+        return peers
+    for implementation in ("mosaic", "triton"):
+        peers[f"tokamax {implementation}"] = lambda q, k, v, _, how=implementation: tokamax.dot_product_attention(
+            q, k, v, is_causal=True, local_window_size=window, implementation=how)
+    return peers
+
+
+def measure(case: SpeedCase) -> dict:
+    """{"case", "teraflops", "ms": {name: [fwd, fwd+bwd]}, "failed": {name: why}} of one case."""
+    sets = case.inputs(case.sets)
+    times, failed = {}, {}
+    functions = {"l2a_jax": ours(case, "pallas"), **jax_peers(case)}
+    for name, function in functions.items():
+
+        def both(q, k, v, cotangent, decisions, function=function):
+            out, pull = jax.vjp(lambda q, k, v: function(q, k, v, decisions), q, k, v)
+            return out, pull(cotangent)
+
+        forward_sets = [(q, k, v, decisions) for q, k, v, _, decisions in sets]
+        try:
+            times[name] = [time_jax(function, forward_sets), time_jax(both, sets)]
+        except Exception as error:  # noqa: BLE001 a peer that cannot do a case is a finding, not a reason to stop
+            if name == "l2a_jax":
+                raise
+            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+    del sets
+    try:
+        peers, why = torch_peers(case)
+    except ImportError:
+        peers, why = {}, {"torch": "not installed"}
+    return {"case": case.name, "must": case.must, "aim": case.aim, "authors": case.authors, "ms": {**times, **peers},
+            "teraflops": [case.teraflops(False), case.teraflops(True)], "failed": {**failed, **why}}
+
+
+def run(cases: list[SpeedCase], command: str) -> dict:
+    """Measure the cases; everything that is needed to repeat and to judge them."""
+    device = jax.devices()[0]
+    result = {
+        "date": datetime.date.today().isoformat(), "command": command, "device": device.device_kind,
+        "python": platform.python_version(), "versions": _versions(),
+        "matmul_teraflops_per_second": matmul_ceiling(), "cases": [],
+    }
+    for case in cases:
+        result["cases"].append(measure(case))
+        log.info("%s", json.dumps(result["cases"][-1]))
+    return result
+
+
+def _versions() -> dict[str, str]:
+    names = ("jax", "jaxlib", "torch", "triton", "tokamax", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def markdown(result: dict) -> str:
+    """The result as a short table."""
+    ceiling = result["matmul_teraflops_per_second"]
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    lines = [
+        "# Speed of attention", "",
+        f"{result['date']}, {result['device']}, bfloat16, {versions}. Medians in ms of `{result['command']}`; random "
+        f"inputs, several sets in turn. Matrix product 8,192^3 bfloat16: {ceiling:.0f} TFLOP/s, the ceiling of the "
+        "last column. Operations are counted for visible pairs only, a backward pass as 2.5 forward passes. Beside "
+        "routed calls the peers compute dense attention; *authors* is the L2A release's kernel as measured before on "
+        "an H100, not in this run.", "",
+        "| case | pass | l2a_jax | peers | ratio to the best peer | authors | must / aim | TFLOP/s | of ceiling |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for entry in result["cases"]:
+        for i, which in enumerate(PASSES):
+            own = entry["ms"]["l2a_jax"][i]
+            peers = {name: ms[i] for name, ms in entry["ms"].items() if name != "l2a_jax" and ms[i] is not None}
+            listed = ", ".join(f"{name} {ms:.3g}" for name, ms in sorted(peers.items(), key=lambda item: item[1]))
+            ratio = f"{own / min(peers.values()):.2f}" if peers else ""
+            rate = entry["teraflops"][i] / own * 1e3
+            wanted = " / ".join("-" if x[i] is None else f"{x[i]:g}" for x in (entry["must"], entry["aim"]))
+            authors = "" if entry["authors"][i] is None else f"{entry['authors'][i]:g}"
+            lines.append(f"| {entry['case']} | {which} | **{own:.3g}** | {listed} | {ratio} | {authors} | {wanted} | "
+                         f"{rate:.0f} | {rate / ceiling:.0%} |")
+    failures = {f"{name}: {why}" for entry in result["cases"] for name, why in entry["failed"].items()}
+    return "\n".join(lines + ([""] + [f"- not measured, {failure}" for failure in sorted(failures)])) + "\n"
+
+
+def main(cases: list[SpeedCase], out: Path | None, name: str) -> None:
+    """Measure, print the table, and write NAME.json and NAME.md to `out`."""
+    result = run(cases, " ".join(["python", *sys.argv]))
+    print(markdown(result), flush=True)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+        (out / f"{name}.md").write_text(markdown(result))

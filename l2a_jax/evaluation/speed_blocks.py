@@ -1,0 +1,103 @@
+"""Time every candidate block size of every kernel; `kernels/blocks.py` holds what won."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+
+import jax
+
+from l2a_jax.attention.kernels.backward_kv import backward_kv
+from l2a_jax.attention.kernels.backward_q import backward_q
+from l2a_jax.attention.kernels.blocks import table
+from l2a_jax.attention.kernels.forward import forward
+from l2a_jax.attention.kernels.plan import Block, Spec, make_plan
+from l2a_jax.evaluation.speed_cases import HEADS, SpeedCase
+from l2a_jax.evaluation.speed_timing import compile_jax, time_compiled
+
+CASES = [
+    SpeedCase("local", 32_768, window=1_024), SpeedCase("local", 4_096, batch=8, window=512),
+    SpeedCase("routed", 32_768, rate=0.2),
+    SpeedCase("local", 32_768, width=128, window=1_024), SpeedCase("routed", 32_768, width=128, rate=0.2),
+]
+_TILES = {  # (kernel, head width): (rows, keys, warps)
+    ("forward", 64): [(64, 64, 4), (64, 128, 4), (128, 32, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8)],
+    ("backward_q", 64): [(64, 64, 4), (64, 128, 4), (128, 32, 4), (128, 64, 4), (128, 64, 8)],
+    ("backward_kv", 64): [(32, 64, 4), (32, 128, 8), (64, 64, 4), (64, 64, 8), (64, 128, 8), (128, 64, 8)],
+    ("forward", 128): [(64, 64, 4), (64, 128, 4), (128, 64, 8), (128, 128, 8)],
+    ("backward_q", 128): [(64, 32, 4), (64, 64, 4), (64, 64, 8), (128, 64, 8)],
+    ("backward_kv", 128): [(32, 64, 4), (32, 128, 8), (64, 64, 8), (64, 128, 8)],
+}
+KERNELS = ("forward", "backward_q", "backward_kv")
+
+
+def candidates(kernel: str, width: int) -> list[Block]:
+    """Every tile with every depth of the load pipeline; one loop in place of three for the forward pass."""
+    tiles = _TILES[kernel, width]
+    found = [Block(*tile, stages) for tile, stages in product(tiles, (2, 3))]
+    return found + [Block(128, 64, warps, 3, flat=True) for warps in (4, 8) if kernel == "forward" and width == 64]
+
+
+def _functions(case: SpeedCase):
+    """kernel -> f(block) -> function of the inputs that `_prepare` made."""
+    heads, kv_heads = HEADS[case.width]
+    spec = Spec("routed" if case.rate else "all", case.length, heads, kv_heads, case.width, case.window)
+
+    def plan(decisions):
+        return make_plan(spec, case.batch, decisions, None)
+
+    def prepare(q, k, v, d_out, decisions):
+        blocks = table("sm_90", case.width, 2)
+        out, lse = forward(spec, blocks["forward"], q, k, v, plan(decisions), interpret=False)
+        _, delta, rows_q, rows_d_out = backward_q(
+            spec, blocks["backward_q"], q, k, v, plan(decisions), out, lse, d_out, interpret=False)
+        rows_q, rows_d_out = (q, d_out) if rows_q is None else (rows_q, rows_d_out)
+        return q, k, v, d_out, decisions, out, lse, delta, rows_q, rows_d_out
+
+    def run(kernel, block):
+        def call(q, k, v, d_out, decisions, out, lse, delta, rows_q, rows_d_out):
+            p = plan(decisions)
+            if kernel == "forward":
+                return forward(spec, block, q, k, v, p, interpret=False)
+            if kernel == "backward_q":
+                return backward_q(spec, block, q, k, v, p, out, lse, d_out, interpret=False)
+            return backward_kv(spec, block, rows_q, k, v, p, lse, delta, rows_d_out, interpret=False)
+        return call
+
+    return prepare, run
+
+
+def sweep(case: SpeedCase, kernels=KERNELS, workers: int = 12) -> list[dict]:
+    """Milliseconds of each candidate of each kernel, best first; what does not compile carries its reason."""
+    prepare, run = _functions(case)
+    sets = [jax.jit(prepare)(*inputs) for inputs in case.inputs(2)]
+    jobs = [(kernel, block) for kernel in kernels for block in candidates(kernel, case.width)]
+    results = []
+    with ThreadPoolExecutor(workers) as pool:
+        compiled = [pool.submit(compile_jax, run(kernel, block), sets) for kernel, block in jobs]
+        for (kernel, block), future in zip(jobs, compiled, strict=True):
+            entry = {"case": case.name, "kernel": kernel, "block": str(block)}
+            try:
+                entry["ms"] = time_compiled(future.result(), sets, repeats=5)
+            except Exception as error:  # noqa: BLE001 too large a block is part of the answer
+                entry["failed"] = str(error).splitlines()[0][:160]
+            results.append(entry)
+    return sorted(results, key=lambda entry: (entry["kernel"], entry.get("ms", float("inf"))))
+
+
+def main(out: Path | None, only: str) -> None:
+    """Sweep the cases, print the best of each kernel, write everything to `out`."""
+    everything = []
+    for case in CASES:
+        if only not in case.name:
+            continue
+        results = sweep(case)
+        everything += results
+        for kernel in KERNELS:
+            for entry in [entry for entry in results if entry["kernel"] == kernel][:6]:
+                print(f"{case.name:40s} {kernel:12s} {entry.get('ms', -1):8.3f} ms {entry['block'][5:]}", flush=True)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "blocks.json").write_text(json.dumps(everything, indent=0) + "\n")

@@ -1,0 +1,94 @@
+"""The attention calls whose speed is measured, what they cost, and what was to be reached.
+
+Targets are the issue's, for one H100; `authors` are the figures of the L2A release's own Triton kernel on an H100.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+HEADS = {64: (14, 2), 128: (12, 2)}  # Qwen2.5-0.5B and 1.5B
+
+
+@dataclass(frozen=True)
+class SpeedCase:
+    """One call. `must` and `aim`: milliseconds of (forward, forward and backward), None where none is set."""
+
+    operation: str
+    length: int
+    width: int = 64
+    batch: int = 1
+    window: int | None = None
+    rate: float | None = None
+    must: tuple[float | None, float | None] = (None, None)
+    aim: tuple[float | None, float | None] = (None, None)
+    authors: tuple[float | None, float | None] = (None, None)
+
+    @property
+    def name(self) -> str:
+        """Operation, size, and option, as in the tables."""
+        heads = "/".join(map(str, (*HEADS[self.width], self.width)))
+        option = f" W={self.window:,}" if self.window else f" {self.rate:.0%}" if self.rate else ""
+        return f"{self.operation} {self.batch} x {self.length:,}{option}, {heads}"
+
+    def inputs(self, count: int) -> list[tuple]:
+        """`count` sets of bfloat16 (q, k, v, cotangent, decisions); decisions are None but for routed calls."""
+        heads, kv_heads = HEADS[self.width]
+
+        @jax.jit
+        def draw(key):
+            keys = jax.random.split(key, 5)
+            shape = lambda n: (self.batch, self.length, n, self.width)  # noqa: E731
+            arrays = [jax.random.normal(k, shape(n), jnp.bfloat16)
+                      for k, n in zip(keys, (heads, kv_heads, kv_heads, heads), strict=False)]
+            decisions = None if self.rate is None else jax.random.bernoulli(keys[4], self.rate, shape(1)[:2])
+            return (*arrays, decisions)
+
+        return [draw(jax.random.key(i)) for i in range(count)]
+
+    @property
+    def sets(self) -> int:
+        """Input sets that fit beside their gradients in a few GB."""
+        return int(np.clip(2**20 // (self.batch * self.length), 2, 8))
+
+    def teraflops(self, backward: bool) -> float:
+        """10^12 operations: 4 N H for each visible (query, key) pair, and 2.5 times that for a backward pass."""
+        seen = np.arange(1, self.length + 1, dtype=np.float64)
+        if self.window is not None:
+            seen = np.minimum(seen, self.window)
+        pairs = self.batch * seen.sum() * (1.0 if self.rate is None else self.rate)
+        return 4 * HEADS[self.width][0] * self.width * pairs * (3.5 if backward else 1.0) / 1e12
+
+
+def standard_cases() -> list[SpeedCase]:
+    """The issue's table, at head widths 64 and 128."""
+    cases = [
+        SpeedCase("local", 32_768, window=1_024, must=(0.50, 2.0), aim=(0.38, 1.63)),
+        SpeedCase("local", 4_096, batch=8, window=512, must=(None, 1.15), aim=(None, 0.9)),
+        SpeedCase("routed", 8_192, rate=0.2, must=(0.25, None), aim=(0.15, None), authors=(1.39, 2.37)),
+        SpeedCase("routed", 32_768, rate=0.2, must=(1.6, 6.0), aim=(1.1, 4.0), authors=(2.32, 7.71)),
+        SpeedCase("routed", 32_768, rate=0.05, must=(None, 1.8), aim=(None, 1.2), authors=(1.45, 3.46)),
+        SpeedCase("routed", 131_072, rate=0.2, must=(None, 88.0), aim=(None, 60.0), authors=(18.7, 91.9)),
+        SpeedCase("full", 8_192),
+        SpeedCase("full", 32_768),
+    ]
+    wide = [
+        SpeedCase("local", 32_768, width=128, window=1_024),
+        SpeedCase("local", 4_096, width=128, batch=8, window=512),
+        SpeedCase("routed", 8_192, width=128, rate=0.2),
+        SpeedCase("routed", 32_768, width=128, rate=0.2, authors=(2.65, 10.0)),
+        SpeedCase("routed", 32_768, width=128, rate=0.05),
+        SpeedCase("routed", 131_072, width=128, rate=0.2, authors=(29.3, 122.0)),
+        SpeedCase("full", 32_768, width=128),
+    ]
+    return cases + wide
+
+
+def window_cases() -> list[SpeedCase]:
+    """Ratios of length to window from 32 down to 1: the windowed path must never be slower than the full one."""
+    return [SpeedCase("local", 16_384, window=window) for window in (512, 2_048, 4_096, 8_192, 12_288, 16_384)] + [
+        SpeedCase("full", 16_384)]
