@@ -6,11 +6,10 @@ model untied, as in transformers.
 
 from __future__ import annotations
 
-import numpy as np
-
 from l2a_jax.config import ModelConfig, RopeScaling
 from l2a_jax.errors import UserError
 from l2a_jax.weights.gguf_file import GGUFFile
+from l2a_jax.weights.hf_config import shortest_float32
 from l2a_jax.weights.tokenizer import Tokenizer, byte_level_bpe
 
 ARCHITECTURE = "qwen2"
@@ -51,9 +50,9 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
             num_heads=heads,
             num_kv_heads=field("attention.head_count_kv", heads),
             head_dim=head_dim,
-            rope_theta=_shortest(field("rope.freq_base", 10_000.0)),
+            rope_theta=shortest_float32(field("rope.freq_base", 10_000.0)),
             rope=_rope(file),
-            rms_norm_eps=_shortest(field("attention.layer_norm_rms_epsilon")),
+            rms_norm_eps=shortest_float32(field("attention.layer_norm_rms_epsilon")),
             tie_embeddings="output.weight" not in file.shapes,
             max_positions=field("context_length"),
         )
@@ -70,12 +69,7 @@ def _rope(file: GGUFFile) -> RopeScaling:
     if kind not in ("linear", "yarn"):
         raise UserError(f"{file.path} scales RoPE by {kind!r}; expected none, linear or yarn")
     original = fields.get("original_context_length") if kind == "yarn" else None
-    return RopeScaling(kind, _shortest(fields.get("factor", 1.0)), original)
-
-
-def _shortest(value: float) -> float:
-    """The shortest decimal that is the same float32: 1e-06 where the file's float32 reads 9.999999974752427e-07."""
-    return float(str(np.float32(value)))
+    return RopeScaling(kind, shortest_float32(fields.get("factor", 1.0)), original)
 
 
 def gguf_tokenizer(file: GGUFFile) -> Tokenizer | None:

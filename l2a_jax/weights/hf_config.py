@@ -12,6 +12,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from l2a_jax.config import L2AConfig, ModelConfig, RopeScaling, l2a_config_from_dict, to_dict
 from l2a_jax.errors import UserError
 
@@ -65,7 +67,7 @@ def parse_config(fields: dict[str, Any], where: str = "config.json") -> tuple[Mo
             head_dim=fields.get("head_dim") or fields["hidden_size"] // max(heads, 1),
             rope_theta=theta,
             rope=rope,
-            rms_norm_eps=float(fields.get("rms_norm_eps", 1e-6)),
+            rms_norm_eps=shortest_float32(fields.get("rms_norm_eps", 1e-6)),
             tie_embeddings=bool(fields.get("tie_word_embeddings", False)),
             max_positions=max_positions,
         )
@@ -122,6 +124,12 @@ def config_fields(
     if scaling["rope_type"] != "default":
         fields["rope_scaling"] = scaling
     return fields if l2a_config is None else {**fields, L2A_KEY: to_dict(l2a_config)}
+
+
+def shortest_float32(value: float) -> float:
+    """The shortest decimal of the same float32: 1e-06 for 9.999999974752427e-07, which is how GGUF, and whatever was
+    converted from it, spells it."""
+    return float(str(np.float32(value)))
 
 
 def _refuse_sliding_window(fields: dict[str, Any], where: str) -> None:

@@ -25,7 +25,8 @@ FIELDS: dict[str, Any] = {
 FORMATS = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 SPECIAL, ADDED = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], ["<tool_call>", "</tool_call>"]
 MERGES = [
-    "Ġ t", "h e", "Ġt he", "i n", "e r", "a n", "Ġ a", "Ġa n", "Ġan d", "Ġ Ġ", "ĠĠ ĠĠ", "Ã ©", "â Ģ", "1 2", "' s", "Ċ Ċ",
+    "Ġ t", "h e", "Ġt he", "i n", "e r", "a n", "Ġ a", "Ġa n", "Ġan d", "Ġ Ġ", "ĠĠ ĠĠ", "Ã ©", "â Ģ", "1 2",
+    "' s", "Ċ Ċ",
 ]
 
 
