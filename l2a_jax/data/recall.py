@@ -99,19 +99,19 @@ class RecallCorpus:
     def _row(self, rng: np.random.Generator) -> Int[np.ndarray, "T+1"]:
         names = rng.choice(NAMES, self.facts, replace=False)
         kept = dict(zip(names, rng.choice(TREASURES, self.facts), strict=True))
-        unstated, mentioned, row = list(names), {}, _sentence(rng)
+        unstated, due_at, row = list(names), {}, _sentence(rng)
         while len(row) <= self.seq_len:
-            due = [name for name, at in mentioned.items() if len(row) - at >= self.distance]
-            if due and rng.random() < 0.7:
-                name = due[rng.integers(len(due))]
-                mentioned[name] = len(row) + 2
-                row += [TELL, IDS[name], IDS[kept[name]], STOP]
-            elif unstated and rng.random() < 0.7:
-                name = unstated.pop()
-                mentioned[name] = len(row) + 2
-                row += [KEEP, IDS[name], IDS[kept[name]], STOP]
+            due = [name for name, at in due_at.items() if len(row) >= at]
+            if due:
+                name, verb = due[rng.integers(len(due))], TELL
+            elif unstated and rng.random() < 0.5:
+                name, verb = unstated.pop(), KEEP
             else:
                 row += _sentence(rng)
+                continue
+            row += [verb, IDS[name], IDS[kept[name]], STOP]
+            # Gaps vary widely: at a fixed distance, position alone would find the answer.
+            due_at[name] = len(row) + self.distance + int(rng.integers(self.distance))
         return np.asarray(row[: self.seq_len + 1], np.int32)
 
 

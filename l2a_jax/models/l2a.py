@@ -13,7 +13,8 @@ gradients to the decision (inference, forced decisions) the shared layer does ea
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from l2a_jax import attention
 from l2a_jax.config import L2AConfig, ModelConfig
 from l2a_jax.nn import routing
-from l2a_jax.nn.layers import Params, linear, rms_norm
+from l2a_jax.nn.layers import linear, rms_norm
 from l2a_jax.nn.rope import apply_rope
 
 
@@ -49,7 +50,7 @@ class Context(NamedTuple):
 
 def attend(
     x: Float[Array, "B T D"],
-    layer: Params,
+    layer: Mapping[str, Any],
     context: Context,
     forced: Bool[Array, "B T"] | None,
     key: PRNGKeyArray | None,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-Params = Mapping[str, "Params | Array"]
+Params = Mapping[str, Any]
 
 
 def rms_norm(x: Float[Array, "*B D"], params: Params, eps: float) -> Float[Array, "*B D"]:

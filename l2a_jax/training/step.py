@@ -46,8 +46,11 @@ class Objective(NamedTuple):
 
 
 def initial_state(trainable: Tree, optimizer: optax.GradientTransformation, master_dtype: Any) -> TrainState:
-    """Step 0: masters in `master_dtype` (the router always float32) and a fresh optimizer over them alone."""
-    masters = map_with_path(lambda path, leaf: leaf.astype(param_dtype(path, master_dtype)), trainable)
+    """Step 0: masters in `master_dtype` (the router always float32) and a fresh optimizer over them alone.
+
+    Masters are copies, never views of `trainable`: a step donates its state.
+    """
+    masters = map_with_path(lambda path, leaf: jnp.array(leaf, param_dtype(path, master_dtype), copy=True), trainable)
     return TrainState(jnp.zeros((), jnp.int32), masters, optimizer.init(masters), jnp.ones((), bool))
 
 

@@ -1,0 +1,26 @@
+"""Conditional attention routing on Qwen2.5: convert, train, run, evaluate and explain (DESIGN: see README.md).
+
+    import l2a_jax as l2a
+    model = l2a.load_pretrained("Qwen/Qwen2.5-0.5B")
+    layer = l2a.L2AConfig(window=256, sinks=4)
+    params = l2a.add_routing(model.params, model.config, layer)
+    logits, routing = l2a.forward(params, tokens, model.config, layer)
+"""
+
+from l2a_jax import attention
+from l2a_jax.config import MODELS, L2AConfig, ModelConfig, RopeScaling
+from l2a_jax.errors import UserError
+from l2a_jax.models.params import abstract_params, add_routing, init_params
+from l2a_jax.models.qwen2 import Output, Qwen2, forward, hidden_states, unembed
+from l2a_jax.nn import routing
+from l2a_jax.presets import PRESETS
+from l2a_jax.training.regimes import REGIMES, count_parameters, regime_mask
+from l2a_jax.version import __version__
+from l2a_jax.weights import Pretrained, load_pretrained
+
+
+__all__ = [
+    "MODELS", "PRESETS", "REGIMES", "L2AConfig", "ModelConfig", "Output", "Pretrained", "Qwen2", "RopeScaling",
+    "UserError", "__version__", "abstract_params", "add_routing", "attention", "count_parameters", "forward", "hidden_states",
+    "init_params", "load_pretrained", "regime_mask", "routing", "unembed",
+]

@@ -1,0 +1,116 @@
+"""The layer against its definition, written out row by row, for every wiring and for given decisions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l2a_jax.models.qwen2 import forward, hidden_states
+from l2a_jax.nn.layers import gated_mlp, rms_norm
+from l2a_jax.nn.rope import apply_rope, rope_table
+from tests.models.cases import CONFIG, LAYERS, make_params, make_tokens
+
+
+def softmax_rows(q, k, v, visible):
+    """Attention of one sequence, one row and head at a time, in float64."""
+    out = np.zeros(q.shape)
+    for t in range(q.shape[0]):
+        for head in range(q.shape[1]):
+            keys = np.flatnonzero(visible[t])
+            if keys.size:
+                group = head // (q.shape[1] // k.shape[1])
+                scores = k[keys, group] @ q[t, head] / np.sqrt(q.shape[2])
+                weights = np.exp(scores - scores.max())
+                out[t, head] = weights @ v[keys, group] / weights.sum()
+    return out
+
+
+def oracle(params, tokens, config, layer, decisions):
+    """The forward pass of DESIGN.md for one sequence, decisions given, without any of the library's attention."""
+    length = tokens.shape[1]
+    i, j = np.arange(length)[:, None], np.arange(length)[None]
+    causal = j <= i
+    near = causal & ((i - j < layer.window) | (j < layer.sinks))
+    scaling = layer.rope or config.rope
+    table = rope_table(jnp.arange(length)[None], config, scaling)
+    x = np.asarray(params["embed"]["embedding"])[np.asarray(tokens)]
+
+    def norm(x, p):
+        return np.asarray(rms_norm(jnp.asarray(x, jnp.float32), p, config.rms_norm_eps))
+
+    def attend(h, p, visible):
+        def heads(name, n):
+            flat = jnp.asarray(h) @ p[name]["kernel"] + p[name]["bias"]
+            return flat.reshape(1, length, n, config.head_dim)
+
+        q, k = apply_rope(heads("q", config.num_heads), table), apply_rope(heads("k", config.num_kv_heads), table)
+        rows = softmax_rows(*(np.asarray(part[0], np.float64) for part in (q, k, heads("v", config.num_kv_heads))),
+                            visible)
+        return (rows.reshape(length, -1) @ np.asarray(p["o"]["kernel"], np.float64))[None]
+
+    for index in range(config.num_layers):
+        p = jax.tree.map(lambda leaf: leaf[index], params["layers"])  # noqa: B023
+        d = np.asarray(decisions[index])[..., None]
+        shared = layer.share_attention
+        local_set, global_set = (p["attention"],) * 2 if shared else (p["attention_local"], p["attention_global"])
+        local_norm, global_norm = (p["norm_attention"],) * 2 if shared else (p["norm_local"], p["norm_global"])
+        if layer.topology == "sequential":
+            u = x + attend(norm(x, local_norm), local_set, near)
+            y = u + d * attend(norm(u, global_norm), global_set, causal)
+        else:
+            y = (x + d * attend(norm(x, global_norm), global_set, causal)
+                 + (1 - d) * attend(norm(x, local_norm), local_set, near))
+        x = y + np.asarray(gated_mlp(jnp.asarray(norm(y, p["norm_mlp"])), p["mlp"]))
+    return norm(x, params["norm_final"])
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("rate", [0.0, 0.4, 1.0])
+def test_forced_decisions_give_the_definition(name, rate):
+    layer, params, tokens = LAYERS[name], make_params(LAYERS[name]), make_tokens(1, 17)
+    decisions = jax.random.bernoulli(jax.random.key(3), rate, (CONFIG.num_layers, 1, 17))
+    ours, routing = hidden_states(params, tokens, CONFIG, layer, decisions=decisions, backend="reference")
+    np.testing.assert_allclose(ours, oracle(params, tokens, CONFIG, layer, decisions), atol=2e-4, rtol=1e-3)
+    np.testing.assert_array_equal(routing.decisions, decisions)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("leakage", [0.0, 0.5, 1.0])
+def test_training_inference_and_forcing_compute_the_same_values(name, leakage):
+    """Leakage and the straight-through gate change gradients, never values."""
+    import dataclasses
+
+    layer = dataclasses.replace(LAYERS[name], leakage=leakage)
+    params, tokens = make_params(layer), make_tokens()
+    learned = forward(params, tokens, CONFIG, layer, backend="reference")
+    training = forward(params, tokens, CONFIG, layer, train=True, key=jax.random.key(5), backend="reference")
+    forced = forward(params, tokens, CONFIG, layer, decisions=learned.routing.decisions, backend="reference")
+    assert 0 < learned.routing.decisions.mean() < 1
+    np.testing.assert_array_equal(training.routing.decisions, learned.routing.decisions)
+    np.testing.assert_allclose(training.logits, learned.logits, atol=2e-4)
+    np.testing.assert_allclose(forced.logits, learned.logits, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["parallel", "shared", "shared post_local"])
+def test_parallel_with_everything_routed_is_the_plain_model(name):
+    """The parallel topology is function-preserving: z starts at 0, so every token is routed."""
+    from l2a_jax.models.params import add_routing
+
+    plain = make_params(None)
+    tokens = make_tokens()
+    routed = forward(add_routing(plain, CONFIG, LAYERS[name]), tokens, CONFIG, LAYERS[name], backend="reference")
+    np.testing.assert_allclose(routed.logits, forward(plain, tokens, CONFIG, backend="reference").logits, atol=1e-4)
+    assert bool(routed.routing.decisions.all())
+
+
+def test_pruned_layers_never_route():
+    import dataclasses
+
+    layer = dataclasses.replace(LAYERS["shared"], pruned_layers=(1,))
+    params, tokens = make_params(layer), make_tokens()
+    out = forward(params, tokens, CONFIG, layer, backend="reference")
+    assert not bool(out.routing.decisions[1].any()) and bool(out.routing.decisions[0].any())
+    same = forward(params, tokens, CONFIG, LAYERS["shared"], decisions=out.routing.decisions, backend="reference")
+    np.testing.assert_allclose(out.logits, same.logits, atol=1e-4)
+    with pytest.raises(ValueError, match="do not exist"):
+        forward(params, tokens, CONFIG, dataclasses.replace(layer, pruned_layers=(3,)))

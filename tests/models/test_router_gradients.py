@@ -1,0 +1,109 @@
+"""The gradient of a decision: the inner product it should be, and exactly zero where nothing was computed."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l2a_jax.models import l2a
+from l2a_jax.models.qwen2 import hidden_states
+from l2a_jax.nn import routing
+from tests.models.cases import CONFIG, LAYERS, make_params, make_tokens, packed
+
+
+def logit_gradients(params, tokens, layer, key=None, remat=False, segment_ids=None):
+    """d loss / d z for every layer and token, by adding a zero to each router logit; and the decisions."""
+    cotangent = jax.random.normal(jax.random.key(9), (*tokens.shape, CONFIG.hidden_size))
+
+    def loss(shift):
+        original = routing.router_logits
+
+        def shifted(h, kernel):
+            # The kernel carries its layer's shift behind its own D numbers, so that the scan hands it over.
+            return original(h, kernel[: CONFIG.hidden_size]) + kernel[CONFIG.hidden_size :].reshape(tokens.shape)
+
+        kernel = jnp.concatenate([params["layers"]["router"]["kernel"], shift.reshape(CONFIG.num_layers, -1)], axis=1)
+        changed = {**params, "layers": {**params["layers"], "router": {"kernel": kernel}}}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(l2a.routing, "router_logits", shifted)
+            hidden, routed = hidden_states(changed, tokens, CONFIG, layer, train=True, key=key, remat=remat,
+                                           backend="reference", segment_ids=segment_ids)
+        return jnp.sum(hidden * cotangent), routed.decisions
+
+    gradient, decisions = jax.grad(loss, has_aux=True)(jnp.zeros((CONFIG.num_layers, *tokens.shape)))
+    return np.asarray(gradient), np.asarray(decisions)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_unrouted_tokens_get_exactly_nothing_without_leakage(name):
+    layer = dataclasses.replace(LAYERS[name], leakage=0.0)
+    gradient, decisions = logit_gradients(make_params(layer), make_tokens(), layer)
+    last = CONFIG.num_layers - 1  # in the last layer only the decision itself carries a gradient
+    assert 0 < decisions[last].sum() < decisions[last].size
+    assert (gradient[~decisions] == 0).all()
+    assert (gradient[last][decisions[last]] != 0).all()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_leakage_one_gives_every_token_the_dense_gradient(name):
+    """The dense gradient of the last layer's decision: <g, y(d=1) - y(d=0)> p(1-p)/temperature, by forcing both.
+
+    Downstream of the last layer's attention only the MLP and the final norm are nonlinear, so a directional
+    derivative along y(1) - y(0) at the learned decision is the exact value.
+    """
+    layer = dataclasses.replace(LAYERS[name], leakage=1.0)
+    params, tokens, last = make_params(layer), make_tokens(1, 12), CONFIG.num_layers - 1
+    gradient, decisions = logit_gradients(params, tokens, layer)
+    assert (gradient != 0).all()
+
+    cotangent = jax.random.normal(jax.random.key(9), (*tokens.shape, CONFIG.hidden_size))
+    _, routed = hidden_states(params, tokens, CONFIG, layer, backend="reference")
+
+    def with_gates(gates):
+        """The last layer with soft gates: d~ a + (1 - d~) s is linear in them."""
+        original = l2a._global
+
+        def soft(q, k, v, decided, context, key, pruned):
+            rows, hard = original(q, k, v, decided, context._replace(train=True), key, pruned)
+            return rows, jnp.where(is_last(decided.logits), gates, jax.lax.stop_gradient(hard))
+
+        def is_last(z):
+            return jnp.allclose(z, routed.logits[last], atol=1e-5)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(l2a, "_global", soft)
+            hidden, _ = hidden_states(params, tokens, CONFIG, layer, train=True, backend="reference")
+        return jnp.sum(hidden * cotangent)
+
+    slope = jax.grad(with_gates)(jnp.asarray(decisions[last], jnp.float32))
+    p = np.asarray(routed.probabilities[last])
+    np.testing.assert_allclose(gradient[last], np.asarray(slope) * p * (1 - p) / layer.temperature, rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sequential", "parallel", "shared"])
+def test_leakage_draws_one_coin_a_layer_and_the_same_under_remat(name):
+    layer = dataclasses.replace(LAYERS[name], leakage=0.5)
+    params, tokens = make_params(layer), make_tokens()
+    dense, _ = logit_gradients(params, tokens, dataclasses.replace(layer, leakage=1.0))
+    seen = set()
+    for seed in range(6):
+        plain, decisions = logit_gradients(params, tokens, layer, jax.random.key(seed))
+        again, _ = logit_gradients(params, tokens, layer, jax.random.key(seed), remat=True)
+        np.testing.assert_allclose(plain, again, rtol=1e-4, atol=1e-6)
+        np.testing.assert_array_equal(plain == 0, again == 0)
+        leaked = [bool((plain[i][~decisions[i]] != 0).any()) for i in range(CONFIG.num_layers)]
+        for index, leak in enumerate(leaked):  # a layer leaks for all of its tokens or for none
+            assert (plain[index][~decisions[index]] != 0).all() == leak
+        seen.add(tuple(leaked))
+        if leaked[-1]:
+            np.testing.assert_allclose(plain[-1], dense[-1], rtol=1e-3, atol=1e-5)
+    assert len(seen) > 2
+
+
+def test_rows_without_global_attention_pull_on_nothing_in_packed_rows():
+    layer, ids = dataclasses.replace(LAYERS["shared"], leakage=1.0), packed()
+    gradient, _ = logit_gradients(make_params(layer), make_tokens(), layer, segment_ids=ids)
+    padding = np.broadcast_to(np.asarray(ids == 0), gradient.shape)
+    assert (gradient[padding] == 0).all() and (gradient[-1][~padding[-1]] != 0).all()
