@@ -20,7 +20,7 @@ from l2a_jax.attention.kernels.plan import Block, Plan, Spec, row_ranges
 
 def backward_kv(spec: Spec, block: Block, q, k, v, plan: Plan, lse, delta, d_out, *, interpret: bool):
     """(dk, dv) [B, T, K, H] without the sinks' share. q, dO, lse and delta are in working order."""
-    tables = (row_ranges(spec, plan, block.keys), plan.limits, plan.count)
+    tables = (row_ranges(spec, plan, k.shape[0], block.keys), plan.for_rows)
     return pl.pallas_call(
         functools.partial(_kernel, spec=spec, block=block),
         out_shape=(jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
@@ -32,7 +32,7 @@ def backward_kv(spec: Spec, block: Block, q, k, v, plan: Plan, lse, delta, d_out
 
 
 def _kernel(q_ref, k_ref, v_ref, lse_ref, delta_ref, d_out_ref, tables, d_k_ref, d_v_ref, *, spec: Spec, block: Block):
-    ranges, limits, count = tables
+    ranges, plan = tables
     kv_head, block_number, batch = (pl.program_id(i) for i in range(3))
     first = block_number * block.keys
     number = first + jnp.arange(block.keys)
@@ -40,9 +40,9 @@ def _kernel(q_ref, k_ref, v_ref, lse_ref, delta_ref, d_out_ref, tables, d_k_ref,
     keys = t.load_tokens(k_ref, batch, first, block.keys, kv_head, spec.length if ragged else None)
     values = t.load_tokens(v_ref, batch, first, block.keys, kv_head, spec.length if ragged else None)
     scale = spec.scale * t.LOG2_E
-    limit = spec.rows if count is None else count[batch]
+    limit = spec.rows if plan.count is None else plan.count[batch]
     # Rows beyond the end must read as 0, but only a ragged last tile has any.
-    may_end = count is not None or spec.rows % block.rows != 0
+    may_end = plan.count is not None or spec.rows % block.rows != 0
 
     def visit(head, row_tile, carry, edge):
         start = row_tile * block.rows
@@ -53,9 +53,10 @@ def _kernel(q_ref, k_ref, v_ref, lse_ref, delta_ref, d_out_ref, tables, d_k_ref,
         delta = _load_row(delta_ref, batch, head, start, block.rows, end, 0.0)
 
         def visible():
-            rows = _row_limits(spec, limits, batch, start, block.rows)
-            low = None if rows[0] is None else rows[0][None, :]
-            return t.see(low, rows[1][None, :], number[:, None])
+            rows = t.row_limits(spec, plan.limits, batch, *t.tile_tokens(
+                spec, plan.index, batch, start, block.rows, limit))
+            low = None if rows.low is None else rows.low[None, :]
+            return t.see(low, rows.high[None, :], number[:, None])
 
         d_keys, d_values = carry
         scores = t.hide(t.dot(keys, query, trans_b=True), visible, edge)
@@ -107,18 +108,6 @@ def _tile_bounds(spec, block, ranges, batch, block_number, group):
     last_tile = jnp.maximum((end + size - 1) // size, first_tile)
     full_first = jnp.clip((full_begin + size - 1) // size, first_tile, last_tile)
     return first_tile, full_first, jnp.clip(full_end // size, full_first, last_tile), last_tile
-
-
-def _row_limits(spec, limits, batch, start, size):
-    if not spec.explicit:
-        high = start + jnp.arange(size)
-        return None if spec.window is None else high - (spec.window - 1), high
-    inside = start + jnp.arange(size) < spec.rows
-
-    def column(ref, other):
-        return plt.load(ref.at[batch, pl.ds(start, size)], mask=inside, other=other)
-
-    return column(limits.low, 0) if spec.bounded_below else None, column(limits.high, -1)
 
 
 def _load_row(ref, batch, head, start, size, limit, other):

@@ -13,66 +13,77 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from l2a_jax.attention.kernels import split
 from l2a_jax.attention.kernels import tile as t
 from l2a_jax.attention.kernels.plan import Block, Plan, Spec
 
 
 def backward_q(spec: Spec, block: Block, q, k, v, plan: Plan, out, lse, d_out, *, interpret: bool):
     """(dq [B, T, N, H], delta [B, N, R], q and dO in working order or None where that is the tokens')."""
-    batch = q.shape[0]
+    batch, room = q.shape[0], split.places(spec, block, q.shape[0])
     shapes = [jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(lse.shape, jnp.float32)]
-    if spec.kind != "all":
-        ordered = (batch, spec.rows, spec.heads, spec.width)
-        shapes += [jax.ShapeDtypeStruct(ordered, q.dtype), jax.ShapeDtypeStruct(ordered, d_out.dtype)]
+    if spec.ordered:
+        in_order = (batch, spec.rows, spec.heads, spec.width)
+        shapes += [jax.ShapeDtypeStruct(in_order, q.dtype), jax.ShapeDtypeStruct(in_order, d_out.dtype)]
     blank = jnp.zeros_like(q) if spec.kind == "routed" else None
-    plan = Plan(limits=plan.limits, index=plan.index, count=plan.count)
     outputs = pl.pallas_call(
-        functools.partial(_kernel, spec=spec, block=block),
-        out_shape=shapes,
-        grid=(spec.heads, pl.cdiv(spec.rows, block.rows), batch),
+        functools.partial(_kernel, spec=spec, block=block, room=room),
+        out_shape=shapes + (split.part_shapes(spec, block, batch)[:1] if room else []),
+        grid=(spec.heads, max(pl.cdiv(spec.rows, block.rows), room), batch),
         input_output_aliases={0: 0} if blank is not None else {},
         compiler_params=plt.CompilerParams(num_warps=block.num_warps, num_stages=block.num_stages),
         interpret=interpret,
         name="l2a_attention_backward_q",
-    )(blank, q, k, v, plan, out, lse, d_out)
-    return (*outputs, None, None)[:4]
+    )(blank, q, k, v, plan.for_rows, out, lse, d_out)
+    if not spec.ordered:
+        return (*outputs, None, None)
+    d_q, delta, row_q, row_d_out, *parts = outputs
+    if room > 1:
+        d_q, delta = split.join(
+            spec, block, plan, d_q, delta, *parts, None, weighted=False, interpret=interpret)
+    return d_q, delta, row_q, row_d_out
 
 
-def _kernel(blank, *refs, spec: Spec, block: Block):
+def _kernel(blank, *refs, spec: Spec, block: Block, room: int):
     del blank
     plan = refs[3]
-    head, batch = pl.program_id(0), pl.program_id(2)
-    start = (pl.num_programs(1) - 1 - pl.program_id(1)) * block.rows  # longest first
+    head, number, batch = (pl.program_id(i) for i in range(3))
+    run = functools.partial(_tile, *refs, spec=spec, block=block)
     if plan.count is None:
-        _tile(*refs, spec=spec, block=block, at=(batch, start, head), count=spec.rows)
-    else:
-        count = plan.count[batch]
-        pl.when(start < count)(lambda: _tile(*refs, spec=spec, block=block, at=(batch, start, head), count=count))
+        run(at=(batch, (pl.num_programs(1) - 1 - number) * block.rows, head), count=spec.rows)  # longest first
+        return
+    count = plan.count[batch]
+    if not room:
+        start = number * block.rows
+        pl.when(start < count)(lambda: run(at=(batch, start, head), count=count))
+        return
+    is_work, tile, part, parts = split.assignment(number, count, block.rows, room)
+    pl.when(is_work)(lambda: run(at=(batch, tile * block.rows, head), count=count, share=(number, part, parts)))
 
 
-def _tile(q_ref, k_ref, v_ref, plan, out_ref, lse_ref, d_out_ref, d_q_ref, delta_ref, *copies, spec, block, at, count):
+def _tile(q_ref, k_ref, v_ref, plan, out_ref, lse_ref, d_out_ref, d_q_ref, delta_ref, *more, spec, block, at, count,
+          share=None):
     batch, start, head = at
     kv_head = head // spec.group_size
-    limits = t.tile_limits(spec, plan, batch, start, block.rows)
     here = pl.ds(start, block.rows)
-    inside = start + jnp.arange(block.rows) < count
-    if plan.index is None:
-        view = lambda ref: ref.at[batch, here, head, :]  # noqa: E731
-    else:
-        tokens = plt.load(plan.index.at[batch, here], mask=inside, other=spec.length)
-        inside &= tokens < spec.length
-        view = lambda ref: t.gathered(ref, batch, tokens, head)  # noqa: E731
+    tokens, exist = t.tile_tokens(spec, plan.index, batch, start, block.rows, count)
+    limits = t.tile_limits(spec, plan, batch, tokens, exist, start, block.rows)
+
+    def view(ref):
+        return ref.at[batch, here, head, :] if plan.index is None else t.gathered(ref, batch, tokens, head)
 
     def load(ref):
-        return plt.load(view(ref), mask=inside[:, None], other=0.0)
+        return plt.load(view(ref), mask=exist[:, None], other=0.0)
 
     query, d_out = load(q_ref), load(d_out_ref)
     delta = jnp.sum(d_out.astype(jnp.float32) * load(out_ref).astype(jnp.float32), axis=1)
-    in_rows = start + jnp.arange(block.rows) < spec.rows
-    plt.store(delta_ref.at[batch, head, here], delta, mask=in_rows)
-    for copy, value in zip(copies, (query, d_out)):
-        plt.store(copy.at[batch, here, head, :], value, mask=in_rows[:, None])
-    lse = plt.load(lse_ref.at[batch, head, here], mask=inside, other=t.DEAD)
+    number, part, parts = (0, 0, 1) if share is None else share
+    first = (start + jnp.arange(block.rows) < spec.rows) & (part == 0)
+    plt.store(delta_ref.at[batch, head, here], delta, mask=first)
+    if spec.ordered:
+        for copy, value in zip(more[:2], (query, d_out), strict=True):
+            plt.store(copy.at[batch, here, head, :], value, mask=first[:, None])
+    lse = plt.load(lse_ref.at[batch, head, here], mask=start + jnp.arange(block.rows) < count, other=t.DEAD)
     scale = spec.scale * t.LOG2_E
     ragged = spec.length % block.keys != 0
 
@@ -102,6 +113,19 @@ def _tile(q_ref, k_ref, v_ref, plan, out_ref, lse_ref, d_out_ref, d_q_ref, delta
     d_query = jnp.zeros((block.rows, spec.width), jnp.float32)
     if spec.sinks:
         d_query = t.sink_sweep(spec, limits, sink_step, d_query)
-    d_query = t.sweep(
-        t.key_bounds(limits, block.keys), step, d_query, flat=block.flat, bounded_below=spec.bounded_below)
-    plt.store(view(d_q_ref), (d_query * spec.scale).astype(d_q_ref.dtype), mask=inside[:, None])
+    bounds = t.key_bounds(limits, block.keys)
+    if share is not None:
+        bounds = split.part_bounds(bounds, part, parts)
+    d_query = t.sweep(bounds, step, d_query, flat=block.flat, bounded_below=spec.bounded_below) * spec.scale
+
+    def store_whole():
+        plt.store(view(d_q_ref), d_query.astype(d_q_ref.dtype), mask=exist[:, None])
+
+    if share is None:
+        store_whole()
+        return
+    pl.when(parts == 1)(store_whole)
+
+    @pl.when(parts > 1)
+    def _():
+        more[2][batch, head, pl.ds(number * block.rows, block.rows), :] = d_query

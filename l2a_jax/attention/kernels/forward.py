@@ -13,51 +13,58 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from l2a_jax.attention.kernels import split
 from l2a_jax.attention.kernels import tile as t
 from l2a_jax.attention.kernels.plan import Block, Plan, Spec
 
 
 def forward(spec: Spec, block: Block, q, k, v, plan: Plan, *, interpret: bool):
     """(out [B, T, N, H], base-2 log-sum-exp [B, N, R] in working order)."""
-    batch = q.shape[0]
-    lse = jax.ShapeDtypeStruct((batch, spec.heads, spec.rows), jnp.float32)
-    out_shape = (jax.ShapeDtypeStruct(q.shape, q.dtype), lse)
+    batch, room = q.shape[0], split.places(spec, block, q.shape[0])
+    shapes = [jax.ShapeDtypeStruct(q.shape, q.dtype),
+              jax.ShapeDtypeStruct((batch, spec.heads, spec.rows), jnp.float32)]
     # Only routed calls leave rows unwritten: these start as zeros.
     blank = jnp.zeros_like(q) if spec.kind == "routed" else None
-    plan = Plan(limits=plan.limits, index=plan.index, count=plan.count)
-    return pl.pallas_call(
-        functools.partial(_kernel, spec=spec, block=block),
-        out_shape=out_shape,
-        grid=(spec.heads, pl.cdiv(spec.rows, block.rows), batch),
+    out, lse, *parts = pl.pallas_call(
+        functools.partial(_kernel, spec=spec, block=block, room=room),
+        out_shape=shapes + (split.part_shapes(spec, block, batch) if room else []),
+        grid=(spec.heads, max(pl.cdiv(spec.rows, block.rows), room), batch),
         input_output_aliases={0: 0} if blank is not None else {},
         compiler_params=plt.CompilerParams(num_warps=block.num_warps, num_stages=block.num_stages),
         interpret=interpret,
         name="l2a_attention_forward",
-    )(blank, q, k, v, plan)
+    )(blank, q, k, v, plan.for_rows)
+    if room > 1:
+        out, lse = split.join(spec, block, plan, out, lse, *parts, weighted=True, interpret=interpret)
+    return out, lse
 
 
-def _kernel(blank, q_ref, k_ref, v_ref, plan, out_ref, lse_ref, *, spec: Spec, block: Block):
+def _kernel(blank, *refs, spec: Spec, block: Block, room: int):
     del blank
-    head, batch = pl.program_id(0), pl.program_id(2)
-    # The last rows see the most keys: they start first, so that no long program is left at the end.
-    start = (pl.num_programs(1) - 1 - pl.program_id(1)) * block.rows
-    run = functools.partial(_tile, q_ref, k_ref, v_ref, plan, out_ref, lse_ref, spec, block, head, batch, start)
+    plan = refs[3]
+    head, number, batch = (pl.program_id(i) for i in range(3))
+    run = functools.partial(_tile, *refs, spec=spec, block=block)
     if plan.count is None:
-        run(spec.rows)
-    else:
-        count = plan.count[batch]
-        pl.when(start < count)(lambda: run(count))
+        # The last rows see the most keys: they start first, so that no long program is left at the end.
+        run(at=(batch, (pl.num_programs(1) - 1 - number) * block.rows, head), count=spec.rows)
+        return
+    count = plan.count[batch]
+    if not room:
+        start = number * block.rows
+        pl.when(start < count)(lambda: run(at=(batch, start, head), count=count))
+        return
+    is_work, tile, part, parts = split.assignment(number, count, block.rows, room)
+    pl.when(is_work)(lambda: run(at=(batch, tile * block.rows, head), count=count, share=(number, part, parts)))
 
 
-def _tile(q_ref, k_ref, v_ref, plan, out_ref, lse_ref, spec, block, head, batch, start, count):
+def _tile(q_ref, k_ref, v_ref, plan, out_ref, lse_ref, *part_refs, spec, block, at, count, share=None):
+    batch, start, head = at
     kv_head = head // spec.group_size
-    limits = t.tile_limits(spec, plan, batch, start, block.rows)
-    rows = start + jnp.arange(block.rows)
-    inside = rows < count
+    here = pl.ds(start, block.rows)
+    tokens, exist = t.tile_tokens(spec, plan.index, batch, start, block.rows, count)
+    limits = t.tile_limits(spec, plan, batch, tokens, exist, start, block.rows)
     if plan.index is not None:
-        rows = plt.load(plan.index.at[batch, pl.ds(start, block.rows)], mask=inside, other=spec.length)
-        inside &= rows < spec.length
-        query = plt.load(t.gathered(q_ref, batch, rows, head), mask=inside[:, None], other=0.0)
+        query = plt.load(t.gathered(q_ref, batch, tokens, head), mask=exist[:, None], other=0.0)
     else:
         query = t.load_tokens(q_ref, batch, start, block.rows, head, count if spec.rows % block.rows else None)
     scale = spec.scale * t.LOG2_E
@@ -94,15 +101,29 @@ def _tile(q_ref, k_ref, v_ref, plan, out_ref, lse_ref, spec, block, head, batch,
     )
     if spec.sinks:
         carry = t.sink_sweep(spec, limits, sink_step, carry)
-    top, total, out = t.sweep(
-        t.key_bounds(limits, block.keys), step, carry, flat=block.flat, bounded_below=spec.bounded_below)
+    bounds = t.key_bounds(limits, block.keys)
+    if share is not None:
+        bounds = split.part_bounds(bounds, *share[1:])
+    top, total, out = t.sweep(bounds, step, carry, flat=block.flat, bounded_below=spec.bounded_below)
 
     alive = limits.high >= 0
-    total = jnp.where(alive, total, 1.0)
-    out = jnp.where(alive[:, None], out / total[:, None], 0.0).astype(out_ref.dtype)
-    if plan.index is not None:
-        plt.store(t.gathered(out_ref, batch, rows, head), out, mask=inside[:, None])
-    else:
-        plt.store(out_ref.at[batch, pl.ds(start, block.rows), head, :], out, mask=inside[:, None])
+    total = jnp.where(alive & (total > 0), total, 1.0)  # a part of a shared tile may have no keys at all
+    out = jnp.where(alive[:, None], out / total[:, None], 0.0)
     lse = jnp.where(alive, top + jnp.log2(total), t.DEAD)
-    plt.store(lse_ref.at[batch, head, pl.ds(start, block.rows)], lse, mask=start + jnp.arange(block.rows) < spec.rows)
+
+    def store_whole():
+        view = out_ref.at[batch, here, head, :] if plan.index is None else t.gathered(out_ref, batch, tokens, head)
+        plt.store(view, out.astype(out_ref.dtype), mask=exist[:, None])
+        plt.store(lse_ref.at[batch, head, here], lse, mask=start + jnp.arange(block.rows) < spec.rows)
+
+    if share is None:
+        store_whole()
+        return
+    number, _, parts = share
+    pl.when(parts == 1)(store_whole)
+
+    @pl.when(parts > 1)
+    def _():
+        place = pl.ds(number * block.rows, block.rows)
+        part_refs[0][batch, head, place, :] = out
+        part_refs[1][batch, head, place] = lse

@@ -36,9 +36,14 @@ class Spec:
         return self.length if self.kind != "mixed" else -(-self.length // ALIGN) * ALIGN + ALIGN
 
     @property
+    def ordered(self) -> bool:
+        """Whether rows are worked on in an order of their own."""
+        return self.kind != "all"
+
+    @property
     def explicit(self) -> bool:
-        """Whether a row's keys are read from a table (else they follow from its number)."""
-        return self.segmented or self.kind != "all"
+        """Whether a row's keys are read from a table (else they follow from its token's number)."""
+        return self.segmented or self.kind == "mixed"
 
     @property
     def bounded_below(self) -> bool:
@@ -69,9 +74,12 @@ class Block:
 
 
 class Plan(NamedTuple):
-    """Integer tables. `limits`: what each row of the working order sees. `index` [B, R], `count` [B]:
-    the working order. `before` [B, T + 1] per group: how many of the group's rows come before a token, plus the row
-    where the group starts. `end` [B, T]: one past the last token of a token's document."""
+    """Integer tables; None where a number follows from the others.
+
+    `limits`: what each token sees. `index` [B, R], `rank` [B, T], `count` [B]: the working order (see `Order`).
+    `before` [B, T + 1] per group: how many of the group's rows come before a token, plus the row where the group
+    starts. `end` [B, T]: one past the last token of a token's document.
+    """
 
     limits: Rows | None = None
     index: Int[Array, "B R"] | None = None
@@ -80,33 +88,35 @@ class Plan(NamedTuple):
     before: tuple[Int[Array, "B S"], ...] | None = None
     end: Int[Array, "B T"] | None = None
 
+    @property
+    def for_rows(self) -> Plan:
+        """The part that the kernels over rows read."""
+        return Plan(limits=self.limits, index=self.index, count=self.count)
 
-def make_plan(spec: Spec, batch: int, decisions: Bool[Array, "B T"] | None, segment_ids: Int[Array, "B T"] | None):
+
+def make_plan(
+    spec: Spec, batch: int, decisions: Bool[Array, "B T"] | None, segment_ids: Int[Array, "B T"] | None
+) -> Plan:
     """The tables of a call."""
-    if not spec.explicit:
-        return Plan()
     shape = (batch, spec.length)
-    end = None if segment_ids is None else segment_ends(segment_ids)
-    seen = decisions if spec.kind == "routed" else None
-    everything = decisions if spec.kind == "mixed" else None
-    rows = token_rows(shape, segment_ids, window=spec.window, sinks=spec.sinks, seen=seen, everything=everything)
-    if spec.kind == "all":
-        return Plan(limits=rows, end=end)
+    plan = Plan()
+    if spec.explicit:
+        everything = decisions if spec.kind == "mixed" else None
+        rows = token_rows(shape, segment_ids, window=spec.window, sinks=spec.sinks, everything=everything)
+        sinks = (rows.sink_low, rows.sink_high) if spec.sinks else (None, None)
+        plan = plan._replace(limits=Rows(rows.low, rows.high if spec.segmented else None, *sinks))
+    if spec.segmented:
+        plan = plan._replace(end=segment_ends(segment_ids))
     if spec.kind == "routed":
-        alive = rows.high >= 0
-        order, before = compact(alive), (_before(alive),)
-    else:
+        alive = decisions if segment_ids is None else decisions & (segment_ids != 0)
+        order = compact(alive)
+        return plan._replace(index=order.index, rank=order.rank, count=order.count, before=(_before(alive),))
+    if spec.kind == "mixed":
         order = align_groups(partition(decisions), decisions, ALIGN, spec.rows)
         start = -(-order.first // ALIGN) * ALIGN
         before = (_before(decisions), _before(~decisions) + start[:, None])
-    return Plan(_reorder(rows, order, spec.rows), order.index, order.rank, order.count, before, end)
-
-
-def _reorder(rows: Rows, order: Order, size: int) -> Rows:
-    """The rows in working order; places that nobody has see nothing."""
-    mine = order.index < rows.high.shape[1]
-    low, high, sink_low, sink_high = (take(field, order.index) for field in rows)
-    return Rows(jnp.where(mine, low, 0), jnp.where(mine, high, -1), sink_low, jnp.where(mine, sink_high, 0))
+        return plan._replace(index=order.index, rank=order.rank, count=order.count, before=before)
+    return plan
 
 
 def _before(member: Bool[Array, "B T"]) -> Int[Array, "B S"]:
@@ -122,13 +132,12 @@ def segment_ends(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     return jax.lax.cummin(jnp.where(is_last, index + 1, length), axis=1, reverse=True)
 
 
-def row_ranges(spec: Spec, plan: Plan, keys: int) -> Int[Array, "B M C"] | None:
+def row_ranges(spec: Spec, plan: Plan, batch: int, keys: int) -> Int[Array, "B M C"] | None:
     """For every block of `keys` keys, which rows of the working order may see it: per group the numbers
     (begin, full_begin, full_end, end); rows full_begin..full_end - 1 see all of it. None: follows from numbers alone.
     """
-    if not spec.explicit:
+    if not spec.explicit and not spec.ordered:
         return None
-    batch = plan.limits.high.shape[0]
     first = jnp.arange(0, spec.length, keys)
     last = jnp.minimum(first + keys, spec.length) - 1
     if plan.end is None:

@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from l2a_jax.attention.kernels.plan import Plan, Spec
+from l2a_jax.attention.rows import Rows
 
 LOG2_E = 1.4426950408889634
 FLOOR = -1e30  # finite: a block without visible keys leaves no NaN, and the first visible key wipes its trace
@@ -35,43 +36,46 @@ class Limits(NamedTuple):
     high_max: jax.Array
 
 
-def tile_limits(spec: Spec, plan: Plan, batch, start, size: int) -> Limits:
-    """The limits of rows start..start + size - 1 of the working order."""
-    if not spec.explicit:
-        return _computed_limits(spec, start, size)
-    inside = start + jnp.arange(size) < spec.rows
+def tile_tokens(spec: Spec, index, batch, start, size: int, count):
+    """(tokens, which of them exist) of rows start..start + size - 1 of the working order, of which `count` exist."""
+    rows = start + jnp.arange(size)
+    if index is None:
+        return rows, rows < count
+    tokens = plt.load(index.at[batch, pl.ds(start, size)], mask=rows < count, other=spec.length)
+    return tokens, tokens < spec.length
 
-    def column(ref, other=0):
-        return plt.load(ref.at[batch, pl.ds(start, size)], mask=inside, other=other)
 
-    rows = plan.limits
-    high = column(rows.high, -1)
-    alive = high >= 0
-    low = column(rows.low) if spec.bounded_below else None
-    sink_low, sink_high = (column(rows.sink_low), column(rows.sink_high)) if spec.sinks else (None, None)
+def row_limits(spec: Spec, limits: Rows | None, batch, tokens, exist) -> Rows:
+    """What each row of a tile sees; a row that does not exist has high = -1."""
+
+    def column(ref, other):
+        return plt.load(ref.at[batch, tokens], mask=exist, other=other)
+
+    if limits is None:
+        low = None if spec.window is None else jnp.maximum(tokens - (spec.window - 1), 0)
+        sinks = (jnp.zeros_like(tokens), jnp.minimum(low, spec.sinks)) if spec.sinks else (None, None)
+        return Rows(low, jnp.where(exist, tokens, -1) if spec.ordered else tokens, *sinks)
+    high = jnp.where(exist, tokens, -1) if limits.high is None else column(limits.high, -1)
+    low = column(limits.low, 0) if spec.bounded_below else None
+    sinks = (column(limits.sink_low, 0), column(limits.sink_high, 0)) if spec.sinks else (None, None)
+    return Rows(low, high, *sinks)
+
+
+def tile_limits(spec: Spec, plan: Plan, batch, tokens, exist, start, size: int) -> Limits:
+    """`row_limits` with their extremes."""
+    rows = row_limits(spec, plan.limits, batch, tokens, exist)
     zero = jnp.int32(0)
-    return Limits(
-        low, high, sink_low, sink_high,
-        zero if low is None else jnp.min(jnp.where(alive, low, FAR)),
-        zero if low is None else jnp.max(jnp.where(alive, low, 0)),
-        jnp.min(jnp.where(alive, high, FAR)),
-        jnp.max(high),
-    )
-
-
-def _computed_limits(spec, start, size):
-    high = start + jnp.arange(size)
+    if spec.explicit or spec.ordered:
+        alive = rows.high >= 0
+        low_min = zero if rows.low is None else jnp.min(jnp.where(alive, rows.low, FAR))
+        low_max = zero if rows.low is None else jnp.max(jnp.where(alive, rows.low, 0))
+        return Limits(*rows, low_min, low_max, jnp.min(jnp.where(alive, rows.high, FAR)), jnp.max(rows.high))
     last = start + size - 1
-    if spec.window is None:
-        low, low_min, low_max = None, jnp.int32(0), jnp.int32(0)
-    else:
+    low_min = low_max = zero
+    if spec.window is not None:
         back = spec.window - 1
-        low = jnp.maximum(high - back, 0)
         low_min, low_max = jnp.maximum(start - back, 0), jnp.maximum(last - back, 0)
-    sink_low = sink_high = None
-    if spec.sinks:
-        sink_low, sink_high = jnp.zeros_like(high), jnp.minimum(low, spec.sinks)
-    return Limits(low, high, sink_low, sink_high, low_min, low_max, start, jnp.minimum(last, spec.length - 1))
+    return Limits(*rows, low_min, low_max, start, jnp.minimum(last, spec.length - 1))
 
 
 def key_bounds(limits: Limits, keys: int):

@@ -1,0 +1,100 @@
+"""Few routed rows, many keys: each tile's keys are shared among several programs, whose results are then joined.
+
+Without this a call with 5 % of 32,768 rows has 13 tiles a head, too few to fill a large GPU, and each walks over all
+keys alone (compare Flash-Decoding). How many programs share a tile follows from the number of routed rows, which only
+the device knows; the number of places for programs is fixed.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from l2a_jax.attention.kernels import tile as t
+from l2a_jax.attention.kernels.plan import Block, Plan, Spec
+
+PROGRAMS = 1_056  # about eight per multiprocessor of an H100; beyond that many tiles, none is shared
+MAX_PARTS = 32
+
+
+def places(spec: Spec, block: Block, batch: int) -> int:
+    """Programs per head and sequence that may share tiles; 0 where tiles are never shared."""
+    return max(PROGRAMS // (spec.heads * batch), 1) if spec.kind == "routed" else 0
+
+
+def part_shapes(spec: Spec, block: Block, batch: int) -> list[jax.ShapeDtypeStruct]:
+    """Room for the shares: values [B, N, places * rows, H] and log-sum-exps [B, N, places * rows]."""
+    shape = (batch, spec.heads, places(spec, block, batch) * block.rows)
+    return [jax.ShapeDtypeStruct((*shape, spec.width), jnp.float32), jax.ShapeDtypeStruct(shape, jnp.float32)]
+
+
+def assignment(number, count, size: int, room: int):
+    """(is there work, tile, part, parts) of the program `number` of a head and sequence with `count` rows."""
+    tiles = jnp.maximum((count + size - 1) // size, 1)
+    parts = jnp.clip(room // tiles, 1, MAX_PARTS)
+    # The last rows see the most keys: they start first, so that no long program is left at the end.
+    tile = tiles - 1 - jax.lax.rem(number, tiles)
+    return (number < tiles * parts) & (count > 0), tile, jax.lax.div(number, tiles), parts
+
+
+def part_bounds(bounds, part, parts):
+    """The part's own blocks of keys out of `tile.key_bounds`."""
+    begin, end = bounds[0], bounds[3]
+    blocks = jnp.maximum(end - begin, 0)
+    low, high = begin + blocks * part // parts, begin + blocks * (part + 1) // parts
+    return tuple(jnp.clip(bound, low, high) for bound in bounds)
+
+
+def join(spec: Spec, block: Block, plan: Plan, whole, lse, part_values, part_lse, *, weighted: bool, interpret: bool):
+    """(whole, lse) completed by the tiles that were shared. `weighted`: parts are outputs, joined by their
+    log-sum-exps; else they are gradients, which add up (and lse stays as it is)."""
+    batch = whole.shape[0]
+    room = places(spec, block, batch)
+    return pl.pallas_call(
+        functools.partial(_kernel, spec=spec, block=block, room=room, weighted=weighted),
+        out_shape=(jax.ShapeDtypeStruct(whole.shape, whole.dtype), jax.ShapeDtypeStruct(lse.shape, lse.dtype)),
+        grid=(spec.heads, max(room // 2, 1), batch),
+        input_output_aliases={0: 0, 1: 1},
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="l2a_attention_join",
+    )(whole, lse, part_values, part_lse, plan.index, plan.count)
+
+
+def _kernel(whole_in, lse_in, values_ref, part_lse_ref, index, counts, whole_ref, lse_ref, *, spec, block, room,
+            weighted):
+    del whole_in, lse_in
+    head, batch = pl.program_id(0), pl.program_id(2)
+    count = counts[batch]
+    is_work, tile, first, parts = assignment(pl.program_id(1), count, block.rows, room)
+    tiles = (count + block.rows - 1) // block.rows
+    start = tile * block.rows
+
+    def one(part, carry):
+        top, total, out = carry
+        place = pl.ds((part * tiles + tiles - 1 - tile) * block.rows, block.rows)
+        values = values_ref[batch, head, place, :]
+        if not weighted:
+            return top, total, out + values
+        lse = part_lse_ref[batch, head, place]
+        new_top = jnp.maximum(top, lse)
+        shrink, weight = jnp.exp2(top - new_top), jnp.exp2(lse - new_top)
+        return new_top, total * shrink + weight, out * shrink[:, None] + values * weight[:, None]
+
+    @pl.when(is_work & (first == 0) & (parts > 1))
+    def _():
+        tokens, exist = t.tile_tokens(spec, index, batch, start, block.rows, count)
+        zeros = jnp.zeros((block.rows,), jnp.float32)
+        carry = (zeros + t.FLOOR, zeros, jnp.zeros((block.rows, spec.width), jnp.float32))
+        top, total, out = jax.lax.fori_loop(0, parts, one, carry)
+        if weighted:
+            total = jnp.where(exist, total, 1.0)
+            out = out / total[:, None]
+            here = pl.ds(start, block.rows)
+            inside = start + jnp.arange(block.rows) < spec.rows
+            plt.store(lse_ref.at[batch, head, here], jnp.where(exist, top + jnp.log2(total), t.DEAD), mask=inside)
+        plt.store(t.gathered(whole_ref, batch, tokens, head), out.astype(whole_ref.dtype), mask=exist[:, None])
