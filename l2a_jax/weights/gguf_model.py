@@ -9,7 +9,7 @@ from __future__ import annotations
 from l2a_jax.config import ModelConfig, RopeScaling
 from l2a_jax.errors import UserError
 from l2a_jax.weights.gguf_file import GGUFFile
-from l2a_jax.weights.hf_config import shortest_float32
+from l2a_jax.weights.hf_config import check_numbers, shortest_float32
 from l2a_jax.weights.tokenizer import Tokenizer, byte_level_bpe
 
 ARCHITECTURE = "qwen2"
@@ -24,15 +24,17 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
     architecture = file.fields.get("general.architecture")
     if architecture != ARCHITECTURE:
         raise UserError(f"{file.path} holds a model of architecture {architecture!r}; expected {ARCHITECTURE!r}")
-    if file.fields.get("split.count", 1) > 1:
+    if file.fields.get("split.count", 1) not in (0, 1):
         raise UserError(f"{file.path} is one of {file.fields['split.count']} parts of a model; merge them into one")
     if "token_embd.weight" not in file.shapes:
         raise UserError(f"{file.path} does not fit its configuration; missing: token_embd.weight")
 
-    def field(name: str, default=None):
+    def field(name: str, default: int | None = None) -> int:
         value = file.fields.get(f"{ARCHITECTURE}.{name}", default)
         if value is None:
             raise UserError(f"{file.path} misses the field {ARCHITECTURE}.{name}")
+        if not isinstance(value, int):
+            raise UserError(f"{file.path}: {ARCHITECTURE}.{name} is {value!r}; expected a whole number")
         return value
 
     heads, hidden = field("attention.head_count"), field("embedding_length")
@@ -42,7 +44,7 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
             raise UserError(f"{file.path}: {ARCHITECTURE}.{name} is {field(name)}, the head width {head_dim}; "
                             "they must be equal")
     try:
-        return ModelConfig(
+        config = ModelConfig(
             vocab_size=file.shapes["token_embd.weight"][0],
             hidden_size=hidden,
             intermediate_size=field("feed_forward_length"),
@@ -50,14 +52,20 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
             num_heads=heads,
             num_kv_heads=field("attention.head_count_kv", heads),
             head_dim=head_dim,
-            rope_theta=shortest_float32(field("rope.freq_base", 10_000.0)),
+            rope_theta=shortest_float32(file.fields.get(f"{ARCHITECTURE}.rope.freq_base", 10_000.0)),
             rope=_rope(file),
-            rms_norm_eps=shortest_float32(field("attention.layer_norm_rms_epsilon")),
+            rms_norm_eps=shortest_float32(file.fields[f"{ARCHITECTURE}.attention.layer_norm_rms_epsilon"]),
             tie_embeddings="output.weight" not in file.shapes,
             max_positions=field("context_length"),
         )
-    except (TypeError, ValueError) as error:
+    except KeyError as error:
+        raise UserError(f"{file.path} misses the field {error.args[0]}") from error
+    except UserError:
+        raise
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{file.path} has an unusable configuration: {error}") from error
+    check_numbers(config, str(file.path))
+    return config
 
 
 def _rope(file: GGUFFile) -> RopeScaling:
@@ -85,17 +93,19 @@ def gguf_tokenizer(file: GGUFFile) -> Tokenizer | None:
     if fields.get("model") != "gpt2" or fields.get("pre", PRE_TOKENIZERS[0]) not in PRE_TOKENIZERS:
         raise UserError(f"{file.path} has a tokenizer of model {fields.get('model')!r} with pre-tokenizer "
                         f"{fields.get('pre')!r}; expected 'gpt2' with one of {', '.join(PRE_TOKENIZERS)}")
-    tokens = fields["tokens"]
-    types = fields.get("token_type", [_NORMAL] * len(tokens))
-    if "merges" not in fields or len(types) != len(tokens):
-        raise UserError(f"{file.path} has {len(tokens)} tokens, {len(types)} token types and "
-                        f"{'some' if 'merges' in fields else 'no'} merges: corrupt")
+    tokens, types, merges = fields["tokens"], fields.get("token_type"), fields.get("merges")
+    whole = _texts(tokens) and _texts(merges)
+    if whole and types is None:
+        types = [_NORMAL] * len(tokens)
+    if not whole or not isinstance(types, list) or len(types) != len(tokens):
+        raise UserError(f"{file.path} needs a list of tokens, one of their types and one of merges; it holds no such "
+                        "lists, or they do not fit: corrupt")
 
     def token(name: str) -> str | None:
         index = fields.get(name)
         if index is None:
             return None
-        if not 0 <= index < len(tokens):
+        if not isinstance(index, int) or not 0 <= index < len(tokens):
             raise UserError(f"{file.path}: {name} is {index}, of {len(tokens)} tokens")
         return tokens[index]
 
@@ -109,9 +119,13 @@ def gguf_tokenizer(file: GGUFFile) -> Tokenizer | None:
     }
     return byte_level_bpe(
         vocabulary=tokens,
-        merges=[tuple(merge.split(" ")) for merge in fields["merges"]],
+        merges=[tuple(merge.split(" ")) for merge in merges],
         special=[text for text, kind in zip(tokens, types, strict=True) if kind == _CONTROL],
         added=[text for text, kind in zip(tokens, types, strict=True) if kind == _USER_DEFINED],
         settings={key: value for key, value in settings.items() if value is not None},
         normalise=False,
     )
+
+
+def _texts(array: object) -> bool:
+    return isinstance(array, list) and all(isinstance(text, str) for text in array)

@@ -21,6 +21,7 @@ PLAIN_TYPE, L2A_TYPE = "qwen2", "l2a_qwen2"
 L2A_KEY = "l2a_config"
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_INTEGERS = (*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings")
 _ROPE_KEYS = {"rope_theta", "rope_type", "type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow",
               "attention_factor", "mscale", "mscale_all_dim", "truncate", "partial_rotary_factor"}
 
@@ -53,9 +54,12 @@ def parse_config(fields: dict[str, Any], where: str = "config.json") -> tuple[Mo
         raise UserError(f"{where} has hidden_act {fields['hidden_act']!r}; expected 'silu'")
     if "quantization_config" in fields:
         raise UserError(f"{where} describes quantised weights; expected bfloat16, float16 or float32")
-    _refuse_sliding_window(fields, where)
+    odd = [name for name in _INTEGERS if not isinstance(fields.get(name), int | None)]
+    if odd:
+        raise UserError(f"{where} has {', '.join(f'{name} {fields[name]!r}' for name in odd)}; expected whole numbers")
     try:
-        heads, max_positions = fields["num_attention_heads"], fields.get("max_position_embeddings", 32_768)
+        _refuse_sliding_window(fields, where)
+        heads, max_positions = fields["num_attention_heads"], fields.get("max_position_embeddings") or 32_768
         theta, rope = _parse_rope(fields, max_positions, where)
         config = ModelConfig(
             vocab_size=fields["vocab_size"],
@@ -74,8 +78,9 @@ def parse_config(fields: dict[str, Any], where: str = "config.json") -> tuple[Mo
         l2a_config = l2a_config_from_dict(fields.get(L2A_KEY))
     except UserError:
         raise
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{where} is unusable: {error}") from error
+    check_numbers(config, where)
     if (fields["model_type"] == L2A_TYPE) != (l2a_config is not None):
         have = "without" if l2a_config is None else "with"
         raise UserError(f"{where} has model_type {fields['model_type']!r} {have} {L2A_KEY}; expected {L2A_TYPE!r} with "
@@ -124,6 +129,14 @@ def config_fields(
     if scaling["rope_type"] != "default":
         fields["rope_scaling"] = scaling
     return fields if l2a_config is None else {**fields, L2A_KEY: to_dict(l2a_config)}
+
+
+def check_numbers(config: ModelConfig, where: str) -> None:
+    """Raise UserError unless the real numbers of a stored configuration are positive and finite."""
+    for name, value in (("RoPE base", config.rope_theta), ("RMS norm epsilon", config.rms_norm_eps),
+                        ("RoPE factor", config.rope.factor)):
+        if not 0 < value < math.inf:
+            raise UserError(f"{where} has {name} {value}; expected a positive number")
 
 
 def shortest_float32(value: float) -> float:

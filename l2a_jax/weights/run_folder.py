@@ -79,5 +79,6 @@ def hash_run(path: Path) -> str:
     digest = hashlib.sha256((path / "config.json").read_bytes())
     for file in sorted((path / "checkpoints" / "latest").rglob("*")):
         if file.is_file():
-            digest.update(hashlib.sha256(file.read_bytes()).digest())
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
