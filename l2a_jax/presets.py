@@ -7,6 +7,7 @@ the flags. The embedded demo (no model, no data) puts its own sizes where the re
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +91,7 @@ DEMO = {
     **PRESETS["repair"], "window": 32, "penalty": 0.1, "seq_len": 256, "batch_size": 16, "steps": 150, "tokens": None,
     "lr": 3e-4, "router_lr": 1e-2, "save_every": 50, "eval_every": 50, "eval_batches": 2, "remat": False,
 }
+RECALL_EMPHASIS = 12.0
 # What made the packaged model: `python train/run.py --regime pretrain`.
 DEMO_PRETRAIN = {
     "seq_len": 256, "batch_size": 16, "steps": 1_600, "tokens": None, "lr": 3e-3, "weight_decay": 0.01,
@@ -192,9 +194,8 @@ def model_of(settings: Settings, config: ModelConfig) -> ModelConfig:
     return config
 
 
-def steps_of(settings: Settings) -> int:
+def steps_of(settings: Settings, tokens_per_batch: float) -> int:
     """Number of optimiser steps: as given, or as many as the token budget needs (the last one may overshoot it)."""
     if settings.steps is not None:
         return settings.steps
-    per_step = settings.seq_len * settings.batch_size * settings.grad_accum
-    return max(1, -(-settings.tokens // per_step))
+    return max(1, math.ceil(settings.tokens / (tokens_per_batch * settings.grad_accum)))

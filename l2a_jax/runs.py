@@ -102,9 +102,10 @@ def make_plan(settings: Settings) -> Plan:
                          seed=settings.seed, packing=settings.packing)
     else:
         reach = 0 if l2a_config is None else l2a_config.window + l2a_config.sinks
-        data = RecallCorpus(settings.seq_len, settings.batch_size, settings.seed, distance=max(64, reach + 1))
-    return Plan(settings, source, config, l2a_config, source_layer is not None, data, tokenizer,
-                presets.steps_of(settings), dtype)
+        data = RecallCorpus(settings.seq_len, settings.batch_size, settings.seed, distance=max(64, reach + 1),
+                            emphasis=presets.RECALL_EMPHASIS if settings.regime == "pretrain" else 1.0)
+    steps = presets.steps_of(settings, data.tokens_per_batch)
+    return Plan(settings, source, config, l2a_config, source_layer is not None, data, tokenizer, steps, dtype)
 
 
 class Run(NamedTuple):
@@ -281,7 +282,7 @@ def _announce(plan: Plan) -> None:
                  "id, folder or .gguf) and --data")
     abstract = abstract_params(plan.config, plan.l2a_config)
     total, trained = (count_parameters(abstract, mask) for mask in (None, regime_mask(abstract, s.regime)))
-    tokens = plan.steps * s.seq_len * s.batch_size * s.grad_accum
+    tokens = round(plan.steps * s.grad_accum * plan.data.tokens_per_batch)
     log.info("regime %s: %s of %s parameters, %s steps of %s x %s x %s tokens, seed %s, %s on %s", s.regime,
              f"{trained:,}", f"{total:,}", plan.steps, s.grad_accum, s.batch_size, s.seq_len, s.seed, plan.dtype.name,
              jax.devices()[0].device_kind)

@@ -57,14 +57,16 @@ class RecallCorpus:
     """Rows of the corpus as training data: `batch(i)` is a pure function of the seed and i.
 
     `seq_len` T in tokens; `distance`: the least number of tokens between a fact's last mention and its question,
-    which must exceed the model's window plus its sinks; `facts` per row.
+    which must exceed the model's window plus its sinks; `facts` per row; `emphasis`: the weight of a recalled answer in
+    the loss, where any other token's is 1 (pretraining learns to recall from one token in twenty).
     """
 
     seq_len: int
     batch_size: int
     seed: int = 0
     distance: int = 64
-    facts: int = 8
+    facts: int = 6
+    emphasis: float = 1.0
 
     def __post_init__(self):
         needed = 2 * self.distance + 16 * self.facts
@@ -76,7 +78,12 @@ class RecallCorpus:
     def fingerprint(self) -> str:
         """Everything that determines the rows and their order."""
         return f"recall-v1 T={self.seq_len} B={self.batch_size} seed={self.seed} distance={self.distance} " \
-               f"facts={self.facts}"
+               f"facts={self.facts} emphasis={self.emphasis}"
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """Tokens of a micro-batch: every row is full."""
+        return self.batch_size * self.seq_len
 
     def batch(self, index: int) -> Batch:
         """Micro-batch `index` of the training split."""
@@ -94,7 +101,8 @@ class RecallCorpus:
 
     def _rows(self, rng: np.random.Generator) -> Batch:
         rows = np.stack([self._row(rng) for _ in range(self.batch_size)])
-        return Batch(rows[:, :-1], rows[:, 1:], np.ones((self.batch_size, self.seq_len), np.float32), None, None)
+        weights = np.where(needs_memory(rows[:, :-1]), self.emphasis, 1.0).astype(np.float32)
+        return Batch(rows[:, :-1], rows[:, 1:], weights, None, None)
 
     def _row(self, rng: np.random.Generator) -> Int[np.ndarray, "T+1"]:
         names = rng.choice(NAMES, self.facts, replace=False)

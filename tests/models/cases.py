@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from l2a_jax.config import L2AConfig, ModelConfig, RopeScaling
 from l2a_jax.models.params import init_params, map_with_path
+from l2a_jax.models.qwen2 import hidden_states
 
 CONFIG = ModelConfig(61, 32, 48, 3, 6, 2, 8, rope_theta=10_000.0, max_positions=128)
 UNTIED = dataclasses.replace(CONFIG, tie_embeddings=False)
@@ -43,3 +44,7 @@ def packed(batch=2, length=24):
     ids = jnp.zeros((batch, length), jnp.int32)
     ids = ids.at[0, :10].set(1).at[0, 10:20].set(2)
     return ids.at[1, :6].set(1).at[1, 6:15].set(2).at[1, 15:].set(3)
+
+
+# One compilation a wiring, not one a call.
+hidden = jax.jit(hidden_states, static_argnums=(2, 3), static_argnames=("train", "backend", "remat"))

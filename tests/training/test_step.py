@@ -1,0 +1,143 @@
+"""One optimiser step: what moves, how micro-batches count, and what happens to numbers that are not finite."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from l2a_jax.data.batch import Batch
+from l2a_jax.models.qwen2 import hidden_states
+from l2a_jax.nn import routing
+from l2a_jax.training.diagnose import first_non_finite
+from l2a_jax.training.loss import cross_entropy
+from l2a_jax.training.optimizer import OptimizerConfig, make_optimizer
+from l2a_jax.training.regimes import partition, regime_mask
+from l2a_jax.training.step import Objective, compute_params, initial_state, train_step
+from tests.models.cases import CONFIG, LAYERS, make_params, make_tokens, packed
+
+LAYER = LAYERS["shared"]
+OBJECTIVE = Objective(CONFIG, LAYER, penalty=0.5, penalty_warmup=0, penalty_ramp=1)
+
+
+def make_batch(micro, seed=0, segments=True):
+    """`micro` micro-batches of unequal token counts."""
+    parts = []
+    for index in range(micro):
+        tokens = make_tokens(seed=seed + index)
+        ids = packed() if segments and index % 2 == 0 else jnp.ones_like(tokens)
+        weights = (ids != 0).astype(jnp.float32) * (jnp.arange(tokens.shape[1]) % (index + 2) > 0)
+        parts.append(Batch(tokens, jnp.roll(tokens, -1, axis=1), weights, ids, None))
+    return jax.tree.map(lambda *x: np.stack(x), *parts)
+
+
+def set_up(regime="l2a_ft", objective=OBJECTIVE, params=None, **optimizer):
+    params = make_params(objective.l2a_config) if params is None else params
+    tx = make_optimizer(OptimizerConfig(**{"lr": 1e-2, "steps": 20, "router_lr": 1e-2, **optimizer}), regime)
+    trainable, frozen = partition(params, regime_mask(params, regime))
+    step = jax.jit(functools.partial(train_step, objective=objective, optimizer=tx))
+    return params, initial_state(trainable, tx, jnp.float32), frozen, step
+
+
+def test_frozen_leaves_stay_and_the_loss_falls():
+    _, state, frozen, step = set_up()
+    before = jax.tree.map(np.asarray, frozen)
+    losses = []
+    for _ in range(8):
+        state, metrics = step(state, frozen, make_batch(1), jax.random.key(0))
+        losses.append(float(metrics["loss"]))
+    jax.tree.map(np.testing.assert_array_equal, frozen, before)
+    assert losses[-1] < losses[0] - 0.1 and int(state.step) == 8
+
+
+def test_accumulated_gradients_are_those_of_all_tokens_at_once():
+    """Three micro-batches of different token counts against one loss written over all of them."""
+    params, state, frozen, _ = set_up("full_ft")
+    batch = make_batch(3)
+    real = batch.segment_ids != 0
+    assert len({int(w.sum()) for w in batch.weights}) == 3
+
+    def whole(params):
+        nll = squares = 0.0
+        for index in range(3):
+            micro = jax.tree.map(lambda x: x[index], batch)  # noqa: B023
+            hidden, routed = hidden_states(params, micro.tokens, CONFIG, LAYER, segment_ids=micro.segment_ids,
+                                           train=True)
+            nll += cross_entropy(params, hidden, micro.targets, micro.weights, CONFIG).nll
+            squares += jnp.sum(jnp.where(real[index], routed.probabilities**2, 0.0))
+        return nll / batch.weights.sum() + 0.5 * squares / (CONFIG.num_layers * real.sum())
+
+    # At step 1 of a ramp of 1 the penalty has its full weight.
+    state = state._replace(step=jnp.asarray(1, jnp.int32))
+    seen = {}
+
+    def spy(updates, state, params=None):
+        seen["gradients"] = updates
+        return updates, state
+
+    tx = optax.GradientTransformation(lambda params: optax.EmptyState(), spy)
+    train_step(state._replace(optimizer=optax.EmptyState()), frozen, batch, jax.random.key(0), objective=OBJECTIVE,
+               optimizer=tx)
+    expected = jax.grad(whole)(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-3), seen["gradients"], expected)
+
+
+def test_metrics_mean_what_they_say():
+    _, state, frozen, step = set_up()
+    batch = make_batch(2)
+    _, metrics = step(state, frozen, batch, jax.random.key(0))
+    real, unrouted = batch.segment_ids != 0, 0
+    for index in range(2):
+        _, routed = hidden_states(make_params(LAYER), batch.tokens[index], CONFIG, LAYER,
+                                  segment_ids=batch.segment_ids[index])
+        unrouted += np.asarray(routing.sparsity(routed.decisions, real[index])) * real[index].sum()
+    np.testing.assert_allclose(metrics["sparsity_per_layer"], unrouted / real.sum(), rtol=1e-5)
+    assert int(metrics["tokens"]) == real.sum()
+
+
+@pytest.mark.parametrize("leakage", [0.3, 1.0])
+def test_rematerialisation_changes_no_gradient(leakage):
+    layer = dataclasses.replace(LAYER, leakage=leakage)
+    results = []
+    for remat in (False, True):
+        _, state, frozen, step = set_up(objective=OBJECTIVE._replace(l2a_config=layer, remat=remat))
+        state, metrics = step(state, frozen, make_batch(2), jax.random.key(3))
+        results.append((state.trainable, metrics["grad_norm"]))
+    assert float(results[0][1]) == pytest.approx(float(results[1][1]), rel=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), results[0][0], results[1][0])
+
+
+def test_bfloat16_compute_keeps_float32_masters_and_router():
+    _, state, frozen, step = set_up(objective=OBJECTIVE._replace(dtype=jnp.bfloat16))
+    state, metrics = step(state, frozen, make_batch(1), jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.trainable)} == {jnp.dtype(jnp.float32)}
+    params = compute_params(state.trainable, {}, jnp.bfloat16)
+    assert params["layers"]["router"]["kernel"].dtype == jnp.float32
+    assert params["layers"]["attention"]["q"]["kernel"].dtype == jnp.bfloat16
+    assert bool(metrics["healthy"])
+
+
+def test_a_step_that_is_not_finite_is_withheld_and_so_is_every_later_one():
+    _, state, frozen, step = set_up(lr=1e-3)
+    state, _ = step(state, frozen, make_batch(1), jax.random.key(0))
+    poisoned = make_batch(1)._replace(weights=np.full((1, 2, 24), np.inf, np.float32))
+    after, metrics = step(state, frozen, poisoned, jax.random.key(0))
+    assert not bool(metrics["healthy"]) and int(after.step) == 1
+    jax.tree.map(np.testing.assert_array_equal, after.trainable, state.trainable)
+    later, metrics = step(after, frozen, make_batch(1), jax.random.key(0))
+    assert not bool(metrics["healthy"])
+    jax.tree.map(np.testing.assert_array_equal, later.trainable, state.trainable)
+
+
+def test_the_diagnosis_names_the_parameter_the_layer_or_the_gradient():
+    params, state, frozen, _ = set_up("router_only")
+    batch, key = make_batch(1), jax.random.key(0)
+    spoil = jax.tree.map(lambda x: x, frozen)
+    spoil["layers"]["mlp"]["down"]["kernel"] = frozen["layers"]["mlp"]["down"]["kernel"].at[1, 0, 0].set(jnp.nan)
+    said = first_non_finite(state.trainable, spoil, batch, key, OBJECTIVE)
+    assert "layers/mlp/down/kernel of layer 1" in said
+    spoil["layers"]["mlp"]["down"]["kernel"] = frozen["layers"]["mlp"]["down"]["kernel"].at[1].set(1e38)
+    assert "after layer 1" in first_non_finite(state.trainable, spoil, batch, key, OBJECTIVE)
