@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
 
 def why_not(call) -> str | None:
     """cuDNN knows causal and windowed causal attention in half precision, nothing else."""
     if jax.default_backend() != "gpu":
         return "cuDNN needs an NVIDIA GPU"
+    return shape_why_not(call)
+
+
+def shape_why_not(call) -> str | None:
+    """What cuDNN declines on any device."""
     if call.operation in ("routed", "mixed"):
         return "cuDNN has no per-token choice of keys"
     if call.dtype not in ("bfloat16", "float16"):

@@ -71,7 +71,7 @@ def _call(kind, q, k, v, decisions, segment_ids, *, window=None, sinks=0, interp
         window, sinks, kind = None, 0, "all" if kind == "mixed" else kind
         decisions = decisions if kind == "routed" else None
     spec = Spec(kind, length, heads, k.shape[2], width, window, min(sinks, length), segment_ids is not None)
-    table = table or blocks.table(blocks.architecture(), width, q.dtype.itemsize)
+    table = table or blocks.table(blocks.architecture(), width, q.dtype.itemsize, blocks.loop_of(spec))
     return _attend(q, k, v, decisions, segment_ids, spec, tuple(sorted(table.items())), interpret)
 
 

@@ -59,7 +59,7 @@ class Order(NamedTuple):
     """A working order of the tokens. Row r of it is token `index[b, r]`; token t is its row `rank[b, t]`.
 
     Rows that are nobody's have
-    index T; all rows r >= count[b] are. `first` counts the rows of the leading group (see `partition`).
+    index -1; all rows r >= count[b] are. `first` counts the rows of the leading group (see `partition`).
     """
 
     index: Int[Array, "B R"]
@@ -92,10 +92,10 @@ def align_groups(order: Order, decisions: Bool[Array, "B T"], align: int, size: 
 
 
 def _invert(rank: Int[Array, "B T"], size: int | None = None) -> Int[Array, "B R"]:
-    """index with index[b, rank[b, t]] = t; ranks outside 0..size-1 are dropped, rows that nobody has hold T."""
+    """index with index[b, rank[b, t]] = t; ranks outside 0..size-1 are dropped, rows that nobody has hold -1."""
     batch, length = rank.shape
     token = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), rank.shape)
-    index = jnp.full((batch, length if size is None else size), length, jnp.int32)
+    index = jnp.full((batch, length if size is None else size), -1, jnp.int32)
     return index.at[jnp.arange(batch)[:, None], rank].set(token, mode="drop", unique_indices=True)
 
 

@@ -11,6 +11,8 @@ import json
 import logging
 import platform
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 
@@ -18,7 +20,7 @@ import jax
 
 from l2a_jax import attention
 from l2a_jax.evaluation.speed_cases import SpeedCase
-from l2a_jax.evaluation.speed_timing import matmul_ceiling, time_jax
+from l2a_jax.evaluation.speed_timing import compile_jax, matmul_ceiling, time_compiled
 from l2a_jax.evaluation.speed_torch import torch_peers
 
 log = logging.getLogger("l2a_jax.speed")
@@ -53,35 +55,44 @@ def jax_peers(case: SpeedCase) -> dict:
     return peers
 
 
-def measure(case: SpeedCase) -> dict:
+def measure(case: SpeedCase, with_torch: bool = True) -> dict:
     """{"case", "teraflops", "ms": {name: [fwd, fwd+bwd]}, "failed": {name: why}} of one case."""
     sets = case.inputs(case.sets)
+    forward_sets = [(q, k, v, decisions) for q, k, v, _, decisions in sets]
     times, failed = {}, {}
     functions = {"l2a_jax": ours(case, "pallas"), **jax_peers(case)}
-    for name, function in functions.items():
-
-        def both(q, k, v, cotangent, decisions, function=function):
-            out, pull = jax.vjp(lambda q, k, v: function(q, k, v, decisions), q, k, v)
-            return out, pull(cotangent)
-
-        forward_sets = [(q, k, v, decisions) for q, k, v, _, decisions in sets]
+    with ThreadPoolExecutor() as pool:
+        jobs = {name: (pool.submit(compile_jax, function, forward_sets),
+                       pool.submit(compile_jax, _with_backward(function), sets))
+                for name, function in functions.items()}
+    for name, (forward, both) in jobs.items():
         try:
-            times[name] = [time_jax(function, forward_sets), time_jax(both, sets)]
+            times[name] = [time_compiled(forward.result(), forward_sets), time_compiled(both.result(), sets)]
         except Exception as error:  # noqa: BLE001 a peer that cannot do a case is a finding, not a reason to stop
             if name == "l2a_jax":
                 raise
             failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-    del sets
-    try:
-        peers, why = torch_peers(case)
-    except ImportError:
-        peers, why = {}, {"torch": "not installed"}
+    del sets, forward_sets
+    peers, why = {}, {}
+    if with_torch:
+        try:
+            peers, why = torch_peers(case)
+        except ImportError:
+            why = {"torch": "not installed"}
     return {"case": case.name, "must": case.must, "aim": case.aim, "authors": case.authors, "ms": {**times, **peers},
             "teraflops": [case.teraflops(False), case.teraflops(True)], "failed": {**failed, **why}}
 
 
-def run(cases: list[SpeedCase], command: str) -> dict:
-    """Measure the cases; everything that is needed to repeat and to judge them."""
+def _with_backward(function):
+    def both(q, k, v, cotangent, decisions):
+        out, pull = jax.vjp(lambda q, k, v: function(q, k, v, decisions), q, k, v)
+        return out, pull(cotangent)
+
+    return both
+
+
+def run(cases: list[SpeedCase], command: str, with_torch: bool = True) -> Iterator[dict]:
+    """Measure the cases; after each, everything that is needed to repeat and to judge those so far."""
     device = jax.devices()[0]
     result = {
         "date": datetime.date.today().isoformat(), "command": command, "device": device.device_kind,
@@ -89,9 +100,9 @@ def run(cases: list[SpeedCase], command: str) -> dict:
         "matmul_teraflops_per_second": matmul_ceiling(), "cases": [],
     }
     for case in cases:
-        result["cases"].append(measure(case))
-        log.info("%s", json.dumps(result["cases"][-1]))
-    return result
+        result["cases"].append(measure(case, with_torch))
+        log.info("%s: %s", case.name, json.dumps(result["cases"][-1]["ms"]))
+        yield result
 
 
 def _versions() -> dict[str, str]:
@@ -134,11 +145,12 @@ def markdown(result: dict) -> str:
     return "\n".join(lines + ([""] + [f"- not measured, {failure}" for failure in sorted(failures)])) + "\n"
 
 
-def main(cases: list[SpeedCase], out: Path | None, name: str) -> None:
+def main(cases: list[SpeedCase], out: Path | None, name: str, with_torch: bool = True) -> None:
     """Measure, print the table, and write NAME.json and NAME.md to `out`."""
-    result = run(cases, " ".join(["python", *sys.argv]))
+    result = {}
+    for result in run(cases, " ".join(["python", *sys.argv]), with_torch):
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+            (out / f"{name}.md").write_text(markdown(result))
     print(markdown(result), flush=True)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-        (out / f"{name}.md").write_text(markdown(result))

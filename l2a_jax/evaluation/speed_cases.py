@@ -53,7 +53,7 @@ class SpeedCase:
     @property
     def sets(self) -> int:
         """Input sets that fit beside their gradients in a few GB."""
-        return int(np.clip(2**20 // (self.batch * self.length), 2, 8))
+        return int(np.clip(2**18 // (self.batch * self.length), 2, 4))
 
     def teraflops(self, backward: bool) -> float:
         """10^12 operations: 4 N H for each visible (query, key) pair, and 2.5 times that for a backward pass."""

@@ -69,17 +69,22 @@ class Case:
         return getattr(attention, self.operation)(q, k, v, backend=backend, **options)
 
 
-def value_and_gradients(case: Case, backend: str, q, k, v, cotangent, options):
-    """(out, dq, dk, dv) of one backend, compiled together."""
-    # Interpreted kernels are large programs that run once: compiling them well would take most of the suite's time.
+def compiled(case: Case, backend: str, options):
+    """f(q, k, v, cotangent) = (out, dq, dk, dv) of one backend."""
+    # On a CPU each program runs once or twice: compiling it well would take most of the suite's time.
     quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
-    @functools.partial(jax.jit, compiler_options=quick if backend == "pallas_interpret" else None)
+    @functools.partial(jax.jit, compiler_options=quick if jax.default_backend() == "cpu" else None)
     def run(q, k, v, cotangent):
         out, pull = jax.vjp(lambda q, k, v: case.call(backend, q, k, v, options), q, k, v)
         return (out, *pull(cotangent))
 
-    return run(q, k, v, cotangent)
+    return run
+
+
+def value_and_gradients(case: Case, backend: str, q, k, v, cotangent, options):
+    """(out, dq, dk, dv) of one backend."""
+    return compiled(case, backend, options)(q, k, v, cotangent)
 
 
 _packed = ((30, 1, 25), (3, 3, 3, 60))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES, Case, value_and_gradients
+from cases import CASES, Case, compiled, value_and_gradients
 
 from l2a_jax.attention import reference, xla
+from l2a_jax.attention.kernels import split
 
 BACKENDS = ("xla", "xla_chunked", "cudnn", pytest.param("pallas", marks=pytest.mark.gpu), "pallas_interpret")
 
@@ -22,12 +25,25 @@ def backend(request, monkeypatch):
     return request.param
 
 
-def run(case, backend, *args):
-    """`value_and_gradients`, skipping what the backend openly declines."""
+@pytest.mark.parametrize("case", [case for case in CASES if case.operation == "routed"][::3], ids=str)
+def test_routed_rows_that_do_not_share_their_keys(case, monkeypatch):
+    """The tests' few rows share their keys among programs; here too many programs are at work for that."""
+    monkeypatch.setattr(split, "PROGRAMS", 2 * case.batch * case.heads)
+    inputs = case.inputs()
+    assert_close(run(case, "pallas_interpret", *inputs), value_and_gradients(case, "reference", *inputs), 3e-6)
+
+
+def unless_declined(function, *args):
+    """The result, or a skip with the reason where the backend openly declines the call."""
     try:
-        return value_and_gradients(case, backend, *args)
+        return function(*args)
     except NotImplementedError as error:
         pytest.skip(str(error))
+
+
+def run(case, backend, *args):
+    """`value_and_gradients`, or a skip."""
+    return unless_declined(functools.partial(value_and_gradients, case, backend), *args)
 
 
 def assert_close(actual, expected, tolerance):
@@ -47,8 +63,8 @@ def test_values_and_gradients_are_the_oracles(backend, case):
     assert_close(run(case, backend, *inputs), value_and_gradients(case, "reference", *inputs), 3e-6)
 
 
-@pytest.mark.parametrize("case", CASES[::2], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+@pytest.mark.parametrize("case", CASES[3::6], ids=str)
+@pytest.mark.parametrize("backend", ("xla", "cudnn", pytest.param("pallas", marks=pytest.mark.gpu)), indirect=True)
 def test_bfloat16_stays_near_the_float32_oracle(backend, case):
     q, k, v, cotangent, options = case.inputs(dtype=jnp.bfloat16)
     exact = [x.astype(jnp.float32) for x in (q, k, v, cotangent)]
@@ -71,8 +87,9 @@ def test_a_changed_token_is_seen_exactly_where_the_mask_allows_it(backend, case)
     q, k, v, cotangent, options = case.inputs(seed=int(np.random.default_rng().integers(2**31)))
     token = 15
     changed = [x.at[:, token].add(1.0) for x in (k, v)]
-    before, *gradients = run(case, backend, q, k, v, cotangent, options)
-    after = run(case, backend, q, *changed, cotangent, options)[0]
+    function = compiled(case, backend, options)
+    before, *gradients = unless_declined(function, q, k, v, cotangent)
+    after = function(q, *changed, cotangent)[0]
     moved = np.asarray(jnp.any(before != after, axis=(2, 3)))[0]
     shape, packed = q.shape[:2], options.get("segment_ids")
     mask = reference.causal_mask(packed, shape)
@@ -88,11 +105,12 @@ def test_a_changed_token_is_seen_exactly_where_the_mask_allows_it(backend, case)
     assert not np.any(np.asarray(gradients[1])[0, ~mask.any(0)])
 
 
-@pytest.mark.parametrize("case", (CASES[9], CASES[17], CASES[23]), ids=str)
-@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+@pytest.mark.parametrize("case", (CASES[9], CASES[23]), ids=str)
+@pytest.mark.parametrize("backend", [BACKENDS[0], *BACKENDS[2:]], indirect=True)
 def test_two_runs_agree_bit_for_bit(backend, case):
-    inputs = case.inputs(dtype=jnp.bfloat16 if backend == "pallas" else jnp.float32)
-    for one, other in zip(run(case, backend, *inputs), run(case, backend, *inputs), strict=True):
+    *inputs, options = case.inputs(dtype=jnp.bfloat16 if backend == "pallas" else jnp.float32)
+    function = compiled(case, backend, options)
+    for one, other in zip(unless_declined(function, *inputs), function(*inputs), strict=True):
         np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
 
 

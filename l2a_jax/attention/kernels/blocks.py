@@ -1,37 +1,77 @@
-"""Tile sizes by (architecture, head width, element size) and kernel, and the shared memory that each needs."""
+"""Tile sizes by (architecture, head width, kind of loop) and kernel, and the shared memory that each needs.
+
+The sm_90 rows were chosen by `python eval/speed.py --blocks` on an H100. The sm_89 rows (RTX 4090, L40) were chosen
+without the card, by `python eval/speed.py --compile`: no spilled registers, and well inside its shared memory.
+A "window" call walks over few blocks per tile, a "whole" call (full, routed, mixed) over many.
+"""
 
 from __future__ import annotations
 
 import jax
+from jax.experimental.pallas import next_power_of_2
 
-from l2a_jax.attention.kernels.plan import Block
+from l2a_jax.attention.kernels.plan import Block, Spec
 
 SHARED_MEMORY = {"sm_89": 101_376, "sm_90": 232_448}  # bytes that one program may have (opt-in limits)
-INTERPRET = {"forward": Block(32, 16, 4, 1), "backward_q": Block(16, 32, 4, 1, flat=True),
-             "backward_kv": Block(16, 32, 4, 1), "sinks": Block(32, 0, 4, 1)}
+KERNELS = ("forward", "backward_q", "backward_kv", "sinks")
 
+_SINKS = Block(64, 0, 4, 1)
 _HALF = {
-    ("sm_90", 64): {"forward": Block(128, 64, 4, 3), "backward_q": Block(128, 64, 8, 3),
-                    "backward_kv": Block(64, 128, 8, 3), "sinks": Block(128, 0, 4, 1)},
-    ("sm_90", 128): {"forward": Block(128, 64, 8, 3), "backward_q": Block(128, 64, 8, 2),
-                     "backward_kv": Block(64, 128, 8, 2), "sinks": Block(64, 0, 4, 1)},
-    ("sm_89", 64): {"forward": Block(128, 64, 4, 3), "backward_q": Block(64, 64, 4, 3),
-                    "backward_kv": Block(64, 64, 4, 2), "sinks": Block(64, 0, 4, 1)},
-    ("sm_89", 128): {"forward": Block(128, 32, 4, 2), "backward_q": Block(64, 32, 4, 2),
-                     "backward_kv": Block(32, 64, 4, 2), "sinks": Block(64, 0, 4, 1)},
+    ("sm_90", 64, "window"): {"forward": Block(128, 64, 4, 3), "backward_q": Block(64, 64, 4, 3),
+                              "backward_kv": Block(64, 64, 4, 3), "sinks": _SINKS},
+    ("sm_90", 64, "whole"): {"forward": Block(128, 64, 4, 3), "backward_q": Block(128, 64, 4, 3),
+                             "backward_kv": Block(64, 64, 4, 3), "sinks": _SINKS},
+    ("sm_90", 128, "window"): {"forward": Block(128, 128, 8, 3), "backward_q": Block(64, 32, 4, 2),
+                               "backward_kv": Block(64, 128, 8, 3), "sinks": _SINKS},
+    ("sm_90", 128, "whole"): {"forward": Block(128, 128, 8, 3), "backward_q": Block(128, 64, 8, 3),
+                              "backward_kv": Block(64, 128, 8, 3), "sinks": _SINKS},
+    ("sm_89", 64, "window"): {"forward": Block(64, 64, 4, 3), "backward_q": Block(64, 64, 4, 2),
+                              "backward_kv": Block(64, 64, 4, 2), "sinks": _SINKS},
+    ("sm_89", 64, "whole"): {"forward": Block(128, 64, 8, 2), "backward_q": Block(64, 64, 4, 2),
+                             "backward_kv": Block(64, 64, 4, 2), "sinks": _SINKS},
+    ("sm_89", 128, "window"): {"forward": Block(64, 64, 4, 2), "backward_q": Block(64, 32, 4, 2),
+                               "backward_kv": Block(32, 64, 4, 2), "sinks": _SINKS},
+    ("sm_89", 128, "whole"): {"forward": Block(64, 64, 4, 2), "backward_q": Block(64, 32, 4, 2),
+                              "backward_kv": Block(32, 64, 4, 2), "sinks": _SINKS},
 }
-_SINGLE = {"forward": Block(32, 32, 4, 1), "backward_q": Block(32, 32, 4, 1),
-           "backward_kv": Block(32, 32, 4, 1), "sinks": Block(32, 0, 4, 1)}
+# float32 is for checking, not for speed: its products are exact, not tf32.
+_SINGLE = {"forward": Block(32, 32, 4, 1), "backward_q": Block(32, 32, 4, 1), "backward_kv": Block(32, 32, 4, 1),
+           "sinks": Block(32, 0, 4, 1)}
+INTERPRET = {"forward": Block(32, 16, 4, 1), "backward_q": Block(16, 32, 4, 1), "backward_kv": Block(16, 32, 4, 1),
+             "sinks": Block(32, 0, 4, 1)}
 
 
-def table(arch: str, width: int, itemsize: int) -> dict[str, Block]:
-    """The blocks of every kernel. Widths below 64 take the row of 64; float32 is for checking, not for speed."""
+def table(arch: str, width: int, itemsize: int, loop: str) -> dict[str, Block]:
+    """The blocks of every kernel; `loop` is "window" or "whole". Widths below 64 take the row of 64."""
     if itemsize > 2:
         return _SINGLE
-    return _HALF[arch, 64 if width <= 64 else 128]
+    return _HALF[arch, 64 if width <= 64 else 128, loop]
+
+
+def loop_of(spec: Spec) -> str:
+    """Which kind of loop a call runs."""
+    return "window" if spec.kind == "all" and spec.window is not None else "whole"
 
 
 def architecture() -> str:
-    """The row of the table for the device at hand: a newer device takes Hopper's, an older one Ada's."""
+    """The row of the table for the device at hand: newer than Hopper takes Hopper's, older takes Ada's."""
     capability = getattr(jax.devices()[0], "compute_capability", "9.0")
     return "sm_90" if float(capability) >= 9 else "sm_89"
+
+
+def shared_memory(kernel: str, block: Block, width: int, itemsize: int = 2, sinks: int = 4) -> int:
+    """Upper bound in bytes of the shared memory of one program.
+
+    The tiles that stay (the rows' or the keys'), and `num_stages` copies of the tiles that stream past; the compiler
+    keeps some of them in registers, so what it reports lies at or below this.
+    """
+    row_tile, key_tile = block.rows * width * itemsize, block.keys * width * itemsize
+    scalars = 4 * 4 * max(block.rows, block.keys)  # what reductions across warps exchange
+    if kernel == "forward":
+        return row_tile + 2 * block.num_stages * key_tile + scalars
+    if kernel == "backward_q":
+        return 2 * row_tile + 2 * block.num_stages * key_tile + scalars
+    if kernel == "backward_kv":
+        return 2 * key_tile + block.num_stages * (2 * row_tile + 2 * 4 * block.rows) + scalars
+    padded = max(16, next_power_of_2(sinks))
+    return 3 * row_tile + padded * (2 * width * itemsize + 4 * max(width, block.rows))

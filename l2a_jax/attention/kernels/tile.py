@@ -37,25 +37,28 @@ class Limits(NamedTuple):
 
 
 def tile_tokens(spec: Spec, index, batch, start, size: int, count):
-    """(tokens, which of them exist) of rows start..start + size - 1 of the working order, of which `count` exist."""
+    """(tokens, which of them exist) of rows start..start + size - 1 of the working order, of which `count` exist.
+
+    In an order of their own, rows that nobody has are token -1.
+    """
     rows = start + jnp.arange(size)
     if index is None:
         return rows, rows < count
-    tokens = plt.load(index.at[batch, pl.ds(start, size)], mask=rows < count, other=spec.length)
-    return tokens, tokens < spec.length
+    tokens = plt.load(index.at[batch, pl.ds(start, size)], mask=rows < count, other=-1)
+    return tokens, tokens >= 0
 
 
 def row_limits(spec: Spec, limits: Rows | None, batch, tokens, exist) -> Rows:
     """What each row of a tile sees; a row that does not exist has high = -1."""
 
     def column(ref, other):
-        return plt.load(ref.at[batch, tokens], mask=exist, other=other)
+        return plt.load(ref.at[batch, _in_range(tokens)], mask=exist, other=other)
 
     if limits is None:
         low = None if spec.window is None else jnp.maximum(tokens - (spec.window - 1), 0)
         sinks = (jnp.zeros_like(tokens), jnp.minimum(low, spec.sinks)) if spec.sinks else (None, None)
-        return Rows(low, jnp.where(exist, tokens, -1) if spec.ordered else tokens, *sinks)
-    high = jnp.where(exist, tokens, -1) if limits.high is None else column(limits.high, -1)
+        return Rows(low, tokens, *sinks)
+    high = tokens if limits.high is None else column(limits.high, -1)
     low = column(limits.low, 0) if spec.bounded_below else None
     sinks = (column(limits.sink_low, 0), column(limits.sink_high, 0)) if spec.sinks else (None, None)
     return Rows(low, high, *sinks)
@@ -143,10 +146,17 @@ def load_tokens(ref, batch, start, size, head, limit=None):
 
 
 def gathered(ref, batch, tokens, head):
-    """The view ref[batch, tokens, head, :] for a vector of token numbers; tokens of nobody lie out of range."""
+    """The view ref[batch, tokens, head, :] for a vector of token numbers, to be used under a mask of those that exist.
+    """
     shape = (tokens.shape[0], ref.shape[3])
     columns = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-    return ref.at[batch, jnp.broadcast_to(tokens[:, None], shape), head, columns]
+    return ref.at[batch, jnp.broadcast_to(_in_range(tokens)[:, None], shape), head, columns]
+
+
+def _in_range(tokens):
+    """Token -1 as a number beyond every array: interpret mode drops such a store, but would wrap -1 around. A bit
+    operation, because Triton's layout pass (3.6) fails on a select of tokens that feeds another select."""
+    return tokens & 0x7FFFFFFF
 
 
 def dot(a, b, trans_a=False, trans_b=False):

@@ -1,0 +1,55 @@
+"""Every kernel at every block choice is lowered for CUDA: interpret mode accepts what the Triton lowering rejects."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import pytest
+from l2a_jax.attention import pallas
+from l2a_jax.attention.kernels import blocks
+from l2a_jax.evaluation.speed_compile import example, lower_for_cuda, report
+
+ROWS = [(arch, width, loop) for arch in blocks.SHARED_MEMORY for width in (64, 128) for loop in ("window", "whole")]
+
+
+@pytest.mark.parametrize("arch, width, loop", ROWS)
+def test_every_row_of_the_table_lowers(arch, width, loop):
+    function, shapes = example(loop, width, arch)
+    text = lower_for_cuda(function, *shapes, arch=arch).as_text()
+    assert text.count("@__gpu$xla.gpu.triton") == (4 if loop == "window" else 5)
+
+
+@pytest.mark.parametrize("operation", ("full", "local", "routed", "mixed"))
+@pytest.mark.parametrize("width", (16, 32, 128))
+def test_packed_calls_lower_at_every_width(operation, width):
+    """Groups of 7 heads, a length that is no multiple of anything, several documents, float32."""
+    shape = lambda heads: jax.ShapeDtypeStruct((2, 1_001, heads, width), jnp.float32)  # noqa: E731
+    tables = [jax.ShapeDtypeStruct((2, 1_001), dtype) for dtype in (jnp.int32, jnp.bool_)]
+    options = {"window": 100, "sinks": 4} if operation in ("local", "mixed") else {}
+
+    def run(q, k, v, segment_ids, decisions):
+        if operation in ("routed", "mixed"):
+            options["decisions"] = decisions
+        table = blocks.table("sm_90", width, 4, "whole")
+        call = lambda *qkv: getattr(pallas, operation)(*qkv, segment_ids=segment_ids, table=table, **options)  # noqa: E731
+        out, pull = jax.vjp(call, q, k, v)
+        return pull(out)
+
+    assert "triton" in lower_for_cuda(run, shape(14), shape(2), shape(2), *tables).as_text()
+
+
+@pytest.mark.parametrize("arch, width, loop", ROWS)
+def test_shared_memory_stays_within_the_card(arch, width, loop):
+    for kernel, block in blocks.table(arch, width, 2, loop).items():
+        need = blocks.shared_memory(kernel, block, width)
+        assert need <= blocks.SHARED_MEMORY[arch], f"{kernel} {block} needs {need} bytes"
+    for kernel, block in blocks.table(arch, width, 4, loop).items():
+        assert blocks.shared_memory(kernel, block, width, 4) <= blocks.SHARED_MEMORY["sm_89"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs the triton package to compile")
+def test_the_compiler_needs_no_more_shared_memory_than_we_say():
+    for row in report("sm_89"):
+        assert row["shared_bytes"] <= row["bound"] <= row["limit"], row
