@@ -18,9 +18,8 @@ from l2a_jax.training.regimes import REGIMES, count_parameters, regime_mask
 from l2a_jax.version import __version__
 from l2a_jax.weights import Pretrained, load_pretrained
 
-
 __all__ = [
     "MODELS", "PRESETS", "REGIMES", "L2AConfig", "ModelConfig", "Output", "Pretrained", "Qwen2", "RopeScaling",
-    "UserError", "__version__", "abstract_params", "add_routing", "attention", "count_parameters", "forward", "hidden_states",
-    "init_params", "load_pretrained", "regime_mask", "routing", "unembed",
+    "UserError", "__version__", "abstract_params", "add_routing", "attention", "count_parameters", "forward",
+    "hidden_states", "init_params", "load_pretrained", "regime_mask", "routing", "unembed",
 ]

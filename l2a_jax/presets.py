@@ -143,6 +143,9 @@ def _checked(settings: Settings) -> Settings:
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}; expected at least 1")
+    for name in ("dtype", "master_dtype"):
+        if getattr(settings, name) not in ("float32", "bfloat16", *((None,) if name == "dtype" else ())):
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(settings, name)!r}; expected float32 or bfloat16")
     for name in ("penalty", "weight_decay", "seed"):
         if getattr(settings, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(settings, name)}; expected at least 0")

@@ -31,18 +31,18 @@ from l2a_jax import presets
 from l2a_jax.config import MODELS, L2AConfig, ModelConfig, position_limit, to_dict
 from l2a_jax.data.batch import Batch, TrainingData
 from l2a_jax.data.dataset import open_data
+from l2a_jax.data.preview import decode_row
 from l2a_jax.data.recall import RecallCorpus, make_tokenizer
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import recall
 from l2a_jax.models.params import Tree, abstract_params, add_routing, init_params
-from l2a_jax.models.qwen2 import check_tokens
 from l2a_jax.presets import Settings
 from l2a_jax.training import memory, metrics
 from l2a_jax.training.checkpoint import BEST, LATEST, Checkpoints
 from l2a_jax.training.diagnose import first_non_finite
 from l2a_jax.training.loop import NonFinite, Schedule, Stopped, fit, stacked_batch
 from l2a_jax.training.optimizer import OptimizerConfig, make_optimizer
-from l2a_jax.training.regimes import PLAIN_REGIMES, count_parameters, partition, regime_mask
+from l2a_jax.training.regimes import count_parameters, partition, regime_mask
 from l2a_jax.training.step import (
     Objective,
     TrainState,
@@ -200,6 +200,18 @@ def resume(run_dir: pathlib.Path) -> dict[str, Any]:
     return _fit_and_score(run, run_dir, state, frozen, source_params)
 
 
+def dry_run(settings: Settings) -> str:
+    """What a run would train, as text: data, steps, memory, and one packed row as the model would see it."""
+    plan = make_plan(settings)
+    _announce(plan)
+    run = compile_run(plan)
+    about = {"steps": plan.steps, "estimated_memory_gb": round(run.memory_bytes / 1e9, 3), "data": plan.data.describe()}
+    if hasattr(plan.data, "usage"):
+        about["in_this_run"] = plan.data.usage(plan.steps * settings.grad_accum)
+    sample = decode_row(plan.data.batch(0), 0, plan.tokenizer)
+    return f"{json.dumps(metrics.plain(about), indent=2)}\nfirst row:\n{sample}"
+
+
 def _fit_and_score(run: Run, run_dir: pathlib.Path, state: TrainState, frozen: Tree, source_params: Tree) -> dict:
     """Train to the end, evaluate, write the summary and the curves; say what happened where it cannot."""
     plan, s = run.plan, run.plan.settings
@@ -339,6 +351,8 @@ def _summary(run, run_dir, state, held_out, seconds):
         "peak_memory_gb": metrics.peak_memory_gb(), "estimated_memory_gb": run.memory_bytes / 1e9,
         "seconds_this_session": seconds, "data": plan.data.describe(), **held_out,
     }
+    if hasattr(plan.data, "usage"):
+        summary["data_used"] = plan.data.usage(int(state.step) * s.grad_accum)
     if records:
         tail = records[-max(1, len(records) // 20):]
         summary["loss_last_5_percent"] = sum(record["loss"] for record in tail) / len(tail)

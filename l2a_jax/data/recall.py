@@ -1,17 +1,19 @@
 """The synthetic recall corpus: locally predictable sentences, with facts stated early and asked for later.
 
-    the quiet river runs near the old bridge . keep Ada amber . ... each green hill waits by the tall tower . tell Ada amber .
+    the quiet river runs near the old bridge . keep metal copper . ... each green hill stands by the tall tower .
+    tell metal copper .
 
-Sentences follow a sparse word chain, so a window of a few tokens predicts them. Which treasure a name keeps is drawn
-anew in every row, and a question comes at least `distance` tokens after the last mention of the name: its answer is
+Sentences follow a sparse word chain, so a window of a few tokens predicts them. Which value a subject keeps is drawn
+anew in every row, and a question comes at least `distance` tokens after the subject's last mention: its answer is
 known only to a model that looks beyond its window. Position t needs memory where token t + 1 is such an answer, and
-the tokens alone say where that is: t holds the name after "tell".
+the tokens alone say where that is: t holds the subject after "tell".
 
 The corpus is a function of (seed, split, index); nothing is stored.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,20 +23,25 @@ from jaxtyping import Bool, Int
 from l2a_jax.data.batch import Batch
 from l2a_jax.errors import UserError
 
-NAMES = ("Ada Bruno Clara Dario Edda Felix Greta Hugo Ines Jonas Karin Leon Maren Nils Olga Pavel Quinn Rosa Sven "
-         "Tilda Ulla Viktor Wanda Xaver Yara Zeno Alma Boris Celia Dora Emil Frieda").split()
-TREASURES = ("amber basalt coral dust ebony flint garnet honey iron jade kelp linen moss nickel opal pearl quartz "
-             "resin salt topaz umber velvet wax zinc apple barley copper denim elm feather glass hemp").split()
+FACTS = {
+    "metal": "copper iron nickel silver zinc lead tin steel",
+    "fruit": "apple pear plum cherry fig lemon melon grape",
+    "stone": "amber basalt flint garnet jade marble opal slate",
+    "cloth": "velvet linen denim silk wool felt cotton lace",
+    "spice": "saffron pepper clove ginger cumin anise mace sage",
+    "tree": "oak elm birch cedar willow maple pine ash",
+    "drink": "coffee cider cocoa water juice tea milk wine",
+    "month": "january march april june july august october november",
+}
+SUBJECTS = list(FACTS)
+VALUES = [value for values in FACTS.values() for value in values.split()]
 ARTICLES = "the each one this that every".split()
-ADJECTIVES = ("quiet old green tall narrow bright cold wide empty grey soft broken distant early golden hidden "
-              "little modern pale round silver steep warm young").split()
-NOUNS = ("river bridge hill tower garden road forest lamp window harbour market train field wall door village boat "
-         "bird horse letter clock table school mountain island kitchen station valley engine cloud library street"
-         ).split()
-VERBS = ("runs waits stands turns rests sleeps grows falls rises moves shines leans hides floats stays listens").split()
-PREPOSITIONS = "near under behind beyond beside above past towards".split()
+ADJECTIVES = "quiet old green tall narrow bright cold wide golden hidden soft young".split()
+NOUNS = "river bridge hill tower garden road forest window harbour field wall door village boat bird cloud".split()
+VERBS = "runs waits stands turns rests grows falls moves shines listens".split()
+PREPOSITIONS = "near under behind beyond above past".split()
 SPECIAL = ["<pad>", "<eos>", ".", "keep", "tell"]
-VOCABULARY: list[str] = SPECIAL + NAMES + TREASURES + ARTICLES + ADJECTIVES + NOUNS + VERBS + PREPOSITIONS
+VOCABULARY: list[str] = SPECIAL + SUBJECTS + VALUES + ARTICLES + ADJECTIVES + NOUNS + VERBS + PREPOSITIONS
 IDS = {word: index for index, word in enumerate(VOCABULARY)}
 PAD, EOS, STOP, KEEP, TELL = range(len(SPECIAL))
 
@@ -45,8 +52,8 @@ BRANCHES = 3  # each word is followed by one of this many: about one nat a token
 def _word_chain() -> list[np.ndarray]:
     """For each place in a sentence, the words that may follow each word of the place before: fixed for ever."""
     rng = np.random.default_rng(0)
-    return [np.array([rng.choice(after, BRANCHES, replace=False) for _ in before])
-            for before, after in zip(SENTENCE, SENTENCE[1:], strict=False)]
+    return [np.array([rng.choice(len(after), BRANCHES, replace=False) for _ in before])
+            for before, after in itertools.pairwise(SENTENCE)]
 
 
 _CHAIN = _word_chain()
@@ -77,7 +84,7 @@ class RecallCorpus:
     @property
     def fingerprint(self) -> str:
         """Everything that determines the rows and their order."""
-        return f"recall-v1 T={self.seq_len} B={self.batch_size} seed={self.seed} distance={self.distance} " \
+        return f"recall-v2 T={self.seq_len} B={self.batch_size} seed={self.seed} distance={self.distance} " \
                f"facts={self.facts} emphasis={self.emphasis}"
 
     @property
@@ -104,33 +111,30 @@ class RecallCorpus:
         weights = np.where(needs_memory(rows[:, :-1]), self.emphasis, 1.0).astype(np.float32)
         return Batch(rows[:, :-1], rows[:, 1:], weights, None, None)
 
-    def _row(self, rng: np.random.Generator) -> Int[np.ndarray, "T+1"]:
-        names = rng.choice(NAMES, self.facts, replace=False)
-        kept = dict(zip(names, rng.choice(TREASURES, self.facts), strict=True))
-        unstated, due_at, row = list(names), {}, _sentence(rng)
+    def _row(self, rng: np.random.Generator) -> Int[np.ndarray, T+1]:
+        subjects = rng.choice(SUBJECTS, self.facts, replace=False)
+        kept = {subject: rng.choice(FACTS[subject].split()) for subject in subjects}
+        unstated, due_at, row = list(subjects), {}, _sentence(rng)
         while len(row) <= self.seq_len:
-            due = [name for name, at in due_at.items() if len(row) >= at]
+            due = [subject for subject, at in due_at.items() if len(row) >= at]
             if due:
-                name, verb = due[rng.integers(len(due))], TELL
+                subject, verb = due[rng.integers(len(due))], TELL
             elif unstated and rng.random() < 0.5:
-                name, verb = unstated.pop(), KEEP
+                subject, verb = unstated.pop(), KEEP
             else:
                 row += _sentence(rng)
                 continue
-            row += [verb, IDS[name], IDS[kept[name]], STOP]
+            row += [verb, IDS[subject], IDS[kept[subject]], STOP]
             # Gaps vary widely: at a fixed distance, position alone would find the answer.
-            due_at[name] = len(row) + self.distance + int(rng.integers(self.distance))
+            due_at[subject] = len(row) + self.distance + int(rng.integers(self.distance))
         return np.asarray(row[: self.seq_len + 1], np.int32)
 
 
 def _sentence(rng: np.random.Generator) -> list[int]:
-    place = int(rng.integers(len(SENTENCE[0])))
-    words = [IDS[SENTENCE[0][place]]]
-    for turn, (words_here, follow) in enumerate(zip(SENTENCE[1:], _CHAIN, strict=True)):
-        word = follow[place][rng.integers(BRANCHES)]
-        place = SENTENCE[turn + 1].index(word)
-        words.append(IDS[words_here[place]])
-    return [*words, STOP]
+    places = [int(rng.integers(len(SENTENCE[0])))]
+    for follow in _CHAIN:
+        places.append(int(follow[places[-1], rng.integers(BRANCHES)]))
+    return [*(IDS[words[place]] for words, place in zip(SENTENCE, places, strict=True)), STOP]
 
 
 def needs_memory(tokens: Int[np.ndarray, "B T"]) -> Bool[np.ndarray, "B T"]:

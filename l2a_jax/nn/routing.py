@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 
-def router_logits(h: Float[Array, "B T D"], kernel: Float[Array, "D"]) -> Float[Array, "B T"]:
+def router_logits(h: Float[Array, "B T D"], kernel: Float[Array, D]) -> Float[Array, "B T"]:
     """z = w . h, in float32 at highest precision: a bfloat16 product would move tokens across the threshold."""
     return jnp.einsum(
         "btd,d->bt", h.astype(jnp.float32), kernel.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
@@ -60,19 +60,19 @@ def penalty_weight(
     return maximum * jnp.clip(progress, 0.0, 1.0)
 
 
-def sparsity(decisions: Bool[Array, "L B T"], real: Bool[Array, "B T"]) -> Float[Array, "L"]:
+def sparsity(decisions: Bool[Array, "L B T"], real: Bool[Array, "B T"]) -> Float[Array, L]:
     """Share of real tokens that are not routed, per layer."""
     return jnp.sum(~decisions & real, axis=(1, 2)) / jnp.maximum(jnp.sum(real), 1)
 
 
-def entropy(p: Float[Array, "L B T"], real: Bool[Array, "B T"]) -> Float[Array, "L"]:
+def entropy(p: Float[Array, "L B T"], real: Bool[Array, "B T"]) -> Float[Array, L]:
     """Mean entropy of the routing probability per layer, in nats: 0.69 undecided, 0 certain."""
     q = jnp.clip(p, 1e-7, 1 - 1e-7)
     nats = -(q * jnp.log(q) + (1 - q) * jnp.log1p(-q))
     return jnp.sum(jnp.where(real, nats, 0.0), axis=(1, 2)) / jnp.maximum(jnp.sum(real), 1)
 
 
-def random(key: PRNGKeyArray, rates: Float[Array, "L"], batch: int, length: int) -> Bool[Array, "L B T"]:
+def random(key: PRNGKeyArray, rates: Float[Array, L], batch: int, length: int) -> Bool[Array, "L B T"]:
     """Control decisions: each token of layer l is routed with probability rates[l], independently."""
     rates = jnp.asarray(rates, jnp.float32)
     return jax.random.uniform(key, (rates.shape[0], batch, length)) < rates[:, None, None]

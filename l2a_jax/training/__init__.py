@@ -1,1 +1,1 @@
-"""Training: which leaves (`regimes`), on what (`loss`), how (`step`, `loop`), and what is kept (`checkpoint`, `metrics`)."""
+"""Training: which leaves (`regimes`), on what (`loss`), how (`step`, `loop`), and what is kept (`checkpoint`)."""

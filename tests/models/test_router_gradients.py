@@ -79,7 +79,8 @@ def test_leakage_one_gives_every_token_the_dense_gradient(name):
 
     slope = jax.grad(with_gates)(jnp.asarray(decisions[last], jnp.float32))
     p = np.asarray(routed.probabilities[last])
-    np.testing.assert_allclose(gradient[last], np.asarray(slope) * p * (1 - p) / layer.temperature, rtol=2e-3, atol=1e-5)
+    expected = np.asarray(slope) * p * (1 - p) / layer.temperature
+    np.testing.assert_allclose(gradient[last], expected, rtol=2e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["sequential", "parallel", "shared"])

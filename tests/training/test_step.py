@@ -133,7 +133,7 @@ def test_a_step_that_is_not_finite_is_withheld_and_so_is_every_later_one():
 
 
 def test_the_diagnosis_names_the_parameter_the_layer_or_the_gradient():
-    params, state, frozen, _ = set_up("router_only")
+    _, state, frozen, _ = set_up("router_only")
     batch, key = make_batch(1), jax.random.key(0)
     spoil = jax.tree.map(lambda x: x, frozen)
     spoil["layers"]["mlp"]["down"]["kernel"] = frozen["layers"]["mlp"]["down"]["kernel"].at[1, 0, 0].set(jnp.nan)

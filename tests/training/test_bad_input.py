@@ -1,0 +1,90 @@
+"""Bad input to the training command: one clear line, exit status 2, and nothing half-written."""
+
+import importlib.util
+import os
+import pathlib
+
+import pytest
+
+from l2a_jax import presets, runs
+from l2a_jax.errors import UserError
+from l2a_jax.training import memory
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def load_command():
+    spec = importlib.util.spec_from_file_location("train_run", ROOT / "train" / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+CASES = {
+    "unknown regime": (["--regime", "l2a"], "--regime is 'l2a'; expected one of baseline"),
+    "unknown preset": (["--regime", "l2a_ft", "--preset", "papers"], "--preset is 'papers'; expected one of paper"),
+    "unknown topology": (["--regime", "l2a_ft", "--topology", "serial"], "topology is 'serial'; expected one of"),
+    "shared and sequential": (["--regime", "l2a_ft", "--topology", "sequential", "--share-attention"],
+                              "share_attention needs topology 'parallel'"),
+    "no window": (["--regime", "l2a_ft", "--window", "0"], "window is 0; expected at least 1"),
+    "unknown rope": (["--regime", "l2a_ft", "--rope", "ntk:4"], "--rope is 'ntk:4'"),
+    "too long": (["--regime", "l2a_ft", "--seq-len", "4096"], "longer than max_positions x factor = 1024"),
+    "too short": (["--regime", "l2a_ft", "--seq-len", "64"], "--seq-len of at least"),
+    "no steps": (["--regime", "l2a_ft", "--steps", "0"], "--steps is 0; expected at least 1"),
+    "steps and tokens": (["--regime", "l2a_ft", "--steps", "1", "--tokens", "1M"], "give one of them"),
+    "model without data": (["--regime", "l2a_ft", "--model", "x/y"], "--model was given without --data"),
+    "data without model": (["--regime", "l2a_ft", "--data", "wikitext"], "--data was given without --model"),
+    "missing model": (["--regime", "l2a_ft", "--model", "nowhere.gguf", "--data", "wikitext"], "nowhere.gguf"),
+    "unknown backend": (["--regime", "l2a_ft", "--backend", "flash"], "--backend is 'flash'"),
+    "unknown dtype": (["--regime", "l2a_ft", "--dtype", "float8"], "--dtype is 'float8'"),
+    "negative penalty": (["--regime", "l2a_ft", "--penalty", "-1"], "--penalty is -1.0; expected at least 0"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_clear_line_and_nothing_written(name, tmp_path, capsys):
+    arguments, expected = CASES[name]
+    assert load_command()([*arguments, "--run-dir", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("error: ") and expected in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_regime_and_unknown_flag(capsys):
+    for arguments in ([], ["--regime", "l2a_ft", "--windw", "3"]):
+        with pytest.raises(SystemExit) as exit_:
+            load_command()(arguments)
+        assert exit_.value.code == 2
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_unwritable_run_folder(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="cannot be written"):
+        runs.train(presets.resolve("router_strict", {"steps": 1}), tmp_path / "run")
+
+
+def test_run_folder_below_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        runs.train(presets.resolve("router_strict", {"steps": 1}), tmp_path / "file" / "run")
+
+
+def test_a_run_that_cannot_fit_is_refused_with_the_estimate(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "device_bytes", lambda: 1_000_000)
+    with pytest.raises(UserError, match=r"needs about .* GB and the device has 0.0 GB: .*--master-dtype bfloat16"):
+        runs.train(presets.resolve("l2a_ft", {"steps": 1}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
+    """A learning rate that blows up: the run stops, says where, and the checkpoint before it is whole."""
+    from l2a_jax.training.checkpoint import LATEST, Checkpoints
+
+    settings = presets.resolve("l2a_ft", {"steps": 30, "lr": 1e30, "batch_size": 2, "save_every": 1, "warmup": 0.0,
+                                          "clip": 1e9})
+    with pytest.raises(UserError, match=r"step \d+: the loss or its gradient is not finite .* withheld"):
+        runs.train(settings, tmp_path / "run")
+    saved = Checkpoints(tmp_path / "run").metadata(LATEST)
+    records = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert saved is not None and saved["step"] == len(records)
