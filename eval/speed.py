@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch wants memory on the same card
 
-from l2a_jax.evaluation import speed, speed_blocks, speed_cases  # noqa: E402
+from l2a_jax.evaluation import speed, speed_blocks, speed_cases
 
 
 def main() -> None:

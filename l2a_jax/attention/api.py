@@ -57,7 +57,7 @@ def why_not(backend: str, call: Call) -> str | None:
     return getattr(module, "why_not", lambda call: None)(call)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def choose(call: Call, backend: str, platform: str) -> str:
     """The backend that serves `call`: the one named, or the first that can. Logged once per kind of call."""
     if backend != "auto":

@@ -13,7 +13,7 @@ from l2a_jax.attention.kernels import blocks
 from l2a_jax.attention.kernels.backward_kv import backward_kv
 from l2a_jax.attention.kernels.backward_q import backward_q
 from l2a_jax.attention.kernels.forward import forward
-from l2a_jax.attention.kernels.plan import Block, Plan, Spec, make_plan
+from l2a_jax.attention.kernels.plan import Block, Spec, make_plan
 from l2a_jax.attention.kernels.sinks import MAX_SINKS, add_sink_gradients
 from l2a_jax.attention.rows import take, token_rows
 

@@ -61,7 +61,7 @@ def _dot(spec, a, b):
 
 
 def _plain(q, k, v, rows: Rows):
-    batch, length, heads, width = q.shape
+    batch, length, _, width = q.shape
     mask = rows.visible(jnp.arange(length))[:, None, None]
     grouped = q.reshape(batch, length, k.shape[2], -1, width)
     scores = jnp.where(mask, _dot("brkgh,bskh->bkgrs", grouped, k) * width**-0.5, _FLOOR)

@@ -7,6 +7,7 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 import pytest
+
 from l2a_jax.attention import pallas
 from l2a_jax.attention.kernels import blocks
 from l2a_jax.evaluation.speed_compile import example, lower_for_cuda, report

@@ -62,7 +62,7 @@ def test_row_ranges_hold_every_row_that_sees_a_block(kind, window):
         for block in range(3):
             part = mask[b][:, block * keys:(block + 1) * keys]
             groups = ranges[b, block].reshape(-1, 4)
-            inside = lambda row, low, high: any(g[low] <= row < g[high] for g in groups)  # noqa: E731
+            inside = lambda row, low, high, groups=groups: any(g[low] <= row < g[high] for g in groups)  # noqa: E731
             for token in range(11):
                 if part[token].any():
                     assert inside(rank[b, token], 0, 3)

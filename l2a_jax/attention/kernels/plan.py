@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from l2a_jax.attention.rows import Order, Rows, align_groups, compact, partition, take, token_rows
+from l2a_jax.attention.rows import Rows, align_groups, compact, partition, take, token_rows
 
 ALIGN = 128  # rows; the second group of a mixed call starts at a multiple of every block of rows
 
@@ -63,8 +63,11 @@ class Spec:
 
 @dataclass(frozen=True)
 class Block:
-    """Tile sizes of one kernel. `rows` x `keys` scores at a time; `flat`: one loop whose edge blocks are masked behind
-    a branch (else three loops: edge, interior, edge)."""
+    """Tile sizes of one kernel: `rows` x `keys` scores at a time.
+
+    `flat`: one loop, masked throughout (the compiler turns the branch into selects), in place of three loops of which
+    the middle one has no mask: fewer registers and one filling of the load pipeline, against more arithmetic.
+    """
 
     rows: int
     keys: int
@@ -84,7 +87,7 @@ class Plan(NamedTuple):
     limits: Rows | None = None
     index: Int[Array, "B R"] | None = None
     rank: Int[Array, "B T"] | None = None
-    count: Int[Array, "B"] | None = None
+    count: Int[Array, B] | None = None
     before: tuple[Int[Array, "B S"], ...] | None = None
     end: Int[Array, "B T"] | None = None
 

@@ -125,8 +125,7 @@ def sink_block(spec: Spec) -> int:
 
 
 def hide(scores, visible, edge):
-    """Scores with the invisible ones at the floor, where this is an edge block. `visible` is a function, so that an
-    interior block does not even compute its mask."""
+    """Scores with the invisible ones at the floor, where this is an edge block; an interior block computes no mask."""
     if isinstance(edge, bool):
         return jnp.where(visible(), scores, FLOOR) if edge else scores
     return jax.lax.cond(edge, lambda scores: jnp.where(visible(), scores, FLOOR), lambda scores: scores, scores)
