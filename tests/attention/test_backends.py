@@ -32,7 +32,7 @@ def backend(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.operation == "routed"][::3], ids=str)
+@pytest.mark.parametrize("case", CASES[17:18], ids=str)
 def test_routed_rows_that_do_not_share_their_keys(case, monkeypatch):
     """The tests' few rows share their keys among programs; here too many programs are at work for that."""
     monkeypatch.setattr(split, "PROGRAMS", 2 * case.batch * case.heads)
@@ -63,10 +63,12 @@ def assert_close(actual, expected, tolerance):
         assert error < tolerance, f"{name}: relative error {error:.2e}"
 
 
+# Interpreting a kernel takes seconds: what another case covers as well is left to the GPU.
+INTERPRETED = [case for i, case in enumerate(CASES) if i not in (0, 3, 5, 6, 16, 18, 20, 21, 22)]
 SUITE = [
-    *itertools.product(("xla", "cudnn"), CASES), *itertools.product(("xla_chunked",), CASES[::2]),
+    *itertools.product(("xla", "cudnn"), CASES), *itertools.product(("xla_chunked",), CASES[1::4]),
     *(pytest.param("pallas", case, marks=pytest.mark.gpu, id=f"pallas-{case}") for case in CASES),
-    *itertools.product(("pallas_interpret",), CASES),
+    *itertools.product(("pallas_interpret",), INTERPRETED),
 ]
 
 
@@ -99,7 +101,7 @@ PROBES = (
 
 
 @pytest.mark.parametrize("backend, case", [
-    *itertools.product(("xla",), PROBES), *itertools.product(("pallas_interpret",), PROBES[2:5:2]),
+    *itertools.product(("xla",), PROBES), *itertools.product(("pallas_interpret",), PROBES[4:]),
     *(pytest.param("pallas", case, marks=pytest.mark.gpu, id=f"pallas-{case}") for case in PROBES),
 ], ids=str, indirect=("backend",))
 def test_a_changed_token_is_seen_exactly_where_the_mask_allows_it(backend, case):
@@ -151,8 +153,7 @@ def test_long_rows_on_the_device(case, dtype, tolerance):
 
 def test_padding_rows_are_zero_and_give_nothing_back():
     case = Case("local", window=9, sinks=4, packing=((30, 1, 25), (3, 3, 3, 60)))
-    for backend in ("xla", "pallas_interpret"):
-        q, k, v, cotangent, options = case.inputs()
-        padding = np.asarray(options["segment_ids"]) == 0
-        for value in run(case, backend, q, k, v, cotangent, options):
-            assert not np.any(np.asarray(value)[padding])
+    q, k, v, cotangent, options = case.inputs()
+    padding = np.asarray(options["segment_ids"]) == 0
+    for value in run(case, "pallas" if jax.default_backend() == "gpu" else "xla", q, k, v, cotangent, options):
+        assert not np.any(np.asarray(value)[padding])
