@@ -173,6 +173,6 @@ MODELS: dict[str, ModelConfig] = {
     "qwen2.5-3b": _qwen(2_048, 11_008, 36, 16, 2, 128),
     "qwen2.5-7b": _qwen(3_584, 18_944, 28, 28, 4, 128, vocab=152_064, tied=False),
     # The embedded demo's model: the same architecture, small enough to ship and to train on two CPU cores.
-    "qwen2.5-tiny": ModelConfig(160, 128, 352, 4, 4, 2, 32, rope_theta=10_000.0, max_positions=1_024),
+    "qwen2.5-tiny": ModelConfig(128, 64, 176, 3, 4, 2, 16, rope_theta=10_000.0, max_positions=1_024),
 }
 MODELS["tiny"] = MODELS["qwen2.5-tiny"]

@@ -102,7 +102,7 @@ def make_plan(settings: Settings) -> Plan:
                          seed=settings.seed, packing=settings.packing)
     else:
         reach = 0 if l2a_config is None else l2a_config.window + l2a_config.sinks
-        data = RecallCorpus(settings.seq_len, settings.batch_size, settings.seed, distance=max(64, reach + 1),
+        data = RecallCorpus(settings.seq_len, settings.batch_size, settings.seed, distance=max(24, reach + 1),
                             emphasis=presets.RECALL_EMPHASIS if settings.regime == "pretrain" else 1.0)
     steps = presets.steps_of(settings, data.tokens_per_batch)
     return Plan(settings, source, config, l2a_config, source_layer is not None, data, tokenizer, steps, dtype)

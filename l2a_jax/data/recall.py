@@ -71,8 +71,8 @@ class RecallCorpus:
     seq_len: int
     batch_size: int
     seed: int = 0
-    distance: int = 64
-    facts: int = 6
+    distance: int = 24
+    facts: int = 4
     emphasis: float = 1.0
 
     def __post_init__(self):
@@ -146,13 +146,12 @@ def needs_memory(tokens: Int[np.ndarray, "B T"]) -> Bool[np.ndarray, "B T"]:
 def make_tokenizer():
     """The corpus's vocabulary as a word-level tokenizer: one id a word, words and stops apart by spaces."""
     from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, pre_tokenizers
+    from tokenizers import models, pre_tokenizers
 
     from l2a_jax.weights.tokenizer import Tokenizer
 
     backend = Backend(models.WordLevel(IDS, unk_token=SPECIAL[PAD]))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.add_special_tokens(SPECIAL[: EOS + 1])
-    backend.decoder = decoders.Sequence([])
     return Tokenizer(backend, {"eos_token": SPECIAL[EOS], "pad_token": SPECIAL[PAD],
                                "tokenizer_class": "PreTrainedTokenizerFast"})
