@@ -21,8 +21,11 @@ from l2a_jax.training.step import Evaluation
 Score = Callable[[Batch, Any], Evaluation]
 
 
-def score(evaluate: Score, batches: Iterable[Batch],
-          decisions: Callable[[int, Batch], Any] = lambda index, batch: None) -> tuple[dict[str, Any], np.ndarray]:
+def score(
+    evaluate: Score,
+    batches: Iterable[Batch],
+    decisions: Callable[[int, Batch], Any] = lambda index, batch: None,
+) -> tuple[dict[str, Any], np.ndarray | None]:
     """Perplexity on ordinary tokens, accuracy on recall tokens (share of 1), sparsity; and the decisions [L, ...]."""
     nll, correct, needed, routed = [], [], [], []
     for index, batch in enumerate(batches):

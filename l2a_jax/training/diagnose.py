@@ -31,7 +31,7 @@ def first_non_finite(trainable: Tree, frozen: Tree, batch: Batch, key: jax.Array
         return f"parameters hold values that are not finite: {', '.join(spoilt[:5])}"
 
     for index in range(batch.tokens.shape[0]):
-        micro = jax.tree.map(lambda x: x[index], batch)  # noqa: B023
+        micro = jax.tree.map(lambda x: jnp.asarray(x[index]), batch)  # noqa: B023
         micro_key = jax.random.fold_in(key, index)
         options = {"positions": micro.positions, "segment_ids": micro.segment_ids, "key": micro_key, "train": True,
                    "backend": objective.backend}

@@ -105,7 +105,7 @@ def fit(
         now = time.perf_counter()
         healthy = record.pop("healthy")
         if not healthy:
-            raise NonFinite(step, record["loss"], state)
+            raise NonFinite(step, float(record["loss"]), state)
         record["tokens_per_second"] = record["tokens"] / (now - clock)
         clock = now
         record = {"step": step, **record, "peak_memory_gb": peak_memory_gb(), **plain(held_out)}

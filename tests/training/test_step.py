@@ -31,7 +31,7 @@ def make_batch(micro, seed=0, segments=True):
         ids = packed() if segments and index % 2 == 0 else jnp.ones_like(tokens)
         weights = (ids != 0).astype(jnp.float32) * (jnp.arange(tokens.shape[1]) % (index + 2) > 0)
         parts.append(Batch(tokens, jnp.roll(tokens, -1, axis=1), weights, ids, None))
-    return jax.tree.map(lambda *x: np.stack(x), *parts)
+    return jax.tree.map(lambda *x: jnp.stack(x), *parts)
 
 
 def set_up(regime="l2a_ft", objective=OBJECTIVE, params=None, **optimizer):
