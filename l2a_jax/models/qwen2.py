@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
@@ -161,7 +162,8 @@ def check_tokens(tokens: Int[Array, "*S"], config: ModelConfig) -> None:
     """Raise UserError on token ids outside the vocabulary; a gather would clamp them silently. Skipped on tracers."""
     if isinstance(tokens, jax.core.Tracer) or tokens.size == 0:
         return
-    low, high = int(tokens.min()), int(tokens.max())
+    values = np.asarray(tokens)  # numpy: known tokens may be closed over by a function that is being traced
+    low, high = int(values.min()), int(values.max())
     if low < 0 or high >= config.vocab_size:
         raise UserError(f"token id {low if low < 0 else high} is outside the vocabulary of {config.vocab_size}; "
                         "was the text tokenised with this model's tokenizer?")

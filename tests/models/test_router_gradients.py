@@ -24,11 +24,16 @@ def informed(layer, length, starts=0):
     return np.arange(length) - starts >= reach
 
 
-def logit_gradients(params, tokens, layer, key=None, remat=False, segment_ids=None):
-    """d loss / d z for every layer and token, by adding a zero to each router logit; and the decisions."""
+def logit_gradients(params, tokens, layer, **options):
+    """d loss / d z for every layer and token, and the decisions."""
+    return gradient_function(params, tokens, layer, **options)(None)
+
+
+def gradient_function(params, tokens, layer, remat=False, segment_ids=None):
+    """key -> d loss / d z for every layer and token, by adding a zero to each router logit; and the decisions."""
     cotangent = jax.random.normal(jax.random.key(9), (*tokens.shape, CONFIG.hidden_size))
 
-    def loss(shift):
+    def loss(shift, key):
         original = routing.router_logits
 
         def shifted(h, kernel):
@@ -43,8 +48,8 @@ def logit_gradients(params, tokens, layer, key=None, remat=False, segment_ids=No
                                            backend="reference", segment_ids=segment_ids)
         return jnp.sum(hidden * cotangent), routed.decisions
 
-    gradient, decisions = jax.grad(loss, has_aux=True)(jnp.zeros((CONFIG.num_layers, *tokens.shape)))
-    return np.asarray(gradient), np.asarray(decisions)
+    compiled = jax.jit(jax.grad(loss, has_aux=True))
+    return lambda key: jax.tree.map(np.asarray, compiled(jnp.zeros((CONFIG.num_layers, *tokens.shape)), key))
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -89,7 +94,7 @@ def test_leakage_one_gives_every_token_the_dense_gradient(name):
             hidden, _ = hidden_states(params, tokens, CONFIG, layer, train=True, backend="reference")
         return jnp.sum(hidden * cotangent)
 
-    slope = jax.grad(with_gates)(jnp.asarray(decisions[last], jnp.float32))
+    slope = jax.jit(jax.grad(with_gates))(jnp.asarray(decisions[last], jnp.float32))
     p = np.asarray(routed.probabilities[last])
     expected = np.asarray(slope) * p * (1 - p) / layer.temperature
     np.testing.assert_allclose(gradient[last], expected, rtol=2e-3, atol=1e-5)
@@ -100,10 +105,11 @@ def test_leakage_draws_one_coin_a_layer_and_the_same_under_remat(name):
     layer = dataclasses.replace(LAYERS[name], leakage=0.5, temperature=WARM)
     params, tokens = make_params(layer), make_tokens()
     dense, _ = logit_gradients(params, tokens, dataclasses.replace(layer, leakage=1.0))
+    kept, recomputed = (gradient_function(params, tokens, layer, remat=remat) for remat in (False, True))
     seen = set()
     for seed in range(6):
-        plain, decisions = logit_gradients(params, tokens, layer, jax.random.key(seed))
-        again, _ = logit_gradients(params, tokens, layer, jax.random.key(seed), remat=True)
+        plain, decisions = kept(jax.random.key(seed))
+        again, _ = recomputed(jax.random.key(seed))
         np.testing.assert_allclose(plain, again, rtol=1e-4, atol=1e-6)
         np.testing.assert_array_equal(plain == 0, again == 0)
         leaked = [bool((plain[i][~decisions[i]] != 0).any()) for i in range(CONFIG.num_layers)]
