@@ -1,0 +1,1 @@
+"""Running a routed model: the key/value cache and generation."""
