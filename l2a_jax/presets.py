@@ -14,6 +14,7 @@ from typing import Any
 from l2a_jax.config import L2AConfig, ModelConfig, RopeScaling
 from l2a_jax.errors import UserError
 from l2a_jax.training.regimes import PLAIN_REGIMES, check_regime
+from l2a_jax.training.remat import checkpoint_policy
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Settings:
     backend: str = "auto"
     dtype: str | None = None
     master_dtype: str = "float32"
-    remat: bool = True
+    remat: str = "elementwise"
     deterministic: bool = False
     save_every: int = 500
     eval_every: int = 250
@@ -79,8 +80,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "0.5b-24gb": {"model": "Qwen/Qwen2.5-0.5B", "tokens": 12_000_000, "seq_len": 2_048, "batch_size": 4,
                   "grad_accum": 1},
     "1.5b-24gb": {"model": "Qwen/Qwen2.5-1.5B", "tokens": 8_000_000, "seq_len": 2_048, "batch_size": 2,
-                  "grad_accum": 2},
-    "3b-24gb": {"model": "Qwen/Qwen2.5-3B", "tokens": 8_000_000, "seq_len": 2_048, "batch_size": 1, "grad_accum": 4},
+                  "grad_accum": 2, "remat": "layer"},
+    "3b-24gb": {"model": "Qwen/Qwen2.5-3B", "tokens": 8_000_000, "seq_len": 2_048, "batch_size": 1, "grad_accum": 4,
+                "remat": "layer"},
 }
 
 REGIME_PRESET = {"router_strict": "repair", "router_only": "repair", "l2a_ft": "paper", "l2a_paper": "paper",
@@ -89,13 +91,13 @@ REGIME_PRESET = {"router_strict": "repair", "router_only": "repair", "l2a_ft": "
 # The embedded demo: `repair`'s layer at the size of the packaged model, on the synthetic recall corpus.
 DEMO = {
     **PRESETS["repair"], "window": 12, "penalty": 0.25, "seq_len": 128, "batch_size": 16, "steps": 200, "tokens": None,
-    "lr": 3e-4, "router_lr": 1e-2, "save_every": 50, "eval_every": 50, "eval_batches": 2, "remat": False,
+    "lr": 3e-4, "router_lr": 1e-2, "save_every": 50, "eval_every": 50, "eval_batches": 2, "remat": "none",
 }
 RECALL_EMPHASIS = 4.0
 # What made the packaged model: `python train/run.py --regime pretrain`.
 DEMO_PRETRAIN = {
     "seq_len": 128, "batch_size": 16, "steps": 450, "tokens": None, "lr": 3e-3, "weight_decay": 0.01,
-    "save_every": 200, "eval_every": 100, "eval_batches": 2, "remat": False,
+    "save_every": 200, "eval_every": 100, "eval_batches": 2, "remat": "none",
 }
 
 
@@ -139,6 +141,7 @@ def _checked(settings: Settings) -> Settings:
         if not 0 <= getattr(settings, name) <= 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(settings, name)}; expected a share of the run, "
                             "between 0 and 1")
+    checkpoint_policy(settings.remat)
     for name in ("steps", "tokens"):
         value = getattr(settings, name)
         if value is not None and value < 1:

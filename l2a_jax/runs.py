@@ -43,6 +43,7 @@ from l2a_jax.training.diagnose import first_non_finite
 from l2a_jax.training.loop import NonFinite, Schedule, Stopped, fit, stacked_batch
 from l2a_jax.training.optimizer import OptimizerConfig, make_optimizer
 from l2a_jax.training.regimes import count_parameters, partition, regime_mask
+from l2a_jax.training.remat import checkpoint_policy
 from l2a_jax.training.step import (
     Objective,
     TrainState,
@@ -127,7 +128,7 @@ def compile_run(plan: Plan) -> Run:
     objective = Objective(
         plan.config, plan.l2a_config, penalty=s.penalty if plan.l2a_config is not None else 0.0,
         penalty_warmup=round(s.penalty_warmup * plan.steps), penalty_ramp=max(1, round(s.penalty_ramp * plan.steps)),
-        dtype=plan.dtype, backend=s.backend, remat=s.remat)
+        dtype=plan.dtype, backend=s.backend, remat=checkpoint_policy(s.remat))
     optimizer = make_optimizer(
         OptimizerConfig(s.lr, plan.steps, round(s.warmup * plan.steps), s.router_lr, s.weight_decay, s.clip), s.regime)
     abstract = abstract_params(plan.config, plan.l2a_config, plan.dtype)

@@ -47,7 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--backend", help="attention: auto, reference, xla, cudnn, pallas, pallas_interpret")
     parser.add_argument("--dtype", help="what the forward pass computes in: float32 or bfloat16")
     parser.add_argument("--master-dtype", help="of trained weights and optimizer: float32 or bfloat16")
-    parser.add_argument("--remat", action=argparse.BooleanOptionalAction, help="recompute layers in the backward pass")
+    parser.add_argument("--remat", help="recomputed in the backward pass: layer (least memory), mlp, elementwise, none")
     parser.add_argument("--deterministic", action="store_true", help="bit-exact on a GPU too, at some speed")
     parser.add_argument("--save-every", type=int, help="steps")
     parser.add_argument("--eval-every", type=int, help="steps")

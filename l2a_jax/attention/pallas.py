@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from l2a_jax.attention.kernels import blocks
 from l2a_jax.attention.kernels.backward_kv import backward_kv
@@ -82,7 +83,8 @@ def _attend(q, k, v, decisions, segment_ids, spec: Spec, table: tuple[tuple[str,
 
 def _attend_forward(q, k, v, decisions, segment_ids, spec, table, interpret):
     plan = make_plan(spec, q.shape[0], decisions, segment_ids)
-    out, lse = forward(spec, dict(table)["forward"], q, k, v, plan, interpret=interpret)
+    # Named, so that a rematerialised layer may keep them and spare its backward pass this kernel.
+    out, lse = checkpoint_name(forward(spec, dict(table)["forward"], q, k, v, plan, interpret=interpret), "attention")
     return out, (q, k, v, decisions, segment_ids, plan, out, lse)
 
 

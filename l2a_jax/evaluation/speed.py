@@ -96,7 +96,7 @@ def run(cases: list[SpeedCase], command: str, with_torch: bool = True) -> Iterat
     device = jax.devices()[0]
     result = {
         "date": datetime.date.today().isoformat(), "command": command, "device": device.device_kind,
-        "python": platform.python_version(), "versions": _versions(),
+        "python": platform.python_version(), "versions": versions(),
         "matmul_teraflops_per_second": matmul_ceiling(), "cases": [],
     }
     for case in cases:
@@ -105,7 +105,8 @@ def run(cases: list[SpeedCase], command: str, with_torch: bool = True) -> Iterat
         yield result
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of the libraries that decide a speed."""
     names = ("jax", "jaxlib", "torch", "triton", "tokamax", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
     found = {}
     for name in names:

@@ -37,7 +37,10 @@ class LayerRouting(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What is the same for every layer of a call. `train`: decisions are learned in this call."""
+    """What is the same for every layer of a call. `train`: decisions are learned in this call.
+
+    `attention` has the four functions of `l2a_jax.attention`; generation puts one there that keeps or reads a cache.
+    """
 
     config: ModelConfig
     l2a: L2AConfig | None
@@ -46,6 +49,7 @@ class Context(NamedTuple):
     real: Bool[Array, "B T"]
     train: bool
     backend: str
+    attention: Any = attention
 
 
 def attend(
@@ -59,7 +63,7 @@ def attend(
     """The attention sublayer of one layer, residual included; `forced` decisions replace the router's."""
     if context.l2a is None:
         q, k, v = _qkv(_norm(x, layer["norm_attention"], context), layer["attention"], context)
-        rows = attention.full(q, k, v, segment_ids=context.segment_ids, backend=context.backend)
+        rows = context.attention.full(q, k, v, segment_ids=context.segment_ids, backend=context.backend)
         return x + _out(rows, layer["attention"]), None
 
     def decide(h):
@@ -95,8 +99,9 @@ def _parallel(x, layer, context, decide, key, pruned):
     reads_local = context.l2a.router_input == "post_local"
     if shared and not reads_local and not context.train:
         decided = decide(h)
-        rows = attention.mixed(*global_qkv, decided.decisions, window=context.l2a.window, sinks=context.l2a.sinks,
-                               segment_ids=context.segment_ids, backend=context.backend)
+        rows = context.attention.mixed(*global_qkv, decided.decisions, window=context.l2a.window,
+                                       sinks=context.l2a.sinks, segment_ids=context.segment_ids,
+                                       backend=context.backend)
         return x + _out(rows, set_global), decided
 
     near = _local(*local_qkv, context)
@@ -108,8 +113,8 @@ def _parallel(x, layer, context, decide, key, pruned):
 
 
 def _local(q, k, v, context):
-    rows = attention.local(q, k, v, window=context.l2a.window, sinks=context.l2a.sinks,
-                           segment_ids=context.segment_ids, backend=context.backend)
+    rows = context.attention.local(q, k, v, window=context.l2a.window, sinks=context.l2a.sinks,
+                                   segment_ids=context.segment_ids, backend=context.backend)
     return checkpoint_name(rows, "attention_local")
 
 
@@ -119,10 +124,10 @@ def _global(q, k, v, decided, context, key, pruned):
     d = decided.decisions
 
     def every_row(q, k, v, d):
-        return attention.full(q, k, v, **options)
+        return context.attention.full(q, k, v, **options)
 
     def routed_rows(q, k, v, d):
-        return attention.routed(q, k, v, d, **options)
+        return context.attention.routed(q, k, v, d, **options)
 
     leakage = context.l2a.leakage if context.train else 0.0
     if leakage == 0:
@@ -145,12 +150,18 @@ def _norm(x, params, context):
 
 
 def _qkv(h, params, context):
-    def project(name, heads):
-        return linear(h, params[name]).reshape(*h.shape[:2], heads, context.config.head_dim)
+    heads, kv_heads = context.config.num_heads, context.config.num_kv_heads
 
-    q, k = (apply_rope(project(name, heads), context.rope)
-            for name, heads in (("q", context.config.num_heads), ("k", context.config.num_kv_heads)))
-    return q, k, project("v", context.config.num_kv_heads)
+    def split(x, count):
+        return x.reshape(*h.shape[:2], count, context.config.head_dim)
+
+    if "qkv" in params:  # one product for all three, as generation stores them
+        together = split(linear(h, params["qkv"]), heads + 2 * kv_heads)
+        rotated = apply_rope(together[:, :, : heads + kv_heads], context.rope)
+        return rotated[:, :, :heads], rotated[:, :, heads:], together[:, :, heads + kv_heads:]
+    q, k = (apply_rope(split(linear(h, params[name]), count), context.rope)
+            for name, count in (("q", heads), ("k", kv_heads)))
+    return q, k, split(linear(h, params["v"]), kv_heads)
 
 
 def _out(rows, params):

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from l2a_jax.attention.reference import segment_starts
@@ -113,6 +114,7 @@ def _run(params, tokens, config, l2a_config, positions, segment_ids, decisions, 
     def block(x, inputs):
         layer, forced, layer_key, pruned = inputs
         x, routing = attend(x, layer, context, forced, layer_key, pruned)
+        x = checkpoint_name(x, "residual")
         x = x + gated_mlp(rms_norm(x, layer["norm_mlp"], config.rms_norm_eps), layer["mlp"])
         return x, (routing, None if probe is None else probe(x))
 

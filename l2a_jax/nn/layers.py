@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 Params = Mapping[str, Any]
@@ -27,4 +28,5 @@ def linear(x: Float[Array, "*B I"], params: Params) -> Float[Array, "*B O"]:
 
 def gated_mlp(x: Float[Array, "*B D"], params: Params) -> Float[Array, "*B D"]:
     """down(silu(gate(x)) * up(x))."""
-    return linear(jax.nn.silu(linear(x, params["gate"])) * linear(x, params["up"]), params["down"])
+    gate, up = checkpoint_name((linear(x, params["gate"]), linear(x, params["up"])), "mlp")
+    return linear(jax.nn.silu(gate) * up, params["down"])

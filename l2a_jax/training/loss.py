@@ -48,8 +48,8 @@ def token_nll(params: Tree, hidden: Float[Array, "B T D"], targets: Int[Array, "
     rows = hidden.reshape(-1, hidden.shape[-1])
 
     def one(inputs):
-        nll, correct, _, _ = _chunk_nll(inputs[0], kernel, inputs[1])
-        return nll, correct
+        logits, normaliser, picked = _chunk_logits(inputs[0], kernel, inputs[1])
+        return normaliser - picked, jnp.argmax(logits, axis=-1) == inputs[1]
 
     nll, correct = jax.lax.map(one, (_chunked(rows, chunk), _chunked(targets.reshape(-1), chunk)))
     return tuple(out.reshape(-1)[: targets.size].reshape(targets.shape) for out in (nll, correct))
@@ -63,11 +63,18 @@ def _chunked(x, chunk):
     return padded.reshape(count, size, *x.shape[1:])
 
 
-def _chunk_nll(rows, kernel, targets):
+def _chunk_logits(rows, kernel, targets):
+    """(logits in float32, their log-sum-exp, the target's logit) of some tokens."""
     logits = jnp.einsum("nd,vd->nv", rows, kernel.astype(rows.dtype), preferred_element_type=jnp.float32)
-    normaliser = jax.nn.logsumexp(logits, axis=-1)
     picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    return normaliser - picked, jnp.argmax(logits, axis=-1) == targets, logits, normaliser
+    return logits, jax.nn.logsumexp(logits, axis=-1), picked
+
+
+def _is_top(logits, picked):
+    """1 where the target is the top token, 1/n where it shares the top with others (all of them, where a broken model
+    scores every token alike). Two sums over the logits; an argmax would be a pass of its own."""
+    above, level = jnp.sum(logits > picked[:, None], axis=-1), jnp.sum(logits == picked[:, None], axis=-1)
+    return jnp.where((above == 0) & (level > 0), 1.0 / jnp.maximum(level, 1), 0.0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -81,8 +88,9 @@ def _forward(chunk, rows, kernel, targets, weights, need_rows, need_kernel):
     def step(carry, inputs):
         sums, kernel_gradient = carry
         x, target, weight = inputs
-        nll, correct, logits, normaliser = _chunk_nll(x, kernel, target)
-        sums = (sums[0] + jnp.sum(weight * nll), sums[1] + jnp.sum(weight * correct))
+        logits, normaliser, picked = _chunk_logits(x, kernel, target)
+        sums = (sums[0] + jnp.sum(weight * (normaliser - picked)),
+                sums[1] + jnp.sum(weight * _is_top(logits, picked)))
         row_gradient = None
         if need_rows or need_kernel:
             onehot = jnp.arange(kernel.shape[0])[None, :] == target[:, None]

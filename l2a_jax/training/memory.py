@@ -46,5 +46,5 @@ def check_fits(compiled: Any, state: Any, frozen: Tree) -> int:
             f"this run needs about {need / 1e9:.1f} GB and the device has {have / 1e9:.1f} GB: frozen weights "
             f"{base:.1f}, trained masters {masters:.1f}, optimizer {optimizer:.1f}, gradients and activations "
             f"{rest:.1f}. Ways out: a smaller --batch-size (with --grad-accum), a shorter --seq-len, "
-            "--master-dtype bfloat16, or a regime that trains less")
+            "--remat layer, --master-dtype bfloat16, or a regime that trains less")
     return need

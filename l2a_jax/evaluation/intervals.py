@@ -1,0 +1,61 @@
+"""95 % confidence intervals: of means over tokens, of shares, and of paired differences between two runs.
+
+Losses are sums over windows of text, so windows are what is sampled: the mean over tokens is a ratio of two sums, and
+its variance comes from the windows' residuals (the delta method, as for cluster samples). Neighbouring windows of one
+text are not quite independent, so these intervals say how much the text's sampling alone could move a number, no more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+
+Z = 1.959963984540054
+"""The normal quantile of a two-sided 95 % interval."""
+
+Interval = tuple[float, float]
+
+
+def token_mean(nll: Float[np.ndarray, " B"], tokens: Int[np.ndarray, " B"]) -> tuple[float, float]:
+    """(mean over tokens, its standard error) of per-window sums over `tokens` each; NaN error for a single window.
+
+    m = sum(nll) / sum(tokens);  se = sqrt(B / (B - 1) * sum((nll - m tokens)^2)) / sum(tokens).
+    """
+    nll, tokens = np.asarray(nll, np.float64), np.asarray(tokens, np.float64)
+    count, mean = len(nll), float(nll.sum() / tokens.sum())
+    if count < 2:
+        return mean, math.nan
+    return mean, float(np.sqrt(count / (count - 1) * np.square(nll - mean * tokens).sum()) / tokens.sum())
+
+
+def around(mean: float, error: float) -> Interval:
+    """The normal 95 % interval."""
+    return mean - Z * error, mean + Z * error
+
+
+def paired_windows(nll: Float[np.ndarray, " B"], baseline: Float[np.ndarray, " B"],
+                   tokens: Int[np.ndarray, " B"]) -> tuple[float, Interval]:
+    """(difference of the token means, its 95 % interval) of two runs over the same windows, in nats per token.
+
+    What the windows have in common (hard or easy text) cancels, so the interval is far narrower than either run's own.
+    """
+    mean, error = token_mean(np.asarray(nll, np.float64) - np.asarray(baseline, np.float64), tokens)
+    return mean, around(mean, error)
+
+
+def paired_items(correct: Sequence[float], baseline: Sequence[float]) -> tuple[float, Interval]:
+    """(difference of the accuracies, its 95 % interval) of two runs over the same items."""
+    difference = np.asarray(correct, np.float64) - np.asarray(baseline, np.float64)
+    error = float(difference.std(ddof=1) / math.sqrt(len(difference))) if len(difference) > 1 else math.nan
+    return float(difference.mean()), around(float(difference.mean()), error)
+
+
+def share(successes: float, count: int) -> Interval:
+    """Wilson's 95 % interval of a share (E. B. Wilson, 1927): honest at 0 and at 1, where the normal one is a point."""
+    p, z2 = successes / count, Z * Z
+    middle = (p + z2 / (2 * count)) / (1 + z2 / count)
+    half = Z * math.sqrt(p * (1 - p) / count + z2 / (4 * count * count)) / (1 + z2 / count)
+    return max(0.0, middle - half), min(1.0, middle + half)

@@ -1,0 +1,199 @@
+"""The log-likelihood of continuations: many short requests packed into a few static shapes.
+
+Requests stand side by side in rows of T tokens, kept apart by segment ids, so that little is padding and a benchmark
+compiles one or two shapes. Logits exist only where a continuation is predicted. The host lays out the next batch
+while the device works on the last.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Int64
+
+from l2a_jax.config import L2AConfig, ModelConfig, position_limit
+from l2a_jax.data.counts import format_count
+from l2a_jax.data.packing import best_fit_rows
+from l2a_jax.data.progress import progress
+from l2a_jax.errors import UserError
+from l2a_jax.models.params import Tree
+from l2a_jax.models.qwen2 import check_tokens, hidden_states
+from l2a_jax.training.loss import token_nll
+from l2a_jax.weights.pretrained import Pretrained
+
+ROW = 1_024
+"""Tokens in a row of packed requests; a longer request gets a row of the next power of two."""
+BATCH_TOKENS = {"gpu": 32_768, "cpu": 4_096}
+"""Tokens in a batch, by platform: enough to fill the device, little enough to see progress."""
+_IN_FLIGHT = 2
+
+
+class Request(NamedTuple):
+    """Token ids: how likely is `continuation` after `context`?"""
+
+    context: Sequence[int]
+    continuation: Sequence[int]
+
+
+class Scores(NamedTuple):
+    """One entry a request."""
+
+    log_probabilities: Float[np.ndarray, " R"]
+    """Sum over the continuation's tokens, in nats."""
+    greedy: Bool[np.ndarray, " R"]
+    """Every token of the continuation is the most likely one given those before it: greedy decoding would write it."""
+    truncated: Bool[np.ndarray, " R"]
+    """The context was cut from the left, because the model's positions do not reach that far."""
+
+
+class _Batch(NamedTuple):
+    requests: Int64[np.ndarray, " n"]
+    """Which requests, in the order of their picks."""
+    counts: Int64[np.ndarray, " n"]
+    """Continuation tokens of each."""
+    tokens: Int[np.ndarray, "B T"]
+    segment_ids: Int[np.ndarray, "B T"] | None
+    picks: Int[np.ndarray, " M"]
+    """Flat position of the input before each continuation token; 0 after the last."""
+    targets: Int[np.ndarray, " M"]
+
+
+def log_likelihoods(
+    model: Pretrained,
+    requests: Sequence[Request],
+    *,
+    backend: str = "auto",
+    batch_tokens: int | None = None,
+    label: str = "log-likelihoods",
+) -> Scores:
+    """Teacher-forced scores of every request.
+
+    A context is cut from the left to what the model's positions hold, as lm-eval does. The log-probability of an empty
+    continuation is 0, and greedy decoding "writes" it. `batch_tokens` is the size of a batch (at least one row);
+    `label` names the work in the progress report.
+
+    Raises UserError on a request without context, a continuation longer than the model's positions, token ids outside
+    the vocabulary, and log-probabilities that are not finite.
+    """
+    limit = position_limit(model.config, model.l2a_config)
+    sequences, counts, truncated = _sequences(requests, limit)
+    total = np.zeros(len(requests))
+    greedy = np.ones(len(requests), bool)
+    lengths = np.array([sequence.size - 1 for sequence in sequences], np.int64)
+    work = int(lengths[counts > 0].sum())
+    done = 0
+    pending: deque[tuple[_Batch, Any]] = deque()
+
+    def collect() -> None:
+        nonlocal done
+        batch, result = pending.popleft()
+        nll, top = (np.asarray(part) for part in result)
+        used, first = int(batch.counts.sum()), np.cumsum(batch.counts) - batch.counts
+        total[batch.requests] = -np.add.reduceat(nll[:used].astype(np.float64), first)
+        greedy[batch.requests] = np.logical_and.reduceat(top[:used], first)
+        wrong = batch.requests[~np.isfinite(total[batch.requests])]
+        if wrong.size:
+            raise UserError(f"the log-probability of request {wrong[0]} is {total[wrong[0]]}: the model's weights or "
+                            "activations are not finite")
+        done += int(lengths[batch.requests].sum())
+        report(done, f"{format_count(done)} of {format_count(work)} tokens")
+
+    size = batch_tokens or BATCH_TOKENS.get(jax.default_backend(), BATCH_TOKENS["cpu"])
+    with progress(label, work) as report:
+        for batch in _batches(sequences, counts, limit, size):
+            check_tokens(batch.tokens, model.config)
+            check_tokens(batch.targets, model.config)
+            result = _score(model.params, batch.tokens, batch.segment_ids, batch.picks, batch.targets, model.config,
+                            model.l2a_config, backend)
+            pending.append((batch, result))
+            if len(pending) > _IN_FLIGHT:
+                collect()
+        while pending:
+            collect()
+    return Scores(total, greedy, truncated)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "l2a_config", "backend"))
+def _score(
+    params: Tree,
+    tokens: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"] | None,
+    picks: Int[Array, " M"],
+    targets: Int[Array, " M"],
+    config: ModelConfig,
+    l2a_config: L2AConfig | None,
+    backend: str,
+) -> tuple[Float[Array, " M"], Bool[Array, " M"]]:
+    """Negative log-likelihood of each target, and whether it is the top token."""
+    hidden, _ = hidden_states(params, tokens, config, l2a_config, segment_ids=segment_ids, backend=backend)
+    chosen = hidden.reshape(-1, hidden.shape[-1])[picks]
+    nll, top = token_nll(params, chosen[None], targets[None], config)
+    return nll[0], top[0]
+
+
+def _sequences(requests, limit) -> tuple[list[np.ndarray], Int64[np.ndarray, " R"], Bool[np.ndarray, " R"]]:
+    """Context and continuation in one, cut from the left to limit + 1 tokens (the last one is only a target)."""
+    sequences = []
+    counts = np.array([len(request.continuation) for request in requests], np.int64)
+    truncated = np.zeros(len(requests), bool)
+    for index, (context, continuation) in enumerate(requests):
+        if len(context) == 0:
+            raise UserError(f"request {index} has an empty context: no token predicts its first one")
+        if len(continuation) > limit:
+            raise UserError(f"request {index} continues for {len(continuation)} tokens; the model's positions end at "
+                            f"{limit}")
+        whole = np.concatenate([np.asarray(context, np.int32), np.asarray(continuation, np.int32)])
+        truncated[index] = whole.size > limit + 1
+        sequences.append(whole[-(limit + 1) :])
+    return sequences, counts, truncated
+
+
+def _batches(sequences, counts, limit, batch_tokens) -> Iterator[_Batch]:
+    """The requests that have a continuation, long ones first: if memory runs out, it does so at once."""
+    lengths = np.array([sequence.size - 1 for sequence in sequences], np.int64)
+    chosen = np.flatnonzero(counts)
+    row = min(ROW, _power_of_two(int(lengths[chosen].sum())))
+    size = np.array([min(max(row, _power_of_two(n)), limit) for n in lengths[chosen].tolist()], np.int64)
+    for length in np.unique(size)[::-1].tolist():
+        yield from _class_batches(chosen[size == length], sequences, lengths, counts, length, batch_tokens)
+
+
+def _class_batches(chosen, sequences, lengths, counts, length, batch_tokens) -> Iterator[_Batch]:
+    """Batches of one shape: `chosen` requests packed into rows of `length` tokens, B rows at a time."""
+    row = best_fit_rows(lengths[chosen], length)
+    order = np.argsort(row, kind="stable")
+    chosen, row = chosen[order], row[order]
+    per_row = np.bincount(row)
+    rows = min(max(1, batch_tokens // length), _power_of_two(per_row.size))
+    batch = row // rows
+    width = _power_of_two(int(np.bincount(batch, counts[chosen]).max()))
+    packed = bool((per_row > 1).any())  # one request a row needs no segments: what follows it is in its future
+    for index in range(int(batch[-1]) + 1):
+        mine = batch == index
+        yield _lay_out(chosen[mine], row[mine] % rows, sequences, counts, (rows, length), width, packed)
+
+
+def _lay_out(requests, rows, sequences, counts, shape, width, packed) -> _Batch:
+    tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    picks, targets = np.zeros(width, np.int32), np.zeros(width, np.int32)
+    filled, documents = np.zeros(shape[0], np.int64), np.zeros(shape[0], np.int64)
+    at = 0
+    for request, row in zip(requests.tolist(), rows.tolist(), strict=True):
+        sequence, count = sequences[request], int(counts[request])
+        begin, end = int(filled[row]), int(filled[row]) + sequence.size - 1
+        documents[row] += 1
+        tokens[row, begin:end], segments[row, begin:end] = sequence[:-1], documents[row]
+        picks[at : at + count] = row * shape[1] + np.arange(end - count, end)
+        targets[at : at + count] = sequence[-count:]
+        filled[row], at = end, at + count
+    return _Batch(requests, counts[requests], tokens, segments if packed else None, picks, targets)
+
+
+def _power_of_two(n: int) -> int:
+    """The least power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
