@@ -1,0 +1,169 @@
+"""Attention of one new token per row over a cache of keys and values: the decode step's side of the public face.
+
+A cache holds the keys and values of several layers, [L, B, S, K, H], S slots a row. Every call is for one layer and
+does two things at once, so that on a GPU they are one kernel: it writes the new token's key and value into its slot,
+and lets the token look at the slots that its row of `Reads` names, and at itself. A row that reads little costs
+little, whatever its neighbours read and however long the cache is: routing is a range of slots, not a branch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from l2a_jax.attention.api import BACKENDS
+from l2a_jax.attention.kernels import decode as kernel
+from l2a_jax.attention.pallas import shape_why_not
+from l2a_jax.attention.pallas import why_not as pallas_why_not
+
+CHUNK = 256  # slots that the XLA version visits at a time
+_FLOOR = -1e30  # finite, so that a row without keys stays free of NaN
+
+
+class KV(NamedTuple):
+    """Keys (rotated) and values of some layers."""
+
+    k: Float[Array, "L B S K H"]
+    v: Float[Array, "L B S K H"]
+
+
+class Reads(NamedTuple):
+    """What the new token of each row looks at: slots begin..end - 1 but `slot`, the first `sinks` slots below `begin`,
+    and itself. Its key and value go to `slot`, `seen` or not. A row that is not `seen` gives exactly 0."""
+
+    begin: Int[Array, B]
+    end: Int[Array, B]
+    slot: Int[Array, B]
+    seen: Bool[Array, B]
+
+
+class _Shape(NamedTuple):
+    """What the kernels' own `why_not` asks about."""
+
+    width: int
+    dtype: str
+    sinks: int
+
+
+def why_not(backend: str, width: int, dtype: str, sinks: int = 0) -> str | None:
+    """Why `backend` cannot take decode steps over such a cache, or None."""
+    if backend not in BACKENDS:
+        raise ValueError(f"attention backend is {backend!r}; expected auto or one of {', '.join(BACKENDS)}")
+    if backend == "cudnn":
+        return "cuDNN has no per-row range of keys"
+    if backend == "pallas":
+        return pallas_why_not(_Shape(width, dtype, sinks))
+    return shape_why_not(_Shape(width, dtype, sinks)) if backend == "pallas_interpret" else None
+
+
+def choose(backend: str, width: int, dtype: str, sinks: int = 0) -> str:
+    """The backend of a decode step: the one named, or for `auto` the kernel on a GPU, else XLA.
+
+    Raises NotImplementedError where the named backend cannot serve.
+    """
+    if backend == "auto":
+        return "pallas" if why_not("pallas", width, dtype, sinks) is None else "xla"
+    reason = why_not(backend, width, dtype, sinks)
+    if reason is not None:
+        raise NotImplementedError(f"attention backend {backend!r} cannot decode: {reason}")
+    return backend
+
+
+def attend_cache(
+    q: Float[Array, "B N H"],
+    k: Float[Array, "B K H"],
+    v: Float[Array, "B K H"],
+    cache: KV,
+    layer: int,
+    reads: Reads,
+    *,
+    sinks: int = 0,
+    write: bool = True,
+    backend: str = "auto",
+) -> tuple[Float[Array, "B N H"], KV]:
+    """(the new tokens' attention, the cache with them in it) for one layer of the cache.
+
+    q, k, v: the new tokens, rotated; k and v are stored in the cache's dtype. `write` False: the token is in its slot
+    already (a second look by the same token), and the cache comes back as it was. Where `sinks` is 0 nothing below
+    `begin` is seen. Raises ValueError on shapes that do not fit, NotImplementedError as `choose` does.
+    """
+    batch, slots, kv_heads, width = cache.k.shape[1:]
+    if q.shape[0] != batch or k.shape != (batch, kv_heads, width) or v.shape != k.shape or q.shape[2] != width:
+        raise ValueError(f"q {q.shape}, k {k.shape} and v {v.shape} do not fit the cache {cache.k.shape}")
+    if not 0 <= layer < cache.k.shape[0] or q.shape[1] % kv_heads or cache.v.shape != cache.k.shape:
+        raise ValueError(f"layer {layer} of the cache {cache.k.shape}, {cache.v.shape} with {q.shape[1]} heads")
+    name = choose(backend, width, jnp.dtype(cache.k.dtype).name, sinks)
+    k, v = k.astype(cache.k.dtype), v.astype(cache.v.dtype)
+    with jax.named_scope("attention_decode"):
+        if name.startswith("pallas"):
+            rows, *stored = kernel.decode(q, k, v, *cache, layer, reads, sinks=min(sinks, slots), write=write,
+                                          interpret=name == "pallas_interpret")
+            return rows, KV(*stored)
+        if write:
+            at = (layer, jnp.arange(batch), reads.slot)
+            cache = KV(*(store.at[at].set(new, mode="promise_in_bounds", unique_indices=True)
+                         for store, new in zip(cache, (k, v), strict=True)))
+        look = _reference if name == "reference" else _xla
+        return look(q, k, v, cache, layer, reads, min(sinks, slots)), cache
+
+
+def _reference(q, k, v, cache, layer, reads, sinks):
+    """The definition, in float32, over every slot: the oracle of the other two."""
+    index = jnp.arange(cache.k.shape[2])
+    begin, end, slot, seen = (field[:, None] for field in reads)
+    mask = ((begin <= index) & (index < end)) | (index < jnp.minimum(begin, sinks))
+    mask = jnp.pad(mask & (index != slot), ((0, 0), (0, 1)), constant_values=True) & seen  # the token itself is last
+    keys, values = (jnp.concatenate([store[layer], new[:, None]], axis=1).astype(jnp.float32)
+                    for store, new in zip(cache, (k, v), strict=True))
+    grouped = q.astype(jnp.float32).reshape(q.shape[0], k.shape[1], -1, q.shape[2])
+    highest = jax.lax.Precision.HIGHEST
+    scores = jnp.einsum("bkgh,bskh->bkgs", grouped, keys, precision=highest) * q.shape[2] ** -0.5
+    mask = mask[:, None, None]
+    weights = jnp.where(mask, jax.nn.softmax(jnp.where(mask, scores, _FLOOR), axis=-1), 0.0)
+    return jnp.einsum("bkgs,bskh->bkgh", weights, values, precision=highest).reshape(q.shape).astype(q.dtype)
+
+
+def _xla(q, k, v, cache, layer, reads, sinks):
+    """Rows one after another, each over the chunks of its own range, with an online softmax."""
+    slots, kv_heads, width = cache.k.shape[2:]
+    size, scale = min(CHUNK, slots), width**-0.5
+    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+
+    def dot(spec, a, b):
+        return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
+
+    def one(row):
+        number, query, key, value, mine = row
+        query = query.reshape(kv_heads, -1, width)
+
+        def visit(start, length, low, high, carry):
+            top, total, out = carry
+            start = jnp.clip(start, 0, slots - length)
+            keys, values = (jax.lax.dynamic_slice(store, (layer, number, start, 0, 0), (1, 1, length, *store.shape[3:]))
+                            [0, 0] for store in cache)
+            index = start + jnp.arange(length)
+            visible = (low <= index) & (index < high) & (index != mine.slot)
+            scores = jnp.where(visible, dot("kgh,skh->kgs", query, keys) * scale, _FLOOR)
+            new_top = jnp.maximum(top, scores.max(-1))
+            weights = jnp.where(visible, jnp.exp(scores - new_top[..., None]), 0.0)
+            shrink = jnp.exp(top - new_top)
+            out = out * shrink[..., None] + dot("kgs,skh->kgh", weights.astype(values.dtype), values)
+            return new_top, total * shrink + weights.sum(-1), out
+
+        def step(i, carry):
+            low = mine.begin + i * size  # a chunk at the end of the cache starts earlier, and skips what was seen
+            return visit(low, size, low, jnp.minimum(low + size, mine.end), carry)
+
+        itself = dot("kgh,kh->kg", query, key.astype(query.dtype)) * scale
+        carry = (itself, jnp.ones(itself.shape), jnp.broadcast_to(value[:, None].astype(jnp.float32), query.shape))
+        count = jnp.where(mine.seen, (mine.end - mine.begin + size - 1) // size, 0)
+        carry = jax.lax.fori_loop(0, count, step, carry)
+        if sinks:
+            carry = visit(0, sinks, 0, jnp.minimum(mine.begin, sinks), carry)
+        return jnp.where(mine.seen, carry[2] / carry[1][..., None], 0.0).astype(q.dtype)
+
+    rows = jax.lax.map(one, (jnp.arange(q.shape[0]), q, k, v, reads))
+    return rows.reshape(q.shape)

@@ -1,0 +1,140 @@
+"""Decode kernel: one new token per row; the slots that a row reads are shared among programs, then joined.
+
+Flash-Decoding with a range per row. Program (part, kv head, row) takes the part-th share of its row's slots for the
+whole group of query heads that read this key head (padded to 16, the rows of a matrix product). How many parts a row
+has follows from its own range, so a row that sees its window is one or two programs and the others return at once.
+Part 0 also sees the sinks and the token itself, and writes its key and value: nobody reads that slot.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from l2a_jax.attention.kernels import tile as t
+
+MAX_PARTS = 64
+MIN_KEYS = 256  # slots that are not worth a second program
+
+
+def block_keys(itemsize: int) -> int:
+    """Slots visited at a time."""
+    return 64 if itemsize <= 2 else 32
+
+
+def max_parts(slots: int) -> int:
+    """Programs that may share a row of a cache: a power of two."""
+    return min(MAX_PARTS, pl.next_power_of_2(pl.cdiv(slots, MIN_KEYS)))
+
+
+def share(begin, end, places: int, block: int):
+    """(slots per part, parts) of a row; a row has one part at least."""
+    count = jnp.maximum(end - begin, 0)
+    each = jnp.maximum((count + places - 1) // places, MIN_KEYS)
+    each = (each + block - 1) // block * block
+    return each, jnp.maximum((count + each - 1) // each, 1)
+
+
+def decode(q, k, v, k_cache, v_cache, layer: int, reads, *, sinks: int, write: bool, interpret: bool):
+    """(rows [B, N, H], k_cache, v_cache) of `attention.decode.attend_cache`; the caches are updated in place."""
+    batch, heads, width = q.shape
+    slots, kv_heads = k_cache.shape[2:4]
+    places, block = max_parts(slots), block_keys(k_cache.dtype.itemsize)
+    padded = max(16, pl.next_power_of_2(heads // kv_heads))
+    reads = tuple(field.astype(jnp.int32) for field in reads)
+    part_shape = (batch, kv_heads, places, padded)
+    options = {"layer": layer, "sinks": sinks, "group": heads // kv_heads, "places": places, "block": block}
+    parts, lse, *caches = pl.pallas_call(
+        functools.partial(_kernel, write=write, **options),
+        out_shape=[jax.ShapeDtypeStruct((*part_shape, width), jnp.float32),
+                   jax.ShapeDtypeStruct(part_shape, jnp.float32)]
+        + [jax.ShapeDtypeStruct(store.shape, store.dtype) for store in (k_cache, v_cache) if write],
+        grid=(places, kv_heads, batch),
+        input_output_aliases={3: 2, 4: 3} if write else {},
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=3),
+        interpret=interpret,
+        name="l2a_decode",
+    )(q, k, v, k_cache, v_cache, *reads)
+    rows = pl.pallas_call(
+        functools.partial(_join, group=heads // kv_heads, places=places, block=block),
+        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        grid=(heads, batch),
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="l2a_decode_join",
+    )(parts, lse, *reads)
+    return rows, *(caches or (k_cache, v_cache))
+
+
+def _kernel(q_ref, k_ref, v_ref, k_cache, v_cache, begin_ref, end_ref, slot_ref, seen_ref, part_ref, lse_ref, *stores,
+            layer, sinks, group, places, block, write):
+    part, kv_head, batch = (pl.program_id(i) for i in range(3))
+    begin, end, slot = (ref[batch] for ref in (begin_ref, end_ref, slot_ref))
+    each, parts = share(begin, end, places, block)
+    layer = jnp.int32(layer)  # interpret mode takes no Python int beside a mask
+
+    if write:
+        @pl.when(part == 0)
+        def _():
+            for new, store in zip((k_ref, v_ref), stores, strict=True):
+                store[layer, batch, slot, kv_head, :] = new[batch, kv_head, :]
+
+    @pl.when((part < parts) & (seen_ref[batch] != 0))
+    def _():
+        width = q_ref.shape[2]
+        padded = lse_ref.shape[3]
+        lane = jnp.arange(padded)
+        scale = width**-0.5 * t.LOG2_E
+        query = plt.load(q_ref.at[batch, pl.ds(kv_head * group, padded), :], mask=(lane < group)[:, None], other=0.0)
+
+        def visit(start, size, high, carry):
+            top, total, out = carry
+            index = start + jnp.arange(size)
+            visible = (index < high) & (index != slot)
+            keys, values = (plt.load(ref.at[layer, batch, pl.ds(start, size), kv_head, :], mask=visible[:, None],
+                                     other=0.0) for ref in (k_cache, v_cache))
+            scores = jnp.where(visible[None, :], t.dot(query, keys, trans_b=True) * scale, t.FLOOR)
+            new_top = jnp.maximum(top, jnp.max(scores, axis=1))
+            # Where nothing is visible yet, the floor less itself would count as a weight of one.
+            weights = jnp.where(visible[None, :], jnp.exp2(scores - new_top[:, None]), 0.0)
+            shrink = jnp.exp2(top - new_top)
+            total = total * shrink + jnp.sum(weights, axis=1)
+            return new_top, total, out * shrink[:, None] + t.dot(weights.astype(values.dtype), values)
+
+        # Part 0 starts from the token itself, the others from nothing.
+        first = part == 0
+        key, value = (ref[batch, kv_head, :].astype(jnp.float32)[None, :] for ref in (k_ref, v_ref))
+        itself = jnp.sum(query.astype(jnp.float32) * key, axis=1) * scale
+        carry = (jnp.where(first, itself, t.FLOOR), jnp.where(first, jnp.ones_like(itself), 0.0),
+                 jnp.where(first, jnp.broadcast_to(value, (padded, width)), 0.0))
+        if sinks:
+            size = max(16, pl.next_power_of_2(sinks))
+            below = jnp.minimum(begin, sinks)
+            visits = (first & (below > 0)).astype(jnp.int32)
+            carry = jax.lax.fori_loop(0, visits, lambda _, carry: visit(jnp.int32(0), size, below, carry), carry)
+        low = begin + part * each
+        high = jnp.minimum(low + each, end)
+        blocks = jnp.maximum(high - low + block - 1, 0) // block
+        top, total, out = jax.lax.fori_loop(0, blocks, lambda i, c: visit(low + i * block, block, high, c), carry)
+        some = total > 0
+        total = jnp.where(some, total, 1.0)
+        part_ref[batch, kv_head, part, :, :] = out / total[:, None]
+        lse_ref[batch, kv_head, part, :] = jnp.where(some, top + jnp.log2(total), t.FLOOR)
+
+
+def _join(part_ref, lse_ref, begin_ref, end_ref, slot_ref, seen_ref, out_ref, *, group, places, block):
+    """Parts of one query head joined by their log-sum-exps; all of them are loaded at once."""
+    head, batch = pl.program_id(0), pl.program_id(1)
+    kv_head, member = jax.lax.div(head, group), jax.lax.rem(head, group)
+    _, parts = share(begin_ref[batch], end_ref[batch], places, block)
+    real = (jnp.arange(places) < parts) & (seen_ref[batch] != 0)
+    lse = plt.load(lse_ref.at[batch, kv_head, pl.ds(0, places), member], mask=real, other=t.FLOOR)
+    values = plt.load(part_ref.at[batch, kv_head, pl.ds(0, places), member, :], mask=real[:, None], other=0.0)
+    weights = jnp.where(real, jnp.exp2(lse - jnp.max(lse)), 0.0)
+    total = jnp.sum(weights)
+    rows = jnp.sum(values * weights[:, None], axis=0) / jnp.where(total > 0, total, 1.0)
+    out_ref[batch, head, :] = rows.astype(out_ref.dtype)
