@@ -22,7 +22,7 @@ from l2a_jax.data.packing import best_fit_rows
 from l2a_jax.data.progress import progress
 from l2a_jax.errors import UserError
 from l2a_jax.models.params import Tree
-from l2a_jax.models.qwen2 import check_tokens, hidden_states
+from l2a_jax.models.qwen2 import hidden_states
 from l2a_jax.training.loss import token_nll
 from l2a_jax.weights.pretrained import Pretrained
 
@@ -81,7 +81,7 @@ def log_likelihoods(
     the vocabulary, and log-probabilities that are not finite.
     """
     limit = position_limit(model.config, model.l2a_config)
-    sequences, counts, truncated = _sequences(requests, limit)
+    sequences, counts, truncated = _sequences(requests, limit, model.config.vocab_size)
     total = np.zeros(len(requests))
     greedy = np.ones(len(requests), bool)
     lengths = np.array([sequence.size - 1 for sequence in sequences], np.int64)
@@ -106,8 +106,6 @@ def log_likelihoods(
     size = batch_tokens or BATCH_TOKENS.get(jax.default_backend(), BATCH_TOKENS["cpu"])
     with progress(label, work) as report:
         for batch in _batches(sequences, counts, limit, size):
-            check_tokens(batch.tokens, model.config)
-            check_tokens(batch.targets, model.config)
             result = _score(model.params, batch.tokens, batch.segment_ids, batch.picks, batch.targets, model.config,
                             model.l2a_config, backend)
             pending.append((batch, result))
@@ -136,7 +134,7 @@ def _score(
     return nll[0], top[0]
 
 
-def _sequences(requests, limit) -> tuple[list[np.ndarray], Int64[np.ndarray, " R"], Bool[np.ndarray, " R"]]:
+def _sequences(requests, limit, vocabulary) -> tuple[list[np.ndarray], Int64[np.ndarray, " R"], Bool[np.ndarray, " R"]]:
     """Context and continuation in one, cut from the left to limit + 1 tokens (the last one is only a target)."""
     sequences = []
     counts = np.array([len(request.continuation) for request in requests], np.int64)
@@ -148,6 +146,9 @@ def _sequences(requests, limit) -> tuple[list[np.ndarray], Int64[np.ndarray, " R
             raise UserError(f"request {index} continues for {len(continuation)} tokens; the model's positions end at "
                             f"{limit}")
         whole = np.concatenate([np.asarray(context, np.int32), np.asarray(continuation, np.int32)])
+        if whole.min() < 0 or whole.max() >= vocabulary:  # a gather would clamp them silently
+            raise UserError(f"request {index} holds a token id outside the vocabulary of {vocabulary}; was it tokenised "
+                            "with this model's tokenizer?")
         truncated[index] = whole.size > limit + 1
         sequences.append(whole[-(limit + 1) :])
     return sequences, counts, truncated
