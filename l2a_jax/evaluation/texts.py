@@ -95,7 +95,8 @@ def tokenise(text: Text, tokenizer: Any, vocab_size: int) -> Int32[np.ndarray, "
 
 def _from_hub(entry: str, split: str, flag: str) -> Text:
     if split not in _SPLITS:
-        raise UserError(f"{flag} {entry}: no such split; expected {', '.join(f'{WIKITEXT}:{name}' for name in _SPLITS)}")
+        known = ", ".join(f"{WIKITEXT}:{name}" for name in _SPLITS)
+        raise UserError(f"{flag} {entry}: no such split; expected {known}")
     hub = Hub("Salesforce/wikitext", "wikitext-2-raw-v1", split)
     rows = [record["text"] for _, record in hub_records(hub, f"{flag} FILE, such as wiki.test.raw")]
     joined = "\n\n".join(rows)

@@ -1,0 +1,202 @@
+"""Perplexity of a whole text, the mean over its tokens, with per-layer sparsity beside it.
+
+The convention, exactly (n token ids x_0 .. x_{n-1}; context C, stride S <= C):
+  - window k reads the inputs x[kS : kS + C] and predicts at each of them the next token, x[kS + 1 : kS + C + 1];
+  - the first window is scored at all its places, every later one at its last S places only: so each of x_1 .. x_{n-1}
+    is scored once, by a model that has seen at least C - S + 1 tokens before it (or the whole text so far);
+  - windows begin afresh: positions 0..C-1, no special token, nothing carried over;
+  - the last window is shorter and padded to C on the right, where causality keeps padding from mattering;
+  - perplexity = exp(sum of all nats / (n - 1)), summed in float64.
+With transformers: logits = model(x[kS : kS + C]).logits, cross-entropy against x[kS + 1 : ...] at the scored places.
+S = C are disjoint windows, as in most published WikiText-2 numbers (which often leave each window's first token out).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float64, Int, Int32
+
+from l2a_jax.data.batch import Batch
+from l2a_jax.data.progress import progress
+from l2a_jax.errors import UserError
+from l2a_jax.evaluation import intervals
+from l2a_jax.models.qwen2 import check_tokens, hidden_states
+from l2a_jax.nn import routing
+from l2a_jax.training.loss import token_nll
+from l2a_jax.weights.pretrained import Pretrained
+
+CONVENTION = ("window k reads tokens [kS, kS+C) and predicts the next of each; the first window is scored everywhere, "
+              "later ones at their last S places; mean over all tokens but the text's first")
+BATCH_TOKENS = 16_384
+
+
+class Windows(NamedTuple):
+    """B windows of T tokens. `scored`: places whose target counts; `real`: not padding. `marked`: places of special
+    interest, whose accuracy is reported apart. `about`: what a result says of the text."""
+
+    tokens: Int32[np.ndarray, "B T"]
+    targets: Int32[np.ndarray, "B T"]
+    scored: Bool[np.ndarray, "B T"]
+    real: Bool[np.ndarray, "B T"]
+    about: dict[str, Any]
+    marked: Bool[np.ndarray, "B T"] | None = None
+
+
+class Scores(NamedTuple):
+    """What a pass over windows gives: per window the nats, tokens and right top tokens at scored places; and, of a
+    routed model, its decisions at every real place and the router's mean entropy (nats) per layer."""
+
+    nll: Float64[np.ndarray, " B"]
+    tokens: Int[np.ndarray, " B"]
+    correct: Int[np.ndarray, " B"]
+    marked_accuracy: float | None
+    decisions: Bool[np.ndarray, "L B T"] | None
+    entropy: Float64[np.ndarray, " L"] | None
+
+
+def text_windows(ids: Int32[np.ndarray, " n"], context: int, stride: int, about: dict[str, Any],
+                 limit: int | None = None) -> Windows:
+    """Cut a text into windows as the module says; `limit` keeps the first so many. UserError where it cannot be cut."""
+    if not 1 <= stride <= context:
+        raise UserError(f"--stride is {stride}; expected between 1 and the context of {context} tokens, so that every "
+                        "token is scored once")
+    if len(ids) < 2:
+        raise UserError(f"the text has {len(ids)} tokens; expected at least 2")
+    predicted = len(ids) - 1
+    count = 1 + max(0, -(-(predicted - context) // stride))
+    kept = count if limit is None else min(limit, count)
+    starts = np.arange(kept)[:, None] * stride
+    places = starts + np.arange(context)
+    real = places < predicted
+    scored = real & ((starts == 0) | (np.arange(context) >= context - stride))
+    padded = np.pad(ids, (0, int(places.max()) + 2 - len(ids) if places.max() + 2 > len(ids) else 0))
+    tokens, targets = (np.where(real, padded[places + shift], 0).astype(np.int32) for shift in (0, 1))
+    return Windows(tokens, targets, scored, real, {
+        **about, "context": context, "stride": stride, "text_tokens": len(ids), "windows": kept, "all_windows": count,
+        "convention": CONVENTION, "hash": _hash(tokens, targets, scored)})
+
+
+def batch_windows(batches: list[Batch], about: dict[str, Any],
+                  mark: Callable[[np.ndarray], np.ndarray] | None = None) -> Windows:
+    """Rows of a corpus that is not one text (whole rows, each scored everywhere its weight is above 0)."""
+    tokens, targets, weights = (np.concatenate([getattr(batch, name) for batch in batches])
+                                for name in ("tokens", "targets", "weights"))
+    return Windows(tokens, targets, weights > 0, np.ones(tokens.shape, bool), {
+        **about, "context": tokens.shape[1], "stride": tokens.shape[1], "windows": len(tokens),
+        "convention": "whole rows, every token but a row's first", "hash": _hash(tokens, targets, weights > 0),
+    }, None if mark is None else mark(tokens))
+
+
+def score_windows(
+    model: Pretrained,
+    windows: Windows,
+    decisions: Bool[np.ndarray, "L B T"] | None = None,
+    *,
+    backend: str = "auto",
+    batch_tokens: int = BATCH_TOKENS,
+    label: str = "perplexity",
+) -> Scores:
+    """One pass over the windows under the router's own decisions, or under `decisions`.
+
+    Raises UserError naming the window where a loss is not finite.
+    """
+    count, length = windows.tokens.shape
+    check_tokens(jnp.asarray(windows.tokens), model.config)
+    rows = max(1, min(count, batch_tokens // length))
+    nll, correct = np.zeros((count, length)), np.zeros((count, length), bool)
+    routed, entropy = [], 0.0
+    with progress(label, count) as report:
+        for start in range(0, count, rows):
+            stop = min(start + rows, count)
+            tokens, targets, real = (_filled(x[start:stop], rows) for x in (*windows[:2], windows.real))
+            forced = None if decisions is None else _filled(decisions[:, start:stop], rows, axis=1)
+            found = jax.device_get(_score(model.params, tokens, targets, real, forced, model.config, model.l2a_config,
+                                          backend))
+            nll[start:stop], correct[start:stop] = (x[: stop - start] for x in (found.nll, found.correct))
+            _check_finite(nll, windows, start, stop)
+            if found.decisions is not None:
+                routed.append(found.decisions[:, : stop - start] & windows.real[None, start:stop])
+                entropy = entropy + found.entropy.astype(np.float64)
+            seen = windows.scored[:stop]
+            report(stop, f"{stop} of {count} windows, perplexity {_exp(nll[:stop][seen].mean()):.3f}")
+    marked = None
+    if windows.marked is not None and (windows.marked & windows.scored).any():
+        marked = float(correct[windows.marked & windows.scored].mean())
+    return Scores(
+        np.where(windows.scored, nll, 0).sum(axis=1), windows.scored.sum(axis=1),
+        (correct & windows.scored).sum(axis=1), marked, np.concatenate(routed, axis=1) if routed else None,
+        np.asarray(entropy / windows.real.sum()) if routed else None)
+
+
+def routing_rates(decisions: Bool[np.ndarray, "L B T"], real: Bool[np.ndarray, "B T"]) -> Float64[np.ndarray, " L"]:
+    """Share of the real tokens that each layer routes."""
+    return (decisions & real).sum(axis=(1, 2), dtype=np.float64) / real.sum()
+
+
+def result(scores: Scores, windows: Windows) -> dict[str, Any]:
+    """The scores as a result: perplexity with its 95 % interval, sparsity per layer, and each window's nats, with which
+    two runs over the same windows (the same `hash`) are compared pair by pair."""
+    mean, error = intervals.token_mean(scores.nll, scores.tokens)
+    out: dict[str, Any] = {
+        "perplexity": _exp(mean), "perplexity_95": [_exp(bound) for bound in intervals.around(mean, error)],
+        "nll": mean, "nll_stderr": error, "accuracy": float(scores.correct.sum() / scores.tokens.sum()),
+        "tokens": int(scores.tokens.sum()), "text": windows.about,
+        "interval": "normal, over windows as clusters",
+        "window_nll": np.round(scores.nll, 4), "window_tokens": scores.tokens,
+    }
+    if scores.marked_accuracy is not None:
+        out["recall_accuracy"] = scores.marked_accuracy
+    if scores.decisions is not None:
+        sparsity = 1 - routing_rates(scores.decisions, windows.real)
+        out |= {"sparsity": float(sparsity.mean()), "sparsity_per_layer": sparsity,
+                "router_entropy_per_layer": scores.entropy}
+    return out
+
+
+class _Scored(NamedTuple):
+    nll: Any
+    correct: Any
+    decisions: Any
+    entropy: Any
+
+
+@functools.partial(jax.jit, static_argnums=(5, 6, 7))
+def _score(params, tokens, targets, real, decisions, config, l2a_config, backend):
+    hidden, routed = hidden_states(params, tokens, config, l2a_config, decisions=decisions, backend=backend)
+    nll, correct = token_nll(params, hidden, targets, config)
+    if routed is None:
+        return _Scored(nll, correct, None, None)
+    return _Scored(nll, correct, routed.decisions, routing.entropy(routed.probabilities, real) * jnp.sum(real))
+
+
+def _filled(x: np.ndarray, rows: int, axis: int = 0) -> np.ndarray:
+    """Padded with zeros to `rows` along `axis`, so that every batch has one shape."""
+    missing = rows - x.shape[axis]
+    return x if missing == 0 else np.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
+
+
+def _check_finite(nll, windows, start, stop):
+    bad = np.argwhere(~np.isfinite(nll[start:stop]) & windows.scored[start:stop])
+    if bad.size:
+        window, place = int(bad[0][0]) + start, int(bad[0][1])
+        raise UserError(f"perplexity of {windows.about.get('name', 'the text')}: the loss in window {window}, first at "
+                        f"its token {place}, is not finite; `--tasks collapse` says where the model breaks")
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf
+
+
+def _hash(*arrays: np.ndarray) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype} {array.shape} ".encode() + np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]
