@@ -10,6 +10,7 @@
 from l2a_jax import attention
 from l2a_jax.config import MODELS, L2AConfig, ModelConfig, RopeScaling
 from l2a_jax.errors import UserError
+from l2a_jax.inference.generate import Generation, generate
 from l2a_jax.models.params import abstract_params, add_routing, init_params
 from l2a_jax.models.qwen2 import Output, Qwen2, forward, hidden_states, unembed
 from l2a_jax.nn import routing
@@ -19,7 +20,7 @@ from l2a_jax.version import __version__
 from l2a_jax.weights import Pretrained, load_pretrained
 
 __all__ = [
-    "MODELS", "PRESETS", "REGIMES", "L2AConfig", "ModelConfig", "Output", "Pretrained", "Qwen2", "RopeScaling",
+    "MODELS", "PRESETS", "REGIMES", "Generation", "L2AConfig", "ModelConfig", "Output", "Pretrained", "Qwen2", "RopeScaling",
     "UserError", "__version__", "abstract_params", "add_routing", "attention", "count_parameters", "forward",
-    "hidden_states", "init_params", "load_pretrained", "regime_mask", "routing", "unembed",
+    "generate", "hidden_states", "init_params", "load_pretrained", "regime_mask", "routing", "unembed",
 ]

@@ -1,0 +1,228 @@
+"""Generation: prompts in, continuations out, under one jit.
+
+Prompts of any lengths are padded on the right to one of few sizes, so few shapes are ever compiled. A prefill fills
+the cache, then a `while_loop` feeds one token per row and step until every row is done. `start` and `advance` are the
+same two parts as separate calls, for whoever wants the text while it comes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from l2a_jax.config import L2AConfig, ModelConfig, position_limit
+from l2a_jax.errors import UserError
+from l2a_jax.inference.cache import Cache, Layout, layout_of
+from l2a_jax.inference.forward import DecodeParams, decode_params, decode_step, prefill
+from l2a_jax.inference.sampling import sample
+from l2a_jax.models.params import Tree, check_layers
+from l2a_jax.models.qwen2 import check_tokens
+
+STOP_SLOTS = 4  # stop tokens are padded to a multiple of this, so that their number is no new shape
+
+
+class Generation(NamedTuple):
+    """What came out, rows as the prompts were.
+
+    Row b's continuation is tokens[b, :lengths[b]]. Where it `stopped`, the stop token follows it (and is not counted);
+    after that there are zeros. Log-probabilities are the model's own (natural, before temperature and top-p) of the
+    tokens, the stop token's too. `decisions` are by position, prompt first: decisions[l, b, t] is that of row b's t-th
+    token in layer l; False after the row's end, and for its last token, which nothing had to read. None for a plain
+    model. `finite` is False where a row's logits were not; what it says then means nothing.
+    """
+
+    tokens: Int[Array, "B M"]
+    lengths: Int[Array, B]
+    stopped: Bool[Array, B]
+    log_probabilities: Float[Array, "B M"]
+    decisions: Bool[Array, "L B S"] | None
+    finite: Bool[Array, B]
+
+
+class Options(NamedTuple):
+    """The static half of a call: what is compiled for."""
+
+    config: ModelConfig
+    l2a_config: L2AConfig | None
+    layout: Layout
+    sampled: bool
+    nucleus: bool
+    backend: str
+
+
+class Settings(NamedTuple):
+    """The other half, plain arrays."""
+
+    limit: Int[Array, ""]
+    temperature: Float[Array, ""]
+    top_p: Float[Array, ""]
+    key: PRNGKeyArray | None
+    stop_tokens: Int[Array, S]
+    decisions: Bool[Array, "L B S"] | None
+
+
+class State(NamedTuple):
+    """A generation under way. `next` has been chosen and not yet fed; `count` tokens have been chosen per row."""
+
+    cache: Cache
+    position: Int[Array, B]
+    next: Int[Array, B]
+    done: Bool[Array, B]
+    count: Int[Array, ""]
+    out: Generation
+
+
+def generate(
+    params: Tree,
+    config: ModelConfig,
+    l2a_config: L2AConfig | None,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    key: PRNGKeyArray | None = None,
+    stop_tokens: Sequence[int] = (),
+    decisions: Bool[Any, "L B S"] | None = None,
+    backend: str = "auto",
+) -> Generation:
+    """Continue each prompt (a list of token ids) by up to `max_new_tokens`, or up to the first of `stop_tokens`.
+
+    `temperature` 0 takes the likeliest token; above 0, tokens are drawn with `key` from the `top_p` nucleus.
+    `decisions` [L, B, S] override the router by position, S being the longest prompt plus `max_new_tokens`.
+    Raises UserError on an empty batch or prompt, a token outside the vocabulary, a text longer than the rotary
+    embedding is meant for, or settings that make no sense.
+    """
+    tokens, lengths, options, settings = request(
+        config, l2a_config, prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, key=key,
+        stop_tokens=stop_tokens, decisions=decisions, backend=backend, params=params)
+    out = _generate(params, tokens, lengths, settings, options, bucket(max_new_tokens, 16))
+    room = int(lengths.max()) + max_new_tokens
+    return out._replace(
+        tokens=out.tokens[:, :max_new_tokens], log_probabilities=out.log_probabilities[:, :max_new_tokens],
+        decisions=None if out.decisions is None else out.decisions[:, :, :room])
+
+
+def request(
+    config: ModelConfig, l2a_config: L2AConfig | None, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
+    temperature: float = 0.0, top_p: float = 1.0, key: PRNGKeyArray | None = None, stop_tokens: Sequence[int] = (),
+    decisions: Bool[Any, "L B S"] | None = None, backend: str = "auto", params: Tree | None = None,
+) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, B], Options, Settings]:
+    """The padded prompts, their lengths, and the two halves of the options, checked as `generate` says."""
+    if len(prompts) == 0:
+        raise UserError("there is no prompt to continue")
+    for number, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise UserError(f"prompt {number} is empty; a continuation needs at least one token to follow")
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+    if not 0 <= temperature < float("inf"):
+        raise UserError(f"temperature is {temperature}; expected 0 (the likeliest token) or above")
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p is {top_p}; expected a share of probability above 0, up to 1")
+    if temperature > 0 and key is None:
+        raise UserError(f"sampling at temperature {temperature} draws at random: give a key")
+    if l2a_config is not None:
+        check_layers(config, l2a_config)
+    if params is not None and ("router" in params["layers"]) != (l2a_config is not None):
+        raise ValueError(f"l2a_config is {l2a_config}, which does not fit the parameters; see add_routing")
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    longest, limit = int(lengths.max()), position_limit(config, l2a_config)
+    if longest + max_new_tokens - 1 > limit:  # the last token is never fed
+        raise UserError(f"a prompt of {longest} tokens and {max_new_tokens} new ones are longer than max_positions x "
+                        f"factor = {limit}; shorten them or choose a larger RoPE factor")
+    tokens = np.zeros((len(prompts), min(bucket(longest, 32), limit)), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    check_tokens(tokens, config)
+    room = tokens.shape[1] + bucket(max_new_tokens, 16)
+    if decisions is not None:
+        decisions = np.asarray(decisions, bool)
+        expected = (config.num_layers, len(prompts), longest + max_new_tokens)
+        if l2a_config is None or decisions.shape != expected:
+            raise ValueError(f"decisions are {decisions.shape}; expected [L, B, S] = {expected} of a routed model")
+        decisions = np.pad(decisions, ((0, 0), (0, 0), (0, room - decisions.shape[2])))
+    slots = -(-max(len(stop_tokens), 1) // STOP_SLOTS) * STOP_SLOTS
+    stops = np.full((slots,), -1, np.int32)
+    stops[: len(stop_tokens)] = list(stop_tokens)
+    options = Options(config, l2a_config, layout_of(config, l2a_config, room), temperature > 0, top_p < 1, backend)
+    settings = Settings(np.int32(max_new_tokens), np.float32(temperature), np.float32(top_p),
+                        key if temperature > 0 else None, stops, decisions)
+    return tokens, lengths, options, settings
+
+
+def unpad(tokens: Int[Any, "B T"], mask: Bool[Any, "B T"]) -> list[list[int]]:
+    """The prompts in a padded batch, wherever the padding stands: left, right, or both; `mask` is True on tokens."""
+    return [np.asarray(row)[np.asarray(real, bool)].tolist() for row, real in zip(tokens, mask, strict=True)]
+
+
+def bucket(size: int, smallest: int) -> int:
+    """The next of `smallest` x 1, 1.5, 2, 3, 4, 6, 8, ...: at most half as much again, and few of them."""
+    power = smallest
+    while power < size:
+        power *= 2
+    return power * 3 // 4 if power > smallest and size <= power * 3 // 4 else power
+
+
+def start(params: Tree, tokens: Int[Array, "B T"], lengths: Int[Array, B], settings: Settings, options: Options,
+          room: int) -> State:
+    """Read the prompts and choose the first token; `room`: how many tokens a row may get in all."""
+    batch, width = tokens.shape
+    forced = None if settings.decisions is None else settings.decisions[:, :, :width]
+    logits, cache, decided = prefill(params, tokens, lengths, options.config, options.l2a_config, options.layout,
+                                     decisions=forced, backend=options.backend)
+    if decided is not None:
+        decided = jnp.pad(decided, ((0, 0), (0, 0), (0, options.layout.slots - width)))
+    zeros = jnp.zeros((batch,), jnp.int32)
+    out = Generation(jnp.zeros((batch, room), jnp.int32), zeros, zeros > 0, jnp.zeros((batch, room), jnp.float32),
+                     decided, zeros == 0)
+    return _choose(State(cache, lengths, zeros, zeros > 0, jnp.int32(0), out), logits, settings, options)
+
+
+def advance(params: DecodeParams, state: State, settings: Settings, options: Options,
+            until: Int[Array, ""] | int) -> State:
+    """Go on until every row is done or has `until` tokens."""
+    rows = jnp.arange(state.next.shape[0])
+
+    def step(state):
+        active = ~state.done
+        forced = None if settings.decisions is None else settings.decisions[:, rows, state.position]
+        logits, cache, decided = decode_step(params, state.next, state.position, active, state.cache, options.config,
+                                             options.l2a_config, options.layout, decisions=forced,
+                                             backend=options.backend)
+        out = state.out
+        if decided is not None:
+            out = out._replace(decisions=out.decisions.at[:, rows, state.position].set(decided))
+        state = state._replace(cache=cache, position=state.position + active, out=out)
+        return _choose(state, logits, settings, options)
+
+    until = jnp.minimum(until, settings.limit)
+    return jax.lax.while_loop(lambda state: (state.count < until) & ~jnp.all(state.done), step, state)
+
+
+def _choose(state: State, logits, settings: Settings, options: Options) -> State:
+    """Choose the next token of the rows that are not done, and write it down."""
+    key = jax.random.fold_in(settings.key, state.count) if options.sampled else None
+    chosen, score = sample(logits, key, settings.temperature, settings.top_p if options.nucleus else None)
+    active = ~state.done
+    chosen, score = jnp.where(active, chosen, 0), jnp.where(active, score, 0.0)
+    stops = active & jnp.any(chosen[:, None] == settings.stop_tokens, axis=1)
+    out = state.out
+    out = out._replace(
+        tokens=jax.lax.dynamic_update_slice(out.tokens, chosen[:, None], (0, state.count)),
+        log_probabilities=jax.lax.dynamic_update_slice(out.log_probabilities, score[:, None], (0, state.count)),
+        lengths=out.lengths + (active & ~stops), stopped=out.stopped | stops,
+        finite=out.finite & (~active | jnp.all(jnp.isfinite(logits), axis=-1)))
+    return state._replace(next=chosen, done=state.done | stops, count=state.count + 1, out=out)
+
+
+@functools.partial(jax.jit, static_argnames=("options", "room"))
+def _generate(params, tokens, lengths, settings, options, room):
+    state = start(params, tokens, lengths, settings, options, room)
+    return advance(decode_params(params), state, settings, options, settings.limit).out
