@@ -1,0 +1,82 @@
+"""Real Qwen2.5-Coder-0.5B on PIQA, HellaSwag and ARC-Challenge against lm-eval with transformers on the same files.
+
+Needs the GGUF file (L2A_TEST_GGUF), the task files (L2A_TEST_DATA), and the `parity` extra. L2A_TEST_ITEMS is the
+number of items of each task (8 unless set; 0: all), L2A_TEST_TORCH_DEVICE where transformers runs (cpu unless set).
+"""
+
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l2a_jax.evaluation.task_files import LOCAL_TASKS, read_task
+from l2a_jax.evaluation.tasks import load_tasks
+from l2a_jax.weights import load_pretrained
+
+pytestmark = [pytest.mark.weights, pytest.mark.torch]
+
+TOLERANCE = 0.02  # nats a choice
+
+
+@pytest.fixture(scope="module")
+def path():
+    pytest.importorskip("accelerate", reason="transformers reads GGUF weights with accelerate only")
+    if not os.environ.get("L2A_TEST_GGUF"):
+        pytest.skip("set L2A_TEST_GGUF to the Qwen2.5-Coder-0.5B-Instruct .gguf file")
+    return Path(os.environ["L2A_TEST_GGUF"])
+
+
+@pytest.fixture(scope="module")
+def ours(path):
+    from l2a_jax.evaluation.harness import HarnessModel
+
+    return HarnessModel(load_pretrained(path, jnp.float32))
+
+
+@pytest.fixture(scope="module")
+def theirs(path):
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    device = os.environ.get("L2A_TEST_TORCH_DEVICE", "cpu")
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype="float32").to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8 if device == "cpu" else 32)
+
+
+def run(model, name, file, items):
+    from lm_eval.evaluator import evaluate
+
+    results = evaluate(model, {"tasks": load_tasks([name], {name: file}, None, items)}, limit=items)
+    samples = sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
+    return results["results"][name], samples
+
+
+@pytest.mark.parametrize("name", LOCAL_TASKS)
+def test_the_same_log_likelihoods_and_accuracy(name, ours, theirs):
+    if not os.environ.get("L2A_TEST_DATA"):
+        pytest.skip("set L2A_TEST_DATA to the folder with the task files")
+    file = read_task(name, Path(os.environ["L2A_TEST_DATA"]))
+    items = int(os.environ.get("L2A_TEST_ITEMS", "8")) or None
+    assert ours.prefix_token_id == theirs.prefix_token_id and ours.eot_token_id == theirs.eot_token_id
+    with jax.default_matmul_precision("float32"):
+        found, samples = run(ours, name, file, items)
+    expected, reference = run(theirs, name, file, items)
+    assert [one["arguments"] for one in samples] == [one["arguments"] for one in reference]
+    differences, same_greedy, choices = [], 0, 0
+    for one, other in zip(samples, reference, strict=True):
+        for (a, top_a), (b, top_b) in zip(one["filtered_resps"], other["filtered_resps"], strict=True):
+            differences.append(abs(a - b))
+            same_greedy += top_a == top_b
+            choices += 1
+    same_items = sum(one["acc"] == other["acc"] and one["acc_norm"] == other["acc_norm"]
+                     for one, other in zip(samples, reference, strict=True))
+    print(f"\n{name}: {len(samples)} items, {choices} choices; largest difference {max(differences):.2e} nats, mean "
+          f"{np.mean(differences):.2e}; same greedy {same_greedy}/{choices}, same correctness {same_items}/"
+          f"{len(samples)}; acc {found['acc,none']:.4f} against {expected['acc,none']:.4f}, acc_norm "
+          f"{found['acc_norm,none']:.4f} against {expected['acc_norm,none']:.4f}")
+    assert max(differences) <= TOLERANCE
+    assert found["acc,none"] == expected["acc,none"] and found["acc_norm,none"] == expected["acc_norm,none"]
