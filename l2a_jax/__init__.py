@@ -20,7 +20,7 @@ from l2a_jax.version import __version__
 from l2a_jax.weights import Pretrained, load_pretrained
 
 __all__ = [
-    "MODELS", "PRESETS", "REGIMES", "Generation", "L2AConfig", "ModelConfig", "Output", "Pretrained", "Qwen2", "RopeScaling",
-    "UserError", "__version__", "abstract_params", "add_routing", "attention", "count_parameters", "forward",
-    "generate", "hidden_states", "init_params", "load_pretrained", "regime_mask", "routing", "unembed",
+    "MODELS", "PRESETS", "REGIMES", "Generation", "L2AConfig", "ModelConfig", "Output", "Pretrained", "Qwen2",
+    "RopeScaling", "UserError", "__version__", "abstract_params", "add_routing", "attention", "count_parameters",
+    "forward", "generate", "hidden_states", "init_params", "load_pretrained", "regime_mask", "routing", "unembed",
 ]
