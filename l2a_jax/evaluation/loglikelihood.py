@@ -28,6 +28,8 @@ from l2a_jax.weights.pretrained import Pretrained
 
 ROW = 1_024
 """Tokens in a row of packed requests; a longer request gets a row of the next power of two."""
+SMALLEST = 128
+"""Tokens in the shortest row, and continuation tokens in a batch: still shorter ones would only add shapes."""
 BATCH_TOKENS = {"gpu": 32_768, "cpu": 4_096}
 """Tokens in a batch, by platform: enough to fill the device, little enough to see progress."""
 _IN_FLIGHT = 2
@@ -158,7 +160,7 @@ def _batches(sequences, counts, limit, batch_tokens) -> Iterator[_Batch]:
     """The requests that have a continuation, long ones first: if memory runs out, it does so at once."""
     lengths = np.array([sequence.size - 1 for sequence in sequences], np.int64)
     chosen = np.flatnonzero(counts)
-    row = min(ROW, _power_of_two(int(lengths[chosen].sum())))
+    row = min(ROW, _power_of_two(int(lengths[chosen].sum()), SMALLEST))
     size = np.array([min(max(row, _power_of_two(n)), limit) for n in lengths[chosen].tolist()], np.int64)
     for length in np.unique(size)[::-1].tolist():
         yield from _class_batches(chosen[size == length], sequences, lengths, counts, length, batch_tokens)
@@ -172,7 +174,7 @@ def _class_batches(chosen, sequences, lengths, counts, length, batch_tokens) -> 
     per_row = np.bincount(row)
     rows = min(max(1, batch_tokens // length), _power_of_two(per_row.size))
     batch = row // rows
-    width = _power_of_two(int(np.bincount(batch, counts[chosen]).max()))
+    width = _power_of_two(int(np.bincount(batch, counts[chosen]).max()), SMALLEST)
     packed = bool((per_row > 1).any())  # one request a row needs no segments: what follows it is in its future
     for index in range(int(batch[-1]) + 1):
         mine = batch == index
@@ -195,6 +197,6 @@ def _lay_out(requests, rows, sequences, counts, shape, width, packed) -> _Batch:
     return _Batch(requests, counts[requests], tokens, segments if packed else None, picks, targets)
 
 
-def _power_of_two(n: int) -> int:
-    """The least power of two that is at least n."""
-    return 1 << max(n - 1, 0).bit_length()
+def _power_of_two(n: int, least: int = 1) -> int:
+    """The least power of two that is at least n and `least`."""
+    return 1 << (max(n, least) - 1).bit_length()

@@ -7,16 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l2a_jax.config import L2AConfig
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import loglikelihood
-from l2a_jax.evaluation.loglikelihood import Request, log_likelihoods
+from l2a_jax.evaluation.loglikelihood import Request
 from l2a_jax.models.qwen2 import forward
 from l2a_jax.weights.pretrained import Pretrained
 from tests.models.cases import CONFIG, LAYERS, make_params
 
 reference_forward = jax.jit(forward, static_argnums=(2, 3))
 LIMIT = CONFIG.max_positions
+
+
+def log_likelihoods(model, requests, batch_tokens=LIMIT):
+    """Rows of one length, one a batch: few shapes to compile."""
+    return loglikelihood.log_likelihoods(model, requests, batch_tokens=batch_tokens)
 
 
 def make_model(l2a_config=None):
@@ -49,7 +53,7 @@ def reference(model, request):
 def test_equals_one_pass_a_request(layer):
     model = make_model(None if layer is None else LAYERS[layer])
     requests = make_requests()
-    found = log_likelihoods(model, requests, batch_tokens=256)
+    found = log_likelihoods(model, requests)
     expected = [reference(model, request) for request in requests]
     np.testing.assert_allclose(found.log_probabilities, [value for value, _ in expected], atol=2e-4)
     np.testing.assert_array_equal(found.greedy, [top for _, top in expected])
@@ -70,11 +74,11 @@ def test_greedy_is_true_for_what_greedy_decoding_writes():
 
 def test_the_same_in_any_batching_and_order(monkeypatch):
     model, requests = make_model(), make_requests()
-    packed = log_likelihoods(model, requests, batch_tokens=512).log_probabilities
-    backwards = log_likelihoods(model, requests[::-1], batch_tokens=128).log_probabilities[::-1]
+    packed = log_likelihoods(model, requests).log_probabilities
+    monkeypatch.setattr(loglikelihood, "ROW", 32)  # rows of 32 and 64, four and two in a batch
+    monkeypatch.setattr(loglikelihood, "SMALLEST", 32)
+    backwards = log_likelihoods(model, requests[::-1]).log_probabilities[::-1]
     np.testing.assert_allclose(backwards, packed, atol=2e-5)
-    monkeypatch.setattr(loglikelihood, "ROW", 32)  # rows of 32 and 64: two shapes in one call
-    np.testing.assert_allclose(log_likelihoods(model, requests).log_probabilities, packed, atol=2e-5)
 
 
 def test_few_shapes_and_little_padding():
@@ -133,16 +137,16 @@ def test_bad_tokens_and_weights_that_are_not_finite():
 
 def test_every_layer_pruned_sees_only_its_window():
     """Nothing routed: a change beyond all windows changes nothing; the same change does change the routed model."""
-    layer = L2AConfig(window=3, sinks=0)
+    layer = LAYERS["shared"]
     pruned = dataclasses.replace(layer, pruned_layers=tuple(range(CONFIG.num_layers)))
     params = make_params(layer)
-    ids = np.random.default_rng(1).integers(0, CONFIG.vocab_size, 24).tolist()
-    other = [(ids[0] + 1) % CONFIG.vocab_size, *ids[1:]]
+    ids = np.random.default_rng(1).integers(0, CONFIG.vocab_size, 40).tolist()
+    other = [*ids[:5], (ids[5] + 1) % CONFIG.vocab_size, *ids[6:]]  # behind the sinks, before every window's reach
     near, far = [], []
     for config, out in ((pruned, near), (layer, far)):
-        # a router that routes everything
-        routed = {**params, "layers": {**params["layers"], "router": {"kernel": 0 * params["layers"]["router"]["kernel"]}}}
+        silent = {"kernel": 0 * params["layers"]["router"]["kernel"]}  # which routes everything
+        routed = {**params, "layers": {**params["layers"], "router": silent}}
         model = Pretrained(CONFIG, config, routed, None, "")
-        out.append(log_likelihoods(model, [Request(one[:20], one[20:]) for one in (ids, other)]).log_probabilities)
+        out.append(log_likelihoods(model, [Request(one[:36], one[36:]) for one in (ids, other)]).log_probabilities)
     assert near[0][0] == pytest.approx(near[0][1], abs=1e-6)
     assert abs(far[0][0] - far[0][1]) > 1e-4
