@@ -53,6 +53,18 @@ class Scores(NamedTuple):
     """The context was cut from the left, because the model's positions do not reach that far."""
 
 
+class _Table(NamedTuple):
+    """What is to be computed. Requests with the same input (answers of one token) share it."""
+
+    inputs: list[np.ndarray]
+    members: dict[int, list[int]]
+    """The requests of each input."""
+    targets: list[np.ndarray]
+    """The continuation of each request."""
+    truncated: Bool[np.ndarray, " R"]
+    limit: int
+
+
 class _Batch(NamedTuple):
     requests: Int64[np.ndarray, " n"]
     """Which requests, in the order of their picks."""
@@ -63,6 +75,8 @@ class _Batch(NamedTuple):
     picks: Int[np.ndarray, " M"]
     """Flat position of the input before each continuation token; 0 after the last."""
     targets: Int[np.ndarray, " M"]
+    work: int
+    """Tokens that are no padding."""
 
 
 def log_likelihoods(
@@ -82,13 +96,10 @@ def log_likelihoods(
     Raises UserError on a request without context, a continuation longer than the model's positions, token ids outside
     the vocabulary, and log-probabilities that are not finite.
     """
-    limit = position_limit(model.config, model.l2a_config)
-    sequences, counts, truncated = _sequences(requests, limit, model.config.vocab_size)
+    table = _table(requests, position_limit(model.config, model.l2a_config), model.config.vocab_size)
     total = np.zeros(len(requests))
     greedy = np.ones(len(requests), bool)
-    lengths = np.array([sequence.size - 1 for sequence in sequences], np.int64)
-    work = int(lengths[counts > 0].sum())
-    done = 0
+    work, done = sum(table.inputs[index].size for index in table.members), 0
     pending: deque[tuple[_Batch, Any]] = deque()
 
     def collect() -> None:
@@ -102,12 +113,12 @@ def log_likelihoods(
         if wrong.size:
             raise UserError(f"the log-probability of request {wrong[0]} is {total[wrong[0]]}: the model's weights or "
                             "activations are not finite")
-        done += int(lengths[batch.requests].sum())
+        done += batch.work
         report(done, f"{format_count(done)} of {format_count(work)} tokens")
 
     size = batch_tokens or BATCH_TOKENS.get(jax.default_backend(), BATCH_TOKENS["cpu"])
     with progress(label, work) as report:
-        for batch in _batches(sequences, counts, limit, size):
+        for batch in _batches(table, size):
             result = _score(model.params, batch.tokens, batch.segment_ids, batch.picks, batch.targets, model.config,
                             model.l2a_config, backend)
             pending.append((batch, result))
@@ -115,7 +126,7 @@ def log_likelihoods(
                 collect()
         while pending:
             collect()
-    return Scores(total, greedy, truncated)
+    return Scores(total, greedy, table.truncated)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "l2a_config", "backend"))
@@ -136,11 +147,10 @@ def _score(
     return nll[0], top[0]
 
 
-def _sequences(requests, limit, vocabulary) -> tuple[list[np.ndarray], Int64[np.ndarray, " R"], Bool[np.ndarray, " R"]]:
-    """Context and continuation in one, cut from the left to limit + 1 tokens (the last one is only a target)."""
-    sequences = []
-    counts = np.array([len(request.continuation) for request in requests], np.int64)
-    truncated = np.zeros(len(requests), bool)
+def _table(requests: Sequence[Request], limit: int, vocabulary: int) -> _Table:
+    """Inputs are context and continuation without its last token, cut from the left to `limit` tokens."""
+    known: dict[bytes, int] = {}
+    table = _Table([], {}, [], np.zeros(len(requests), bool), limit)
     for index, (context, continuation) in enumerate(requests):
         if len(context) == 0:
             raise UserError(f"request {index} has an empty context: no token predicts its first one")
@@ -151,50 +161,59 @@ def _sequences(requests, limit, vocabulary) -> tuple[list[np.ndarray], Int64[np.
         if whole.min() < 0 or whole.max() >= vocabulary:  # a gather would clamp them silently
             raise UserError(f"request {index} holds a token id outside the vocabulary of {vocabulary}; was it tokenised "
                             "with this model's tokenizer?")
-        truncated[index] = whole.size > limit + 1
-        sequences.append(whole[-(limit + 1) :])
-    return sequences, counts, truncated
+        table.truncated[index] = whole.size > limit + 1
+        table.targets.append(whole[whole.size - len(continuation) :])
+        if len(continuation):
+            tokens = whole[-(limit + 1) :][:-1]
+            at = known.setdefault(tokens.tobytes(), len(table.inputs))
+            if at == len(table.inputs):
+                table.inputs.append(tokens)
+            table.members.setdefault(at, []).append(index)
+    return table
 
 
-def _batches(sequences, counts, limit, batch_tokens) -> Iterator[_Batch]:
-    """The requests that have a continuation, long ones first: if memory runs out, it does so at once."""
-    lengths = np.array([sequence.size - 1 for sequence in sequences], np.int64)
-    chosen = np.flatnonzero(counts)
-    row = min(ROW, _power_of_two(int(lengths[chosen].sum()), SMALLEST))
-    size = np.array([min(max(row, _power_of_two(n)), limit) for n in lengths[chosen].tolist()], np.int64)
-    for length in np.unique(size)[::-1].tolist():
-        yield from _class_batches(chosen[size == length], sequences, lengths, counts, length, batch_tokens)
+def _batches(table: _Table, batch_tokens: int) -> Iterator[_Batch]:
+    """Long inputs first: if memory runs out, it does so at once."""
+    lengths = np.array([tokens.size for tokens in table.inputs], np.int64)
+    row = min(ROW, _power_of_two(int(lengths.sum()), SMALLEST))
+    sizes = np.array([min(_power_of_two(length, row), table.limit) for length in lengths.tolist()], np.int64)
+    for size in np.unique(sizes)[::-1].tolist():
+        yield from _class_batches(table, np.flatnonzero(sizes == size), lengths, size, batch_tokens)
 
 
-def _class_batches(chosen, sequences, lengths, counts, length, batch_tokens) -> Iterator[_Batch]:
-    """Batches of one shape: `chosen` requests packed into rows of `length` tokens, B rows at a time."""
-    row = best_fit_rows(lengths[chosen], length)
+def _class_batches(table, chosen, lengths, size, batch_tokens) -> Iterator[_Batch]:
+    """Batches of one shape: the `chosen` inputs packed into rows of `size` tokens, B rows at a time."""
+    row = best_fit_rows(lengths[chosen], size)
     order = np.argsort(row, kind="stable")
     chosen, row = chosen[order], row[order]
     per_row = np.bincount(row)
-    rows = min(max(1, batch_tokens // length), _power_of_two(per_row.size))
-    batch = row // rows
-    width = _power_of_two(int(np.bincount(batch, counts[chosen]).max()), SMALLEST)
-    packed = bool((per_row > 1).any())  # one request a row needs no segments: what follows it is in its future
-    for index in range(int(batch[-1]) + 1):
-        mine = batch == index
-        yield _lay_out(chosen[mine], row[mine] % rows, sequences, counts, (rows, length), width, packed)
+    rows = min(max(1, batch_tokens // size), _power_of_two(per_row.size))
+    predicted = [sum(table.targets[request].size for request in table.members[one]) for one in chosen.tolist()]
+    width = _power_of_two(int(np.bincount(row // rows, predicted).max()), SMALLEST)
+    packed = bool((per_row > 1).any())  # one input a row needs no segments: what follows it is in its future
+    for index in range(-(-per_row.size // rows)):
+        mine = row // rows == index
+        yield _lay_out(table, chosen[mine].tolist(), (row[mine] % rows).tolist(), (rows, size), width, packed)
 
 
-def _lay_out(requests, rows, sequences, counts, shape, width, packed) -> _Batch:
+def _lay_out(table, chosen, rows, shape, width, packed) -> _Batch:
     tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     picks, targets = np.zeros(width, np.int32), np.zeros(width, np.int32)
-    filled, documents = np.zeros(shape[0], np.int64), np.zeros(shape[0], np.int64)
-    at = 0
-    for request, row in zip(requests.tolist(), rows.tolist(), strict=True):
-        sequence, count = sequences[request], int(counts[request])
-        begin, end = int(filled[row]), int(filled[row]) + sequence.size - 1
-        documents[row] += 1
-        tokens[row, begin:end], segments[row, begin:end] = sequence[:-1], documents[row]
-        picks[at : at + count] = row * shape[1] + np.arange(end - count, end)
-        targets[at : at + count] = sequence[-count:]
-        filled[row], at = end, at + count
-    return _Batch(requests, counts[requests], tokens, segments if packed else None, picks, targets)
+    filled, documents = [0] * shape[0], [0] * shape[0]
+    requests, counts, at = [], [], 0
+    for one, row in zip(chosen, rows, strict=True):
+        begin, end = filled[row], filled[row] + table.inputs[one].size
+        filled[row], documents[row] = end, documents[row] + 1
+        tokens[row, begin:end], segments[row, begin:end] = table.inputs[one], documents[row]
+        for request in table.members[one]:
+            count = table.targets[request].size
+            picks[at : at + count] = row * shape[1] + np.arange(end - count, end)
+            targets[at : at + count] = table.targets[request]
+            requests.append(request)
+            counts.append(count)
+            at += count
+    return _Batch(np.asarray(requests), np.asarray(counts), tokens, segments if packed else None, picks, targets,
+                  sum(filled))
 
 
 def _power_of_two(n: int, least: int = 1) -> int:

@@ -83,11 +83,10 @@ def test_the_same_in_any_batching_and_order(monkeypatch):
 
 def test_few_shapes_and_little_padding():
     rng = np.random.default_rng(0)
-    sequences = [np.zeros(n, np.int32) for n in rng.integers(40, 200, 2_000)]
-    counts = np.full(2_000, 20)
-    batches = list(loglikelihood._batches(sequences, counts, 32_768, 32_768))
+    requests = [Request(rng.integers(0, 50, n).tolist(), [1] * 20) for n in rng.integers(20, 180, 2_000)]
+    batches = list(loglikelihood._batches(loglikelihood._table(requests, 32_768, 50), 32_768))
     assert len({(batch.tokens.shape, batch.picks.shape) for batch in batches}) == 1
-    real = sum(sequence.size - 1 for sequence in sequences)
+    real = sum(len(request.context) + 19 for request in requests)
     assert sum(int((batch.segment_ids > 0).sum()) for batch in batches) == real
     # all batches but the last are full of full rows
     assert all((batch.segment_ids > 0).mean() > 0.97 for batch in batches[:-1])
@@ -95,9 +94,16 @@ def test_few_shapes_and_little_padding():
 
 
 def test_a_row_for_each_long_request_has_no_segments():
-    batches = list(loglikelihood._batches([np.zeros(3_000, np.int32)] * 3, np.full(3, 5), 4_096, 1_024))
+    requests = [Request([token] * 3_000, [1, 2]) for token in range(3)]
+    batches = list(loglikelihood._batches(loglikelihood._table(requests, 4_096, 50), 1_024))
     assert [batch.tokens.shape for batch in batches] == [(1, 4_096)] * 3
     assert all(batch.segment_ids is None for batch in batches)
+
+
+def test_answers_of_one_token_share_a_row():
+    requests = [Request([1, 2, 3], [token]) for token in range(40)] + [Request([1, 2], [3, 4])]
+    (batch,) = loglikelihood._batches(loglikelihood._table(requests, 4_096, 50), 1_024)
+    assert batch.work == 3 and batch.requests.size == 41
 
 
 def test_empty_continuation_and_empty_context():

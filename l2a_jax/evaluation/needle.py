@@ -1,0 +1,227 @@
+"""Needle in a haystack: does a model find one sentence in a long text, by context length and depth?
+
+Every prompt is built from tokens to an exact length, the answer's tokens included. It is scored in two ways, because
+a small base model may know and not say it: would greedy decoding write the answer, and how does the answer's
+log-probability rank among other codes of the same form?
+
+Both come from teacher forcing. Greedy decoding writes a given answer exactly if at each of its positions, after the
+answer so far, its next token is the most likely one; so one forward pass decides it and no cache is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from l2a_jax.config import position_limit
+from l2a_jax.data import recall
+from l2a_jax.errors import UserError
+from l2a_jax.evaluation.loglikelihood import Request, log_likelihoods
+from l2a_jax.evaluation.needle_plot import draw_heat_map, format_table
+from l2a_jax.evaluation.needle_text import (
+    ADJECTIVES,
+    PLACES,
+    RECALL,
+    SURPLUS,
+    CodeForm,
+    Form,
+    Haystack,
+    RecallForm,
+    recall_haystack,
+    text_haystack,
+)
+from l2a_jax.weights.pretrained import Pretrained
+
+__all__ = ["NeedleOptions", "draw_heat_map", "evaluate_needle", "format_table"]
+
+
+@dataclass(frozen=True)
+class NeedleOptions:
+    """The grid and what is hidden in it.
+
+    `lengths`: tokens of a context, the answer's included. `depths`: where the needle is, 0 before and 1 after all hay.
+    `seeds`: one prompt a cell for each: other hay, key and answer. `needles`: facts in a context; one is asked for and
+    lies at the cell's depth, the others lie anywhere. `digits` of a code. `distractors`: wrong answers the true one is
+    ranked against (the facts not asked for among them); each costs one more forward pass. `haystack`: files, folders
+    or globs of text, or `recall`, the synthetic corpus; records with the same `join` field, one after another, are one
+    document. `generate`: so many prompts, spread over the grid, are also continued by real decoding, to be read.
+    """
+
+    lengths: tuple[int, ...] = (512, 1_024, 2_048, 4_096)
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    needles: int = 1
+    digits: int = 5
+    distractors: int = 7
+    haystack: tuple[str, ...] = (RECALL,)
+    join: str | None = "source"
+    generate: int = 0
+
+    def __post_init__(self):
+        for name in ("lengths", "depths", "seeds", "haystack"):
+            if isinstance(getattr(self, name), str) or not tuple(getattr(self, name)):
+                raise UserError(f"needle {name} is {getattr(self, name)!r}; expected at least one, in a sequence")
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("lengths", "depths", "seeds"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise UserError(f"needle {name} {values} holds the same twice")
+        if any(not 0 <= depth <= 1 for depth in self.depths):
+            raise UserError(f"needle depths are {self.depths}; expected fractions from 0 to 1")
+        for name, least in (("needles", 1), ("digits", 1), ("distractors", 1), ("generate", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"needle {name} is {getattr(self, name)}; expected at least {least}")
+        if RECALL in self.haystack and len(self.haystack) > 1:
+            raise UserError(f"the haystack {RECALL} cannot be mixed with files; got {', '.join(self.haystack)}")
+        words = RECALL in self.haystack
+        wrong, most = self.needles + self.distractors, 9 * 10 ** (self.digits - 1)
+        if not words and wrong > most:
+            raise UserError(f"codes of {self.digits} digits are only {most}; {wrong} different ones were asked for")
+        keys = len(recall.SUBJECTS) if words else len(ADJECTIVES) * len(PLACES)
+        if self.needles > keys:
+            raise UserError(f"needle needles is {self.needles}; there are only {keys} keys")
+
+
+class Prompt(NamedTuple):
+    """A context of exactly `length` tokens when the answer is added, and what may follow it."""
+
+    length: int
+    depth: float
+    seed: int
+    key: str
+    tokens: list[int]
+    answers: list[str]
+    """The true one first."""
+    answer_tokens: list[list[int]]
+    position: int
+    """Where the asked-for needle begins, in tokens."""
+
+
+def evaluate_needle(model: Pretrained, options: NeedleOptions, *, backend: str = "auto") -> dict[str, Any]:
+    """The grid's scores in JSON types: `exact_match`, `ranked_first`, `mean_rank` and `log_probability` as lists over
+    depths of lists over lengths, `overall`, and every prompt's own under `prompts`.
+
+    A rank is 1 where the true answer is more likely than every distractor; one of n at random has rank (n + 1) / 2.
+
+    Raises UserError on an empty or too short haystack, lengths beyond the model's positions or too short for the
+    question, and a model without a tokenizer.
+    """
+    prompts = build_prompts(model, options)
+    requests = [Request(prompt.tokens, tokens) for prompt in prompts for tokens in prompt.answer_tokens]
+    scores = log_likelihoods(model, requests, backend=backend, label="needle")
+    rows, at = [], 0
+    for prompt in prompts:
+        mine = slice(at, at + len(prompt.answers))
+        at = mine.stop
+        log_p = scores.log_probabilities[mine]
+        rows.append({
+            "length": prompt.length, "depth": prompt.depth, "seed": prompt.seed, "key": prompt.key,
+            "answer": prompt.answers[0], "position": prompt.position, "exact_match": bool(scores.greedy[mine][0]),
+            "rank": 1 + int((log_p[1:] >= log_p[0]).sum()), "log_probability": float(log_p[0]),
+            "best_distractor": prompt.answers[1 + int(log_p[1:].argmax())],
+            "best_distractor_log_probability": float(log_p[1:].max()),
+        })
+    result = {
+        "lengths": list(options.lengths), "depths": list(options.depths), "seeds": list(options.seeds),
+        "needles": options.needles, "distractors": len(prompts[0].answers) - 1, "haystack": list(options.haystack),
+        "answer_tokens": len(prompts[0].answer_tokens[0]), "method": "teacher forcing",
+        **{name: _grid(rows, options, field) for name, field in _GRIDS.items()},
+        "per_cell": len(options.seeds), "overall": _overall(rows), "prompts": rows,
+    }
+    if options.generate:
+        result["generated"] = _generated(model, prompts, options, backend)
+    return result
+
+
+_GRIDS = {"exact_match": lambda row: row["exact_match"], "ranked_first": lambda row: row["rank"] == 1,
+          "mean_rank": lambda row: row["rank"], "log_probability": lambda row: row["log_probability"]}
+
+
+def _grid(rows, options, field) -> list[list[float]]:
+    return [[float(np.mean([field(row) for row in rows if row["depth"] == depth and row["length"] == length]))
+             for length in options.lengths] for depth in options.depths]
+
+
+def _overall(rows) -> dict[str, Any]:
+    """Shares over all prompts with their standard errors, which count the prompts as independent."""
+    out: dict[str, Any] = {"n": len(rows)}
+    for name in ("exact_match", "ranked_first"):
+        share = float(np.mean([_GRIDS[name](row) for row in rows]))
+        out |= {name: share, f"{name}_stderr": float(np.sqrt(share * (1 - share) / len(rows)))}
+    return out | {"mean_rank": float(np.mean([row["rank"] for row in rows]))}
+
+
+def build_prompts(model: Pretrained, options: NeedleOptions) -> list[Prompt]:
+    """The prompts of the grid, by length, depth and seed; see `evaluate_needle` for the errors.
+
+    A seed draws the same facts at every depth of a length and cuts the same hay, so that depths differ in depth alone.
+    """
+    limit = position_limit(model.config, model.l2a_config)
+    if max(options.lengths) > limit:
+        raise UserError(f"a needle context of {max(options.lengths)} tokens is longer than the model's positions, "
+                        f"which end at {limit}; expected lengths up to that")
+    if model.tokenizer is None:
+        raise UserError("the model has no tokenizer, which the needle test needs")
+    if options.haystack == (RECALL,):
+        if model.tokenizer.get_vocab() != recall.IDS:
+            raise UserError(f"the haystack {RECALL} needs a model of the recall corpus's vocabulary; give files or "
+                            "folders of text for this one")
+        form: Form = RecallForm(model.tokenizer)
+        hay = recall_haystack(SURPLUS * max(options.lengths))
+    else:
+        form = CodeForm(model.tokenizer, options.digits)
+        hay = text_haystack(options.haystack, model.tokenizer, max(options.lengths), options.join)
+    return [_prompt(form, hay, options, length, depth, seed)
+            for length in options.lengths for depth in options.depths for seed in options.seeds]
+
+
+def _prompt(form: Form, hay: Haystack, options: NeedleOptions, length: int, depth: float, seed: int) -> Prompt:
+    rng = np.random.default_rng((seed, length))
+    facts, wrong = form.draw(rng, options.needles, options.distractors)
+    key, answer = facts[0]
+    answers = [answer, *([other for _, other in facts[1:]] + wrong)[: options.distractors]]
+    answer_tokens = [form.answer(key, one) for one in answers]
+    budget = max(len(tokens) for tokens in answer_tokens)
+    needles = [form.needle(*fact) for fact in facts]
+    question = form.question(key)
+    room = length - len(form.opening) - len(question) - budget - sum(map(len, needles))
+    if room < 0:
+        raise UserError(f"a needle context of {length} tokens is too short: the question, {options.needles} needle(s) "
+                        f"and the answer alone need {length - room}")
+    straw, places = hay.cut(room, rng)
+    others = rng.random(options.needles - 1)
+    at = [_nearest(places, share * room) for share in (depth, *others)]
+    pieces: list[int] = []
+    previous, position = 0, 0
+    for place, index in sorted(zip(at, range(len(at)), strict=True)):
+        pieces += straw[previous:place].tolist()
+        if index == 0:
+            position = len(form.opening) + len(pieces)
+        pieces += needles[index]
+        previous = place
+    tokens = [*form.opening, *pieces, *straw[previous:].tolist(), *question]
+    return Prompt(length, depth, seed, key, tokens, answers, answer_tokens, position)
+
+
+def _nearest(places: np.ndarray, at: float) -> int:
+    return int(places[np.abs(places - at).argmin()])
+
+
+def _generated(model: Pretrained, prompts: Sequence[Prompt], options: NeedleOptions, backend: str) -> list[dict]:
+    """What decoding really writes after some of the prompts, the same number of each length where possible."""
+    from l2a_jax.inference.generate import generate
+
+    chosen = [prompts[int(index)] for index in np.linspace(0, len(prompts) - 1, min(options.generate, len(prompts)))]
+    out = []
+    for prompt in chosen:
+        count = len(prompt.answer_tokens[0])
+        result = generate(model.params, model.config, model.l2a_config, [prompt.tokens], max_new_tokens=count,
+                          backend=backend)
+        tokens = np.asarray(jax.device_get(result.tokens))[0].tolist()
+        out.append({"length": prompt.length, "depth": prompt.depth, "seed": prompt.seed, "answer": prompt.answers[0],
+                    "written": model.tokenizer.decode(tokens), "exact_match": tokens == prompt.answer_tokens[0]})
+    return out
