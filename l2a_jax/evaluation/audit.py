@@ -155,7 +155,7 @@ def _reproduced(learned: Scores, again: Scores, dtype: str) -> float:
         raise UserError("audit: forcing the learned decisions gave other decisions; this is a bug, please report it")
     error = float(np.max(np.abs(learned.nll - again.nll) / np.maximum(learned.tokens, 1)))
     if not error <= TOLERANCE.get(dtype, TOLERANCE["bfloat16"]):
-        raise UserError(f"audit: forcing the learned decisions back changed a window's loss by {error:.2g} nats a token,"
-                        f" more than rounding in {dtype} explains ({TOLERANCE.get(dtype)}): the controls could not be "
-                        "trusted, so there is no audit")
+        raise UserError(f"audit: forcing the learned decisions back changed a window's loss by {error:.2g} nats per "
+                        f"token, more than rounding in {dtype} explains ({TOLERANCE.get(dtype)}): the controls could "
+                        "not be trusted, so there is no audit")
     return error

@@ -22,6 +22,7 @@ from jaxtyping import Int32
 
 from l2a_jax.data.encoder import make_encoder
 from l2a_jax.data.hub import hub_records
+from l2a_jax.data.recall import IDS
 from l2a_jax.data.recipes import Hub
 from l2a_jax.data.text import SUFFIXES, TEXT, Fragment, read_lines, read_records, record_text, separated, suffix
 from l2a_jax.errors import UserError
@@ -91,6 +92,11 @@ def tokenise(text: Text, tokenizer: Any, vocab_size: int) -> Int32[np.ndarray, "
         raise UserError(f"the tokenizer gives id {ids.max()} for {text.name}, but the model's vocabulary has "
                         f"{vocab_size} rows; is it this model's tokenizer?")
     return ids
+
+
+def speaks_recall(tokenizer: Any) -> bool:
+    """Whether this is the embedded model's tokenizer, whose words are the synthetic recall corpus's."""
+    return tokenizer is not None and tokenizer.get_vocab() == IDS
 
 
 def _from_hub(entry: str, split: str, flag: str) -> Text:

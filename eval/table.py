@@ -1,0 +1,37 @@
+"""The main results table of several evaluated runs: `python eval/table.py RUN... [--baseline RUN] [--out table.md]`.
+
+RUN is a folder that holds eval.json, or such a file. Prints markdown; --out writes it, and the numbers as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder with eval.json, or such a file")
+    parser.add_argument("--baseline", metavar="RUN", help="compare every run with this one, pair by pair")
+    parser.add_argument("--out", type=pathlib.Path, help="table.md (table.json goes beside it), or a folder")
+    flags = parser.parse_args(arguments)
+
+    from l2a_jax.errors import UserError
+    from l2a_jax.evaluation import table
+
+    try:
+        runs = [table.load(run) for run in flags.runs]
+        made = table.make_table(runs, None if flags.baseline is None else table.load(flags.baseline))
+        print(table.markdown(made), end="")
+        if flags.out is not None:
+            print("written: " + ", ".join(map(str, table.write(made, flags.out))), file=sys.stderr)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""The collapse report: is this model still a language model, and what broke if not?
+
+Measured on a few held-out windows and a few prompts: numbers that are not finite (weights, logits), whether later
+tokens leak into earlier ones, how the router decides, what the model writes, and training loss beside held-out loss.
+`verdict.RULES` turns the measures into a verdict.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from l2a_jax.evaluation import repetition, verdict
+from l2a_jax.evaluation.perplexity import Windows
+from l2a_jax.models.params import Tree, map_with_path
+from l2a_jax.models.qwen2 import hidden_states, unembed
+from l2a_jax.nn import routing
+from l2a_jax.training.loss import CHUNK
+from l2a_jax.weights.pretrained import Pretrained
+
+WINDOWS, LENGTH = 8, 1_024
+"""Held-out windows looked at, and tokens of each: enough for counts and means, a few seconds on any device."""
+NEW_TOKENS = 96
+PROMPTS = (
+    "The first snow of the year fell on the town during the night, and when the baker opened her door",
+    "To find the area of a triangle from the lengths of its three sides, we",
+    "def moving_average(values, window):\n    \"\"\"Mean of the last `window` values at every place.\"\"\"\n",
+    "Plants take up water through their roots. In the leaves,",
+    "My grandfather kept bees. Every spring he would",
+    "The committee met on Tuesday to discuss the new bridge. The chair began by",
+    "Dear editor, I read your article on night trains with great interest, but",
+    "Question: Why do we see lightning before we hear thunder?\nAnswer:",
+)
+"""Our own beginnings of a story, a proof, code, science, memory, news, a letter and an answer."""
+
+
+def collapse(
+    model: Pretrained,
+    windows: Windows,
+    *,
+    prompts: Sequence[Sequence[int]],
+    stop_tokens: Sequence[int] = (),
+    records: Sequence[dict[str, Any]] = (),
+    new_tokens: int = NEW_TOKENS,
+    seed: int = 0,
+    backend: str = "auto",
+) -> dict[str, Any]:
+    """The report of a model, whatever its state; nothing that is not finite raises here.
+
+    `windows`: held-out text, of which the first few are looked at. `prompts`: token ids to continue. `records`: the
+    run's `metrics.jsonl`, where the model comes from one.
+    """
+    weights = weights_not_finite(model.params)
+    text = text_measures(model, windows, backend)
+    training = training_measures(records)
+    report: dict[str, Any] = {"weights_not_finite": weights, "text": text, "training": training, "generation": None}
+    if weights:
+        report["not_generated"] = "the weights are not finite"
+    else:
+        report["generation"] = generation_measures(model, prompts, stop_tokens, new_tokens, seed, backend)
+    sampled = (report["generation"] or {}).get("sampled", {})
+    held_out = training.get("held_out_loss", text["loss"])
+    gap = None if training.get("loss") is None or held_out is None else held_out - training["loss"]
+    pruned = model.l2a_config is not None and len(model.l2a_config.pruned_layers) == model.config.num_layers
+    measures = {
+        "weights_not_finite": sum(weights.values()), "logits_not_finite": text["logits_not_finite"],
+        "training_losses_not_finite": training.get("not_finite"), "future_seen": text["future_seen"],
+        "future_routing": text["future_routing"], "training_loss": training.get("loss"), "loss_gap": gap,
+        "logit_spread": text["logit_spread"], "top_token_share": text["top_token_share"],
+        "loss_over_uniform": None if text["loss"] is None else text["loss"] / math.log(model.config.vocab_size),
+        "sampled_ends_in_loop": sampled.get("ends_in_loop"), "sampled_distinct_2": sampled.get("distinct_2"),
+        "sparsity": None if pruned else text["sparsity"],  # a layer cut off on purpose is no verdict on its router
+    }
+    return {**verdict.judge(measures), **report}
+
+
+def weights_not_finite(params: Tree) -> dict[str, int]:
+    """How many values of each leaf are NaN or infinite, by path; leaves without any are left out."""
+    counts: dict[str, int] = {}
+    map_with_path(lambda path, leaf: counts.update({path: int(jnp.sum(~jnp.isfinite(leaf)))}), params)
+    return {path: count for path, count in counts.items() if count}
+
+
+def text_measures(model: Pretrained, windows: Windows, backend: str = "auto") -> dict[str, Any]:
+    """Loss, logits, routing and causality on the first windows; a number that cannot be had is None."""
+    rows, length = min(WINDOWS, len(windows.tokens)), min(LENGTH, windows.tokens.shape[1])
+    tokens, targets, real = (x[:rows, :length] for x in (windows.tokens, windows.targets, windows.real))
+    options = (model.config, model.l2a_config, backend)
+    found = jax.device_get(_probe(model.params, tokens, targets, real, None, *options))
+    count = int(real.sum())
+    top = found["top"][real]
+    finite = int(found["not_finite"][real].sum())
+    out = {
+        "windows": rows, "length": length, "tokens": count, "name": windows.about.get("name"),
+        "logits_not_finite": finite,
+        "loss": _number(found["nll"][real].mean(dtype=np.float64)),
+        "logit_spread": _number(found["spread"][real].mean()),
+        "predictive_entropy": _number(found["entropy"][real].mean()),
+        "top_token_share": float(np.bincount(top).max() / count),
+        "sparsity": None, "sparsity_per_layer": None, "router_entropy_per_layer": None,
+        "future_seen": None, "future_routing": None,
+    }
+    if found["decisions"] is not None:
+        sparsity = (~found["decisions"] & real).sum(axis=(1, 2)) / real.sum()
+        out |= {"sparsity": float(sparsity.mean()), "sparsity_per_layer": sparsity,
+                "router_entropy_per_layer": found["router_entropy"]}
+    half = length // 2
+    if half and not finite:
+        other = tokens.copy()
+        other[:, half:] = (tokens[:, half:] + 1 + np.arange(length - half)) % model.config.vocab_size
+        forced = jax.device_get(_hidden(model.params, other, found["decisions"], *options))
+        before = np.asarray(found["hidden"], np.float64)[:, :half]
+        change = np.linalg.norm(np.asarray(forced[0], np.float64)[:, :half] - before, axis=-1)
+        out["future_seen"] = _number(np.max(change / np.maximum(np.linalg.norm(before, axis=-1), 1e-30)))
+        if found["decisions"] is not None:
+            free = jax.device_get(_hidden(model.params, other, None, *options)[1])
+            out["future_routing"] = float((free != found["decisions"])[:, :, :half].mean())
+    return out
+
+
+def generation_measures(model: Pretrained, prompts: Sequence[Sequence[int]], stop_tokens: Sequence[int],
+                        new_tokens: int, seed: int, backend: str) -> dict[str, Any]:
+    """Repetition of greedy text and of text sampled at temperature 1, with the texts."""
+    from l2a_jax.inference.generate import generate
+
+    out: dict[str, Any] = {"prompts": len(prompts), "new_tokens": new_tokens, "seed": seed}
+    for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+        made = jax.device_get(generate(
+            model.params, model.config, model.l2a_config, prompts, max_new_tokens=new_tokens, temperature=temperature,
+            key=jax.random.key(seed) if temperature else None, stop_tokens=tuple(stop_tokens), backend=backend))
+        texts = [row[:length].tolist() for row, length in zip(made.tokens, made.lengths, strict=True)]
+        own = np.concatenate([row[:length] for row, length in zip(made.log_probabilities, made.lengths, strict=True)])
+        out[name] = {**repetition.describe(texts), "not_finite": int((~made.finite).sum()),
+                     "own_perplexity": float(np.exp(-own.mean(dtype=np.float64))) if own.size else None}
+        if model.tokenizer is not None:
+            out[name]["texts"] = [model.tokenizer.decode(text) for text in texts]
+    return out
+
+
+def training_measures(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The loss at the end of training (mean of the last 5 % of steps), the run's own last held-out loss, and the steps
+    whose loss was not finite; empty where there are no records."""
+    losses = [float(record["loss"]) for record in records]
+    if not losses:
+        return {}
+    held_out = [float(record["held_out_loss"]) for record in records if "held_out_loss" in record]
+    out = {"steps": len(losses), "loss": float(np.mean(losses[-max(1, len(losses) // 20):])),
+           "not_finite": int(np.sum(~np.isfinite(losses)))}
+    return out | ({"held_out_loss": held_out[-1]} if held_out else {})
+
+
+def format_collapse(report: dict[str, Any]) -> str:
+    """The report as a few lines."""
+    lines = [f"verdict: {report['verdict']} - {report['rule']}"]
+    if len(report["findings"]) > 1:
+        lines.append(f"also: {', '.join(report['findings'][1:])}")
+    if report["not_measured"]:
+        lines.append(f"not measured: {', '.join(report['not_measured'])}")
+    for name in ("greedy", "sampled") if report["generation"] else ():
+        row = report["generation"][name]
+        shown = ", ".join(f"{key.replace('_', ' ')} {row[key]:.2f}" for key in _SHOWN if row[key] is not None)
+        lines.append(f"{name} text: {shown}, longest loop {row['longest_loop']} tokens")
+    return "\n".join(lines)
+
+
+_SHOWN = ("distinct_1", "distinct_2", "distinct_4", "unigram_entropy", "ends_in_loop")
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _hidden(params, tokens, decisions, config, l2a_config, backend):
+    hidden, routed = hidden_states(params, tokens, config, l2a_config, decisions=decisions, backend=backend)
+    return hidden.astype(jnp.float32), None if routed is None else routed.decisions
+
+
+@functools.partial(jax.jit, static_argnums=(5, 6, 7))
+def _probe(params, tokens, targets, real, decisions, config, l2a_config, backend):
+    """Per token: nats, spread, entropy, likeliest token, logits not finite; and the hidden states and routing."""
+    hidden, routed = hidden_states(params, tokens, config, l2a_config, decisions=decisions, backend=backend)
+    size = min(CHUNK, tokens.size)
+    count = -(-tokens.size // size)
+
+    def chunks(x):
+        x = x.reshape(tokens.size, *x.shape[2:])
+        padded = jnp.pad(x, ((0, count * size - tokens.size), *((0, 0),) * (x.ndim - 1)))
+        return padded.reshape(count, size, *x.shape[1:])
+
+    def look(inputs):
+        rows, target = inputs
+        logits = unembed(params, rows[None], config)[0]
+        log_p = jax.nn.log_softmax(logits)
+        return {"nll": -jnp.take_along_axis(log_p, target[:, None], axis=-1)[:, 0],
+                "spread": logits.max(axis=-1) - logits.min(axis=-1),
+                "entropy": -jnp.sum(jnp.exp(log_p) * log_p, axis=-1),
+                "top": jnp.argmax(logits, axis=-1), "not_finite": jnp.sum(~jnp.isfinite(logits), axis=-1)}
+
+    seen = jax.tree.map(lambda x: x.reshape(-1)[: tokens.size].reshape(tokens.shape),
+                        jax.lax.map(look, (chunks(hidden), chunks(targets))))
+    return {**seen, "hidden": hidden.astype(jnp.float32), "decisions": None if routed is None else routed.decisions,
+            "router_entropy": None if routed is None else routing.entropy(routed.probabilities, real)}

@@ -1,0 +1,330 @@
+"""What `eval/run.py` does from start to end: check everything, load, run each task, merge into `eval.json`.
+
+    options -> plan (files read, names known: nothing is computed before all of it is right) -> model -> tasks
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import logging
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from l2a_jax.config import L2AConfig, ModelConfig, position_limit
+from l2a_jax.data.recall import RecallCorpus, needs_memory
+from l2a_jax.errors import UserError
+from l2a_jax.evaluation import (
+    audit,
+    collapse,
+    intervals,
+    needle_task,
+    perplexity,
+    pruning_cost,
+    results,
+    subject,
+    texts,
+)
+from l2a_jax.evaluation.perplexity import Windows
+from l2a_jax.evaluation.tasks import FOLDERS
+from l2a_jax.training.metrics import read_metrics
+from l2a_jax.weights.pretrained import Pretrained, load_pretrained, locate, read_config, source_tokenizer
+from l2a_jax.weights.run_folder import is_run_folder
+
+log = logging.getLogger("l2a_jax.eval")
+OWN_TASKS = ("collapse", "perplexity", "audit", "needle")
+BACKENDS = ("auto", "reference", "xla", "cudnn", "pallas", "pallas_interpret")
+RECALL_ROWS, RECALL_LENGTH = 64, 128
+
+
+@dataclass(frozen=True)
+class Options:
+    """One evaluation. `layer` holds the layer flags that were given; lengths are tokens; None: not given."""
+
+    source: str
+    tasks: tuple[str, ...]
+    text: str | None = None
+    context: int | None = None
+    stride: int | None = None
+    max_windows: int | None = None
+    audit_seeds: int = 3
+    limit: int | None = None
+    num_fewshot: int | None = None
+    task_data: Path | None = None
+    log_samples: bool = False
+    needle: dict[str, Any] = field(default_factory=dict)
+    layer: dict[str, Any] = field(default_factory=dict)
+    route: str = "learned"
+    prune_layers: tuple[int, ...] = ()
+    prune_sparsity: float | None = None
+    calibration: str | None = None
+    dtype: str | None = None
+    backend: str = "auto"
+    batch_tokens: int | None = None
+    seed: int = 0
+    out: Path | None = None
+
+
+class Plan(NamedTuple):
+    """An evaluation before anything is computed: names known, files read, flags consistent."""
+
+    options: Options
+    tasks: tuple[str, ...]
+    config: ModelConfig
+    own: L2AConfig | None
+    layer: L2AConfig | None
+    windows: Windows | None
+    calibration: Windows | None
+    needle: Any
+    dtype: str
+    batch_tokens: int
+    path: Path
+    replace: bool
+
+    @property
+    def precision(self) -> str | None:
+        """float32 means float32 products too, where an accelerator would take shortcuts."""
+        return "float32" if self.dtype == "float32" else None
+
+
+def make_plan(options: Options) -> Plan:
+    """Check all that can be checked before weights are read. Raises UserError naming the flag."""
+    tasks = _tasks(options.tasks)
+    if options.backend not in BACKENDS:
+        raise UserError(f"--backend is {options.backend!r}; expected one of {', '.join(BACKENDS)}")
+    dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"--dtype is {dtype!r}; expected float32 or bfloat16")
+    for name in ("context", "stride", "max_windows", "audit_seeds", "limit", "batch_tokens"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; expected at least 1")
+    if (options.prune_sparsity is None) != (options.calibration is None):
+        raise UserError("--prune-sparsity measures the router on --calibration TEXT: give both")
+    if options.prune_sparsity is not None and not 0 <= options.prune_sparsity < 1:
+        raise UserError(f"--prune-sparsity is {options.prune_sparsity}; expected a share of tokens not routed, such as "
+                        "0.99, below 1")
+    config, own = read_config(options.source)
+    config, layer = subject.layer_of(config, own, options.layer, options.route, options.prune_layers, options.source)
+    if "audit" in tasks and layer is None:
+        if "audit" in options.tasks:
+            raise UserError(f"--tasks audit: {options.source} is a plain model, which routes nothing; give a routed "
+                            "one, or --window to put an untrained layer on it")
+        tasks = tuple(name for name in tasks if name != "audit")
+    if "audit" in tasks and options.route != "learned":
+        if "audit" in options.tasks:
+            raise UserError(f"--tasks audit: --route {options.route} leaves no decision to audit")
+        tasks = tuple(name for name in tasks if name != "audit")
+    if options.prune_sparsity is not None and layer is None:
+        raise UserError(f"--prune-sparsity: {options.source} is a plain model, which has no layers to prune")
+    tokenizer = source_tokenizer(options.source)
+    windows = calibration = None
+    if {"perplexity", "audit", "collapse"} & set(tasks) or (_pruning(options) and options.text is not None):
+        windows = _windows(options, options.text, "--text", tokenizer, config, layer)
+    if options.calibration is not None:
+        calibration = _windows(options, options.calibration, "--calibration", tokenizer, config, layer)
+    lm_tasks = [name for name in tasks if name not in OWN_TASKS]
+    if lm_tasks and tokenizer is None:
+        raise UserError(f"{options.source} has no tokenizer, which {lm_tasks[0]} needs")
+    if lm_tasks and options.task_data is not None:
+        from l2a_jax.evaluation.task_files import read_task
+
+        for name in lm_tasks:
+            read_task(name, options.task_data)
+    needle = None
+    if "needle" in tasks:
+        needle = needle_task.make_options(options.needle, Pretrained(config, layer, {}, tokenizer, ""))
+    path, replace = _place(options)
+    batch_tokens = options.batch_tokens or (4_096 if jax.default_backend() == "cpu" else perplexity.BATCH_TOKENS)
+    return Plan(options, tasks, config, own, layer, windows, calibration, needle, dtype, batch_tokens, path, replace)
+
+
+def evaluate(options: Options) -> tuple[dict[str, Any], Path]:
+    """Run every task; returns the merged results and the file that holds them.
+
+    Raises UserError on bad input before anything is computed; tasks that were finished before an error stay written.
+    """
+    plan = make_plan(options)
+    log.info("%s: %s", options.source, ", ".join(plan.tasks))
+    with jax.default_matmul_precision(plan.precision):
+        model = subject.with_layer(load_pretrained(options.source, jnp.dtype(plan.dtype)), plan.config, plan.layer,
+                                   options.route)
+        unpruned = model
+        if plan.calibration is not None:
+            model = pruning_cost.by_sparsity(model, plan.calibration, options.prune_sparsity, backend=options.backend,
+                                             batch_tokens=plan.batch_tokens)
+        elif options.prune_layers:
+            unpruned = model._replace(l2a_config=dataclasses.replace(
+                model.l2a_config, pruned_layers=() if plan.own is None else plan.own.pruned_layers))
+        merged = results.open_results(plan.path, subject.describe(model, options.source, options.route, plan.own),
+                                      replace=plan.replace)
+        for name, run in _steps(plan, model, unpruned):
+            log.info("%s ...", name)
+            started = time.monotonic()
+            found = run(merged["tasks"])
+            seconds = time.monotonic() - started
+            settings = dataclasses.asdict(options) | {"dtype": plan.dtype, "batch_tokens": plan.batch_tokens}
+            for task, entry in found.items():
+                merged["tasks"][task] = {**entry, "provenance": results.provenance(settings, seconds)}
+            results.write_results(plan.path, merged)
+            log.info("%s: done in %.1f s", name, seconds)
+    return results.read_results(plan.path), plan.path
+
+
+def _steps(plan: Plan, model: Pretrained, unpruned: Pretrained) -> list[tuple[str, Callable[[dict], dict[str, Any]]]]:
+    """(name, function) in the order of running; collapse first, which also reports on a model that nothing else can
+    run. A function returns results by task name."""
+    o = plan.options
+    passes = {"backend": o.backend, "batch_tokens": plan.batch_tokens}
+    steps: list[tuple[str, Callable]] = []
+    if "collapse" in plan.tasks:
+        steps.append(("collapse", lambda _: {"collapse": _collapse(plan, model)}))
+    if {"perplexity", "audit"} & set(plan.tasks):
+
+        def text(_):
+            scores = perplexity.score_windows(model, plan.windows, **passes)
+            found = {"perplexity": perplexity.result(scores, plan.windows)}
+            if "audit" in plan.tasks:
+                found["audit"] = audit.audit(model, plan.windows, scores, seeds=o.audit_seeds, **passes)
+            return found
+
+        steps.append(("perplexity" + (" and routing audit" if "audit" in plan.tasks else ""), text))
+    if _pruning(o):
+        steps.append(("pruning", lambda _: {"pruning": pruning_cost.report(unpruned, model, plan.windows, **passes)}))
+    lm_tasks = tuple(name for name in plan.tasks if name not in OWN_TASKS)
+    if lm_tasks:
+
+        def benchmarks(_):
+            from l2a_jax.evaluation.tasks import evaluate_tasks
+
+            return evaluate_tasks(model, lm_tasks, limit=o.limit, num_fewshot=o.num_fewshot, task_data=o.task_data,
+                                  backend=o.backend, log_samples=plan.path.parent if o.log_samples else None)
+
+        steps.append((", ".join(lm_tasks), benchmarks))
+    if "needle" in plan.tasks:
+        steps.append(("needle", lambda _: {"needle": needle_task.run(model, plan.needle, plan.path, o.backend)}))
+    return steps
+
+
+def _collapse(plan: Plan, model: Pretrained) -> dict[str, Any]:
+    path = locate(plan.options.source)
+    records = read_metrics(path / "metrics.jsonl") if is_run_folder(path) else []
+    if texts.speaks_recall(model.tokenizer):  # its words are the corpus's: prompts are the beginnings of held-out rows
+        prompts, stops = [row[:24].tolist() for row in plan.windows.tokens[:8]], ()
+    elif model.tokenizer is None:
+        raise UserError(f"{plan.options.source} has no tokenizer, which collapse needs for its prompts")
+    else:
+        prompts = model.tokenizer.encode_batch(list(collapse.PROMPTS), add_special_tokens=False)
+        ends = (model.tokenizer.eos_token_id, model.tokenizer.token_id("<|endoftext|>"))
+        stops = tuple(sorted({end for end in ends if end is not None}))
+    return collapse.collapse(model, plan.windows, prompts=prompts, stop_tokens=stops, records=records,
+                             seed=plan.options.seed, backend=plan.options.backend)
+
+
+def _pruning(options: Options) -> bool:
+    return bool(options.prune_layers) or options.prune_sparsity is not None
+
+
+def _tasks(asked: tuple[str, ...]) -> tuple[str, ...]:
+    known = (*OWN_TASKS, *FOLDERS)
+    if not asked:
+        raise UserError(f"--tasks names nothing; expected some of {', '.join(known)}")
+    for name in asked:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise UserError(f"--tasks: there is no task {name!r}" + (f" (did you mean {near[0]}?)" if near else "")
+                            + f"; expected some of {', '.join(known)}")
+    # The audit belongs to every perplexity of a routed model, and cannot do without it.
+    both = {"perplexity": ("perplexity", "audit"), "audit": ("perplexity", "audit")}
+    return tuple(dict.fromkeys(part for name in asked for part in both.get(name, (name,))))
+
+
+def _windows(options, entry, flag, tokenizer, config, layer) -> Windows:
+    limit = position_limit(config, layer)
+    if entry is None:
+        if not texts.speaks_recall(tokenizer):
+            raise UserError(f"--tasks {','.join(options.tasks)} needs held-out text: give --text FILE (a folder, a "
+                            "glob, or wikitext from the hub)")
+        return _recall_windows(options, layer, limit)
+    if tokenizer is None:
+        raise UserError(f"{options.source} has no tokenizer, so {flag} cannot be read with it")
+    context = options.context or min(2_048, limit)
+    if context > limit:
+        raise UserError(f"--context {context} is longer than max_positions x factor = {limit} of {options.source}")
+    text = texts.read_text(entry, flag)
+    ids = texts.tokenise(text, tokenizer, config.vocab_size)
+    about = {"name": text.name, "rule": text.rule, "files": text.files}
+    return perplexity.text_windows(ids, context, options.stride or context, about, options.max_windows)
+
+
+def _recall_windows(options, layer, limit) -> Windows:
+    distance = max(24, 0 if layer is None else layer.window + layer.sinks + 1)
+    length = max(options.context or RECALL_LENGTH, 2 * distance + 64)
+    if length > limit:
+        raise UserError(f"without --text this model is scored on the synthetic recall corpus, which needs rows of "
+                        f"{length} tokens for a window of {layer.window}, more than its {limit} positions; give "
+                        "a smaller --window, or --text")
+    log.info("no --text: scored on held-out rows of the synthetic recall corpus, which this model's tokenizer speaks")
+    rows = options.max_windows or RECALL_ROWS
+    corpus = RecallCorpus(length, rows, distance=distance)
+    about = {"name": "synthetic recall corpus, held out", "rule": corpus.fingerprint, "files": {}}
+    return perplexity.batch_windows(list(corpus.held_out(1)), about, needs_memory)
+
+
+def _place(options: Options) -> tuple[Path, bool]:
+    """(the file for the results, whether results of other weights in it may be replaced)."""
+    variant = _variant(options)
+    if options.out is not None:
+        return options.out / results.FILE, False
+    path = locate(options.source)
+    if is_run_folder(path):
+        return path / (f"eval{variant}.json"), True
+    name = re.sub(r"[^\w.-]+", "-", Path(options.source).name or "model").removesuffix(".gguf")
+    place = Path("runs") / f"eval-{name}{variant}" / results.FILE
+    log.info("no --out: results go to %s", place)
+    return place, False
+
+
+def _variant(options: Options) -> str:
+    """What sets this model apart from its source, as part of a file's name; empty for the source as it is."""
+    parts = [f"{name.replace('_', '-')}-{value}" for name, value in sorted(options.layer.items())]
+    parts += [f"route-{options.route}"] if options.route != "learned" else []
+    parts += [f"pruned-{'-'.join(map(str, options.prune_layers))}"] if options.prune_layers else []
+    parts += [f"pruned-sparsity-{options.prune_sparsity:g}"] if options.prune_sparsity is not None else []
+    return re.sub(r"[^\w.-]+", "-", "".join(f"-{part}" for part in parts))
+
+
+def summary(found: dict[str, Any]) -> str:
+    """The results as text, one paragraph a task."""
+    lines: list[str] = []
+    for name, entry in found["tasks"].items():
+        if name == "perplexity":
+            low, high = (float(bound) for bound in entry["perplexity_95"])
+            text = entry["text"]
+            lines.append(f"perplexity {entry['perplexity']:.3f} [{low:.3f}, {high:.3f}] over {entry['tokens']:,} tokens "
+                         f"of {text['name']} (context {text['context']}, stride {text['stride']}, {text['rule']})")
+            if "recall_accuracy" in entry:
+                lines.append(f"recall accuracy {entry['recall_accuracy']:.1%}")
+            if "sparsity" in entry:
+                layers = " ".join(f"{value:.0%}" for value in entry["sparsity_per_layer"])
+                lines.append(f"not routed: {entry['sparsity']:.1%} (by layer: {layers})")
+        elif name == "audit":
+            lines += ["routing audit:", audit.format_audit(entry)]
+        elif name == "collapse":
+            lines.append(collapse.format_collapse(entry))
+        elif name == "pruning":
+            lines.append(pruning_cost.format_report(entry))
+        elif name == "needle":
+            lines.append(needle_task.format_table(entry))
+        else:
+            shown = [f"{metric} {entry[metric]:.3f} +- {intervals.Z * entry[f'{metric}_stderr']:.3f}"
+                     for metric in ("acc", "acc_norm") if entry.get(f"{metric}_stderr") is not None]
+            lines.append(f"{name}: {', '.join(shown)} (95 %, {entry['n']} items, {entry['num_fewshot']}-shot)")
+    return "\n".join(lines)

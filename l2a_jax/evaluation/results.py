@@ -1,0 +1,81 @@
+"""`eval.json`: one model's results by task, each with what is needed to repeat and to trust it.
+
+A file belongs to one model, its layer included: results of other weights or of another layer never mix. Tasks are
+merged as they finish, each write whole or not at all, so an interrupted evaluation keeps what it had.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import pathlib
+import platform
+import sys
+from importlib import metadata
+from typing import Any
+
+import jax
+
+from l2a_jax.errors import UserError
+from l2a_jax.training.metrics import plain, write_json
+from l2a_jax.version import __version__
+
+log = logging.getLogger("l2a_jax.eval")
+FILE = "eval.json"
+IDENTITY = ("source_hash", "model_config", "l2a_config", "route")
+"""What two results must share to stand in one file."""
+
+
+def provenance(settings: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """When, where, by which command and with which versions a result was made."""
+    versions = {"python": platform.python_version(), "l2a_jax": __version__}
+    for name in ("jax", "jaxlib", "flax", "numpy", "tokenizers", "lm_eval"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {"command": [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]],
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "seconds": round(seconds, 2),
+            "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}", "versions": versions,
+            "settings": {name: str(value) if isinstance(value, pathlib.Path) else value
+                         for name, value in settings.items()}}
+
+
+def open_results(path: pathlib.Path, model: dict[str, Any], *, replace: bool) -> dict[str, Any]:
+    """The results in `path`, or none yet, for the model described by `model` (which holds the `IDENTITY`).
+
+    Where the file is about another model, `replace` starts anew (a run that was trained further); otherwise UserError.
+    """
+    fresh = {**plain(model), "tasks": {}}
+    if not path.exists():
+        return fresh
+    old = read_results(path)
+    differs = [name for name in IDENTITY if old.get(name) != fresh[name]]
+    if not differs:
+        return {**fresh, "tasks": old["tasks"]}
+    if not replace:
+        raise UserError(f"{path} holds the results of another model (its {', '.join(differs)} differ); choose another "
+                        "--out")
+    log.warning("%s is about earlier weights (its %s differ) and is replaced", path, ", ".join(differs))
+    return fresh
+
+
+def read_results(path: pathlib.Path) -> dict[str, Any]:
+    """The results in a file. UserError where it is not one of ours."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(found, dict) or not isinstance(found.get("tasks"), dict):
+        raise UserError(f"{path} has no tasks; expected the eval.json that eval/run.py writes")
+    return found
+
+
+def write_results(path: pathlib.Path, results: dict[str, Any]) -> None:
+    """Write the file, and the folder where there is none. UserError where that cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, results)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error}") from error

@@ -1,0 +1,98 @@
+"""What is evaluated: a source, the layer that flags put on it or change in it, and what is routed.
+
+A plain source may get an untrained layer (`--window` ...), whose router routes everything. `route="none"` prunes every
+layer, so only windows and sinks are read; `route="all"` sets the router to zero, which by definition routes every
+token. Both hold for every task, generation included, and neither needs decisions to be passed around.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from l2a_jax import presets
+from l2a_jax.config import MODELS, L2AConfig, ModelConfig, to_dict
+from l2a_jax.errors import UserError
+from l2a_jax.models.params import abstract_params, add_routing
+from l2a_jax.training.regimes import count_parameters
+from l2a_jax.weights.hf_config import read_json
+from l2a_jax.weights.pretrained import Pretrained, locate
+from l2a_jax.weights.run_folder import is_run_folder
+
+log = logging.getLogger("l2a_jax.eval")
+ROUTES = ("learned", "all", "none")
+LAYER_FLAGS = ("window", "sinks", "topology", "share_attention", "router_input", "rope", "temperature", "threshold")
+
+
+def layer_of(config: ModelConfig, own: L2AConfig | None, given: dict[str, Any], route: str,
+             prune: tuple[int, ...], source: str) -> tuple[ModelConfig, L2AConfig | None]:
+    """The configurations to evaluate with. UserError where the flags contradict the source or each other."""
+    if route not in ROUTES:
+        raise UserError(f"--route is {route!r}; expected {', '.join(ROUTES)}")
+    if own is None and set(given) <= {"rope"}:
+        if route != "learned" or prune:
+            raise UserError(f"{source} is a plain model, which has nothing to route or prune; give --window (and "
+                            "--sinks, --topology) to put an untrained layer on it")
+        return (dataclasses.replace(config, rope=presets.parse_rope(given["rope"])) if given else config), None
+    if own is None:
+        given = {"share_attention": given.get("topology") != "sequential", **given}
+        layer = presets.layer_of(presets.Settings(regime="router_strict", **given))
+        if route == "learned":
+            log.info("the layer on %s is untrained: its router routes every token (--route none: no token)", source)
+    else:
+        layer = presets.adapt_layer(own, presets.Settings(
+            regime="router_strict", given=tuple(sorted(given)),
+            **{"share_attention": own.share_attention, "topology": own.topology, "router_input": own.router_input,
+               **given}), source)
+    beyond = [index for index in prune if not 0 <= index < config.num_layers]
+    if beyond:
+        raise UserError(f"--prune-layers names {beyond[0]}; {source} has layers 0 to {config.num_layers - 1}")
+    pruned = range(config.num_layers) if route == "none" else {*layer.pruned_layers, *prune}
+    if route == "all":
+        layer = dataclasses.replace(layer, threshold=0.5)  # where a zero router routes everything
+    return config, dataclasses.replace(layer, pruned_layers=tuple(pruned))
+
+
+def with_layer(model: Pretrained, config: ModelConfig, layer: L2AConfig | None, route: str) -> Pretrained:
+    """The loaded model as `layer_of` decided."""
+    params = model.params
+    if layer is not None and model.l2a_config is None:
+        params = add_routing(params, config, layer)
+    if route == "all" and layer is not None:
+        router = {"kernel": jnp.zeros_like(params["layers"]["router"]["kernel"])}
+        params = {**params, "layers": {**params["layers"], "router": router}}
+    return model._replace(config=config, l2a_config=layer, params=params)
+
+
+def describe(model: Pretrained, source: str, route: str, own: L2AConfig | None) -> dict[str, Any]:
+    """The head of `eval.json`: which model this is, and of a run, what was trained."""
+    size = next((name for name, known in MODELS.items() if (known.hidden_size, known.num_layers) ==
+                 (model.config.hidden_size, model.config.num_layers)), None)
+    head = {"source": source, "source_hash": model.source_hash, "size": size,
+            "model_config": to_dict(model.config),
+            "l2a_config": None if model.l2a_config is None else to_dict(model.l2a_config), "route": route,
+            "parameters": count_parameters(abstract_params(model.config, model.l2a_config)),
+            "regime": "baseline" if model.l2a_config is None else "untrained layer" if own is None else "routed",
+            "run": None}
+    path = locate(source)
+    if is_run_folder(path):
+        head |= {"regime": read_json(path / "config.json")["settings"]["regime"], "run": run_facts(path)}
+    return head
+
+
+def run_facts(path: Path) -> dict[str, Any]:
+    """What a run's own files say of its training; numbers that are not there (an unfinished run) are None."""
+    settings = read_json(path / "config.json")["settings"]
+    try:
+        summary = json.loads((path / "summary.json").read_text())
+    except (OSError, ValueError):
+        summary = {}
+    names = ("trained_parameters", "tokens_seen", "tokens_per_trained_parameter", "steps", "loss_last_5_percent",
+             "held_out_perplexity")
+    return {"data": list(settings["data"]) or "synthetic recall corpus", "seed": settings["seed"],
+            "model": settings["model"], **{name: summary.get(name) for name in names}}

@@ -1,0 +1,190 @@
+"""The main results table: one row a run, under it what the study reported, as markdown and as JSON.
+
+Every measured number carries its 95 % interval and its sample count. With a baseline, differences are paired: over the
+same windows for perplexity, over the same items for the benchmarks, which tells far smaller differences from chance.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from l2a_jax.data.counts import format_count
+from l2a_jax.errors import UserError
+from l2a_jax.evaluation import intervals, reported
+from l2a_jax.evaluation.results import FILE, read_results
+from l2a_jax.training.metrics import write_json
+
+BENCHMARKS = {"hellaswag": "HellaSwag", "piqa": "PIQA", "arc_challenge": "ARC-C"}
+"""Columns show acc, which the study's numbers resemble (it does not say), and acc_norm after a stroke."""
+
+
+def load(source: str | Path) -> tuple[str, dict[str, Any]]:
+    """(name, results) of a folder with an `eval.json`, or of such a file. UserError where there is none."""
+    path = Path(source).expanduser()
+    file = path / FILE if path.is_dir() else path
+    if not file.exists():
+        raise UserError(f"{source} has no {FILE}; run eval/run.py on it first")
+    name = file.parent.name + ("" if file.name == FILE else f" ({file.stem.removeprefix('eval-')})")
+    return name, read_results(file)
+
+
+def make_table(runs: list[tuple[str, dict[str, Any]]], baseline: tuple[str, dict[str, Any]] | None = None) -> dict:
+    """{"rows": [...], "baseline", "source"}: every number of the table, None where a task was not run."""
+    rows = [_row(name, found, baseline) for name, found in runs]
+    return {"rows": rows, "baseline": None if baseline is None else baseline[0], "reported_by": reported.SOURCE}
+
+
+def markdown(table: dict[str, Any]) -> str:
+    """The table for people; the study's row stands in italics under the run that it belongs to."""
+    versus = table["baseline"] is not None
+    head = ["run", "regime", "trained", "tokens", "tokens/param", "perplexity",
+            *(f"{label} acc / norm" for label in BENCHMARKS.values()), "needle", "not routed", "audit gap",
+            "verdict"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in table["rows"]:
+        lines.append("| " + " | ".join(_cells(row, versus)) + " |")
+        if row["reported"] is not None:
+            lines.append("| " + " | ".join(_reported_cells(row["reported"])) + " |")
+    notes = ["", "Brackets: 95 % intervals (perplexity over windows, benchmarks over items, needle by Wilson). *audit "
+             "gap*: nats a token by which random routing at the learned rates is worse than the learned decisions, "
+             "paired over windows; near 0 the choice of tokens does not matter."]
+    if versus:
+        notes.append(f"Δ: difference from {table['baseline']}, paired over the same windows or items.")
+    if any(row["reported"] for row in table["rows"]):
+        notes.append(f"*Reported* rows: {table['reported_by']}; other texts and checkpoints, so compare ratios first.")
+    notes += [f"- {row['run']}: {note}" for row in table["rows"] for note in row["notes"]]
+    return "\n".join(lines + notes) + "\n"
+
+
+def write(table: dict[str, Any], out: Path) -> tuple[Path, Path]:
+    """Write `out`.md and `out`.json (a folder: table.md and table.json in it). UserError where that cannot be."""
+    stem = out.with_suffix("") if out.suffix in (".md", ".json") else out / "table"
+    paths = stem.with_name(stem.name + ".md"), stem.with_name(stem.name + ".json")
+    try:
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        partial = paths[0].with_name(f".{paths[0].name}.partial")
+        partial.write_text(markdown(table), encoding="utf-8")
+        partial.replace(paths[0])
+        write_json(paths[1], table)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error}") from error
+    return paths
+
+
+def _row(name, found, baseline):
+    run, tasks = found.get("run") or {}, found["tasks"]
+    row: dict[str, Any] = {
+        "run": name, "source": found["source"], "source_hash": found["source_hash"], "size": found.get("size"),
+        "regime": found["regime"], "route": found.get("route"), "data": run.get("data"),
+        "trained_parameters": run.get("trained_parameters"), "tokens_seen": run.get("tokens_seen"),
+        "tokens_per_trained_parameter": run.get("tokens_per_trained_parameter"), "notes": [],
+    }
+    other = None if baseline is None or baseline[1] is found else baseline[1]["tasks"]
+    row["perplexity"] = _perplexity(tasks.get("perplexity"), None if other is None else other.get("perplexity"), row)
+    for task in BENCHMARKS:
+        row[task] = _benchmark(task, tasks.get(task), None if other is None else other.get(task), row)
+    row["needle"] = _needle(tasks.get("needle"))
+    row["sparsity"] = tasks.get("perplexity", {}).get("sparsity")
+    audit = tasks.get("audit")
+    row["audit"] = None if audit is None else {
+        "gap": audit["gap"], "gap_95": _floats(audit["gap_95"]), "seeds": audit["seeds"],
+        "perplexity": {kind: entry["perplexity"] for kind, entry in audit["rows"].items()}}
+    row["verdict"] = tasks.get("collapse", {}).get("verdict")
+    study = reported.match(row["size"], row["regime"]) if row["route"] == "learned" else None
+    row["reported"] = None if study is None else study._asdict()
+    return row
+
+
+def _perplexity(entry, other, row):
+    if entry is None:
+        return None
+    cell = {"value": entry["perplexity"], "interval": _floats(entry["perplexity_95"]), "tokens": entry["tokens"],
+            "text": entry["text"]["name"], "context": entry["text"]["context"], "stride": entry["text"]["stride"],
+            "difference": None}
+    if other is not None and entry["text"]["hash"] == other["text"]["hash"]:
+        nats, (low, high) = intervals.paired_windows(entry["window_nll"], other["window_nll"], entry["window_tokens"])
+        cell["difference"] = {"nats": nats, "interval": [low, high], "ratio": math.exp(nats),
+                              "ratio_95": [math.exp(low), math.exp(high)]}
+    elif other is not None:
+        row["notes"].append("perplexity is of other windows than the baseline's: no paired difference")
+    return cell
+
+
+def _benchmark(task, entry, other, row):
+    if entry is None:
+        return None
+    correct = entry["correct"]
+    cell = {"value": entry["acc"], "interval": list(intervals.share(sum(correct), len(correct))), "n": entry["n"],
+            "num_fewshot": entry["num_fewshot"], "acc_norm": entry.get("acc_norm"), "acc_norm_interval": None,
+            "difference": None, "difference_norm": None}
+    if "correct_norm" in entry:
+        cell["acc_norm_interval"] = list(intervals.share(sum(entry["correct_norm"]), len(entry["correct_norm"])))
+    if other is None:
+        return cell
+    same = all(entry.get(key) == other.get(key) for key in ("n", "num_fewshot", "source", "version", "limit"))
+    if same:
+        for kind, name in (("correct", "difference"), ("correct_norm", "difference_norm")):
+            if kind in entry and kind in other:
+                difference, interval = intervals.paired_items(entry[kind], other[kind])
+                cell[name] = {"value": difference, "interval": list(interval)}
+    else:
+        row["notes"].append(f"{task} is of other items or shots than the baseline's: no paired difference")
+    return cell
+
+
+def _needle(entry):
+    if entry is None:
+        return None
+    value, count = entry["overall"]["exact_match"], entry["overall"]["n"]
+    return {"value": value, "interval": list(intervals.share(value * count, count)), "n": count,
+            "ranked_first": entry["overall"]["ranked_first"], "lengths": entry["lengths"]}
+
+
+def _cells(row, versus):
+    def number(cell, shown, scale, digits):
+        if cell is None:
+            return "-"
+        low, high = (scale * bound for bound in cell["interval"])
+        return f"{scale * cell['value']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}] ({shown})"
+
+    def count(value):
+        return "-" if value is None else format_count(int(value)) if value else "0"
+
+    perplexity = row["perplexity"]
+    cells = [row["run"], row["regime"] + ("" if row["route"] in ("learned", None) else f", {row['route']} routed"),
+             count(row["trained_parameters"]), count(row["tokens_seen"]),
+             "-" if row["tokens_per_trained_parameter"] is None else f"{row['tokens_per_trained_parameter']:.3g}"]
+    shown = number(perplexity, "" if perplexity is None else f"{format_count(perplexity['tokens'])} tokens", 1, 2)
+    if versus and perplexity and perplexity["difference"]:
+        low, high = perplexity["difference"]["ratio_95"]
+        shown += f"<br>Δ x{perplexity['difference']['ratio']:.3f} [{low:.3f}, {high:.3f}]"
+    cells.append(shown)
+    for task in BENCHMARKS:
+        cell = row[task]
+        shown = number(cell, "" if cell is None else f"n={cell['n']}", 100, 1)
+        if cell and cell["acc_norm"] is not None:
+            shown += f" / {100 * cell['acc_norm']:.1f}"
+        if versus and cell and cell["difference"]:
+            low, high = (100 * bound for bound in cell["difference"]["interval"])
+            shown += f"<br>Δ acc {100 * cell['difference']['value']:+.1f} [{low:+.1f}, {high:+.1f}]"
+        cells.append(shown)
+    needle = row["needle"]
+    cells.append(number(needle, "" if needle is None else f"n={needle['n']}, to {max(needle['lengths'])}", 100, 0))
+    cells.append("-" if row["sparsity"] is None else f"{row['sparsity']:.1%}")
+    audit = row["audit"]
+    low, high = (0, 0) if audit is None else audit["gap_95"]
+    cells.append("-" if audit is None else f"{audit['gap']:+.3f} [{low:+.3f}, {high:+.3f}]")
+    return [*cells, row["verdict"] or "-"]
+
+
+def _reported_cells(study):
+    scores = ["-" if study[task] is None else f"*{100 * study[task]:.1f}*" for task in BENCHMARKS]
+    data = f", {study['data']}" if study["data"] else ""
+    return [f"*reported{data}*", f"*{study['regime']}*", f"*{study['trained'] or '-'}*", "", "",
+            f"*{study['perplexity']:.2f}*", *scores, f"*{study['needle']}*", "", "", ""]
+
+
+def _floats(values):
+    return [float(value) for value in values]
