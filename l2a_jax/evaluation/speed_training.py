@@ -47,6 +47,7 @@ class StepCase:
     window: int = 512
     remat: str = "elementwise"
     routed: float = 1.0
+    unroll: bool = True
     backend: str = "auto"
     must: tuple[float | None, float | None] = (None, None)
     aim: tuple[float | None, float | None] = (None, None)
@@ -92,7 +93,7 @@ class Step:
         self.layer = layer
         optimizer = make_optimizer(OptimizerConfig(settings.lr, 1_000, 50, settings.router_lr), case.regime)
         objective = Objective(self.config, layer, penalty=settings.penalty, penalty_ramp=1_000, dtype=jnp.bfloat16,
-                              backend=case.backend, remat=checkpoint_policy(case.remat))
+                              backend=case.backend, remat=checkpoint_policy(case.remat), unroll=case.unroll)
         abstract = abstract_params(self.config, layer, jnp.bfloat16)
         mask = regime_mask(abstract, case.regime)
         params = jax.jit(lambda key: init_params(self.config, key, layer, jnp.bfloat16))(jax.random.key(0))

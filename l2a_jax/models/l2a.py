@@ -78,7 +78,7 @@ def attend(
 
 def _sequential(x, layer, context, decide, key, pruned):
     q, k, v = _qkv(_norm(x, layer["norm_local"], context), layer["attention_local"], context)
-    u = x + _out(_local(q, k, v, context), layer["attention_local"])
+    u = checkpoint_name(x + _out(_local(q, k, v, context), layer["attention_local"]), "residual")
     h = _norm(u, layer["norm_global"], context)
     decided = decide(h)
     q, k, v = _qkv(h, layer["attention_global"], context)
@@ -113,31 +113,25 @@ def _parallel(x, layer, context, decide, key, pruned):
 
 
 def _local(q, k, v, context):
-    rows = context.attention.local(q, k, v, window=context.l2a.window, sinks=context.l2a.sinks,
+    return context.attention.local(q, k, v, window=context.l2a.window, sinks=context.l2a.sinks,
                                    segment_ids=context.segment_ids, backend=context.backend)
-    return checkpoint_name(rows, "attention_local")
 
 
 def _global(q, k, v, decided, context, key, pruned):
-    """Global attention and the gate d~ that opens it; which rows were computed decides which gates get a gradient."""
+    """Global attention and the gate d~ that opens it; which rows were computed decides which gates get a gradient.
+
+    A leak computes every row. It is a matter of which rows are routed, not of a branch: a conditional would have the
+    host wait for the coin, and keep both branches' residuals.
+    """
     options = {"segment_ids": context.segment_ids, "backend": context.backend}
     d = decided.decisions
-
-    def every_row(q, k, v, d):
-        return context.attention.full(q, k, v, **options)
-
-    def routed_rows(q, k, v, d):
-        return context.attention.routed(q, k, v, d, **options)
-
     leakage = context.l2a.leakage if context.train else 0.0
-    if leakage == 0:
-        rows, computed = routed_rows(q, k, v, d), d
-    elif leakage == 1:
-        rows, computed = every_row(q, k, v, d), context.real
+    if leakage == 1:
+        rows, computed = context.attention.full(q, k, v, **options), context.real
     else:
-        leaks = jax.random.bernoulli(key, leakage)
-        rows, computed = jax.lax.cond(leaks, every_row, routed_rows, q, k, v, d), d | (leaks & context.real)
-    rows = checkpoint_name(rows, "attention_global")
+        leaks = jax.random.bernoulli(key, leakage) if leakage else False
+        computed = d | (leaks & context.real)
+        rows = context.attention.routed(q, k, v, computed, **options)
     if not context.train:
         return rows, d.astype(jnp.float32)
     if pruned is not None:
@@ -161,7 +155,7 @@ def _qkv(h, params, context):
         return rotated[:, :, :heads], rotated[:, :, heads:], together[:, :, heads + kv_heads:]
     q, k = (apply_rope(split(linear(h, params[name]), count), context.rope)
             for name, count in (("q", heads), ("k", kv_heads)))
-    return q, k, split(linear(h, params["v"]), kv_heads)
+    return checkpoint_name((q, k, split(linear(h, params["v"]), kv_heads)), "qkv")
 
 
 def _out(rows, params):

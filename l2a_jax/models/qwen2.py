@@ -44,19 +44,22 @@ def hidden_states(
     train: bool = False,
     backend: str = "auto",
     remat: Callable | bool = False,
+    unroll: bool = False,
 ) -> tuple[Float[Array, "B T D"], LayerRouting | None]:
     """The normed output of the last layer, and the routing of every layer ([L, B, T] each; None for a plain model).
 
     `positions` default to 0..T-1, restarting with every document of `segment_ids`. `decisions` override the router:
     no straight-through gradient, leakage or penalty then. `train` switches straight-through gradients and leakage on;
     `key` (already folded with seed, step and microbatch) is needed where 0 < leakage < 1. `remat`: recompute each
-    layer in the backward pass; a checkpoint policy says what to keep. The compute dtype is the embedding's.
+    layer in the backward pass; a checkpoint policy says what to keep. `unroll`: a program without a loop over layers,
+    which compiles longer and keeps what the backward pass needs where it was made, in place of stacking it. The compute
+    dtype is the embedding's.
 
     Raises UserError on tokens outside the vocabulary (where values are known), or a sequence longer than the rotary
     embedding is meant for; ValueError on shapes that do not fit.
     """
     x, routing, _ = _run(params, tokens, config, l2a_config, positions, segment_ids, decisions, key, train, backend,
-                         remat, None)
+                         remat, unroll, None)
     return rms_norm(x, params["norm_final"], config.rms_norm_eps), routing
 
 
@@ -76,7 +79,7 @@ def probe_layers(
 ) -> Any:
     """`probe` of the residual stream after each layer, stacked on a leading L (entry 0 of L + 1 is the embedding)."""
     return _run(params, tokens, config, l2a_config, positions, segment_ids, decisions, key, train, backend, False,
-                probe)[2]
+                False, probe)[2]
 
 
 def unembed(params: Tree, hidden: Float[Array, "B T D"], config: ModelConfig) -> Float[Array, "B T V"]:
@@ -95,7 +98,8 @@ def forward(params: Tree, tokens: Int[Array, "B T"], config: ModelConfig, l2a_co
     return Output(unembed(params, hidden, config), routing)
 
 
-def _run(params, tokens, config, l2a_config, positions, segment_ids, decisions, key, train, backend, remat, probe):
+def _run(params, tokens, config, l2a_config, positions, segment_ids, decisions, key, train, backend, remat, unroll,
+         probe):
     _check(params, tokens, config, l2a_config, segment_ids, decisions, key, train)
     index = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     if positions is None:
@@ -119,8 +123,9 @@ def _run(params, tokens, config, l2a_config, positions, segment_ids, decisions, 
         return x, (routing, None if probe is None else probe(x))
 
     if remat:
-        # prevent_cse is for remat outside a scan; inside, it would only block fusion.
-        block = jax.checkpoint(block, policy=None if remat is True else remat, prevent_cse=False)
+        # prevent_cse is for remat outside a loop, where the second computation would be merged with the first; inside
+        # one it would only block fusion.
+        block = jax.checkpoint(block, policy=None if remat is True else remat, prevent_cse=unroll)
 
     layers = jnp.arange(config.num_layers)
     keys = None if key is None else jax.vmap(lambda layer: jax.random.fold_in(key, layer))(layers)
@@ -129,7 +134,8 @@ def _run(params, tokens, config, l2a_config, positions, segment_ids, decisions, 
         pruned = jnp.isin(layers, jnp.asarray(l2a_config.pruned_layers))
     x = params["embed"]["embedding"][tokens]
     start = None if probe is None else probe(x)
-    x, (routing, probed) = jax.lax.scan(block, x, (params["layers"], decisions, keys, pruned))
+    x, (routing, probed) = jax.lax.scan(block, x, (params["layers"], decisions, keys, pruned),
+                                        unroll=config.num_layers if unroll else 1)
     if probe is not None:
         probed = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), start, probed)
     return x, routing, probed

@@ -33,7 +33,7 @@ class TrainState(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """Everything static about a step. `remat`: a checkpoint policy, True for everything, False for nothing."""
+    """Everything static about a step. `remat` and `unroll` are those of `hidden_states`."""
 
     config: ModelConfig
     l2a_config: L2AConfig | None
@@ -43,6 +43,7 @@ class Objective(NamedTuple):
     dtype: Any = jnp.float32
     backend: str = "auto"
     remat: Callable | bool = False
+    unroll: bool = False
 
 
 def initial_state(trainable: Tree, optimizer: optax.GradientTransformation, master_dtype: Any) -> TrainState:
@@ -96,7 +97,7 @@ def train_step(
         hidden, routed = hidden_states(
             params, micro.tokens, objective.config, objective.l2a_config, positions=micro.positions,
             segment_ids=micro.segment_ids, key=micro_key, train=True, backend=objective.backend,
-            remat=objective.remat)
+            remat=objective.remat, unroll=objective.unroll)
         summed = cross_entropy(params, hidden, micro.targets, micro.weights, objective.config)
         if routed is None:
             nothing = jnp.zeros(layers)

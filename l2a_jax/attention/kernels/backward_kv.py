@@ -14,26 +14,43 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from l2a_jax.attention.kernels import split
 from l2a_jax.attention.kernels import tile as t
 from l2a_jax.attention.kernels.plan import Block, Plan, Spec, row_ranges
+
+MAX_PARTS = 4
+
+
+def parts_of(spec: Spec, block: Block, batch: int) -> int:
+    """Programs that share a block of keys, where few blocks would leave a large GPU idle behind the longest: the first
+    keys are seen by every row. Windows give every block the same work, and enough of it."""
+    programs = spec.kv_heads * pl.cdiv(spec.length, block.keys) * batch
+    return 1 if spec.kind == "all" and spec.window is not None else min(max(split.PROGRAMS // programs, 1), MAX_PARTS)
 
 
 def backward_kv(spec: Spec, block: Block, q, k, v, plan: Plan, lse, delta, d_out, *, interpret: bool):
     """(dk, dv) [B, T, K, H] without the sinks' share. q, dO, lse and delta are in working order."""
-    tables = (row_ranges(spec, plan, k.shape[0], block.keys), plan.for_rows)
-    return pl.pallas_call(
-        functools.partial(_kernel, spec=spec, block=block),
-        out_shape=(jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
-        grid=(spec.kv_heads, pl.cdiv(spec.length, block.keys), k.shape[0]),
+    batch = k.shape[0]
+    tables = (row_ranges(spec, plan, batch, block.keys), plan.for_rows)
+    parts = parts_of(spec, block, batch)
+    shapes = [jax.ShapeDtypeStruct((parts, *x.shape), jnp.float32 if parts > 1 else x.dtype) for x in (k, v)]
+    shares = pl.pallas_call(
+        functools.partial(_kernel, spec=spec, block=block, parts=parts),
+        out_shape=shapes,
+        grid=(spec.kv_heads, pl.cdiv(spec.length, block.keys) * parts, batch),
         compiler_params=plt.CompilerParams(num_warps=block.num_warps, num_stages=block.num_stages),
         interpret=interpret,
         name="l2a_attention_backward_kv",
     )(q, k, v, lse, delta, d_out, tables)
+    return tuple(share[0] if parts == 1 else jnp.sum(share, axis=0).astype(x.dtype)
+                 for share, x in zip(shares, (k, v), strict=True))
 
 
-def _kernel(q_ref, k_ref, v_ref, lse_ref, delta_ref, d_out_ref, tables, d_k_ref, d_v_ref, *, spec: Spec, block: Block):
+def _kernel(q_ref, k_ref, v_ref, lse_ref, delta_ref, d_out_ref, tables, d_k_ref, d_v_ref, *, spec: Spec, block: Block,
+            parts: int):
     ranges, plan = tables
-    kv_head, block_number, batch = (pl.program_id(i) for i in range(3))
+    kv_head, program, batch = (pl.program_id(i) for i in range(3))
+    block_number, part = jax.lax.div(program, parts), jax.lax.rem(program, parts)
     first = block_number * block.keys
     number = first + jnp.arange(block.keys)
     ragged = spec.length % block.keys != 0
@@ -71,16 +88,16 @@ def _kernel(q_ref, k_ref, v_ref, lse_ref, delta_ref, d_out_ref, tables, d_k_ref,
     carry = (zeros, zeros)
     for group in range(2 if spec.kind == "mixed" else 1):
         bounds = _tile_bounds(spec, block, ranges, batch, block_number, group)
-        carry = _over_heads(spec, kv_head * spec.group_size, bounds, visit, carry)
+        carry = _over_heads(spec, kv_head * spec.group_size, bounds, visit, carry, part, parts)
     d_keys, d_values = carry
     for ref, value in ((d_k_ref, d_keys * spec.scale), (d_v_ref, d_values)):
-        at = ref.at[batch, pl.ds(first, block.keys), kv_head, :]
+        at = ref.at[part, batch, pl.ds(first, block.keys), kv_head, :]
         plt.store(at, value.astype(ref.dtype), mask=(number < spec.length)[:, None] if ragged else None)
 
 
-def _over_heads(spec, first_head, bounds, visit, carry):
+def _over_heads(spec, first_head, bounds, visit, carry, part, parts):
     """Edge tiles of all heads, then interior tiles of all heads, then the other edge: three loops in all, so that the
-    pipeline of loads is filled three times and not three times per head."""
+    pipeline of loads is filled three times and not three times per head. A part takes its share of each loop."""
     begin, full_begin, full_end, end = bounds
     for first, last, edge in ((begin, full_begin, True), (full_begin, full_end, False), (full_end, end, True)):
         tiles = last - first
@@ -88,7 +105,8 @@ def _over_heads(spec, first_head, bounds, visit, carry):
         def step(i, carry, first=first, tiles=tiles, edge=edge):
             return visit(first_head + jax.lax.div(i, tiles), first + jax.lax.rem(i, tiles), carry, edge)
 
-        carry = jax.lax.fori_loop(0, tiles * spec.group_size, step, carry)
+        total = tiles * spec.group_size
+        carry = jax.lax.fori_loop(total * part // parts, total * (part + 1) // parts, step, carry)
     return carry
 
 
