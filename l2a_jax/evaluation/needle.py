@@ -63,9 +63,8 @@ class NeedleOptions:
 
     def __post_init__(self):
         for name in ("lengths", "depths", "seeds", "haystack"):
-            if isinstance(getattr(self, name), str) or not tuple(getattr(self, name)):
-                raise UserError(f"needle {name} is {getattr(self, name)!r}; expected at least one, in a sequence")
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            if not getattr(self, name):
+                raise UserError(f"needle {name} are empty; expected at least one")
         for name in ("lengths", "depths", "seeds"):
             values = getattr(self, name)
             if len(set(values)) < len(values):

@@ -10,7 +10,7 @@ import glob
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -35,10 +35,11 @@ QUESTION = "\n\nQuestion: What is the access code for the {key}, as given in the
            "The access code for the {key} is"
 
 
+@runtime_checkable
 class Form(Protocol):
     """One kind of needle. Keys and answers are texts; everything else is token ids."""
 
-    opening: list[int]
+    opening: Sequence[int]
 
     def draw(self, rng: np.random.Generator, needles: int, wrong: int) -> tuple[list[tuple[str, str]], list[str]]:
         """`needles` facts (key, answer), no two alike, and `wrong` other answers of the first one's form."""

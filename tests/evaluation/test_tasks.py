@@ -6,8 +6,6 @@ import math
 import jax
 import numpy as np
 import pytest
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
 
 from l2a_jax.config import ModelConfig
 from l2a_jax.errors import UserError
@@ -15,7 +13,7 @@ from l2a_jax.evaluation.task_files import read_task
 from l2a_jax.evaluation.tasks import evaluate_tasks
 from l2a_jax.models.params import init_params
 from l2a_jax.weights.pretrained import Pretrained
-from l2a_jax.weights.tokenizer import Tokenizer
+from tests.evaluation.byte_tokenizer import byte_tokenizer
 
 CONFIG = ModelConfig(260, 16, 24, 1, 2, 1, 8, max_positions=512)
 
@@ -28,16 +26,6 @@ PIQA = [{"goal": "open a jar", "sol1": "twist the lid", "sol2": "paint the lid"}
         {"goal": "cool tea", "sol1": "wait", "sol2": "boil it"}]
 ARC = [{"id": "a", "question": "What is wet?", "choices": ["sand", "rain", "air"], "label": 1},
        {"id": "b", "question": "What is hot?", "choices": ["ice", "snow", "fire", "mud", "dew"], "label": 2}]
-
-
-def byte_tokenizer():
-    """One token a byte, and one that ends a text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Backend(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<|endoftext|>"])
-    return Tokenizer(backend, {"eos_token": "<|endoftext|>"})
 
 
 @pytest.fixture(scope="module")
