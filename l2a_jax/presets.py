@@ -21,8 +21,9 @@ from l2a_jax.training.remat import checkpoint_policy
 class Settings:
     """One training run. Lengths are tokens or steps as said; `warmup` and the penalty's times are shares of the run.
 
-    `rope` is KIND or KIND:FACTOR (None: the model's own). `steps` wins over `tokens`. `dtype` is what the forward
-    pass computes in (None: bfloat16 on an accelerator, float32 on a CPU); masters and optimizer are `master_dtype`.
+    `rope` is KIND or KIND:FACTOR (None: the model's own). `unroll` None: on a GPU, unless memory comes first. `steps`
+    wins over `tokens`. `dtype` is what the forward pass computes in (None: bfloat16 on an accelerator, float32 on a
+    CPU); masters and optimizer are `master_dtype`.
     """
 
     regime: str
@@ -56,6 +57,7 @@ class Settings:
     dtype: str | None = None
     master_dtype: str = "float32"
     remat: str = "elementwise"
+    unroll: bool | None = None
     deterministic: bool = False
     save_every: int = 500
     eval_every: int = 250

@@ -109,6 +109,13 @@ def make_plan(settings: Settings) -> Plan:
     return Plan(settings, source, config, l2a_config, source_layer is not None, data, tokenizer, steps, dtype)
 
 
+def _unrolls(settings: Settings) -> bool:
+    """A GPU spends more on stacking what each layer keeps than on anything else that unrolling would cost."""
+    if settings.unroll is not None:
+        return settings.unroll
+    return jax.default_backend() == "gpu" and settings.remat != "layer"
+
+
 class Run(NamedTuple):
     """A plan made runnable: compiled functions, and the tree split into what is trained and what is frozen."""
 
@@ -128,7 +135,8 @@ def compile_run(plan: Plan) -> Run:
     objective = Objective(
         plan.config, plan.l2a_config, penalty=s.penalty if plan.l2a_config is not None else 0.0,
         penalty_warmup=round(s.penalty_warmup * plan.steps), penalty_ramp=max(1, round(s.penalty_ramp * plan.steps)),
-        dtype=plan.dtype, backend=s.backend, remat=checkpoint_policy(s.remat))
+        dtype=plan.dtype, backend=s.backend, remat=checkpoint_policy(s.remat),
+        unroll=_unrolls(s))
     optimizer = make_optimizer(
         OptimizerConfig(s.lr, plan.steps, round(s.warmup * plan.steps), s.router_lr, s.weight_decay, s.clip), s.regime)
     abstract = abstract_params(plan.config, plan.l2a_config, plan.dtype)

@@ -48,6 +48,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", help="what the forward pass computes in: float32 or bfloat16")
     parser.add_argument("--master-dtype", help="of trained weights and optimizer: float32 or bfloat16")
     parser.add_argument("--remat", help="recomputed in the backward pass: layer (least memory), mlp, elementwise, none")
+    parser.add_argument("--unroll", action=argparse.BooleanOptionalAction,
+                        help="a program without a loop over layers: slower to compile, faster on a GPU")
     parser.add_argument("--deterministic", action="store_true", help="bit-exact on a GPU too, at some speed")
     parser.add_argument("--save-every", type=int, help="steps")
     parser.add_argument("--eval-every", type=int, help="steps")

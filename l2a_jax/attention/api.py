@@ -1,9 +1,9 @@
 """One semantics, many backends: the public face of attention.
 
-A backend is a module with `local`, `routed`, `mixed` and `full`, and a `why_not(call)` that says in one sentence why
-it cannot serve a call (None: it can). `backend="auto"` takes the first of the device's list that can, and says once
-per kind of call, in the log, which one that was; a backend that was asked for by name and cannot serve the call
-raises NotImplementedError with its reason. Nothing ever falls back silently.
+A backend is a module with `local`, `routed`, `mixed` and `full` (and `both` where it has a better way), and a
+`why_not(call)` that says in one sentence why it cannot serve a call (None: it can). `backend="auto"` takes the first
+of the device's list that can, and says once per kind of call, in the log, which one that was; a backend that was asked
+for by name and cannot serve the call raises NotImplementedError with its reason. Nothing ever falls back silently.
 """
 
 from __future__ import annotations
@@ -91,7 +91,15 @@ def _dispatch(operation, backend, q, k, v, *args, segment_ids, **options):
                 options.get("sinks", 0), segment_ids is not None)
     name = choose(call, backend, jax.default_backend())
     with jax.named_scope(f"attention_{operation}"):
-        return getattr(_module(name), operation)(q, k, v, *args, segment_ids=segment_ids, **options)
+        function = getattr(_module(name), operation, None) or functools.partial(_both, _module(name))
+        return function(q, k, v, *args, segment_ids=segment_ids, **options)
+
+
+def _both(module, q, k, v, decisions, *, segment_ids, window, sinks):
+    """`both` from a backend's `full` and `local`."""
+    far = module.full(q, k, v, segment_ids=segment_ids)
+    near = module.local(q, k, v, window=window, sinks=sinks, segment_ids=segment_ids)
+    return jnp.where(decisions[:, :, None, None], far, near), jax.lax.stop_gradient(far - near)
 
 
 def local(
@@ -144,6 +152,27 @@ def mixed(
     For inference and frozen decisions with shared attention; learning a decision needs both outputs of a row.
     """
     return _dispatch("mixed", backend, q, k, v, decisions.astype(bool), segment_ids=segment_ids, window=window,
+                     sinks=sinks)
+
+
+def both(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    decisions: Bool[Array, "B T"],
+    *,
+    window: int,
+    sinks: int = 0,
+    segment_ids: Int[Array, "B T"] | None = None,
+    backend: str = "auto",
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N H"]]:
+    """`mixed`, and beside it what each decision changes: `full` - `local`, for every row.
+
+    For learning decisions with shared attention, where a decision's gradient is <g, full - local>. Both are computed
+    forward for every row; backward a row's work is done once, as in `mixed`, since the path that a row did not take
+    gives nothing to q, k and v. No gradient flows through the difference.
+    """
+    return _dispatch("both", backend, q, k, v, decisions.astype(bool), segment_ids=segment_ids, window=window,
                      sinks=sinks)
 
 

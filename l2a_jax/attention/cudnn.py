@@ -14,7 +14,7 @@ def why_not(call) -> str | None:
 
 def shape_why_not(call) -> str | None:
     """What cuDNN declines on any device."""
-    if call.operation in ("routed", "mixed"):
+    if call.operation in ("routed", "mixed", "both"):
         return "cuDNN has no per-token choice of keys"
     if call.dtype not in ("bfloat16", "float16"):
         return f"cuDNN attention takes bfloat16 or float16, not {call.dtype}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from l2a_jax.attention.kernels import blocks
@@ -16,6 +17,7 @@ from l2a_jax.attention.kernels.backward_q import backward_q
 from l2a_jax.attention.kernels.forward import forward
 from l2a_jax.attention.kernels.plan import Block, Spec, make_plan
 from l2a_jax.attention.kernels.sinks import MAX_SINKS, add_sink_gradients
+from l2a_jax.attention.kernels.tile import DEAD
 from l2a_jax.attention.rows import take, token_rows
 
 WIDTHS = (16, 32, 64, 128)
@@ -66,6 +68,22 @@ def mixed(q, k, v, decisions, *, window, sinks=0, segment_ids=None, **kernel):
     return _call("mixed", q, k, v, decisions, segment_ids, window=window, sinks=sinks, **kernel)
 
 
+def both(q, k, v, decisions, *, window, sinks=0, segment_ids=None, interpret=False, table=None):
+    """(`mixed`, full - local): two forward passes, and the one backward pass of `mixed`."""
+    kernel = {"interpret": interpret, "table": table}
+    if window >= q.shape[1]:
+        out = full(q, k, v, segment_ids=segment_ids, **kernel)
+        return out, jnp.zeros_like(out)
+    length, heads, width = q.shape[1:]
+    shape = (length, heads, k.shape[2], width)
+    packed = segment_ids is not None
+    specs = (Spec("all", *shape, segmented=packed),
+             *(Spec(kind, *shape, window, min(sinks, length), packed) for kind in ("all", "mixed")))
+    tables = tuple(tuple(sorted((table or blocks.table(blocks.architecture(), width, q.dtype.itemsize,
+                                                       blocks.loop_of(spec))).items())) for spec in specs)
+    return _both(q, k, v, decisions, segment_ids, specs, tables, interpret)
+
+
 def _call(kind, q, k, v, decisions, segment_ids, *, window=None, sinks=0, interpret=False, table=None):
     length, heads, width = q.shape[1:]
     if window is not None and window >= length:
@@ -89,8 +107,11 @@ def _attend_forward(q, k, v, decisions, segment_ids, spec, table, interpret):
 
 
 def _attend_backward(spec, table, interpret, saved, d_out):
-    q, k, v, decisions, segment_ids, plan, out, lse = saved
-    block = dict(table)
+    return _backward(spec, dict(table), interpret, *saved, d_out)
+
+
+def _backward(spec, block, interpret, q, k, v, decisions, segment_ids, plan, out, lse, d_out):
+    """Cotangents of _attend's arrays; `lse` is in working order."""
     d_out = d_out.astype(q.dtype)
     d_q, delta, ordered_q, ordered_d_out = backward_q(
         spec, block["backward_q"], q, k, v, plan, out, lse, d_out, interpret=interpret)
@@ -108,6 +129,33 @@ def _attend_backward(spec, table, interpret, saved, d_out):
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _both(q, k, v, decisions, segment_ids, specs, tables, interpret: bool):
+    return _both_forward(q, k, v, decisions, segment_ids, specs, tables, interpret)[0]
+
+
+def _both_forward(q, k, v, decisions, segment_ids, specs, tables, interpret):
+    (far, far_lse), (near, near_lse) = (
+        forward(spec, dict(table)["forward"], q, k, v, make_plan(spec, q.shape[0], None, segment_ids),
+                interpret=interpret) for spec, table in zip(specs[:2], tables[:2], strict=True))
+    out = jnp.where(decisions[:, :, None, None], far, near)
+    lse = jnp.where(decisions[:, None, :], far_lse, near_lse)
+    out, lse, difference = checkpoint_name((out, lse, far - near), "attention")
+    return (out, difference), (q, k, v, decisions, segment_ids, out, lse)
+
+
+def _both_backward(specs, tables, interpret, saved, cotangents):
+    q, k, v, decisions, segment_ids, out, lse = saved
+    spec = specs[2]
+    plan = make_plan(spec, q.shape[0], decisions, segment_ids)
+    index = plan.index[:, None, :]
+    lse = jnp.where(index >= 0, jnp.take_along_axis(lse, jnp.maximum(index, 0), axis=2), DEAD)
+    return _backward(spec, dict(tables[2]), interpret, q, k, v, decisions, segment_ids, plan, out, lse, cotangents[0])
+
+
+_both.defvjp(_both_forward, _both_backward)
 
 
 def _token_order(spec, batch, decisions, segment_ids):

@@ -104,6 +104,15 @@ def _parallel(x, layer, context, decide, key, pruned):
                                        backend=context.backend)
         return x + _out(rows, set_global), decided
 
+    if shared and not reads_local and context.l2a.leakage == 1:  # training that computes both paths for every row
+        decided = decide(h)
+        rows, difference = attention.both(*global_qkv, decided.decisions, window=context.l2a.window,
+                                          sinks=context.l2a.sinks, segment_ids=context.segment_ids,
+                                          backend=context.backend)
+        computed = context.real if pruned is None else context.real & ~pruned
+        open_ = routing.straight_through(decided.decisions, decided.probabilities, computed)
+        return x + _out(routing.with_decision_gradient(rows, open_, difference), set_global), decided
+
     near = _local(*local_qkv, context)
     decided = decide(_norm(x + _out(near, set_local), norm_global, context) if reads_local else h)
     far, open_ = _global(*global_qkv, decided, context, key, pruned)

@@ -47,6 +47,30 @@ def gate(weight: Float[Array, "B T"], rows: Float[Array, "B T N H"]) -> Float[Ar
     return (weight[..., None, None] * rows.astype(jnp.float32)).astype(rows.dtype)
 
 
+@jax.custom_vjp
+def with_decision_gradient(
+    rows: Float[Array, "B T N H"], open_: Float[Array, "B T"], difference: Float[Array, "B T N H"]
+) -> Float[Array, "B T N H"]:
+    """`rows`, made to depend on the decision that chose them: d rows / d open_ is the difference of the two choices.
+
+    What `gate(open_, far) + gate(1 - open_, near)` is, value and gradients, where rows is that sum already and
+    difference = far - near; the gradient is summed over all heads in float32.
+    """
+    return rows
+
+
+def _with_decision_gradient_fwd(rows, open_, difference):
+    return rows, difference
+
+
+def _with_decision_gradient_bwd(difference, g):
+    d_open = jnp.sum(g.astype(jnp.float32) * difference.astype(jnp.float32), axis=(2, 3))
+    return g, d_open, jnp.zeros_like(difference)
+
+
+with_decision_gradient.defvjp(_with_decision_gradient_fwd, _with_decision_gradient_bwd)
+
+
 def penalty(p: Float[Array, "L B T"], real: Bool[Array, "B T"]) -> Float[Array, ""]:
     """Mean of p^2 over layers and real tokens (the L2A regulariser in mean form)."""
     return jnp.sum(jnp.where(real, jnp.square(p), 0.0)) / (p.shape[0] * jnp.maximum(jnp.sum(real), 1))

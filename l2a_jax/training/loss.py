@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from l2a_jax.config import ModelConfig
 from l2a_jax.models.params import Tree
 
-CHUNK = 1_024  # tokens; x 152K vocabulary x 4 bytes = 0.6 GB of float32 logits at a time
+CHUNK = 2_048  # tokens; x 152K vocabulary x 4 bytes = 1.2 GB of float32 logits at a time
 
 
 class TokenLoss(NamedTuple):
@@ -48,8 +48,9 @@ def token_nll(params: Tree, hidden: Float[Array, "B T D"], targets: Int[Array, "
     rows = hidden.reshape(-1, hidden.shape[-1])
 
     def one(inputs):
-        logits, normaliser, picked = _chunk_logits(inputs[0], kernel, inputs[1])
-        return normaliser - picked, jnp.argmax(logits, axis=-1) == inputs[1]
+        logits = _logits(inputs[0], kernel)
+        return (jax.nn.logsumexp(logits, axis=-1) - _picked(logits, inputs[1]),
+                jnp.argmax(logits, axis=-1) == inputs[1])
 
     nll, correct = jax.lax.map(one, (_chunked(rows, chunk), _chunked(targets.reshape(-1), chunk)))
     return tuple(out.reshape(-1)[: targets.size].reshape(targets.shape) for out in (nll, correct))
@@ -63,18 +64,44 @@ def _chunked(x, chunk):
     return padded.reshape(count, size, *x.shape[1:])
 
 
-def _chunk_logits(rows, kernel, targets):
-    """(logits in float32, their log-sum-exp, the target's logit) of some tokens."""
-    logits = jnp.einsum("nd,vd->nv", rows, kernel.astype(rows.dtype), preferred_element_type=jnp.float32)
-    picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    return logits, jax.nn.logsumexp(logits, axis=-1), picked
+def _logits(rows, kernel):
+    """Logits of some tokens in float32."""
+    return jnp.einsum("nd,vd->nv", rows, kernel.astype(rows.dtype), preferred_element_type=jnp.float32)
 
 
-def _is_top(logits, picked):
-    """1 where the target is the top token, 1/n where it shares the top with others (all of them, where a broken model
-    scores every token alike). Two sums over the logits; an argmax would be a pass of its own."""
-    above, level = jnp.sum(logits > picked[:, None], axis=-1), jnp.sum(logits == picked[:, None], axis=-1)
-    return jnp.where((above == 0) & (level > 0), 1.0 / jnp.maximum(level, 1), 0.0)
+def _picked(logits, targets):
+    return jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+
+
+def _summary(logits: Float[Array, "n V"]) -> tuple[Float[Array, n], Float[Array, n], Float[Array, n]]:
+    """The largest logit, how many are as large, and the log-sum-exp, in one pass over memory.
+
+    The sum of exp(x - top) can be merged like the maximum itself (the online softmax of arXiv 1805.02867); as
+    reductions of their own they would read the logits, the largest array of a training step, two or three times. A
+    CPU adds one number after the other, so there the plain form is the more accurate one, and the faster.
+    """
+    return jax.lax.platform_dependent(logits, cuda=_online_summary, default=_plain_summary)
+
+
+def _plain_summary(logits):
+    top = jnp.max(logits, axis=-1)
+    return top, jnp.sum(logits == top[:, None], axis=-1, dtype=jnp.float32), jax.nn.logsumexp(logits, axis=-1)
+
+
+def _online_summary(logits):
+    def merge(one, other):
+        (top_1, level_1, sum_1), (top_2, level_2, sum_2) = one, other
+        top = jnp.maximum(top_1, top_2)
+        first = top_1 >= top_2
+        shrink = jnp.exp(-jnp.abs(top_1 - top_2))
+        total = jnp.where(first, sum_1, sum_2) + shrink * jnp.where(first, sum_2, sum_1)
+        level = jnp.where(top_1 == top_2, level_1 + level_2, jnp.where(first, level_1, level_2))
+        return top, level, total
+
+    one = jnp.ones_like(logits)
+    nothing = (jnp.float32(-1e30), jnp.float32(0), jnp.float32(0))  # finite: no inf - inf
+    top, level, total = jax.lax.reduce((logits, one, one), nothing, merge, (1,))
+    return top, level, jnp.log(total) + top
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -88,9 +115,13 @@ def _forward(chunk, rows, kernel, targets, weights, need_rows, need_kernel):
     def step(carry, inputs):
         sums, kernel_gradient = carry
         x, target, weight = inputs
-        logits, normaliser, picked = _chunk_logits(x, kernel, target)
-        sums = (sums[0] + jnp.sum(weight * (normaliser - picked)),
-                sums[1] + jnp.sum(weight * _is_top(logits, picked)))
+        logits = _logits(x, kernel)
+        picked = _picked(logits, target)
+        top, level, normaliser = _summary(logits)
+        # 1 where the target is the top token, 1/n where it shares the top with others (with all of them, where a
+        # broken model scores every token alike).
+        correct = jnp.where(picked == top, 1.0 / level, 0.0)
+        sums = (sums[0] + jnp.sum(weight * (normaliser - picked)), sums[1] + jnp.sum(weight * correct))
         row_gradient = None
         if need_rows or need_kernel:
             onehot = jnp.arange(kernel.shape[0])[None, :] == target[:, None]

@@ -22,16 +22,16 @@ def test_every_row_of_the_table_lowers(arch, width, loop):
     assert text.count("@__gpu$xla.gpu.triton") == (4 if loop == "window" else 5)
 
 
-@pytest.mark.parametrize("operation", ("full", "local", "routed", "mixed"))
+@pytest.mark.parametrize("operation", ("full", "local", "routed", "mixed", "both"))
 @pytest.mark.parametrize("width", (16, 32, 128))
 def test_packed_calls_lower_at_every_width(operation, width):
     """Groups of 7 heads, a length that is no multiple of anything, several documents, float32."""
     shape = lambda heads: jax.ShapeDtypeStruct((2, 1_001, heads, width), jnp.float32)  # noqa: E731
     tables = [jax.ShapeDtypeStruct((2, 1_001), dtype) for dtype in (jnp.int32, jnp.bool_)]
-    options = {"window": 100, "sinks": 4} if operation in ("local", "mixed") else {}
+    options = {"window": 100, "sinks": 4} if operation in ("local", "mixed", "both") else {}
 
     def run(q, k, v, segment_ids, decisions):
-        if operation in ("routed", "mixed"):
+        if operation in ("routed", "mixed", "both"):
             options["decisions"] = decisions
         table = blocks.table("sm_90", width, 4, "whole")
         call = lambda *qkv: getattr(pallas, operation)(*qkv, segment_ids=segment_ids, table=table, **options)  # noqa: E731

@@ -92,3 +92,20 @@ def test_shuffled_keeps_every_count_and_leaves_padding_alone():
     assert not bool((out & ~real).any())
     assert bool((out != d).any())
     np.testing.assert_array_equal(routing.shuffled(jax.random.key(1), d).sum(axis=2), d.sum(axis=2))
+
+
+def test_rows_with_a_decision_gradient_are_the_gated_sum():
+    """Value and every gradient of d~ far + (1 - d~) near, from the chosen rows and the difference alone."""
+    keys = jax.random.split(jax.random.key(3), 4)
+    far, near, g = (jax.random.normal(key, (2, 5, 3, 4)) for key in keys[:3])
+    d = jax.random.bernoulli(keys[3], 0.5, (2, 5)).astype(jnp.float32)
+
+    def gated(open_):
+        return jnp.sum(g * (routing.gate(open_, far) + routing.gate(1 - open_, near)))
+
+    def chosen(open_):
+        rows = jnp.where(d[..., None, None] > 0, far, near)
+        return jnp.sum(g * routing.with_decision_gradient(rows, open_, far - near))
+
+    for one, other in zip(jax.value_and_grad(chosen)(d), jax.value_and_grad(gated)(d), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from l2a_jax.models.qwen2 import unembed
+from l2a_jax.training import loss
 from l2a_jax.training.loss import cross_entropy, token_nll
 from tests.models.cases import CONFIG, UNTIED, make_params
 
@@ -59,3 +60,11 @@ def test_no_full_logits_in_the_compiled_program():
     full = 4 * 512 * config.vocab_size * 4
     assert temporary < full + 3 * hidden.nbytes
     assert f"f32[2048,{config.vocab_size}]" not in step.lower(hidden).compile().as_text()
+
+
+def test_one_pass_over_the_logits_gives_the_plain_summary():
+    logits = jax.random.normal(jax.random.key(5), (7, 1_000)) * 4
+    logits = logits.at[2].set(0.5).at[3, 10].set(logits[3].max()).at[4, 0].set(-jnp.inf)
+    for one, plain in zip(loss._online_summary(logits), loss._plain_summary(logits), strict=True):
+        np.testing.assert_allclose(one, plain, rtol=2e-6)
+    assert not np.isfinite(loss._online_summary(logits.at[0, 3].set(jnp.nan))[2][0])
