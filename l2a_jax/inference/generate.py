@@ -113,7 +113,7 @@ def request(
     config: ModelConfig, l2a_config: L2AConfig | None, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
     temperature: float = 0.0, top_p: float = 1.0, key: PRNGKeyArray | None = None, stop_tokens: Sequence[int] = (),
     decisions: Bool[Any, "L B S"] | None = None, backend: str = "auto", params: Tree | None = None,
-) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, B], Options, Settings]:
+) -> tuple[Int[Array, "B T"], Int[Array, B], Options, Settings]:
     """The padded prompts, their lengths, and the two halves of the options, checked as `generate` says."""
     if len(prompts) == 0:
         raise UserError("there is no prompt to continue")
@@ -140,6 +140,7 @@ def request(
     tokens = np.zeros((len(prompts), min(bucket(longest, 32), limit)), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
+    tokens = jnp.asarray(tokens)
     check_tokens(tokens, config)
     room = tokens.shape[1] + bucket(max_new_tokens, 16)
     if decisions is not None:
@@ -147,14 +148,14 @@ def request(
         expected = (config.num_layers, len(prompts), longest + max_new_tokens)
         if l2a_config is None or decisions.shape != expected:
             raise ValueError(f"decisions are {decisions.shape}; expected [L, B, S] = {expected} of a routed model")
-        decisions = np.pad(decisions, ((0, 0), (0, 0), (0, room - decisions.shape[2])))
+        decisions = jnp.asarray(np.pad(decisions, ((0, 0), (0, 0), (0, room - decisions.shape[2]))))
     slots = -(-max(len(stop_tokens), 1) // STOP_SLOTS) * STOP_SLOTS
     stops = np.full((slots,), -1, np.int32)
     stops[: len(stop_tokens)] = list(stop_tokens)
     options = Options(config, l2a_config, layout_of(config, l2a_config, room), temperature > 0, top_p < 1, backend)
-    settings = Settings(np.int32(max_new_tokens), np.float32(temperature), np.float32(top_p),
-                        key if temperature > 0 else None, stops, decisions)
-    return tokens, lengths, options, settings
+    settings = Settings(jnp.int32(max_new_tokens), jnp.float32(temperature), jnp.float32(top_p),
+                        key if temperature > 0 else None, jnp.asarray(stops), decisions)
+    return tokens, jnp.asarray(lengths), options, settings
 
 
 def unpad(tokens: Int[Any, "B T"], mask: Bool[Any, "B T"]) -> list[list[int]]:

@@ -1,0 +1,62 @@
+"""Pruning: layers that hardly route lose global attention for good, and with it their cache of every token.
+
+The statistic is the share of a calibration text's tokens that a layer does not route (arXiv 2603.17484 prunes layers
+of consistently high sparsity and names no threshold; ours is an argument). A pruned layer never routes, in generation
+and everywhere else; its weights stay, so that pruning is one line of the configuration and can be undone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from l2a_jax.errors import UserError
+from l2a_jax.inference.cache import cache_bytes
+from l2a_jax.weights import Pretrained
+
+
+def prune_by_sparsity(sparsity_per_layer: Sequence[float], threshold: float) -> tuple[int, ...]:
+    """Layers whose sparsity (share of tokens not routed, see `routing.sparsity`) exceeds `threshold`.
+
+    Raises UserError on a threshold outside 0..1, or a sparsity that is no share (NaN included).
+    """
+    if not 0 <= threshold <= 1:
+        raise UserError(f"the pruning threshold is {threshold}; expected a share of tokens, from 0 to 1")
+    values = [float(value) for value in sparsity_per_layer]
+    if not all(0 <= value <= 1 for value in values):
+        raise UserError(f"sparsity per layer is {values}; expected shares of tokens, from 0 to 1")
+    return tuple(layer for layer, value in enumerate(values) if value > threshold)
+
+
+def pruned(model: Pretrained, layers: Sequence[int]) -> Pretrained:
+    """The model with `layers` pruned, besides those that are already.
+
+    Raises UserError where the model has no router, or a layer does not exist.
+    """
+    if model.l2a_config is None:
+        raise UserError("this model has no router: only layers that route can lose global attention")
+    beyond = sorted(layer for layer in layers if not 0 <= layer < model.config.num_layers)
+    if beyond:
+        raise UserError(f"layers {beyond} cannot be pruned: the model has {model.config.num_layers}, from 0")
+    every = {*model.l2a_config.pruned_layers, *layers}
+    return model._replace(l2a_config=dataclasses.replace(model.l2a_config, pruned_layers=tuple(sorted(every))))
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """The layers that `--prune-layers` names, such as "3,5-8". Raises UserError on anything else."""
+    found = set()
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdecimal() or (last and not last.isdecimal()) or (last and int(last) < int(first)):
+            raise UserError(f"--prune-layers {text!r}: {part.strip()!r} is no layer; expected numbers and ranges, such "
+                            "as 3,5-8")
+        found |= set(range(int(first), int(last or first) + 1))
+    return tuple(sorted(found))
+
+
+def cache_saving(model: Pretrained, tokens: int, batch: int = 1) -> tuple[int, int]:
+    """Cache bytes of `batch` rows of `tokens` tokens: (as the model is, with nothing pruned)."""
+    dtype = model.params["embed"]["embedding"].dtype
+    whole = None if model.l2a_config is None else dataclasses.replace(model.l2a_config, pruned_layers=())
+    return (cache_bytes(model.config, model.l2a_config, batch, tokens, dtype),
+            cache_bytes(model.config, whole, batch, tokens, dtype))
