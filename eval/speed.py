@@ -21,6 +21,13 @@ def main() -> None:
     parser.add_argument("--no-torch", action="store_true", help="leave PyTorch out")
     parser.add_argument("--windows", action="store_true", help="ratios of length to window, instead of the table")
     parser.add_argument("--blocks", action="store_true", help="every block size of every kernel, instead of the table")
+    parser.add_argument("--training", action="store_true", help="whole training steps, instead of the table")
+    parser.add_argument("--large", action="store_true",
+                        help="steps of the larger models; cap the memory with XLA_PYTHON_CLIENT_MEM_FRACTION")
+    parser.add_argument("--profile", metavar="REGIME", help="the kernels of one training step")
+    parser.add_argument("--projections", action="store_true", help="projections of routed rows alone, an upper bound")
+    parser.add_argument("--inference", action="store_true", help="prefill and decode steps, beside transformers")
+    parser.add_argument("--model", help="with --inference: real weights (default: random ones of the 0.5B)")
     parser.add_argument("--compile", action="store_true",
                         help="registers, spills and shared memory of every kernel for sm_89 and sm_90, without a GPU")
     arguments = parser.parse_args()
@@ -32,6 +39,29 @@ def main() -> None:
         from l2a_jax.evaluation import speed_compile
 
         speed_compile.main(arguments.out)
+        return
+    if arguments.training or arguments.large:
+        from l2a_jax.evaluation import speed_training
+
+        cases = speed_training.large_cases() if arguments.large else speed_training.standard_cases()
+        speed_training.main([case for case in cases if arguments.only in case.name], arguments.out,
+                            "speed_training_large" if arguments.large else "speed_training",
+                            not (arguments.no_torch or arguments.large))
+        return
+    if arguments.profile:
+        from l2a_jax.evaluation import speed_profile, speed_training
+
+        speed_profile.main(speed_training.StepCase(arguments.profile))
+        return
+    if arguments.projections:
+        from l2a_jax.evaluation import speed_projections
+
+        speed_projections.main()
+        return
+    if arguments.inference:
+        from l2a_jax.evaluation import speed_inference
+
+        speed_inference.main(arguments.out, arguments.model, not arguments.no_torch)
         return
     cases = speed_cases.window_cases() if arguments.windows else speed_cases.standard_cases()
     speed.main([case for case in cases if arguments.only in case.name], arguments.out,

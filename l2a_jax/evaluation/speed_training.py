@@ -24,6 +24,7 @@ import numpy as np
 from l2a_jax.config import MODELS, ModelConfig
 from l2a_jax.data.batch import Batch
 from l2a_jax.evaluation.speed import versions
+from l2a_jax.evaluation import speed_torch_training
 from l2a_jax.evaluation.speed_timing import matmul_ceiling
 from l2a_jax.models.params import abstract_params, init_params
 from l2a_jax.presets import REGIME_PRESET, layer_of, resolve
@@ -180,20 +181,36 @@ def markdown(result: dict) -> str:
              "default backend. Memory is the compiled step's (arguments and temporaries). Operations are the model's "
              "own (rematerialised ones are not counted, nor are keys beyond a window), beside a matrix product 8,192^3 "
              f"at {ceiling:.0f} TFLOP/s.", "",
-             "| step | not routed | ms | tokens/s | must / aim | GB | must / aim | TFLOP/s | of ceiling |",
-             "|---|---|---|---|---|---|---|---|---|"]
+             "*PyTorch*: the same step, compiled, with both paths dense (`speed_torch_training`), in the same run.", "",
+             "| step | not routed | ms | tokens/s | must / aim | GB | must / aim | TFLOP/s | of ceiling | PyTorch "
+             "tokens/s | GB |", "|---|---|---|---|---|---|---|---|---|---|---|"]
     for row in result["steps"]:
         rate = row["teraflops"] / row["ms"] * 1e3
         wanted = [" / ".join("-" if x[i] is None else f"{x[i] / scale:g}{unit}" for x in (row["must"], row["aim"]))
                   for i, scale, unit in ((0, 1e3, "K"), (1, 1, ""))]
         sparsity = "-" if row["sparsity"] is None else f"{row['sparsity']:.0%}"
         lines.append(f"| {row['case']} | {sparsity} | {row['ms']:.1f} | **{row['tokens_per_second'] / 1e3:.1f}K** | "
-                     f"{wanted[0]} | {row['memory_gb']:.2f} | {wanted[1]} | {rate:.0f} | {rate / ceiling:.0%} |")
+                     f"{wanted[0]} | {row['memory_gb']:.2f} | {wanted[1]} | {rate:.0f} | {rate / ceiling:.0%} | "
+                     + ("- | - |" if not row["torch"] else
+                        f"{row['torch']['tokens_per_second'] / 1e3:.1f}K | {row['torch']['memory_gb']:.1f} |"))
     lines += [f"\nNot measured: {name}: {why}" for name, why in result["failed"].items()]
     return "\n".join(lines) + "\n"
 
 
-def main(cases: list[StepCase], out: Path | None, name: str = "speed_training") -> None:
+def _peer(case: StepCase, result: dict) -> dict | None:
+    """PyTorch's figures, once a regime (it knows no routed share); None where it cannot be measured, with the reason in
+    `result`."""
+    known = [row["torch"] for row in result["steps"][:-1] if row["regime"] == case.regime]
+    if known:
+        return known[0]
+    try:
+        return speed_torch_training.measure(case)
+    except Exception as error:  # whatever PyTorch raises is a reason, not our failure
+        result["failed"][f"PyTorch {case.regime}"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        return None
+
+
+def main(cases: list[StepCase], out: Path | None, name: str = "speed_training", with_torch: bool = True) -> None:
     """Measure, print the table, and write NAME.json and NAME.md to `out`, after every case."""
     result = {"date": datetime.date.today().isoformat(), "command": " ".join(["python", *sys.argv]),
               "device": jax.devices()[0].device_kind, "versions": versions(),
@@ -204,6 +221,8 @@ def main(cases: list[StepCase], out: Path | None, name: str = "speed_training") 
             log.info("%s", json.dumps({k: result["steps"][-1][k] for k in ("case", "ms", "memory_gb")}))
         except jax.errors.JaxRuntimeError as error:
             result["failed"][case.name] = str(error).splitlines()[0][:200]
+            continue
+        result["steps"][-1]["torch"] = _peer(case, result) if with_torch else None
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
             (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")

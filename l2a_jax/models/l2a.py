@@ -153,18 +153,14 @@ def _norm(x, params, context):
 
 
 def _qkv(h, params, context):
+    """q and k (rotated) and v from one matrix product: k and v alone are too narrow for the matrix units, and their
+    gradients would each write a whole [B, T, D]."""
     heads, kv_heads = context.config.num_heads, context.config.num_kv_heads
-
-    def split(x, count):
-        return x.reshape(*h.shape[:2], count, context.config.head_dim)
-
-    if "qkv" in params:  # one product for all three, as generation stores them
-        together = split(linear(h, params["qkv"]), heads + 2 * kv_heads)
-        rotated = apply_rope(together[:, :, : heads + kv_heads], context.rope)
-        return rotated[:, :, :heads], rotated[:, :, heads:], together[:, :, heads + kv_heads:]
-    q, k = (apply_rope(split(linear(h, params[name]), count), context.rope)
-            for name, count in (("q", heads), ("k", kv_heads)))
-    return checkpoint_name((q, k, split(linear(h, params["v"]), kv_heads)), "qkv")
+    joined = params.get("qkv") or {part: jnp.concatenate([params[name][part] for name in ("q", "k", "v")], axis=-1)
+                                   for part in params["q"]}
+    together = linear(h, joined).reshape(*h.shape[:2], heads + 2 * kv_heads, context.config.head_dim)
+    rotated = apply_rope(together[:, :, : heads + kv_heads], context.rope)
+    return checkpoint_name((rotated[:, :, :heads], rotated[:, :, heads:], together[:, :, heads + kv_heads :]), "qkv")
 
 
 def _out(rows, params):

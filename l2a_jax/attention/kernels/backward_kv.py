@@ -23,9 +23,10 @@ MAX_PARTS = 4
 
 def parts_of(spec: Spec, block: Block, batch: int) -> int:
     """Programs that share a block of keys, where few blocks would leave a large GPU idle behind the longest: the first
-    keys are seen by every row. Windows give every block the same work, and enough of it."""
+    keys are seen by every row. Windows give every block the same work: there it is enough to fill the GPU."""
     programs = spec.kv_heads * pl.cdiv(spec.length, block.keys) * batch
-    return 1 if spec.kind == "all" and spec.window is not None else min(max(split.PROGRAMS // programs, 1), MAX_PARTS)
+    windowed = spec.kind == "all" and spec.window is not None
+    return min(max((split.PROGRAMS // 2 if windowed else split.PROGRAMS) // programs, 1), MAX_PARTS)
 
 
 def backward_kv(spec: Spec, block: Block, q, k, v, plan: Plan, lse, delta, d_out, *, interpret: bool):
