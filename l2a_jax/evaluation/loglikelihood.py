@@ -159,8 +159,8 @@ def _table(requests: Sequence[Request], limit: int, vocabulary: int) -> _Table:
                             f"{limit}")
         whole = np.concatenate([np.asarray(context, np.int32), np.asarray(continuation, np.int32)])
         if whole.min() < 0 or whole.max() >= vocabulary:  # a gather would clamp them silently
-            raise UserError(f"request {index} holds a token id outside the vocabulary of {vocabulary}; was it tokenised "
-                            "with this model's tokenizer?")
+            raise UserError(f"request {index} holds a token id outside the vocabulary of {vocabulary}; was it "
+                            "tokenised with this model's tokenizer?")
         table.truncated[index] = whole.size > limit + 1
         table.targets.append(whole[whole.size - len(continuation) :])
         if len(continuation):

@@ -28,8 +28,9 @@ SURPLUS = 8
 """A haystack is read until it is so many times the longest context: every seed cuts its hay elsewhere."""
 
 ADJECTIVES = "amber brass coral distant eastern frozen granite hollow ivory lonely marble northern quiet silver".split()
-PLACES = "archive bakery bridge chapel cottage factory garden harbour library lighthouse mill museum tavern tower".split()
-OPENING = "Somewhere in the text below, access codes are given. Remember them: a question about one follows at the end.\n\n"
+PLACES = "archive bakery bridge chapel cottage factory garden harbour library lighthouse mill museum tavern".split()
+OPENING = "Somewhere in the text below, access codes are given. Remember them: a question about one follows at the " \
+          "end.\n\n"
 NEEDLE = "\nThe access code for the {key} is {answer}.\n"
 QUESTION = "\n\nQuestion: What is the access code for the {key}, as given in the text above?\nAnswer: " \
            "The access code for the {key} is"
@@ -173,7 +174,8 @@ def text_haystack(places: Sequence[str], tokenizer: Tokenizer, longest: int, joi
                         "text or shorter lengths")
     tokens = np.concatenate(parts)
     unique, inverse = np.unique(tokens, return_inverse=True)
-    ends = np.array([tokenizer.decode([token]).rstrip(' "\n\u201d').endswith((".", "!", "?")) for token in unique.tolist()])
+    texts = (tokenizer.decode([token]).rstrip(' "\n\u201d') for token in unique.tolist())
+    ends = np.array([text.endswith((".", "!", "?")) for text in texts])
     return Haystack(tokens, ends[inverse], named)
 
 

@@ -137,7 +137,7 @@ def test_bad_tokens_and_weights_that_are_not_finite():
         log_likelihoods(model, [Request([1], [CONFIG.vocab_size])])
     scale = model.params["norm_final"]["scale"]
     broken = {**model.params, "norm_final": {"scale": scale * jnp.nan}}
-    with pytest.raises(UserError, match="request 0 is nan.*not finite"):
+    with pytest.raises(UserError, match=r"request 0 is nan.*not finite"):
         log_likelihoods(model._replace(params=broken), [Request([1], [2])])
 
 

@@ -166,12 +166,12 @@ def test_empty_and_short_haystacks(bytes_model, novel, tmp_path):
     empty, short = tmp_path / "empty.txt", tmp_path / "short.txt"
     empty.write_text(" \n\n")
     short.write_text("Few words. " * 5)
-    with pytest.raises(UserError, match="empty.txt holds no text"):
+    with pytest.raises(UserError, match=r"empty.txt holds no text"):
         build_prompts(bytes_model, text_options(empty))
-    with pytest.raises(UserError, match="short.txt holds 5. tokens; the longest context needs 1001"):
+    with pytest.raises(UserError, match=r"short.txt holds 5. tokens; the longest context needs 1001"):
         build_prompts(bytes_model, text_options(short))
     (tmp_path / "hay.bin").write_text("x")
-    with pytest.raises(UserError, match="hay.bin is no .txt"):
+    with pytest.raises(UserError, match=r"hay.bin is no .txt"):
         build_prompts(bytes_model, text_options(tmp_path / "hay.bin"))
     with pytest.raises(UserError, match="has no tokenizer"):
         build_prompts(bytes_model._replace(tokenizer=None), text_options(novel))

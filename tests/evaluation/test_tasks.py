@@ -132,7 +132,7 @@ def test_missing_files(tmp_path, model):
         read_task("piqa", tmp_path / "nowhere")
     write(tmp_path)
     (tmp_path / "piqa_valid-labels.lst").unlink()
-    with pytest.raises(UserError, match="piqa_valid-labels.lst is missing"):
+    with pytest.raises(UserError, match=r"piqa_valid-labels.lst is missing"):
         read_task("piqa", tmp_path)
     (tmp_path / "hellaswag_more.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match="2 files for the task 'hellaswag'"):
@@ -142,6 +142,43 @@ def test_missing_files(tmp_path, model):
         read_task("arc_challenge", tmp_path)
     with pytest.raises(UserError, match="'mmlu' cannot be read from local files"):
         read_task("mmlu", tmp_path)
+
+
+def test_from_the_hub(model, tmp_path, monkeypatch):
+    """The same documents under the hub's splits give the same scores; ARC is asked from its test split there."""
+    import datasets
+
+    files = write(tmp_path)
+    asked = []
+
+    def load_dataset(path, name=None, **options):
+        asked.append((path, name))
+        task = "piqa" if "piqa" in path else "arc_challenge"
+        rows = datasets.Dataset.from_list(read_task(task, files).documents)
+        return {"train": rows.select([0]), "validation": rows, "test": rows.select([1])}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    names = ("piqa", "arc_challenge")
+    hub, local = (evaluate_tasks(model, names, limit=None, num_fewshot=None, task_data=data) for data in (None, files))
+    assert asked == [("baber/piqa", None), ("allenai/ai2_arc", "ARC-Challenge")]
+    assert {**hub["piqa"], "source": "", "seconds": 0} == {**local["piqa"], "source": "", "seconds": 0}
+    assert hub["piqa"]["source"] == "baber/piqa" and hub["arc_challenge"]["source"] == "allenai/ai2_arc/ARC-Challenge"
+    assert (hub["arc_challenge"]["split"], hub["arc_challenge"]["n"]) == ("test", 1)
+    assert hub["arc_challenge"]["correct"] == local["arc_challenge"]["correct"][1:]
+
+    def unreachable(*args, **options):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(UserError, match=r"data of piqa cannot be loaded from the hub \(ConnectionError: no route\); .*"
+                                        r"--task-data"):
+        evaluate_tasks(model, ("piqa",), limit=1, num_fewshot=None, task_data=None)
+
+
+@pytest.mark.network
+def test_the_hub_itself(model):
+    result = evaluate_tasks(model, ("piqa",), limit=2, num_fewshot=None, task_data=None)
+    assert result["piqa"]["n"] == 2 and result["piqa"]["source"] == "baber/piqa"
 
 
 def test_bad_arguments(tmp_path, model):
