@@ -94,6 +94,9 @@ class TransformerConfig:
     experts: int = 0
     """Above 0: the feed-forward layer's hidden units are divided among so many experts, one of which serves a token."""
     init_std: float = 0.02
+    gate_std: float = 0.02
+    """Of the gates; over LayerNorm's unit inputs the published 0.02 at width 256 gives sd(G) = 0.1, so that
+    sigmoid(G) = 0.500 +- 0.026: a frozen random gate is nearly a constant."""
 
     @property
     def head_width(self) -> int:
@@ -107,7 +110,7 @@ class Arm:
     name: str
     attention: Attention = DENSE
     gate_std: float | None = None
-    """Deviation of the gate's initial weights; None takes `init_std`, 0 makes a constant gate (sigmoid(0) = 0.5)."""
+    """Deviation of the gate's initial weights; None takes the model's, 0 makes a constant gate (sigmoid(0) = 0.5)."""
     gate_trained: bool = True
     gate_width: int | None = None
     gated_layers: tuple[int, ...] | None = None
@@ -170,10 +173,10 @@ _TOP_KS, _WIDTHS = (16, 32, 64, 128, 256), (8, 128)
 PRESETS = {
     "tiny": Preset(
         TransformerConfig(vocab_size=0, layers=2, width=64, heads=2, hidden=128, positions=64, dropout=0.0,
-                          gate_width=8, init_std=0.08),
-        Recipe(steps=200, batch_size=8, seq_len=64, learning_rate=3e-3, warmup=20, distill_steps=60,
+                          gate_width=8, init_std=0.08, gate_std=0.04),
+        Recipe(steps=120, batch_size=8, seq_len=64, learning_rate=4e-3, warmup=20, distill_steps=60,
                distill_learning_rate=1e-2),
-        seeds=(0, 1), top_k=8, top_ks=(4, 8, 16), gate_widths=(2,), experts=4, eval_batches=8, scan=50,
+        seeds=(0, 1), top_k=8, top_ks=(4, 8, 16), gate_widths=(2,), experts=4, eval_batches=8, scan=60,
         save_every=10_000, together=4),
     "gpu": Preset(
         dataclasses.replace(_PAPER, dropout=0.0),  # about one pass over the text: nothing to hold back from

@@ -68,7 +68,7 @@ def param_shapes(config: TransformerConfig) -> Tree:
 
 
 def init_params(config: TransformerConfig, key: Array, gate_std: Any = None) -> Tree:
-    """Fresh parameters: weights N(0, init_std), gates N(0, gate_std) (None: the same), biases 0, norms 1.
+    """Fresh parameters: weights N(0, init_std), gates N(0, gate_std) (None: the model's), biases 0, norms 1.
 
     A leaf's draw depends on the key and its name only: arms of one seed begin with the same backbone.
     """
@@ -76,7 +76,8 @@ def init_params(config: TransformerConfig, key: Array, gate_std: Any = None) -> 
         kind = path.rsplit("/", 1)[-1]
         if kind in ("scale", "bias"):
             return jnp.full(shape, float(kind == "scale"), jnp.float32)
-        deviation = gate_std if path.startswith("layers/gate") and gate_std is not None else config.init_std
+        gate = config.gate_std if gate_std is None else gate_std
+        deviation = gate if path.startswith("layers/gate") else config.init_std
         return deviation * jax.random.normal(jax.random.fold_in(key, zlib.crc32(path.encode())), shape)
 
     return map_with_path(leaf, param_shapes(config))

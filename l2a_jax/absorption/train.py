@@ -70,7 +70,7 @@ def arm_numbers(arm: Arm, config: TransformerConfig, recipe: Recipe, top_k: int)
     # A gate that no gradient reaches stays out of the decay too, as in torch, whose optimizer skips such parameters.
     decaying = gate_trained & arm.attention.gate_has_gradient
     return ArmNumbers(
-        numbers, np.float32(config.init_std if arm.gate_std is None else arm.gate_std),
+        numbers, np.float32(config.gate_std if arm.gate_std is None else arm.gate_std),
         np.float32(recipe.balance if arm.routing == "learned" else 0.0),
         map_with_path(functools.partial(per_leaf, gate_trained), shapes),
         map_with_path(functools.partial(per_leaf, decaying), shapes))

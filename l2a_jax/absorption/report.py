@@ -1,0 +1,160 @@
+"""What an experiment found, as JSON, as a markdown table with the reported figures beside the measured, and as a plot."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from l2a_jax.training.metrics import write_json
+
+
+@dataclass
+class Cell:
+    """One measured quantity over the seeds, and what was reported for it."""
+
+    values: Any
+    reported: str = ""
+    digits: int = 2
+
+    def text(self) -> str:
+        """Mean and standard deviation (n - 1) over seeds; a vast mean in powers of ten."""
+        values = np.asarray(self.values, float).reshape(-1)
+        style = f".{self.digits}f" if abs(values.mean()) < 1e6 else ".3g"
+        mean = f"{values.mean():{style}}"
+        return mean if values.size == 1 else f"{mean} ± {values.std(ddof=1):{style}}"
+
+
+@dataclass
+class Table:
+    """Rows of cells: {row: {column: Cell or text}}."""
+
+    title: str
+    rows: dict[str, dict[str, Cell | str]] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass
+class Panel:
+    """A picture: series of (x, mean, deviation); x is text for bars and numbers for lines."""
+
+    title: str
+    ylabel: str
+    xlabel: str = ""
+    series: dict[str, list[tuple[Any, float, float]]] = field(default_factory=dict)
+    log: bool = False
+
+    def add(self, series: str, x: Any, values: Any) -> None:
+        """Append a point from values over seeds."""
+        values = np.asarray(values, float).reshape(-1)
+        spread = float(values.std(ddof=1)) if values.size > 1 else 0.0
+        self.series.setdefault(series, []).append((x, float(values.mean()), spread))
+
+
+@dataclass
+class Report:
+    """An experiment's outcome."""
+
+    name: str
+    title: str
+    tables: list[Table]
+    panels: list[Panel]
+    notes: list[str] = field(default_factory=list)
+
+
+def bars(title: str, ylabel: str, table: Table, column: str, log: bool = False) -> Panel:
+    """A column of a table as bars."""
+    panel = Panel(title, ylabel, log=log)
+    for row, cells in table.rows.items():
+        if isinstance(cells.get(column), Cell):
+            panel.add(column, row, cells[column].values)
+    return panel
+
+
+def markdown(report: Report, setting: dict[str, Any]) -> str:
+    """The report as text."""
+    lines = [f"# {report.title}", "", str(setting["text"]), ""]
+    for table in report.tables:
+        columns = list(dict.fromkeys(column for cells in table.rows.values() for column in cells))
+        reported = {c: any(isinstance(cells.get(c), Cell) and cells[c].reported for cells in table.rows.values())
+                    for c in columns}
+        head = [""] + [h for c in columns for h in ([c, f"{c}, reported"] if reported[c] else [c])]
+        lines += [f"## {table.title}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+        for row, cells in table.rows.items():
+            entries = [row]
+            for c in columns:
+                cell = cells.get(c, "")
+                entries.append(cell.text() if isinstance(cell, Cell) else cell)
+                if reported[c]:
+                    entries.append(cell.reported if isinstance(cell, Cell) else "")
+            lines.append("| " + " | ".join(entries) + " |")
+        lines += ["", table.note, ""] if table.note else [""]
+    lines += [f"- {note}" for note in report.notes]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def draw(report: Report, path: pathlib.Path) -> None:
+    """All panels side by side: lines where x is a number, bars where it is a name."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(report.panels), figsize=(6.5 * len(report.panels), 5), squeeze=False,
+                                constrained_layout=True)
+    for axis, panel in zip(axes[0], report.panels, strict=True):
+        for index, (name, points) in enumerate(panel.series.items()):
+            x, mean, spread = zip(*points, strict=True)
+            if isinstance(x[0], str):
+                axis.bar(x, mean, yerr=spread, width=0.6, capsize=3, alpha=0.85,
+                         color=[plt.cm.tab10(i % 10) for i in range(len(x))])
+                axis.tick_params(axis="x", labelrotation=30)
+                plt.setp(axis.get_xticklabels(), ha="right", fontsize=8)
+                if not panel.log:  # differences are small beside the values
+                    low, high = min(mean), max(mean)
+                    axis.set_ylim(max(0, low - 0.5 * (high - low) - max(spread)), None)
+            else:
+                axis.errorbar(x, mean, yerr=spread, marker="o", capsize=3, label=name, color=plt.cm.tab10(index % 10))
+        if panel.log:
+            axis.set_yscale("log")
+        if any(not isinstance(points[0][0], str) for points in panel.series.values()):
+            axis.legend(fontsize=8)
+        axis.set(title=panel.title, ylabel=panel.ylabel, xlabel=panel.xlabel)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def write(report: Report, setting: dict[str, Any], folder: pathlib.Path) -> list[pathlib.Path]:
+    """`absorption_NAME.json`, `.md` and `.png` in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"absorption_{report.name}"
+
+    def cell(value):
+        if not isinstance(value, Cell):
+            return value
+        seeds = np.asarray(value.values, float).reshape(-1)
+        return {"mean": seeds.mean(), "sd": seeds.std(ddof=1) if seeds.size > 1 else None, "seeds": seeds,
+                **({"reported": value.reported} if value.reported else {})}
+
+    tables = [{"title": table.title, "note": table.note, "rows": {
+        row: {column: cell(value) for column, value in cells.items()} for row, cells in table.rows.items()}}
+        for table in report.tables]
+    write_json(folder / f"{stem}.json", {"experiment": report.name, "title": report.title,
+                                         **{k: v for k, v in setting.items() if k != "text"},
+                                         "tables": tables, "notes": report.notes})
+    (folder / f"{stem}.md").write_text(markdown(report, setting))
+    draw(report, folder / f"{stem}.png")
+    return [folder / f"{stem}.{kind}" for kind in ("json", "md", "png")]
+
+
+def perplexity(nll: Any) -> np.ndarray:
+    """exp of nats per token, capped so that a ruined model still prints."""
+    return np.exp(np.minimum(np.asarray(nll, float), 100.0))
+
+
+def mean_text(values: Sequence[float]) -> str:
+    """A short mean for notes."""
+    return f"{float(np.mean(values)):.4g}"

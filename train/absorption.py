@@ -1,0 +1,127 @@
+"""Routing absorption: `python train/absorption.py --experiment NAME... [--preset tiny|gpu|paper]`.
+
+NAME is all, or one or more of soft_gate, hard_topk, distill, stochastic, swap, closed_loop, mechanism; or
+`--experiment l2a_audit RUN [OTHER_RUN]` for a trained L2A model. Without --data the synthetic recall corpus is used.
+Run it again with the same flags to continue; `--time-limit` stops it cleanly (exit status 75) with all work saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import pathlib
+import sys
+import time
+
+STOPPED = 75  # EX_TEMPFAIL: not an error, run it again
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Every flag; those left out keep the preset's value."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("--experiment", nargs="+", default=None, metavar="NAME", help="see above")
+    parser.add_argument("--benchmark", action="store_true", help="steps per second: one seed, three, compiled PyTorch")
+    parser.add_argument("--preset", default="tiny", help="tiny (two CPU cores, minutes), gpu, paper")
+    parser.add_argument("--data", nargs="+", default=(), help="wikitext, diverse, RECIPE=DIR, files, folders or globs")
+    parser.add_argument("--tokenizer", help="folder, tokenizer.json, or hub name; GPT-2's vocab.json and merges.txt too")
+    parser.add_argument("--held-out", type=float, default=0.02, help="share of the documents held out")
+    parser.add_argument("--cache-dir", type=pathlib.Path, help="where token stores live")
+    parser.add_argument("--run-dir", type=pathlib.Path, help="trained arms and scores (default: runs/absorption-PRESET)")
+    parser.add_argument("--out", type=pathlib.Path, help="reports (default: RUN_DIR/results)")
+    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="stop cleanly after so long")
+    parser.add_argument("--attention", choices=("auto", "xla", "cudnn"), default="auto", help="of dense arms")
+    for flag, kind, words in (
+            ("steps", int, "of every arm"), ("batch-size", int, "rows a step"), ("seq-len", int, "tokens a row"),
+            ("lr", float, "peak learning rate"), ("warmup", int, "steps"), ("weight-decay", float, ""),
+            ("distill-steps", int, ""), ("distill-lr", float, ""), ("dtype", str, "float32 or bfloat16"),
+            ("dropout", float, ""), ("top-k", int, "keys kept"), ("eval-batches", int, "held-out batches, at most"),
+            ("together", int, "arms trained side by side"), ("save-every", int, "steps")):
+        parser.add_argument(f"--{flag}", type=kind, help=words)
+    parser.add_argument("--seeds", type=int, nargs="+")
+    parser.add_argument("--untied", action="store_true", help="a head of its own instead of the embedding")
+    return parser
+
+
+def resolve(flags: argparse.Namespace):
+    """The preset with the flags in place; UserError where they do not fit."""
+    from l2a_jax.absorption import config, suite
+
+    preset = suite.check_preset(flags.preset)
+    recipe = {"steps": flags.steps, "batch_size": flags.batch_size, "seq_len": flags.seq_len,
+              "learning_rate": flags.lr, "warmup": flags.warmup, "weight_decay": flags.weight_decay,
+              "distill_steps": flags.distill_steps, "distill_learning_rate": flags.distill_lr, "dtype": flags.dtype}
+    top = {"top_k": flags.top_k, "eval_batches": flags.eval_batches, "together": flags.together,
+           "save_every": flags.save_every, "seeds": flags.seeds and tuple(flags.seeds)}
+    model = dataclasses.replace(preset.model, tied=not flags.untied, **_given({"dropout": flags.dropout}))
+    preset = dataclasses.replace(preset, model=model, recipe=dataclasses.replace(preset.recipe, **_given(recipe)),
+                                 **_given(top))
+    if preset.top_k not in preset.top_ks:
+        preset = dataclasses.replace(preset, top_ks=tuple(sorted({*preset.top_ks, preset.top_k})))
+    config.check(preset)
+    return preset
+
+
+def _given(values: dict) -> dict:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    began = time.monotonic()
+    parser = make_parser()
+    flags = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    for name in ("jax", "orbax"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if flags.benchmark:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch wants memory on the same card
+
+    import jax
+
+    from l2a_jax.absorption.lab import Lab, OutOfTime
+    from l2a_jax.errors import UserError
+
+    try:
+        from l2a_jax.absorption import suite
+
+        if flags.experiment is None and not flags.benchmark:
+            parser.error("--experiment or --benchmark is needed")
+        run_dir = flags.run_dir or pathlib.Path("runs") / f"absorption-{flags.preset}"
+        out = flags.out or run_dir / "results"
+        if flags.experiment and flags.experiment[0] == "l2a_audit":
+            from l2a_jax.absorption import l2a_audit
+
+            l2a_audit.run(flags.experiment[1:], flags.data, out, flags.eval_batches, flags.seeds, flags.seq_len,
+                          flags.batch_size)
+            return 0
+        preset = resolve(flags)
+        if jax.default_backend() == "gpu":  # a continued suite compiles nothing twice
+            jax.config.update("jax_compilation_cache_dir", str((run_dir / "compiled").absolute()))
+        backend = {"auto": "cudnn" if jax.default_backend() == "gpu" and preset.recipe.dtype == "bfloat16" else None,
+                   "xla": None, "cudnn": "cudnn"}[flags.attention]
+        if flags.benchmark:
+            from l2a_jax.absorption import benchmark
+
+            benchmark.run(preset, backend, out)
+            return 0
+        names = suite.check_names(flags.experiment)
+        corpus = suite.make_corpus(preset, flags.data, flags.tokenizer, flags.held_out, flags.cache_dir)
+        deadline = float("inf") if flags.time_limit is None else began + flags.time_limit
+        suite.run(names, Lab(preset, corpus, run_dir, deadline, backend), flags.preset, out)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OutOfTime as stopped:
+        print(f"stopped at the time limit: {stopped}; run the same command again to continue", file=sys.stderr)
+        return STOPPED
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to continue", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
