@@ -306,9 +306,9 @@ def summary(found: dict[str, Any]) -> str:
     lines: list[str] = []
     for name, entry in found["tasks"].items():
         if name == "perplexity":
-            low, high = (float(bound) for bound in entry["perplexity_95"])
-            text = entry["text"]
-            lines.append(f"perplexity {entry['perplexity']:.3f} [{low:.3f}, {high:.3f}] over {entry['tokens']:,} tokens "
+            low, high = entry["perplexity_95"]
+            text, count = entry["text"], entry["tokens"]
+            lines.append(f"perplexity {entry['perplexity']:.3f} [{low:.3f}, {high:.3f}] over {count:,} tokens "
                          f"of {text['name']} (context {text['context']}, stride {text['stride']}, {text['rule']})")
             if "recall_accuracy" in entry:
                 lines.append(f"recall accuracy {entry['recall_accuracy']:.1%}")

@@ -26,7 +26,7 @@ def by_sparsity(model: Pretrained, calibration: Windows, threshold: float, *, ba
     if scores.decisions is None:
         raise UserError("--prune-sparsity: this is a plain model, which has no layers to prune")
     sparsity = 1 - routing_rates(scores.decisions, calibration.real)
-    model = pruned(model, prune_by_sparsity(sparsity, threshold))
+    model = pruned(model, prune_by_sparsity(sparsity.tolist(), threshold))
     log.info("pruned, with sparsity above %g on %s: %s", threshold, calibration.about["name"],
              ", ".join(map(str, model.l2a_config.pruned_layers)) or "no layer")
     return model
@@ -54,7 +54,7 @@ def report(before: Pretrained, after: Pretrained, windows: Windows, *, backend: 
 
 def format_report(report: dict[str, Any]) -> str:
     """The report as a line."""
-    low, high = (float(bound) for bound in report["cost_95"])
+    low, high = report["cost_95"]
     share = report["cache_saved"] / report["cache_bytes_before"]
     layers = ", ".join(map(str, report["pruned_layers"])) or "none"
     return (f"pruned layers {layers}: cache of {report['cache_tokens']:,} tokens "

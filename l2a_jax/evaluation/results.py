@@ -69,7 +69,16 @@ def read_results(path: pathlib.Path) -> dict[str, Any]:
         raise UserError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(found, dict) or not isinstance(found.get("tasks"), dict):
         raise UserError(f"{path} has no tasks; expected the eval.json that eval/run.py writes")
-    return found
+    return _numbers(found)
+
+
+def _numbers(value: Any) -> Any:
+    """Inverse of `metrics.plain` for numbers that are not finite, which JSON has no way to say."""
+    if isinstance(value, dict):
+        return {name: _numbers(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_numbers(entry) for entry in value]
+    return float(value) if isinstance(value, str) and value in ("nan", "inf", "-inf") else value
 
 
 def write_results(path: pathlib.Path, results: dict[str, Any]) -> None:

@@ -10,6 +10,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from l2a_jax.data.counts import format_count
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import intervals, reported
@@ -89,7 +91,7 @@ def _row(name, found, baseline):
     row["sparsity"] = tasks.get("perplexity", {}).get("sparsity")
     audit = tasks.get("audit")
     row["audit"] = None if audit is None else {
-        "gap": audit["gap"], "gap_95": _floats(audit["gap_95"]), "seeds": audit["seeds"],
+        "gap": audit["gap"], "gap_95": audit["gap_95"], "seeds": audit["seeds"],
         "perplexity": {kind: entry["perplexity"] for kind, entry in audit["rows"].items()}}
     row["verdict"] = tasks.get("collapse", {}).get("verdict")
     study = reported.match(row["size"], row["regime"]) if row["route"] == "learned" else None
@@ -100,11 +102,12 @@ def _row(name, found, baseline):
 def _perplexity(entry, other, row):
     if entry is None:
         return None
-    cell = {"value": entry["perplexity"], "interval": _floats(entry["perplexity_95"]), "tokens": entry["tokens"],
+    cell = {"value": entry["perplexity"], "interval": entry["perplexity_95"], "tokens": entry["tokens"],
             "text": entry["text"]["name"], "context": entry["text"]["context"], "stride": entry["text"]["stride"],
             "difference": None}
     if other is not None and entry["text"]["hash"] == other["text"]["hash"]:
-        nats, (low, high) = intervals.paired_windows(entry["window_nll"], other["window_nll"], entry["window_tokens"])
+        nll, base, tokens = (np.asarray(x) for x in (entry["window_nll"], other["window_nll"], entry["window_tokens"]))
+        nats, (low, high) = intervals.paired_windows(nll, base, tokens)
         cell["difference"] = {"nats": nats, "interval": [low, high], "ratio": math.exp(nats),
                               "ratio_95": [math.exp(low), math.exp(high)]}
     elif other is not None:
@@ -184,7 +187,3 @@ def _reported_cells(study):
     data = f", {study['data']}" if study["data"] else ""
     return [f"*reported{data}*", f"*{study['regime']}*", f"*{study['trained'] or '-'}*", "", "",
             f"*{study['perplexity']:.2f}*", *scores, f"*{study['needle']}*", "", "", ""]
-
-
-def _floats(values):
-    return [float(value) for value in values]

@@ -26,20 +26,20 @@ def model(plain):
 
 @pytest.fixture(scope="module")
 def windows():
-    corpus = RecallCorpus(96, 4, distance=15, facts=4)
-    return perplexity.batch_windows(list(corpus.held_out(2)), {"name": "recall corpus"}, needs_memory)
+    corpus = RecallCorpus(128, 32)  # the sizes of test_run: compiled once for both
+    return perplexity.batch_windows(list(corpus.held_out(1)), {"name": "recall corpus"}, needs_memory)
 
 
 @pytest.fixture(scope="module")
 def oracle(model, windows):
     """A router that knows: exactly the tokens that need memory are routed, in every layer."""
     needed = np.broadcast_to(needs_memory(windows.tokens), (3, *windows.tokens.shape))
-    return perplexity.score_windows(model, windows, needed, batch_tokens=4 * 96)
+    return perplexity.score_windows(model, windows, needed, batch_tokens=4_096)
 
 
 @pytest.fixture(scope="module")
 def report(model, windows, oracle):
-    return audit.audit(model, windows, oracle, seeds=2, batch_tokens=4 * 96)
+    return audit.audit(model, windows, oracle, seeds=2, batch_tokens=4_096)
 
 
 def test_a_choice_that_matters_beats_every_control(report, windows):
@@ -66,7 +66,7 @@ def test_rows_are_what_forcing_those_decisions_gives(report, model, windows, ora
         "static": [audit.static_decisions(0, rates, *shape)[0]],
     }
     for name, several in again.items():
-        scores = [perplexity.score_windows(model, windows, one, batch_tokens=4 * 96) for one in several]
+        scores = [perplexity.score_windows(model, windows, one, batch_tokens=4_096) for one in several]
         total = np.mean([one.nll.sum() for one in scores]) - oracle.nll.sum()
         assert report["rows"][name]["worse"] == pytest.approx(total / windows.scored.sum(), abs=1e-9)
 
@@ -74,17 +74,17 @@ def test_rows_are_what_forcing_those_decisions_gives(report, model, windows, ora
 def test_a_choice_that_does_not_matter_has_no_gap(model, windows):
     rates = np.full(3, 0.3)
     learned = perplexity.score_windows(model, windows, audit.random_decisions(9, rates, *windows.tokens.shape),
-                                       batch_tokens=4 * 96)
-    report = audit.audit(model, windows, learned, seeds=2, batch_tokens=4 * 96)
+                                       batch_tokens=4_096)
+    report = audit.audit(model, windows, learned, seeds=2, batch_tokens=4_096)
     low, high = report["gap_95"]
     assert low < 0.02 and high > -0.02
 
 
 def test_decisions_that_are_not_the_routers_are_refused(model, windows, oracle):
     with pytest.raises(UserError, match="more than rounding in float32"):
-        audit.audit(model, windows, oracle._replace(decisions=~oracle.decisions), batch_tokens=4 * 96)
+        audit.audit(model, windows, oracle._replace(decisions=~oracle.decisions), batch_tokens=4_096)
     with pytest.raises(UserError, match="more than rounding"):
-        audit.audit(model, windows, oracle._replace(nll=oracle.nll + np.nan), batch_tokens=4 * 96)
+        audit.audit(model, windows, oracle._replace(nll=oracle.nll + np.nan), batch_tokens=4_096)
 
 
 def test_a_plain_model_has_nothing_to_audit(plain, windows, oracle):
@@ -123,7 +123,7 @@ def test_static_layers_by_rate_up_to_the_density(rates, chosen):
 
 def test_pruned_layers_stay_pruned(model, windows):
     pruned = model._replace(l2a_config=L2AConfig(window=12, sinks=2, pruned_layers=(1,)))
-    learned = perplexity.score_windows(pruned, windows, np.ones((3, *windows.tokens.shape), bool), batch_tokens=4 * 96)
-    rows = audit.audit(pruned, windows, learned, seeds=1, batch_tokens=4 * 96)["rows"]
+    learned = perplexity.score_windows(pruned, windows, np.ones((3, *windows.tokens.shape), bool), batch_tokens=4_096)
+    rows = audit.audit(pruned, windows, learned, seeds=1, batch_tokens=4_096)["rows"]
     assert rows["all"]["density"] == pytest.approx(2 / 3) == rows["learned"]["density"]
     assert rows["all"]["worse"] == 0 and rows["static"]["layer_rates"].tolist() == [1, 0, 1]
