@@ -23,8 +23,8 @@ import numpy as np
 
 from l2a_jax.config import MODELS, ModelConfig
 from l2a_jax.data.batch import Batch
-from l2a_jax.evaluation.speed import versions
 from l2a_jax.evaluation import speed_torch_training
+from l2a_jax.evaluation.speed import versions
 from l2a_jax.evaluation.speed_timing import matmul_ceiling
 from l2a_jax.models.params import abstract_params, init_params
 from l2a_jax.presets import REGIME_PRESET, layer_of, resolve

@@ -80,17 +80,14 @@ def test_leakage_one_gives_every_token_the_dense_gradient(name):
 
     def with_gates(gates):
         """The last layer with soft gates: d~ a + (1 - d~) s is linear in them."""
-        original = l2a._global
+        original = routing.straight_through
 
-        def soft(q, k, v, decided, context, key, pruned):
-            rows, hard = original(q, k, v, decided, context._replace(train=True), key, pruned)
-            return rows, jnp.where(is_last(decided.logits), gates, jax.lax.stop_gradient(hard))
-
-        def is_last(z):
-            return jnp.allclose(z, routed.logits[last], atol=1e-5)
+        def soft(d, p, computed):
+            is_last = jnp.allclose(p, routed.probabilities[last], atol=1e-5)
+            return jnp.where(is_last, gates, jax.lax.stop_gradient(original(d, p, computed)))
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(l2a, "_global", soft)
+            patch.setattr(l2a.routing, "straight_through", soft)
             hidden, _ = hidden_states(params, tokens, CONFIG, layer, train=True, backend="reference")
         return jnp.sum(hidden * cotangent)
 
