@@ -86,7 +86,7 @@ class NeedleOptions:
 
 
 class Prompt(NamedTuple):
-    """A context of exactly `length` tokens when the answer is added, and what may follow it."""
+    """A context of exactly `length` tokens when the longest answer is added, and what may follow it."""
 
     length: int
     depth: float

@@ -131,6 +131,14 @@ def test_the_embedded_model_remembers_and_a_pruned_one_cannot(tiny):
     assert json.loads(json.dumps(plain)) == plain
 
 
+def test_real_decoding_writes_what_teacher_forcing_says(tiny):
+    options = NeedleOptions(lengths=(128,), depths=(0.0, 1.0), seeds=(0, 1, 2), generate=6)
+    result = evaluate_needle(tiny, options)
+    assert [one["answer"] for one in result["generated"]] == [one["answer"] for one in result["prompts"]]
+    assert [one["exact_match"] for one in result["generated"]] == [one["exact_match"] for one in result["prompts"]]
+    assert all(one["exact_match"] == (one["written"] == one["answer"]) for one in result["generated"])
+
+
 def test_grids_table_and_picture(tiny, tmp_path):
     options = NeedleOptions(lengths=(64, 128), depths=(0.0, 1.0), seeds=(0, 1, 2))
     result = evaluate_needle(tiny, options)
