@@ -90,8 +90,8 @@ class Plan(NamedTuple):
 
     @property
     def precision(self) -> str | None:
-        """float32 means float32 products too, where an accelerator would take shortcuts."""
-        return "float32" if self.dtype == "float32" else None
+        """float32 means float32 products too, where an accelerator would take shortcuts (a CPU takes none)."""
+        return "float32" if self.dtype == "float32" and jax.default_backend() != "cpu" else None
 
 
 def make_plan(options: Options) -> Plan:

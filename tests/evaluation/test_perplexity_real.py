@@ -73,8 +73,8 @@ def test_the_same_perplexity(path):
     assert ours.tokens.tolist() == counts
     found, expected = (float(np.exp(np.sum(one) / np.sum(counts))) for one in (ours.nll, sums))
     apart = np.abs(ours.nll - sums) / counts
-    print(f"\nWikiText-2 validation, {len(counts)} windows, context {CONTEXT}, stride {STRIDE}, {sum(counts):,} tokens: "
-          f"ours {found:.5f}, transformers {expected:.5f}, {found / expected - 1:+.2e}; windows apart by at most "
+    print(f"\nWikiText-2 validation, {len(counts)} windows, context {CONTEXT}, stride {STRIDE}, {sum(counts):,} tokens "
+          f"- ours {found:.5f}, transformers {expected:.5f}, {found / expected - 1:+.2e}; windows apart by at most "
           f"{apart.max():.2e} nats a token")
     assert found == pytest.approx(expected, rel=1e-3)
     assert apart.max() < 2e-3

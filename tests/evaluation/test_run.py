@@ -53,20 +53,17 @@ def read(path):
 
 def test_a_run_folder_keeps_the_results_of_every_task(main, run_dir, plain, capsys, caplog):
     caplog.set_level(logging.INFO)
-    assert main([str(run_dir), "--tasks", "collapse,perplexity"]) == 0
-    said = capsys.readouterr().out
-    assert "perplexity 2.768" in said and "verdict: healthy" in said
+    assert main([str(run_dir), "--tasks", "perplexity"]) == 0
+    assert "perplexity 2.768" in capsys.readouterr().out
     assert "no --text: scored on held-out rows of the synthetic recall corpus" in caplog.text
     first = read(run_dir / "eval.json")
     assert first["regime"] == "baseline" and first["run"]["tokens_seen"] == 4_096
-    assert first["tasks"]["collapse"]["training"] == {"steps": 1, "loss": 1.0, "not_finite": 0, "held_out_loss": 1.1}
-    assert main([str(run_dir), "--tasks", "needle", "--needle-lengths", "64", "--needle-depths", "2",
-                 "--needle-seeds", "2"]) == 0
+    assert main([str(run_dir), "--tasks", "collapse"]) == 0
+    assert "verdict: healthy" in capsys.readouterr().out
     found = read(run_dir / "eval.json")
     assert found["tasks"]["perplexity"] == first["tasks"]["perplexity"]
-    assert found["tasks"]["needle"]["depths"] == [0.0, 1.0] and found["tasks"]["needle"]["overall"]["n"] == 4
-    assert (run_dir / "needle.png").stat().st_size > 1_000
-    origin = found["tasks"]["needle"]["provenance"]
+    assert found["tasks"]["collapse"]["training"] == {"steps": 1, "loss": 1.0, "not_finite": 0, "held_out_loss": 1.1}
+    origin = found["tasks"]["collapse"]["provenance"]
     assert origin["settings"]["source"] == str(run_dir) and origin["versions"]["jax"] and origin["seconds"] > 0
     assert not list(run_dir.glob(".*"))
 
@@ -153,6 +150,27 @@ def test_benchmarks_get_the_flags(main, tmp_path, monkeypatch, capsys):
     assert asked["task_data"] == tmp_path and asked["log_samples"] is None
     assert "piqa: acc 1.000" in capsys.readouterr().out
     assert read(tmp_path / "out" / "eval.json")["tasks"]["piqa"]["correct"] == [1]
+
+
+def test_the_needle_gets_the_flags_and_a_picture(main, tmp_path, monkeypatch, capsys):
+    from l2a_jax.evaluation import needle
+
+    asked = []
+
+    def answer(model, options, backend):
+        asked.append(options)
+        grid = [[0.5] * len(options.lengths) for _ in options.depths]
+        return {"lengths": options.lengths, "depths": options.depths, "per_cell": 2, "needles": 1, "distractors": 7,
+                "exact_match": grid, "ranked_first": grid,
+                "overall": {"exact_match": 0.5, "exact_match_stderr": 0.1, "ranked_first": 0.5, "mean_rank": 2, "n": 8}}
+
+    monkeypatch.setattr(needle, "evaluate_needle", answer)
+    assert main([TINY, "--tasks", "needle", "--needle-lengths", "64,128", "--needle-depths", "3", "--needle-seeds", "2",
+                 "--out", str(tmp_path)]) == 0
+    assert (asked[0].lengths, asked[0].depths, asked[0].seeds) == ((64, 128), (0.0, 0.5, 1.0), (0, 1))
+    assert (tmp_path / "needle.png").stat().st_size > 1_000
+    assert read(tmp_path / "eval.json")["tasks"]["needle"]["heat_map"] == "needle.png"
+    assert "exact match 50.0%" in capsys.readouterr().out
 
 
 BAD = {
