@@ -27,12 +27,7 @@ def make(heads, kv_heads, width, dtype=jnp.float32, batch=BATCH, slots=SLOTS):
     return draw(batch, heads, width), draw(batch, kv_heads, width), draw(batch, kv_heads, width), cache
 
 
-# Each program runs once: compiling it well would take most of the time.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
-@functools.partial(jax.jit, static_argnames=("sinks", "write", "backend", "layer"),
-                   compiler_options=QUICK if jax.default_backend() == "cpu" else None)
+@functools.partial(jax.jit, static_argnames=("sinks", "write", "backend", "layer"))
 def run(q, k, v, cache, reads, **options):
     return attend_cache(q, k, v, cache, reads=reads, **options)
 
@@ -48,7 +43,7 @@ ON_GPU = pytest.param("pallas", marks=pytest.mark.gpu)
 
 @pytest.mark.parametrize("backend", ["xla", "pallas_interpret", ON_GPU])
 @pytest.mark.parametrize(("heads", "kv_heads", "width", "dtype", "tolerance"), [
-    (14, 2, 64, jnp.float32, 2e-6), (12, 2, 128, jnp.bfloat16, 1e-2), (6, 6, 16, jnp.float32, 2e-6)])
+    (14, 2, 64, jnp.float32, 2e-6), (12, 2, 128, jnp.bfloat16, 1e-2)])
 def test_every_backend_gives_the_oracles_rows_and_cache(heads, kv_heads, width, dtype, tolerance, backend, many_parts):
     q, k, v, cache = make(heads, kv_heads, width, dtype)
     exact = [x.astype(jnp.float32) for x in (q, k, v)]
@@ -66,7 +61,7 @@ def test_every_backend_gives_the_oracles_rows_and_cache(heads, kv_heads, width, 
 
 @pytest.mark.parametrize("backend", ["xla", "pallas_interpret", ON_GPU])
 def test_a_second_look_writes_nothing(backend):
-    q, k, v, cache = make(4, 2, 16, slots=40)
+    q, k, v, cache = make(6, 6, 16, slots=40)  # one query head a key head
     reads = Reads(*(jnp.full((BATCH,), n, jnp.int32) for n in (30, 39, 39)), jnp.ones((BATCH,), bool))
     want, _ = run(q, k, v, cache, reads, layer=0, backend="reference")
     rows, stored = run(q, k, v, cache, reads, layer=0, write=False, backend=backend)

@@ -53,31 +53,33 @@ def test_no_step_copies_the_cache():
 
 def test_the_ring_holds_the_sinks_and_the_last_window():
     window, sinks, slots = 5, 2, 7
-    rows = jnp.broadcast_to(jnp.arange(40, dtype=jnp.float32)[None, :, None, None], (3, 40, 1, 1))
+    rows = jnp.asarray(np.broadcast_to(np.arange(40, dtype=np.float32)[None, :, None, None], (3, 40, 1, 1)))
     lengths = jnp.array([4, 7, 33], jnp.int32)
-    held = np.asarray(ring_of(rows, lengths, window, sinks, slots))[:, :, 0, 0]
-    reads = ring_reads(lengths, jnp.ones(3, bool), window, sinks, slots)
+    held, reads = jax.jit(lambda rows, lengths: (
+        ring_of(rows, lengths, window, sinks, slots)[:, :, 0, 0],
+        ring_reads(lengths, lengths > 0, window, sinks, slots)))(rows, lengths)
+    held = np.asarray(held)
     for row, length in enumerate(lengths.tolist()):
-        seen = {held[row, s] for s in range(reads.end[row]) if s != int(reads.slot[row]) or s >= length}
+        seen = {int(held[row, s]) for s in range(reads.end[row]) if s != int(reads.slot[row]) or s >= length}
         want = {p for p in range(length) if p < sinks or p > length - window}
         assert seen == want, (length, seen, want)
         assert int(ring_slot(lengths[row], window, sinks)) == int(reads.slot[row])
 
 
 def test_sampling_draws_from_the_nucleus_alone():
-    probabilities = jnp.array([[0.5, 0.25, 0.15, 0.1], [0.1, 0.2, 0.3, 0.4]])
-    logits = jnp.log(probabilities)
-    for top_p, kept in ((0.5, [[0], [3, 2]]), (0.6, [[0, 1], [3, 2]]), (0.99, [[0, 1, 2, 3], [0, 1, 2, 3]])):
-        finite = np.isfinite(np.asarray(nucleus(logits, top_p)))
-        assert [set(np.flatnonzero(row)) for row in finite] == [set(row) for row in kept], top_p
-    assert bool(jnp.isfinite(nucleus(jnp.zeros((1, 4)), 0.1)).all())  # equals are all kept
-    tokens, scores = sample(logits, None, 0.0, None)
+    cut, draw = (jax.jit(function, compiler_options=QUICK) for function in (nucleus, sample))
+    logits = jnp.log(jnp.array([[0.5, 0.25, 0.15, 0.1], [0.1, 0.2, 0.3, 0.4]]))
+    for top_p, kept in ((0.5, [[0], [2, 3]]), (0.6, [[0, 1], [2, 3]]), (0.99, [[0, 1, 2, 3], [0, 1, 2, 3]])):
+        finite = np.isfinite(np.asarray(cut(logits, top_p)))
+        assert [np.flatnonzero(row).tolist() for row in finite] == kept, top_p
+    assert np.isfinite(np.asarray(cut(jnp.zeros((2, 4)), 0.1))).all()  # equals are all kept
+    tokens, scores = draw(logits, None, 0.0, None)
     assert tokens.tolist() == [0, 3]
-    np.testing.assert_allclose(scores, jnp.log(jnp.array([0.5, 0.4])), rtol=1e-6)
+    np.testing.assert_allclose(scores, np.log([0.5, 0.4]), rtol=1e-6)
     many = jnp.broadcast_to(logits[:1], (4_000, 4))
-    drawn, scores = sample(many, jax.random.key(0), 0.5, 0.99)
+    drawn, scores = draw(many, jax.random.key(0), 0.5, 0.99)
     expected = np.square([0.5, 0.25, 0.15, 0.1])  # temperature 0.5 squares the probabilities
     share = np.bincount(np.asarray(drawn), minlength=4) / 4_000
     np.testing.assert_allclose(share, expected / expected.sum(), atol=0.03)
-    np.testing.assert_allclose(scores, logits[0][drawn], rtol=1e-5)
-    assert set(np.asarray(sample(many, jax.random.key(1), 1.0, 0.6)[0])) == {0, 1}
+    np.testing.assert_allclose(scores, np.asarray(logits)[0][np.asarray(drawn)], rtol=1e-5)
+    assert set(np.asarray(draw(many, jax.random.key(1), 1.0, 0.6)[0]).tolist()) == {0, 1}

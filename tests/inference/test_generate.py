@@ -32,11 +32,11 @@ WIRINGS = {
     "plain": (None, False, "xla"),
     "sequential sinks, pruned": (_pruned("sequential sinks", 1), False, "reference"),
     "parallel, pruned": (_pruned("parallel", 2), False, "xla"),
-    "parallel post_local": (LAYERS["parallel post_local"], True, "reference"),
+    "parallel post_local, a window beyond the cache": (
+        dataclasses.replace(LAYERS["parallel post_local"], window=100, sinks=0), True, "reference"),
     "shared": (LAYERS["shared"], False, "xla"),
     "shared, pruned": (_pruned("shared", 0), True, "reference"),
     "shared post_local, pruned": (_pruned("shared post_local", 1), False, "reference"),
-    "a window beyond the cache": (dataclasses.replace(LAYERS["parallel"], window=100, sinks=0), True, "reference"),
 }
 
 
@@ -115,13 +115,13 @@ def test_rows_stop_at_their_stop_token_and_the_others_go_on():
         assert not np.asarray(out.tokens[row, place + 1 :]).any()
 
 
-@pytest.mark.parametrize("backend", ["pallas_interpret", pytest.param("pallas", marks=pytest.mark.gpu)])
-def test_the_kernel_inside_the_loop(backend):
+@pytest.mark.gpu  # in interpret mode it passes too, but compiles for longer than all the rest
+def test_the_kernel_inside_the_loop():
     """Its cache updated in place, step after step; a pruned layer beside others, and a batch that is not all done."""
     layer, config = _pruned("shared", 1), dataclasses.replace(CONFIG, head_dim=16, num_layers=2)
     params = make_params(layer, config)
     decisions = routing.random(jax.random.key(9), [0.5, 0.5], 2, 12 + 5)
-    out = generate(params, config, layer, PROMPTS[1:], max_new_tokens=5, decisions=decisions, backend=backend)
+    out = generate(params, config, layer, PROMPTS[1:], max_new_tokens=5, decisions=decisions, backend="pallas")
     check(out, PROMPTS[1:], layer, params, decisions, config)
 
 
