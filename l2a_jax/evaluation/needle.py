@@ -127,7 +127,8 @@ def evaluate_needle(model: Pretrained, options: NeedleOptions, *, backend: str =
     result = {
         "lengths": list(options.lengths), "depths": list(options.depths), "seeds": list(options.seeds),
         "needles": options.needles, "distractors": len(prompts[0].answers) - 1, "haystack": list(options.haystack),
-        "answer_tokens": len(prompts[0].answer_tokens[0]), "method": "teacher forcing",
+        "chance_ranked_first": 1 / len(prompts[0].answers), "answer_tokens": len(prompts[0].answer_tokens[0]),
+        "method": "teacher forcing",
         **{name: _grid(rows, options, field) for name, field in _GRIDS.items()},
         "per_cell": len(options.seeds), "overall": _overall(rows), "prompts": rows,
     }
