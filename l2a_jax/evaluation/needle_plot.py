@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 
-PANELS = {"exact_match": "greedy output is the answer",
-          "ranked_first": "answer is the likeliest of {n} (chance {chance:.0%})"}
+PANELS = {"exact_match": "greedy output is the answer\n{mean:.0%}",
+          "ranked_first": "answer is the likeliest of {n}\n{mean:.0%} (chance {chance:.0%})"}
 
 
 def format_table(result: dict[str, Any]) -> str:
     """Exact match and, in brackets, the share ranked first, in per cent: a row a depth, a column a length."""
     lengths, depths = result["lengths"], result["depths"]
-    overall = result["overall"]
-    lines = [f"needle: exact match % (ranked first of {result['distractors'] + 1} %, chance "
-             f"{result['chance_ranked_first']:.0%}), {result['per_cell']} prompts a cell, {result['needles']} needle(s)",
+    overall, answers = result["overall"], result["distractors"] + 1
+    lines = [f"needle: exact match % (ranked first of {answers} %, chance {1 / answers:.0%}), {result['per_cell']} "
+             f"prompts a cell, {result['needles']} needle(s)",
              f"{'depth':>6}" + "".join(f"{length:>14,}" for length in lengths)]
     for depth, exact, first in zip(depths, result["exact_match"], result["ranked_first"], strict=True):
         cells = (f"{100 * a:.0f} ({100 * b:.0f})" for a, b in zip(exact, first, strict=True))
@@ -31,8 +31,8 @@ def draw_heat_map(result: dict[str, Any], path: Path) -> None:
     """Write a PNG: a panel for each way of scoring, red for 0 % and green for 100 %, the share in every cell."""
     from matplotlib.figure import Figure
 
-    lengths, depths, chance = result["lengths"], result["depths"], result["chance_ranked_first"]
-    width, height = 1.6 + 0.75 * len(lengths), 1.7 + 0.42 * len(depths)
+    lengths, depths, answers = result["lengths"], result["depths"], result["distractors"] + 1
+    width, height = 1.6 + 0.75 * len(lengths), 1.9 + 0.42 * len(depths)
     figure = Figure(figsize=(2 * max(width, 3.6), max(height, 2.6)), dpi=120, layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, (name, title) in zip(axes, PANELS.items(), strict=True):
@@ -43,7 +43,7 @@ def draw_heat_map(result: dict[str, Any], path: Path) -> None:
         axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
         axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
         axis.set_xlabel("context length (tokens)")
-        axis.set_title(f"{title.format(n=result['distractors'] + 1, chance=chance)}: {np.mean(grid):.0%}", fontsize=10)
+        axis.set_title(title.format(n=answers, mean=np.mean(grid), chance=1 / answers), fontsize=10)
     axes[0].set_ylabel("needle depth")
     figure.colorbar(image, ax=axes, label="share of prompts", ticks=[0, 0.5, 1])
     figure.suptitle(f"{result['overall']['n']} prompts, {result['per_cell']} a cell, {result['needles']} needle(s)",
