@@ -57,6 +57,16 @@ def why_not(backend: str, call: Call) -> str | None:
     return getattr(module, "why_not", lambda call: None)(call)
 
 
+def _order(call: Call, platform: str) -> tuple[str, ...]:
+    """The device's list, with cuDNN first where it measured faster than our kernels on a Hopper GPU
+    (eval/results/speed.md): dense calls, and windows at head width 128. Elsewhere ours are ahead, or alone."""
+    order = AUTO.get(platform, ("xla", "reference"))
+    faster = call.operation == "full" or (call.operation == "local" and call.width == 128)
+    if platform == "gpu" and faster and float(getattr(jax.devices()[0], "compute_capability", "0")) >= 9:
+        return ("cudnn", *(name for name in order if name != "cudnn"))
+    return order
+
+
 @functools.cache
 def choose(call: Call, backend: str, platform: str) -> str:
     """The backend that serves `call`: the one named, or the first that can. Logged once per kind of call."""
@@ -66,7 +76,7 @@ def choose(call: Call, backend: str, platform: str) -> str:
             raise NotImplementedError(f"attention backend {backend!r} cannot serve {call}: {reason}")
         return backend
     reasons = []
-    for name in AUTO.get(platform, ("xla", "reference")):
+    for name in _order(call, platform):
         reason = why_not(name, call)
         if reason is None:
             said = f"; passed over: {'; '.join(reasons)}" if reasons else ""
