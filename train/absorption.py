@@ -26,10 +26,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--benchmark", action="store_true", help="steps per second: one seed, three, compiled PyTorch")
     parser.add_argument("--preset", default="tiny", help="tiny (two CPU cores, minutes), gpu, paper")
     parser.add_argument("--data", nargs="+", default=(), help="wikitext, diverse, RECIPE=DIR, files, folders or globs")
-    parser.add_argument("--tokenizer", help="folder, tokenizer.json, or hub name; GPT-2's vocab.json and merges.txt too")
+    parser.add_argument("--tokenizer", help="folder (tokenizer.json, or vocab.json and merges.txt), file or hub name")
     parser.add_argument("--held-out", type=float, default=0.02, help="share of the documents held out")
     parser.add_argument("--cache-dir", type=pathlib.Path, help="where token stores live")
-    parser.add_argument("--run-dir", type=pathlib.Path, help="trained arms and scores (default: runs/absorption-PRESET)")
+    parser.add_argument("--run-dir", type=pathlib.Path, help="trained arms, scores (default: runs/absorption-PRESET)")
     parser.add_argument("--out", type=pathlib.Path, help="reports (default: RUN_DIR/results)")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="stop cleanly after so long")
     parser.add_argument("--attention", choices=("auto", "xla", "cudnn"), default="auto", help="of dense arms")
@@ -78,6 +78,9 @@ def main(arguments: list[str] | None = None) -> int:
         logging.getLogger(name).setLevel(logging.WARNING)
     if flags.benchmark:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch wants memory on the same card
+
+    if flags.preset == "tiny" and "jax" not in sys.modules:  # most of a tiny suite's time is compilation
+        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 
     import jax
 

@@ -70,8 +70,8 @@ def run(preset: Preset, dense_backend: str | None, out: pathlib.Path) -> dict:
               "three_seeds_over_one": ratio, "torch": reason or benchmark_torch.version()}
     recipe = preset.recipe
     lines = ["# Speed of the absorption suite", "",
-             f"{result['device']}, jax {jax.__version__}, torch {result['torch']}; training steps of {recipe.batch_size} "
-             f"x {recipe.seq_len} tokens, {recipe.dtype}; medians.", "",
+             f"{result['device']}, jax {jax.__version__}, torch {result['torch']}; training steps of "
+             f"{recipe.batch_size} x {recipe.seq_len} tokens, {recipe.dtype}; medians.", "",
              "| | ms a step | steps/s | tokens/s | compile s |", "|---|---|---|---|---|"]
     lines += [f"| {name} | {row['milliseconds_a_step']:.2f} | {row['steps_per_second']:.1f} | "
               f"{row['tokens_per_second']:,.0f} | {row['compile_seconds']:.1f} |" for name, row in rows.items()]

@@ -174,10 +174,10 @@ PRESETS = {
     "tiny": Preset(
         TransformerConfig(vocab_size=0, layers=2, width=64, heads=2, hidden=128, positions=64, dropout=0.0,
                           gate_width=8, init_std=0.08, gate_std=0.04),
-        Recipe(steps=120, batch_size=8, seq_len=64, learning_rate=4e-3, warmup=20, distill_steps=60,
+        Recipe(steps=80, batch_size=8, seq_len=64, learning_rate=5e-3, warmup=15, distill_steps=40,
                distill_learning_rate=1e-2),
-        seeds=(0, 1), top_k=8, top_ks=(4, 8, 16), gate_widths=(2,), experts=4, eval_batches=8, scan=60,
-        save_every=10_000, together=4),
+        seeds=(0, 1), top_k=8, top_ks=(4, 8, 16), gate_widths=(2,), experts=4, eval_batches=8, scan=40,
+        save_every=10_000, together=2),
     "gpu": Preset(
         dataclasses.replace(_PAPER, dropout=0.0),  # about one pass over the text: nothing to hold back from
         Recipe(steps=3_000, warmup=200, learning_rate=1e-3, dtype="bfloat16"),

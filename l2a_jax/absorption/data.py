@@ -42,7 +42,8 @@ class Windows:
     def in_turn(self, batches: int, batch_size: int) -> Int32[np.ndarray, "n B"]:
         """The first whole batches, at most `batches`, in one fixed shuffled order: what every arm is scored on."""
         count = min(batches, self.starts.size // batch_size)
-        return self.starts[permutation(0, "held out", 0, self.starts.size)][: count * batch_size].reshape(-1, batch_size)
+        order = permutation(0, "held out", 0, self.starts.size)[: count * batch_size]
+        return self.starts[order].reshape(-1, batch_size)
 
 
 @dataclass(frozen=True, eq=False)

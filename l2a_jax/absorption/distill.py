@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from l2a_jax.absorption import gates, masks, model
 from l2a_jax.absorption.config import Attention, Recipe, TransformerConfig
@@ -34,13 +34,14 @@ def kl(s: Float[Array, "*S T T"], g: Float[Array, "*S T T"]) -> Float[Array, ""]
     return jnp.mean(jnp.sum(jnp.where(visible, jnp.exp(log_p) * (log_p - log_q), 0.0), axis=-1))
 
 
-def fresh_selector(seeds: Int[Array, " M"], config: TransformerConfig) -> Tree:
+@functools.partial(jax.jit, static_argnames=("config",))
+def fresh_selector(seeds: Integer[Array, " M"], *, config: TransformerConfig) -> Tree:
     """New gates for every member, as at initialisation but of another draw."""
     def one(seed):
         key = jax.random.fold_in(jax.random.key(seed), 7)
         return model.init_params(config, key)["layers"]["gate"]
 
-    return jax.jit(jax.vmap(one))(seeds)
+    return jax.vmap(one)(seeds)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "recipe"), donate_argnames=("selector", "adam"))
@@ -48,11 +49,11 @@ def distill_chunk(
     selector: Tree,
     adam: Any,
     params: Tree,
-    stream: Int[Array, " W"],
+    stream: Integer[Array, " W"],
     starts: Int[Array, "n M B"],
     numbers: model.Numbers,
     attention: Attention,
-    seeds: Int[Array, " M"],
+    seeds: Integer[Array, " M"],
     first: Int[Array, ""],
     *,
     config: TransformerConfig,

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from l2a_jax.absorption import gates, masks, model
 from l2a_jax.absorption.config import Attention, TransformerConfig
@@ -24,7 +24,7 @@ def with_selector(params: Tree, selector: Tree | None = None) -> Tree:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "length"))
-def held_out_nll(params: Tree, stream: Int[Array, " W"], starts: Int[Array, "n B"], numbers: model.Numbers,
+def held_out_nll(params: Tree, stream: Integer[Array, " W"], starts: Int[Array, "n B"], numbers: model.Numbers,
                  attention: Attention, *, config: TransformerConfig, dtype: str, length: int) -> Float[Array, " M"]:
     """Mean nats per token of every member under `attention` (indexed); `params` hold a selector."""
     def one(params):
@@ -45,7 +45,7 @@ def held_out_nll(params: Tree, stream: Int[Array, " W"], starts: Int[Array, "n B
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "length"))
-def layer_statistics(params: Tree, stream: Int[Array, " W"], starts: Int[Array, "n B"], numbers: model.Numbers,
+def layer_statistics(params: Tree, stream: Integer[Array, " W"], starts: Int[Array, "n B"], numbers: model.Numbers,
                      attention: Attention, ks: Int[Array, " K"], *, config: TransformerConfig, dtype: str,
                      length: int) -> dict[str, Array]:
     """What the layers do in the forward pass of `attention` (indexed), for every member, [M, L, ...]:

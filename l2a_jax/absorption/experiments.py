@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from l2a_jax.absorption import arms
-from l2a_jax.absorption.config import DENSE, HARD, SOFT_GATE, Arm, Attention
+from l2a_jax.absorption.config import DENSE, HARD, Arm, Attention
 from l2a_jax.absorption.lab import Lab
 from l2a_jax.absorption.masks import f1
 from l2a_jax.absorption.report import Cell, Panel, Report, Table, bars, mean_text, perplexity
@@ -53,13 +53,15 @@ def _gap(lab: Lab, what: str, left: Arm, right: Arm) -> str:
 
 def hard_topk(lab: Lab) -> Report:
     """The gate's gradient through a hard top k, and perplexities of what is trained under hard masks."""
-    rows = [arms.hard_before, arms.hard_after, arms.straight_through, arms.oracle_trained, arms.soft_learned, arms.dense]
+    rows = [arms.hard_before, arms.hard_after, arms.straight_through, arms.oracle_trained, arms.soft_learned,
+            arms.dense]
     lab.prepare(rows)
-    gradient = Table("The gate in training", note="Largest norm of the language model's gradient on the gate over all "
-                     "steps, and the largest change of a gate weight. A learned hard gate never moves: it is the frozen "
-                     "random one, bit for bit.")
-    scores = Table("Held-out perplexity", note=f"k = {lab.preset.top_k}. Own gate, oracle and random masks hold the top "
-                   "k of the visible keys (after the causal mask).")
+    gradient = Table("The gate in training", note="Largest norm of the language model's gradient on the gate over "
+                     "all steps, and the largest change of a gate weight. A learned hard gate never moves: it is the "
+                     "frozen random one, bit for bit. *hard_before*, the published order of top k and causal mask, is "
+                     "not causal: keys of the future push past ones out of the top k.")
+    scores = Table("Held-out perplexity", note=f"k = {lab.preset.top_k}. Own gate, oracle and random masks hold the "
+                   "top k of the visible keys (after the causal mask).")
     for arm in rows:
         records = lab.metrics(arm)
         if arm.attention.select == "gate" or arm.attention.soft != "none":
@@ -150,8 +152,8 @@ def swap(lab: Lab) -> Report:
     rows = [arms.soft_learned, arms.soft_random, large, arms.additive_learned]
     lab.prepare(rows)
     table = Table("Held-out perplexity with another gate in place of the trained one", note="*Random, same norms*: "
-                  "fresh weights with the root mean square of the trained ones, matrix by matrix. *Keys shuffled*: each "
-                  "query's gate values in another order of its visible keys. *Another text's*: values of the same "
+                  "fresh weights with the root mean square of the trained ones, matrix by matrix. *Keys shuffled*: "
+                  "each query's gate values in another order of its visible keys. *Another text's*: values of the same "
                   "positions in another text. The paper has it that a swap changes almost nothing.")
     for arm in rows:
         native = arms.native(arm)
@@ -204,9 +206,9 @@ def closed_loop(lab: Lab) -> Report:
     lab.prepare([arm for arm, _ in rows])
     table = Table(f"Held-out perplexity, hard masks with k = {lab.preset.top_k} of the visible keys", note=
                   "*closed*: half of the rows of every batch go through the hard path (the gate's own top k, no "
-                  "multiplier), half through the soft one. *indexer*: all rows on the hard path, the gate trained by its "
-                  "KL divergence to the model's attention alone. Excess: hard minus native, in nats; reported excesses "
-                  "are a follow-up's, of other details.")
+                  "multiplier), half through the soft one. *indexer*: all rows on the hard path, the gate trained by "
+                  "its KL divergence to the model's attention alone. Excess: hard minus native, in nats; reported "
+                  "excesses are a follow-up's, of other details.")
     for arm, reported in rows:
         native, hard = lab.nll(arm, arms.native(arm)), lab.nll(arm, HARD)
         table.rows[arm.name] = {
@@ -269,11 +271,12 @@ def mechanism(lab: Lab) -> Report:
         Panel("Gap by share of Q/K/V trained", "nats", "share")
     for share, pair in shares.items():
         _gap_rows(lab, by_share, share_panel, f"{share:.0%} of the layers", share, pair)
-    by_place, place_panel = Table("... by where the gates are, and where Q/K/V may adapt"), Panel("Gap by place", "nats")
+    by_place, place_panel = Table("... by where the gates are, and where Q/K/V may adapt"), \
+        Panel("Gap by place", "nats")
     for label, pair in places.items():
         _gap_rows(lab, by_place, place_panel, label, label, pair)
-    moe = Table(f"Mixture of {lab.preset.experts} experts of the same total size, one a token", note="Load: the largest "
-                "share of tokens that one expert serves, mean over layers.")
+    moe = Table(f"Mixture of {lab.preset.experts} experts of the same total size, one a token", note="Load: the "
+                "largest share of tokens that one expert serves, mean over layers.")
     moe.rows["dense"] = {"perplexity": Cell(perplexity(lab.nll(arms.dense, DENSE)))}
     for arm in experts:
         load = lab.statistics(arm, DENSE, lab.preset.top_ks)["load"]
@@ -288,5 +291,3 @@ def mechanism(lab: Lab) -> Report:
 
 EXPERIMENTS = {"soft_gate": soft_gate, "hard_topk": hard_topk, "distill": distill, "stochastic": stochastic,
                "swap": swap, "closed_loop": closed_loop, "mechanism": mechanism}
-
-__all__ = ["EXPERIMENTS", "SOFT_GATE"]

@@ -110,8 +110,8 @@ def audit(subject: Subject, others: Sequence[tuple[str, Tree, L2AConfig]], seeds
         choices[f"of {name}"] = (lambda seed, index, theirs=theirs: theirs[index], [0])
 
     table = Table("Held-out perplexity by whose decisions are taken", note="Carried: (random - learned) / (nothing - "
-                  "learned), in nats: 1 where random decisions at the same rates are as bad as none, 0 where they are as "
-                  "good as the learned ones; no number where routing nothing costs less than 0.001 nats.")
+                  "learned), in nats: 1 where random decisions at the same rates are as bad as none, 0 where they are "
+                  "as good as the learned ones; no number where routing nothing costs less than 0.001 nats.")
     weights = {"after": subject.after, **({"before": subject.before} if subject.before is not None else {})}
     found = {when: {name: [score(params, lambda index, make=make, seed=seed: make(seed, index)) for seed in draws]
                     for name, (make, draws) in choices.items()} for when, params in weights.items()}

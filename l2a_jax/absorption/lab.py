@@ -1,6 +1,6 @@
 """The laboratory: trains each distinct arm once, keeps what it trained and measured, and stops when its time is up.
 
-    RUN/arms/NAME-HASH/      config.json, training.json, weights.safetensors; while training, .partial: metrics and checkpoint
+    RUN/arms/NAME-HASH/      config.json, training.json, weights.safetensors (.partial: an arm in training)
     RUN/selectors/           distilled gates
     RUN/evaluations.json     every score, by a hash of what was scored
 
@@ -153,7 +153,8 @@ class Lab:
                                     f" is not finite at step {step - n + at + 1}; try a lower --lr")
                 tokens = n * self.recipe.batch_size * self.recipe.seq_len * len(seeds)
                 record = {"step": step, "loss": float(metrics["loss"].mean()),
-                          "loss_per_member": metrics["loss"].mean(axis=0), "grad_norm": metrics["grad_norm"].mean(axis=0),
+                          "loss_per_member": metrics["loss"].mean(axis=0),
+                          "grad_norm": metrics["grad_norm"].mean(axis=0),
                           "gate_grad_norm_mean": metrics["gate_grad_norm"].mean(axis=0),
                           "gate_grad_norm_max": metrics["gate_grad_norm"].max(axis=0),
                           "tokens_per_second": tokens / (time.monotonic() - started)}
@@ -226,7 +227,7 @@ class Lab:
     def _distil(self, arm: Arm, native: Attention, params: Tree) -> tuple[Tree, list, list]:
         config = arm.model(self.config, self.preset.experts)
         log.info("distilling gates on %s: %d steps", arm.name, self.recipe.distill_steps)
-        selector = distill.fresh_selector(self.seeds, config)
+        selector = distill.fresh_selector(self.seeds, config=config)
         adam = distill.initial_adam(selector)
         values = []
         while sum(len(v) for v in values) < self.recipe.distill_steps:

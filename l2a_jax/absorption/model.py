@@ -141,8 +141,8 @@ def hidden_states(
     c = config
     keys = None if key is None else jax.random.split(key, (c.layers, 4))
     drop = c.dropout if train else 0.0
-    x = params["embed"]["embedding"].astype(dtype)[tokens] + params["embed"]["positions"].astype(dtype)[
-        : tokens.shape[1]]
+    # Rows are cast after they are gathered, so that their gradients are scattered in float32.
+    x = (params["embed"]["embedding"][tokens] + params["embed"]["positions"][: tokens.shape[1]]).astype(dtype)
     x = dropout(x, drop, None if key is None else jax.random.fold_in(key, c.layers))
 
     def block(x, inputs):
@@ -151,11 +151,13 @@ def hidden_states(
         normed = layer_norm(x, layer["norm_attention"])
         q, k, v = ((normed @ layer["attention"][name]["kernel"].astype(dtype)).reshape(
             *tokens.shape, c.heads, c.head_width) for name in "qkv")
-        # The scores [B, N, T, T] are made again in the backward pass; of them only the choice of keys is kept.
-        core = jax.checkpoint(
-            functools.partial(attend, config=c, attention=attention, drop=drop, dense_backend=dense_backend),
-            policy=jax.checkpoint_policies.save_only_these_names("kept"), prevent_cse=False)
-        out = core(normed, q, k, v, layer, gated, numbers.k, attend_key, weights_key)
+        if attention.is_dense and dense_backend is not None and not drop:
+            out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=dense_backend)
+        else:
+            # The scores [B, N, T, T] are made again in the backward pass; of them only the choice of keys is kept.
+            core = jax.checkpoint(functools.partial(attend, config=c, attention=attention, drop=drop),
+                                  policy=jax.checkpoint_policies.save_only_these_names("kept"), prevent_cse=False)
+            out = core(normed, q, k, v, layer, gated, numbers.k, attend_key, weights_key)
         x = x + out.reshape(x.shape) @ layer["attention"]["o"]["kernel"].astype(dtype)
         h, aux = feed_forward(layer_norm(x, layer["norm_mlp"]), layer, tokens, c, numbers, drop, inner_key)
         x = x + dropout(h, drop, outer_key)
@@ -167,10 +169,8 @@ def hidden_states(
     return layer_norm(x, params["norm_final"]), aux
 
 
-def attend(normed, q, k, v, layer, gated, top_k, key, weights_key, *, config, attention, drop, dense_backend):
+def attend(normed, q, k, v, layer, gated, top_k, key, weights_key, *, config, attention, drop):
     """Attention's output [B, T, N, H] of one layer, in all its forms."""
-    if attention.is_dense and dense_backend is not None and not drop:
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=dense_backend)
     shape = (q.shape[0], config.heads, q.shape[1], q.shape[1])
     visible = masks.causal(q.shape[1])
 
@@ -193,9 +193,9 @@ def attend(normed, q, k, v, layer, gated, top_k, key, weights_key, *, config, at
         if isinstance(attention.hard_rows, float) and attention.hard_rows < 1:
             hard = (jnp.arange(shape[0]) < round(attention.hard_rows * shape[0]))[:, None, None, None]
             logits, mask = jnp.where(hard, s.astype(jnp.float32), logits), jnp.where(hard, mask, visible)
+        mask = checkpoint_name(jnp.where(gated, mask, visible), "kept")
     if not attention.is_dense:
-        logits, mask = jnp.where(gated, logits, s.astype(jnp.float32)), jnp.where(gated, mask, visible)
-    mask = checkpoint_name(mask, "kept")
+        logits = jnp.where(gated, logits, s.astype(jnp.float32))
     if attention.straight_through is True:
         weights = gates.straight_through_softmax(logits, mask, jnp.where(gated, gate(normed.dtype), 0))
     else:

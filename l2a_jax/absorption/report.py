@@ -1,4 +1,4 @@
-"""What an experiment found, as JSON, as a markdown table with the reported figures beside the measured, and as a plot."""
+"""What an experiment found, as JSON, as markdown tables (measured beside reported), and as a plot."""
 
 from __future__ import annotations
 

@@ -46,8 +46,8 @@ def setting(lab: Lab, preset_name: str) -> dict[str, Any]:
         f"to 0, weight decay {recipe.weight_decay:g}, clip {recipe.clip:g}, dropout {lab.config.dropout:g}, "
         f"{recipe.dtype}; seeds {', '.join(map(str, lab.preset.seeds))}, mean ± standard deviation over them. "
         f"Transformer: {lab.config.layers} layers, width {lab.config.width}, {lab.config.heads} heads, vocabulary "
-        f"{lab.config.vocab_size:,}; {counts['tied']:,} parameters with a tied head, {counts['untied']:,} untied, gates "
-        f"{counts['gates']:,} of them; trained {'tied' if lab.config.tied else 'untied'}. Held out: "
+        f"{lab.config.vocab_size:,}; {counts['tied']:,} parameters with a tied head, {counts['untied']:,} untied, "
+        f"gates {counts['gates']:,} of them; trained {'tied' if lab.config.tied else 'untied'}. Held out: "
         f"{lab.scored.size * recipe.seq_len:,} tokens. Distilled gates: {recipe.distill_steps:,} steps, learning rate "
         f"{recipe.distill_learning_rate:g}. Only the `paper` preset on WikiText-103 may be compared with the reported "
         "figures; elsewhere arms may be compared with each other.")

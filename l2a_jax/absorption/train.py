@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from l2a_jax.absorption import model
 from l2a_jax.absorption.config import Arm, Attention, Recipe, TransformerConfig
@@ -82,7 +82,7 @@ def member_axis(arms: Sequence[ArmNumbers], seeds: int) -> ArmNumbers:
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
-def init_members(seeds: Int[Array, " M"], gate_std: Float[Array, " M"], *, config: TransformerConfig) -> TrainState:
+def init_members(seeds: Integer[Array, " M"], gate_std: Float[Array, " M"], *, config: TransformerConfig) -> TrainState:
     """Step 0 of every member."""
     params = jax.vmap(lambda seed, std: model.init_params(config, jax.random.key(seed), std))(seeds, gate_std)
     return TrainState(jnp.zeros((), jnp.int32), params, jax.vmap(optax.scale_by_adam().init)(params),
@@ -97,7 +97,7 @@ def learning_rate(step: Int[Array, ""], recipe: Recipe) -> Float[Array, ""]:
     return recipe.learning_rate * jnp.where(step < warmup, rising, 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(done, 0, 1))))
 
 
-def windows(stream: Int[Array, " W"], starts: Int[Array, " B"], length: int) -> Int[Array, "B T_plus_1"]:
+def windows(stream: Integer[Array, " W"], starts: Int[Array, " B"], length: int) -> Int[Array, "B T_plus_1"]:
     """Windows of T + 1 tokens."""
     return stream[starts[:, None] + jnp.arange(length + 1)].astype(jnp.int32)
 
@@ -138,9 +138,9 @@ def update(step: Int[Array, ""], params: Tree, adam: Any, gradients: Tree, numbe
 @functools.partial(jax.jit, static_argnames=("program",), donate_argnames=("state",))
 def train_chunk(
     state: TrainState,
-    stream: Int[Array, " W"],
+    stream: Integer[Array, " W"],
     starts: Int[Array, "n M B"],
-    seeds: Int[Array, " M"],
+    seeds: Integer[Array, " M"],
     numbers: ArmNumbers,
     *,
     program: Program,

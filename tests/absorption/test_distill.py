@@ -32,7 +32,7 @@ def test_distillation_raises_f1_and_lowers_the_kl():
     stream = np.random.default_rng(0).integers(0, cases.CONFIG.vocab_size, 2_000).astype(np.uint16)
     rng = np.random.default_rng(1)
     windows = rng.integers(0, 1_900, (cases.RECIPE.distill_steps * 4, 2, 4)).astype(np.int32)
-    fresh = distill.fresh_selector(seeds, cases.CONFIG)
+    fresh = distill.fresh_selector(seeds, config=cases.CONFIG)
     start = jax.tree.map(np.asarray, fresh)
     selector, _, values = distill.distill_chunk(
         fresh, distill.initial_adam(fresh), params, stream, windows, cases.numbers(), DENSE.indexed(), seeds,
