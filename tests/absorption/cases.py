@@ -8,6 +8,7 @@ import numpy as np
 
 from l2a_jax.absorption import model
 from l2a_jax.absorption.config import Recipe, TransformerConfig
+from l2a_jax.models.params import map_with_path
 
 CONFIG = TransformerConfig(vocab_size=19, layers=2, width=16, heads=2, hidden=24, positions=16, dropout=0.0,
                            gate_width=4, init_std=0.3, gate_std=0.5)
@@ -18,17 +19,16 @@ LENGTH, TOP_K = 16, 3
 
 def params(seed: int = 0, config: TransformerConfig = CONFIG):
     """Random parameters, biases and norms too, so that no term can hide."""
-    tree = model.init_params(config, jax.random.key(seed))
-    leaves, structure = jax.tree.flatten(tree)
-    keys = jax.random.split(jax.random.key(seed + 100), len(leaves))
-    return jax.tree.unflatten(structure, [leaf + 0.1 * jax.random.normal(key, leaf.shape)
-                                          for key, leaf in zip(keys, leaves, strict=True)])
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda key: model.init_params(config, key), jax.random.key(0))
+    return map_with_path(lambda path, leaf: jnp.asarray(path.endswith("scale") + 0.3 * rng.normal(size=leaf.shape),
+                                                        jnp.float32), shapes)
 
 
 def tokens(seed: int = 0, rows: int = 3, length: int = LENGTH):
-    return jax.random.randint(jax.random.key(seed), (rows, length), 0, CONFIG.vocab_size)
+    return jnp.asarray(np.random.default_rng(seed).integers(0, CONFIG.vocab_size, (rows, length)))
 
 
 def numbers(k: int = TOP_K, config: TransformerConfig = CONFIG, gated=None):
-    gated = np.ones(config.layers, bool) if gated is None else np.asarray(gated)
-    return model.Numbers(jnp.asarray(k, jnp.int32), jnp.asarray(gated), jnp.asarray(False))
+    gated = jnp.ones(config.layers, bool) if gated is None else gated
+    return model.Numbers(jnp.asarray(k, jnp.int32), gated, jnp.asarray(False))

@@ -50,16 +50,18 @@ def test_distillation_raises_f1_and_lowers_the_kl():
 
 def test_statistics_by_hand():
     """Top-k mass and the oracle's F1 with itself, from one layer's matrices."""
-    params = cases.params()
+    params = jax.tree.map(np.asarray, cases.params())
     stacked = jax.tree.map(lambda x: x[None], params)
-    tokens = np.asarray(cases.tokens(rows=4)).reshape(-1)
-    starts = (np.arange(4, dtype=np.int32) * 16)[None]
+    # As many members, batches and ids as above: no further program.
+    stacked = jax.tree.map(lambda x: np.concatenate([x, x]), stacked)
+    tokens = np.resize(np.asarray(cases.tokens(rows=4)), 2_000).astype(np.uint16)
+    starts = np.tile(np.arange(4, dtype=np.int32) * 16, (2, 1))
     found = evaluate.layer_statistics(
         evaluate.with_selector(stacked), tokens, starts, cases.numbers(), DENSE.indexed(), np.array([3], np.int32),
         config=cases.CONFIG, dtype="float32", length=16)
-    x = params["embed"]["embedding"][tokens.reshape(4, 16)] + params["embed"]["positions"]
+    x = params["embed"]["embedding"][tokens[:64].reshape(4, 16)] + params["embed"]["positions"]
     norm = jax.tree.map(lambda leaf: leaf[0], params["layers"]["norm_attention"])
-    h = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5) * norm["scale"] + norm["bias"]
+    h = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * norm["scale"] + norm["bias"]
     mass, gate = [], []
     for b in range(4):
         for head in range(2):
