@@ -102,8 +102,8 @@ def audit(subject: Subject, others: Sequence[tuple[str, Tree, L2AConfig]], seeds
     choices: dict[str, tuple[Callable, Sequence[int]]] = {
         "learned": (lambda seed, index: learned[index], [0]),
         "random, same rates": (lambda seed, index: routing.random(key(seed, index), rates, *shape[1:]), seeds),
-        "shuffled": (lambda seed, index: routing.shuffled(key(seed, index), learned[index],
-                                                          _real(subject.batches[index])), seeds),
+        "shuffled": (lambda seed, index: routing.shuffled(
+            key(seed, index), jnp.asarray(learned[index]), jnp.asarray(_real(subject.batches[index]))), seeds),
         "everything": (constant(True), [0]), "nothing": (constant(False), [0])}
     for name, params, l2a_config in others:
         theirs = [decisions_of(params, l2a_config, batch) for batch in subject.batches]

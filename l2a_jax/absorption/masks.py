@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from l2a_jax.absorption.top_k import top_k_mask
@@ -52,6 +53,6 @@ def agreement(mask: Bool[Array, "*S T T"], truth: Bool[Array, "*S T T"], k: Int[
     return jnp.stack(counts)
 
 
-def f1(counts: Float[Array, "*S 3"]) -> Float[Array, "*S"]:
+def f1(counts: Float[np.ndarray, "*S 3"]) -> Float[np.ndarray, "*S"] | np.floating:
     """2 TP / (kept + kept by truth), from (summed) counts: the micro average; 2PR / (P + R) in other words."""
-    return 2 * counts[..., 0] / jnp.maximum(counts[..., 1] + counts[..., 2], 1)
+    return 2 * counts[..., 0] / np.maximum(counts[..., 1] + counts[..., 2], 1)

@@ -84,4 +84,4 @@ def test_f1_by_hand():
         [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [0, 1, 1, 0]]))
     counts = masks.agreement(jnp.asarray(mask), jnp.asarray(truth), 2)
     np.testing.assert_array_equal(counts, [6, 7, 7, 3, 4, 4])
-    np.testing.assert_allclose(masks.f1(counts.reshape(2, 3)), [12 / 14, 6 / 8])
+    np.testing.assert_allclose(masks.f1(np.asarray(counts).reshape(2, 3)), [12 / 14, 6 / 8])
