@@ -61,7 +61,7 @@ def main() -> None:
     if arguments.inference:
         from l2a_jax.evaluation import speed_inference
 
-        speed_inference.main(arguments.out, arguments.model, not arguments.no_torch)
+        speed_inference.main(arguments.out, arguments.model, not arguments.no_torch, arguments.only)
         return
     cases = speed_cases.window_cases() if arguments.windows else speed_cases.standard_cases()
     speed.main([case for case in cases if arguments.only in case.name], arguments.out,

@@ -39,7 +39,8 @@ log = logging.getLogger("l2a_jax.speed")
 
 @dataclass(frozen=True)
 class StepCase:
-    """One training step. `routed`: share of routed tokens (1.0: as a run starts). `must`, `aim`: (tokens/s, GB)."""
+    """One training step. `routed`: share of routed tokens at the start (1.0: as a real run starts; the router learns
+    while it is measured). `must`, `aim`: (tokens/s, GB)."""
 
     regime: str
     model: str = "qwen2.5-0.5b"
@@ -56,7 +57,7 @@ class StepCase:
     @property
     def name(self) -> str:
         """Model, regime, size, and what differs from the defaults."""
-        routed = "" if self.regime in PLAIN_REGIMES else f", {self.routed:.0%} routed"
+        routed = "" if self.regime in PLAIN_REGIMES else f", from {self.routed:.0%} routed"
         return f"{self.model} {self.regime} {self.batch} x {self.length:,} W={self.window}{routed}, remat {self.remat}"
 
 
@@ -73,9 +74,9 @@ def standard_cases() -> list[StepCase]:
 
 def large_cases() -> list[StepCase]:
     """What a 24 GB card has to hold beyond 0.5B: measured under XLA_PYTHON_CLIENT_MEM_FRACTION."""
-    return [StepCase("router_strict", "qwen2.5-1.5b", remat="layer", routed=0.2),
-            StepCase("l2a_ft", "qwen2.5-1.5b", batch=2, remat="layer", routed=0.2),
-            StepCase("router_strict", "qwen2.5-3b", batch=1, remat="layer", routed=0.2)]
+    return [StepCase("router_strict", "qwen2.5-1.5b", remat="layer", unroll=False, routed=0.2),
+            StepCase("l2a_ft", "qwen2.5-1.5b", batch=2, remat="layer", unroll=False, routed=0.2),
+            StepCase("router_strict", "qwen2.5-3b", batch=1, remat="layer", unroll=False, routed=0.2)]
 
 
 class Step:

@@ -61,7 +61,7 @@ def test_the_same_log_likelihoods_and_accuracy(name, ours, theirs):
         pytest.skip("set L2A_TEST_DATA to the folder with the task files")
     file = read_task(name, Path(os.environ["L2A_TEST_DATA"]))
     items = int(os.environ.get("L2A_TEST_ITEMS", "8")) or None
-    assert ours.prefix_token_id == theirs.prefix_token_id and ours.eot_token_id == theirs.eot_token_id
+    assert ours.prefix_token_id == theirs.prefix_token_id
     with jax.default_matmul_precision("float32"):
         found, samples = run(ours, name, file, items)
     expected, reference = run(theirs, name, file, items)

@@ -16,6 +16,7 @@ from l2a_jax.training.diagnose import first_non_finite
 from l2a_jax.training.loss import cross_entropy
 from l2a_jax.training.optimizer import OptimizerConfig, make_optimizer
 from l2a_jax.training.regimes import partition, regime_mask
+from l2a_jax.training.remat import checkpoint_policy
 from l2a_jax.training.step import Objective, compute_params, initial_state, train_step
 from tests.models.cases import CONFIG, LAYERS, make_params, make_tokens, packed
 
@@ -141,3 +142,23 @@ def test_the_diagnosis_names_the_parameter_the_layer_or_the_gradient():
     assert "layers/mlp/down/kernel of layer 1" in said
     spoil["layers"]["mlp"]["down"]["kernel"] = frozen["layers"]["mlp"]["down"]["kernel"].at[1].set(1e38)
     assert "after layer 1" in first_non_finite(state.trainable, spoil, batch, key, OBJECTIVE)
+
+
+@pytest.mark.parametrize("backend, layer, steps", [
+    ("xla", "shared", 4), ("xla", "sequential", 4),
+    *(pytest.param("pallas", name, 12, marks=pytest.mark.gpu, id=f"pallas-{name}") for name in LAYERS),
+])
+def test_training_with_the_kernels_is_training_with_the_reference(backend, layer, steps):
+    """The same losses, step by step, unrolled and rematerialised as a GPU does it, in float32; leakage as the layer's
+    preset has it, so the path that learns decisions from one backward pass is among them."""
+    config = dataclasses.replace(LAYERS[layer], leakage=1.0 if LAYERS[layer].share_attention else 0.5)
+    losses = {}
+    for name, mode in ((backend, "elementwise"), ("reference", "none")):
+        objective = OBJECTIVE._replace(l2a_config=config, backend=name, remat=checkpoint_policy(mode),
+                                       unroll=mode != "none")
+        _, state, frozen, step = set_up(objective=objective, lr=1e-3, router_lr=1e-3)
+        losses[name] = []
+        for index in range(steps):
+            state, metrics = step(state, frozen, make_batch(1, seed=index), jax.random.key(0))
+            losses[name].append(float(metrics["loss"]))
+    np.testing.assert_allclose(losses[backend], losses["reference"], rtol=1e-4)
