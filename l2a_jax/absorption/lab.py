@@ -124,7 +124,8 @@ class Lab:
         checkpoints = Checkpoints(folder)
         state = train.init_members(seeds, numbers.gate_std, config=program.config)
         if checkpoints.metadata(LATEST) is not None:
-            state = checkpoints.load(LATEST, jax.eval_shape(lambda s: s, state))
+            # Through the host: what comes back bound to a device would ask for a program of its own.
+            state = jax.device_get(checkpoints.load(LATEST, jax.eval_shape(lambda s: s, state)))
             log.info("resuming after step %d", int(state.step))
         start_gates = jax.tree.map(np.asarray, train.init_members(
             seeds, numbers.gate_std, config=program.config).trainable["layers"]["gate"])

@@ -39,7 +39,8 @@ def by_sort(scores: Float[Array, "*S T"], k: Int[Array, ""] | int) -> Bool[Array
 
 def ordered(scores: Float[Array, "*S"]) -> Int[Array, "*S"]:
     """float32 as int32 in the same order: negative numbers have their lower 31 bits turned over; -0 equals 0."""
-    bits = jax.lax.bitcast_convert_type(scores.astype(jnp.float32) + 0.0, jnp.int32)
+    scores = scores.astype(jnp.float32)
+    bits = jax.lax.bitcast_convert_type(jnp.where(scores == 0, 0.0, scores), jnp.int32)
     return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 

@@ -19,7 +19,7 @@ from train.absorption import STOPPED, main
 
 PRESET = dataclasses.replace(
     PRESETS["tiny"], model=dataclasses.replace(cases.CONFIG, positions=48),
-    recipe=dataclasses.replace(cases.RECIPE, seq_len=48, distill_steps=2), top_ks=(2, 3), top_k=3, gate_widths=(2,),
+    recipe=dataclasses.replace(cases.RECIPE, seq_len=48, distill_steps=2), top_ks=(2, 3), top_k=3, gate_widths=(),
     experts=3, eval_batches=1, scan=2, together=1)
 
 
@@ -140,11 +140,17 @@ def test_the_command_stops_at_its_time_limit(tmp_path, capsys):
     assert "run the same command again" in capsys.readouterr().err
 
 
-def test_a_diverging_arm_is_named(corpus, tmp_path):
-    lab = Lab(dataclasses.replace(PRESET, recipe=dataclasses.replace(PRESET.recipe, learning_rate=1e30)), corpus,
-              tmp_path)
-    with pytest.raises(UserError, match=r"arm dense, seed \d: the loss or its gradient is not finite at step"):
-        lab.params(arms.dense)
+def test_a_diverging_arm_is_named(corpus, tmp_path, monkeypatch):
+    start = train.init_members
+
+    def poisoned(*arguments, **options):
+        state = start(*arguments, **options)
+        state.trainable["norm_final"]["scale"] = state.trainable["norm_final"]["scale"].at[1, 0].set(np.nan)
+        return state
+
+    monkeypatch.setattr(train, "init_members", poisoned)
+    with pytest.raises(UserError, match="arm dense, seed 1: the loss or its gradient is not finite at step 1"):
+        Lab(PRESET, corpus, tmp_path).params(arms.dense)
 
 
 def test_attention_choices_have_numbers():

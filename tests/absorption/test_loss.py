@@ -17,12 +17,18 @@ def test_values_and_gradients_of_two_models():
     keys = jax.random.split(jax.random.key(0), 3)
     hidden, kernel = jax.random.normal(keys[0], (2, 13, 8)), jax.random.normal(keys[1], (2, 131, 8))
     targets = jax.random.randint(keys[2], (2, 13), 0, 131)
-    chunked = jax.vmap(lambda h, k, t: 3 * summed_nll(h, k, t, 5))
-    want = jax.vmap(lambda h, k, t: 3 * reference(h, k, t).sum())
-    np.testing.assert_allclose(chunked(hidden, kernel, targets), want(hidden, kernel, targets), rtol=1e-5)
-    np.testing.assert_allclose(jax.vmap(lambda h, k, t: token_nll(h, k, t, 5))(hidden, kernel, targets),
-                               jax.vmap(reference)(hidden, kernel, targets), rtol=1e-5)
-    found, expected = (jax.grad(lambda h, k, f=f: f(h, k, targets).sum(), (0, 1))(hidden, kernel)
-                       for f in (chunked, want))
-    for a, b in zip(found, expected, strict=True):
+
+    def with_gradients(of_one):
+        def total(hidden, kernel):
+            each = jax.vmap(of_one)(hidden, kernel, targets)
+            return 3 * each.sum(), each
+
+        return jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(hidden, kernel)
+
+    (_, found), gradients = with_gradients(lambda h, k, t: summed_nll(h, k, t, 5))
+    (_, each), wanted = with_gradients(reference)
+    np.testing.assert_allclose(found, each.sum(axis=1), rtol=1e-5)
+    for a, b in zip(gradients, wanted, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    one = jax.jit(jax.vmap(lambda h, k, t: token_nll(h, k, t, 5)))
+    np.testing.assert_allclose(one(hidden, kernel, targets), each, rtol=1e-5)
