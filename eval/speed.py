@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from l2a_jax.evaluation import speed, speed_blocks, speed_cases
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="folder for the JSON and the markdown table")
-    parser.add_argument("--only", default="", help="measure the cases whose name contains this")
+    parser.add_argument("--only", default="", help="measure the cases whose name this regular expression finds")
     parser.add_argument("--no-torch", action="store_true", help="leave PyTorch out")
     parser.add_argument("--windows", action="store_true", help="ratios of length to window, instead of the table")
     parser.add_argument("--blocks", action="store_true", help="every block size of every kernel, instead of the table")
@@ -44,7 +45,7 @@ def main() -> None:
         from l2a_jax.evaluation import speed_training
 
         cases = speed_training.large_cases() if arguments.large else speed_training.standard_cases()
-        speed_training.main([case for case in cases if arguments.only in case.name], arguments.out,
+        speed_training.main([case for case in cases if re.search(arguments.only, case.name)], arguments.out,
                             "speed_training_large" if arguments.large else "speed_training",
                             not (arguments.no_torch or arguments.large))
         return
@@ -64,7 +65,7 @@ def main() -> None:
         speed_inference.main(arguments.out, arguments.model, not arguments.no_torch, arguments.only)
         return
     cases = speed_cases.window_cases() if arguments.windows else speed_cases.standard_cases()
-    speed.main([case for case in cases if arguments.only in case.name], arguments.out,
+    speed.main([case for case in cases if re.search(arguments.only, case.name)], arguments.out,
                "speed_windows" if arguments.windows else "speed", not (arguments.no_torch or arguments.windows))
 
 

@@ -32,6 +32,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--run-dir", type=pathlib.Path, help="trained arms, scores (default: runs/absorption-PRESET)")
     parser.add_argument("--out", type=pathlib.Path, help="reports (default: RUN_DIR/results)")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="stop cleanly after so long")
+    parser.add_argument("--train-only", action="store_true", help="train the arms that no other process is training, "
+                        "and stop: one for each GPU, with one --run-dir; then the same command without it")
     parser.add_argument("--attention", choices=("auto", "xla", "cudnn"), default="auto", help="of dense arms")
     for flag, kind, words in (
             ("steps", int, "of every arm"), ("batch-size", int, "rows a step"), ("seq-len", int, "tokens a row"),
@@ -113,7 +115,11 @@ def main(arguments: list[str] | None = None) -> int:
         names = suite.check_names(flags.experiment)
         corpus = suite.make_corpus(preset, flags.data, flags.tokenizer, flags.held_out, flags.cache_dir)
         deadline = float("inf") if flags.time_limit is None else began + flags.time_limit
-        suite.run(names, Lab(preset, corpus, run_dir, deadline, backend), flags.preset, out)
+        lab = Lab(preset, corpus, run_dir, deadline, backend)
+        if flags.train_only:
+            lab.train_unclaimed(suite.arms_of(names, lab))
+        else:
+            suite.run(names, lab, flags.preset, out)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,6 +1,7 @@
 """The laboratory: trains each distinct arm once, keeps what it trained and measured, and stops when its time is up.
 
     RUN/arms/NAME-HASH/      config.json, training.json, weights.safetensors (.partial: an arm in training)
+    RUN/arms/HASH.lock       held by the process that trains the arm
     RUN/selectors/           distilled gates
     RUN/evaluations.json     every score, by a hash of what was scored
 
@@ -10,13 +11,15 @@ continues, and another recipe in the same folder never takes the wrong weights.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import logging
 import pathlib
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -91,6 +94,15 @@ class Lab:
             group = same[: max(1, self.preset.together)]
             self._train(group)
             missing = [arm for arm in missing if arm not in group]
+
+    def train_unclaimed(self, arms: Sequence[Arm]) -> None:
+        """Train, one after the other, those of `arms` that are neither trained nor in training by another process:
+        several processes, each with a GPU of its own, share the arms of one run folder."""
+        for arm in arms:
+            with _claimed(self.run_dir / "arms" / f"{self.key(arm)}.lock") as mine:
+                if mine and self._weights(arm) is None:
+                    self._train([arm])
+            self._params.clear()
 
     def params(self, arm: Arm) -> Tree:
         """Trained parameters, [seeds, ...]."""
@@ -292,6 +304,19 @@ class Lab:
         self._scores[name] = value
         self.run_dir.mkdir(parents=True, exist_ok=True)
         write_json(self._path, self._scores)
+
+
+@contextlib.contextmanager
+def _claimed(path: pathlib.Path) -> Iterator[bool]:
+    """Whether the lock was free; it is held inside, and falls open when the process ends, however it ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
 
 
 def _save(path: pathlib.Path, tree: Tree) -> None:

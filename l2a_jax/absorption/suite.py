@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from l2a_jax.absorption import config, data, report
-from l2a_jax.absorption.config import Preset
+from l2a_jax.absorption.config import Arm, Preset
 from l2a_jax.absorption.experiments import EXPERIMENTS
 from l2a_jax.absorption.lab import Lab
 from l2a_jax.absorption.model import count_parameters
@@ -69,6 +69,33 @@ def run(names: Sequence[str], lab: Lab, preset_name: str, out: pathlib.Path) -> 
         print(report.markdown(found, about))
         log.info("%s: %.0f s; written to %s", name, time.monotonic() - began, out)
     return written
+
+
+class _Planner(Lab):
+    """Learns which arms an experiment asks for, and goes no further."""
+
+    class Planned(Exception):
+        pass
+
+    def __init__(self, lab: Lab):
+        self.__dict__.update(lab.__dict__)
+
+    def prepare(self, arms: Sequence[Arm]) -> None:
+        self.planned = list(arms)
+        raise self.Planned
+
+
+def arms_of(names: Sequence[str], lab: Lab) -> list[Arm]:
+    """The distinct arms of experiments, in their order."""
+    found: dict[str, Arm] = {}
+    for name in names:
+        planner = _Planner(lab)
+        try:
+            EXPERIMENTS[name](planner)
+        except planner.Planned:
+            for arm in planner.planned:
+                found.setdefault(lab.key(arm), arm)
+    return list(found.values())
 
 
 def _plain(about: dict[str, Any]) -> dict[str, Any]:

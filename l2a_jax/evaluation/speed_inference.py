@@ -11,6 +11,7 @@ import datetime
 import functools
 import json
 import logging
+import re
 import statistics
 import sys
 import time
@@ -172,11 +173,11 @@ def markdown(result: dict) -> str:
 
 
 def main(out: Path | None, model: str | None = None, with_torch: bool = True, only: str = "") -> None:
-    """Measure the cases whose name contains `only`; print the table, and write it and the JSON to `out`."""
+    """Measure the cases whose name the regular expression `only` finds; print the table, and write it and the JSON to `out`."""
     params, config, weights = load(model)
     result = {"date": datetime.date.today().isoformat(), "command": " ".join(["python", *sys.argv]),
               "device": jax.devices()[0].device_kind, "versions": versions(), "weights": weights, "cases": []}
-    for case in (case for case in CASES if only in case.name):
+    for case in (case for case in CASES if re.search(only, case.name)):
         times, failed = {}, {}
         for kind, layer in (("routed", LAYER), ("dense", None)):
             try:

@@ -80,6 +80,27 @@ def test_a_stopped_arm_continues_to_the_same_weights(corpus, tmp_path):
     np.testing.assert_array_equal(loaded["embed"]["embedding"], whole["embed"]["embedding"])
 
 
+def test_processes_share_the_arms_of_a_folder(corpus, tmp_path):
+    lab, other = Untrained(PRESET, corpus, tmp_path), Untrained(PRESET, corpus, tmp_path)
+    wanted = suite.arms_of(["soft_gate", "hard_topk", "stochastic"], lab)
+    assert len(wanted) == 7 + 4 + 1 and len({lab.key(arm) for arm in wanted}) == 12
+    trained = []
+    train_arms = Untrained._train
+    other._train = lambda group: (trained.append(group[0].name), train_arms(other, group))
+
+    def first(group):  # while one process trains its first arm, the other does everything else
+        if not trained:
+            other.train_unclaimed(wanted)
+        train_arms(lab, group)
+
+    lab._train = first
+    lab.train_unclaimed(wanted)
+    assert trained == [arm.name for arm in wanted[1:]]
+    assert len(list((tmp_path / "arms").glob("*/weights.safetensors"))) == 12
+    everything = suite.arms_of(list(EXPERIMENTS), lab)
+    assert len(everything) == 12 + 3 + 10 + 3  # closed_loop's own; mechanism's five pairs (no widths here); experts
+
+
 def test_names_carry_what_determines_the_weights(corpus, tmp_path):
     lab = Lab(PRESET, corpus, tmp_path)
     other = Lab(dataclasses.replace(PRESET, recipe=dataclasses.replace(PRESET.recipe, learning_rate=0.5)), corpus,
