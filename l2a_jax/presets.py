@@ -58,6 +58,7 @@ class Settings:
     master_dtype: str = "float32"
     remat: str = "elementwise"
     unroll: bool | None = None
+    attention_layers: tuple[int, ...] | None = None  # where attention is trained (None: in all layers)
     deterministic: bool = False
     save_every: int = 500
     eval_every: int = 250

@@ -27,6 +27,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, help="rows a micro-batch")
     parser.add_argument("--grad-accum", type=int, help="micro-batches a step")
     parser.add_argument("--packing", help="best_fit (documents never see each other) or concat")
+    parser.add_argument("--attention-layers", metavar="LAYERS",
+                        help="train attention in these layers alone, such as 3,5-8 (default: all)")
     parser.add_argument("--window", type=int, help="keys a local token sees, itself included")
     parser.add_argument("--sinks", type=int, help="first keys that every token sees")
     parser.add_argument("--topology", help="sequential or parallel")
@@ -75,6 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     from l2a_jax import presets, runs
     from l2a_jax.errors import UserError
+    from l2a_jax.inference.pruning import parse_layers
 
     try:
         run_dir = flags.pop("run_dir", None)
@@ -90,6 +93,8 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error("--regime is needed (or --resume RUN_DIR)")
         regime, names = flags.pop("regime"), tuple(flags.pop("preset", ()))
         dry = flags.pop("dry_run", False)
+        if "attention_layers" in flags:
+            flags["attention_layers"] = parse_layers(flags["attention_layers"], "--attention-layers")
         settings = presets.resolve(regime, flags, names)
         if dry:
             print(runs.dry_run(settings))

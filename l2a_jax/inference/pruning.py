@@ -42,14 +42,14 @@ def pruned(model: Pretrained, layers: Sequence[int]) -> Pretrained:
     return model._replace(l2a_config=dataclasses.replace(model.l2a_config, pruned_layers=tuple(sorted(every))))
 
 
-def parse_layers(text: str) -> tuple[int, ...]:
-    """The layers that `--prune-layers` names, such as "3,5-8". Raises UserError on anything else."""
+def parse_layers(text: str, flag: str = "--prune-layers") -> tuple[int, ...]:
+    """The layers that a flag names, such as "3,5-8". Raises UserError on anything else."""
     found = set()
     for part in text.split(","):
         first, _, last = part.strip().partition("-")
         if not first.isdecimal() or (last and not last.isdecimal()) or (last and int(last) < int(first)):
-            raise UserError(f"--prune-layers {text!r}: {part.strip()!r} is no layer; expected numbers and ranges, such "
-                            "as 3,5-8")
+            raise UserError(f"{flag} {text!r}: {part.strip()!r} is no layer; expected numbers and ranges, such as "
+                            "3,5-8")
         found |= set(range(int(first), int(last or first) + 1))
     return tuple(sorted(found))
 

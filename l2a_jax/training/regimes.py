@@ -3,13 +3,21 @@
 Every leaf belongs to exactly one group, and a regime is a set of groups; a leaf that no pattern covers, or two do, is
 an error, never a silently frozen or trained parameter. The mask is the declaration. Training differentiates the
 trainable subtree only (`partition`), so gradients, clipping, optimizer state and checkpoints never hold a frozen leaf.
+
+`attention_layers` narrows a regime further: attention is then trained in these layers alone, everything else as the
+regime says. Layers are stacked in one leaf, so this is not a matter of which leaves are trained: gradients and updates
+of the other layers are set to zero (`keep_layers`), while masters and optimizer state keep room for every layer.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
 
 from l2a_jax.errors import UserError
 from l2a_jax.models.params import Tree, map_with_path
@@ -58,13 +66,51 @@ def regime_mask(params: Tree, regime: str) -> Tree:
     return map_with_path(lambda path, _: group_of(path) in trained, params)
 
 
-def count_parameters(params: Tree, mask: Tree | None = None) -> int:
-    """Number of scalars in `params`, or in the leaves where `mask` is True; shapes suffice (`jax.eval_shape`)."""
+def check_attention_layers(layers: Sequence[int] | None, regime: str, num_layers: int) -> None:
+    """UserError where `layers` (None: all) is no choice of attention layers to train for this regime and model."""
+    if layers is None:
+        return
+    if "attention" not in REGIMES[check_regime(regime)]:
+        trains = ", ".join(name for name, groups in REGIMES.items() if "attention" in groups)
+        raise UserError(f"--attention-layers chooses where attention is trained, but --regime {regime} trains no "
+                        f"attention; expected one of {trains}")
+    if not layers or len(set(layers)) != len(layers):
+        raise UserError(f"--attention-layers is {list(layers)}; expected at least one layer, each once")
+    beyond = [layer for layer in layers if not 0 <= layer < num_layers]
+    if beyond:
+        raise UserError(f"--attention-layers names {beyond[0]}; the model has layers 0 to {num_layers - 1}")
+
+
+def keep_layers(tree: Tree, layers: Sequence[int] | None) -> Tree:
+    """`tree` (gradients or updates) with attention set to zero outside `layers`; None leaves it as it is.
+
+    The zero is -0.0, the one number that changes no bit of a parameter it is added to.
+    """
+    if layers is None:
+        return tree
+
+    def kept(path, leaf):
+        if group_of(path) != "attention":
+            return leaf
+        here = np.isin(np.arange(leaf.shape[0]), np.asarray(layers)).reshape(-1, *(1,) * (leaf.ndim - 1))
+        return jnp.where(here, leaf, jnp.asarray(-0.0, leaf.dtype))
+
+    return map_with_path(kept, tree)
+
+
+def count_parameters(params: Tree, mask: Tree | None = None, attention_layers: Sequence[int] | None = None) -> int:
+    """Number of scalars in `params`, or in the leaves where `mask` is True; shapes suffice (`jax.eval_shape`).
+
+    With `attention_layers`, attention counts in these layers alone.
+    """
     total = 0
 
     def add(path, leaf, wanted):
         nonlocal total
-        total += math.prod(leaf.shape) if wanted else 0
+        size = math.prod(leaf.shape) if wanted else 0
+        if size and attention_layers is not None and group_of(path) == "attention":
+            size = size // leaf.shape[0] * len(attention_layers)
+        total += size
 
     map_with_path(add, params, map_with_path(lambda *_: True, params) if mask is None else mask)
     return total
