@@ -92,16 +92,25 @@ class Lab:
         while missing:
             same = [arm for arm in missing if self.program(arm) == self.program(missing[0])]
             group = same[: max(1, self.preset.together)]
-            self._train(group)
+            self._train_claimed(group)
             missing = [arm for arm in missing if arm not in group]
+
+    def _train_claimed(self, group: Sequence[Arm], wait: bool = True) -> None:
+        """Train what nobody has trained; an arm that another process trains is waited for, or left to it."""
+        self.check_time()
+        with contextlib.ExitStack() as locks:
+            for key in sorted(map(self.key, group)):
+                if not locks.enter_context(_claimed(self.run_dir / "arms" / f"{key}.lock", wait)):
+                    return
+            group = [arm for arm in group if self._weights(arm) is None]
+            if group:
+                self._train(group)
 
     def train_unclaimed(self, arms: Sequence[Arm]) -> None:
         """Train, one after the other, those of `arms` that are neither trained nor in training by another process:
         several processes, each with a GPU of its own, share the arms of one run folder."""
         for arm in arms:
-            with _claimed(self.run_dir / "arms" / f"{self.key(arm)}.lock") as mine:
-                if mine and self._weights(arm) is None:
-                    self._train([arm])
+            self._train_claimed([arm], wait=False)
             self._params.clear()
 
     def params(self, arm: Arm) -> Tree:
@@ -123,7 +132,6 @@ class Lab:
 
     def _train(self, group: Sequence[Arm]) -> None:
         """Train a group to its end; saves on the way, on interruption and when the time is up."""
-        self.check_time()
         count, program, first = len(self.seeds), self.program(group[0]), group[0]
         name = "+".join(arm.name for arm in group)
         log.info("training %s: %d seeds, %d steps of %d x %d tokens", name, count, self.recipe.steps,
@@ -307,12 +315,12 @@ class Lab:
 
 
 @contextlib.contextmanager
-def _claimed(path: pathlib.Path) -> Iterator[bool]:
-    """Whether the lock was free; it is held inside, and falls open when the process ends, however it ends."""
+def _claimed(path: pathlib.Path, wait: bool) -> Iterator[bool]:
+    """Whether the lock is ours (always, after waiting); it falls open when the process ends, however it ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             yield False
             return

@@ -173,7 +173,8 @@ def markdown(result: dict) -> str:
 
 
 def main(out: Path | None, model: str | None = None, with_torch: bool = True, only: str = "") -> None:
-    """Measure the cases whose name the regular expression `only` finds; print the table, and write it and the JSON to `out`."""
+    """Measure the cases in whose name `only`, a regular expression, is found; print the table, and write it and the
+    JSON to `out`."""
     params, config, weights = load(model)
     result = {"date": datetime.date.today().isoformat(), "command": " ".join(["python", *sys.argv]),
               "device": jax.devices()[0].device_kind, "versions": versions(), "weights": weights, "cases": []}
