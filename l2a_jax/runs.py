@@ -42,15 +42,16 @@ from l2a_jax.training.checkpoint import BEST, LATEST, Checkpoints
 from l2a_jax.training.diagnose import first_non_finite
 from l2a_jax.training.loop import NonFinite, Schedule, Stopped, fit, stacked_batch
 from l2a_jax.training.optimizer import OptimizerConfig, make_optimizer
-from l2a_jax.training.regimes import count_parameters, partition, regime_mask
+from l2a_jax.training.regimes import check_attention_layers, count_parameters, partition, regime_mask
 from l2a_jax.training.remat import checkpoint_policy
 from l2a_jax.training.step import (
+    Dials,
     Objective,
     TrainState,
     compute_params,
+    dialled_step,
     evaluate_batch,
     initial_state,
-    train_step,
 )
 from l2a_jax.weights.pretrained import TINY, load_pretrained, read_config, source_tokenizer
 
@@ -75,8 +76,16 @@ class Plan(NamedTuple):
         return not self.settings.data
 
 
-def make_plan(settings: Settings) -> Plan:
-    """Resolve a run's source, layer and data. UserError where anything does not fit; nothing is written."""
+def read_source(source: str) -> tuple[ModelConfig, L2AConfig | None, Any]:
+    """A source's configurations and tokenizer, without its tensors."""
+    return *read_config(source), source_tokenizer(source)
+
+
+def make_plan(settings: Settings, *, read: Callable = read_source, open_data: Callable = open_data) -> Plan:
+    """Resolve a run's source, layer and data. UserError where anything does not fit; nothing is written.
+
+    `read` and `open_data` do the reading; a study of many runs passes ones that remember.
+    """
     if settings.backend not in ("auto", "reference", "xla", "cudnn", "pallas", "pallas_interpret"):
         raise UserError(f"--backend is {settings.backend!r}; expected auto, reference, xla, cudnn, pallas or "
                         "pallas_interpret")
@@ -85,13 +94,14 @@ def make_plan(settings: Settings) -> Plan:
     if source is None:
         config, source_layer, tokenizer = MODELS["qwen2.5-tiny"], None, make_tokenizer()
     else:
-        (config, source_layer), tokenizer = read_config(source), source_tokenizer(source)
+        config, source_layer, tokenizer = read(source)
     l2a_config = presets.layer_of(settings)
     if source_layer is not None:
         if l2a_config is None:
             raise UserError(f"--regime {settings.regime} trains a plain model, but {source} has an L2A layer")
         l2a_config = presets.adapt_layer(source_layer, settings, source)
     config = presets.model_of(settings, config)
+    check_attention_layers(settings.attention_layers, settings.regime, config.num_layers)
     limit = position_limit(config, l2a_config)
     if settings.seq_len > limit:
         raise UserError(f"--seq-len {settings.seq_len} is longer than max_positions x factor = {limit} of this model; "
@@ -124,21 +134,43 @@ class Run(NamedTuple):
     mask: Tree
     optimizer: optax.GradientTransformation
     like: TrainState
-    step: Callable[[TrainState, Tree, Batch, jax.Array], tuple[TrainState, dict]] | None
+    program: Callable[..., tuple[TrainState, dict]] | None
     evaluate: Callable[[Tree, Tree, Batch, Any], Any]
     memory_bytes: int
+
+    @property
+    def step(self) -> Callable[[TrainState, Tree, Batch, jax.Array], tuple[TrainState, dict]] | None:
+        """The compiled step with this run's numbers; None where nothing is trained."""
+        if self.program is None:
+            return None
+        dials = dials_of(self.plan)
+        return lambda state, frozen, batch, key: self.program(state, frozen, batch, key, dials)
+
+
+def dials_of(plan: Plan) -> Dials:
+    """The numbers that a compiled step takes as arguments."""
+    s, steps = plan.settings, plan.steps
+    rates = (s.lr, s.lr if s.router_lr is None else s.router_lr)
+    penalty = s.penalty if plan.l2a_config is not None else 0.0
+    return Dials(*map(np.float32, rates), np.int32(steps), np.int32(round(s.warmup * steps)), np.float32(penalty),
+                 np.int32(round(s.penalty_warmup * steps)), np.int32(max(1, round(s.penalty_ramp * steps))))
+
+
+def program_key(plan: Plan) -> tuple:
+    """What is compiled into a run's step: plans of equal keys share one program (`Run._replace(plan=...)`)."""
+    s = plan.settings
+    return (plan.config, plan.l2a_config, plan.dtype.name, s.regime, s.grad_accum, s.batch_size, s.seq_len, s.packing,
+            s.backend, s.remat, _unrolls(s), s.master_dtype, s.weight_decay, s.clip, s.attention_layers)
 
 
 def compile_run(plan: Plan) -> Run:
     """Compile a step from shapes alone and refuse a run that cannot fit (UserError with the estimate)."""
     s = plan.settings
-    objective = Objective(
-        plan.config, plan.l2a_config, penalty=s.penalty if plan.l2a_config is not None else 0.0,
-        penalty_warmup=round(s.penalty_warmup * plan.steps), penalty_ramp=max(1, round(s.penalty_ramp * plan.steps)),
-        dtype=plan.dtype, backend=s.backend, remat=checkpoint_policy(s.remat),
-        unroll=_unrolls(s))
-    optimizer = make_optimizer(
-        OptimizerConfig(s.lr, plan.steps, round(s.warmup * plan.steps), s.router_lr, s.weight_decay, s.clip), s.regime)
+    objective = Objective(plan.config, plan.l2a_config, dtype=plan.dtype, backend=s.backend,
+                          remat=checkpoint_policy(s.remat), unroll=_unrolls(s), attention_layers=s.attention_layers)
+    rule = OptimizerConfig(s.lr, plan.steps, weight_decay=s.weight_decay, clip=s.clip,
+                           attention_layers=s.attention_layers)
+    optimizer = make_optimizer(rule, s.regime)
     abstract = abstract_params(plan.config, plan.l2a_config, plan.dtype)
     mask = regime_mask(abstract, s.regime)
     trainable, frozen = partition(abstract, mask)
@@ -148,9 +180,10 @@ def compile_run(plan: Plan) -> Run:
     if not jax.tree.leaves(trainable):
         return Run(plan, objective, mask, optimizer, like, None, evaluate, memory.tree_bytes(frozen))
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), stacked_batch(plan.data, 0, s.grad_accum))
-    step = jax.jit(functools.partial(train_step, objective=objective, optimizer=optimizer), donate_argnums=0)
+    step = jax.jit(functools.partial(dialled_step, objective=objective, optimizer=rule, regime=s.regime),
+                   donate_argnums=0)
     started = time.perf_counter()
-    compiled = step.lower(like, frozen, batch, jax.eval_shape(jax.random.key, 0)).compile()
+    compiled = step.lower(like, frozen, batch, jax.eval_shape(jax.random.key, 0), dials_of(plan)).compile()
     need = memory.check_fits(compiled, like, frozen)
     log.info("compiled a step in %.1f s; it needs %.2f GB of %.1f GB", time.perf_counter() - started, need / 1e9,
              memory.device_bytes() / 1e9)
@@ -188,8 +221,8 @@ def resume(run_dir: pathlib.Path) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"--resume {run_dir}: there is no config.json; expected the folder of an earlier run")
     recorded = json.loads(path.read_text())
-    settings = Settings(**{**recorded["settings"], "preset": tuple(recorded["settings"]["preset"]),
-                           "data": tuple(recorded["settings"]["data"])})
+    settings = Settings(**{name: tuple(value) if isinstance(value, list) else value
+                           for name, value in recorded["settings"].items()})
     plan = make_plan(settings)
     _announce(plan)
     if plan.data.fingerprint != recorded["data_fingerprint"]:
@@ -302,7 +335,8 @@ def _announce(plan: Plan) -> None:
         log.info("embedded demo: a tiny model and the synthetic recall corpus; for a real Qwen2.5 give --model (a hub "
                  "id, folder or .gguf) and --data")
     abstract = abstract_params(plan.config, plan.l2a_config)
-    total, trained = (count_parameters(abstract, mask) for mask in (None, regime_mask(abstract, s.regime)))
+    total = count_parameters(abstract)
+    trained = count_parameters(abstract, regime_mask(abstract, s.regime), s.attention_layers)
     tokens = round(plan.steps * s.grad_accum * plan.data.tokens_per_batch)
     log.info("regime %s: %s of %s parameters, %s steps of %s x %s x %s tokens, seed %s, %s on %s", s.regime,
              f"{trained:,}", f"{total:,}", plan.steps, s.grad_accum, s.batch_size, s.seq_len, s.seed, plan.dtype.name,
@@ -350,7 +384,7 @@ def _write_config(run_dir: pathlib.Path, plan: Plan, source: str) -> None:
 def _summary(run, run_dir, state, held_out, seconds):
     plan, s = run.plan, run.plan.settings
     records = metrics.read_metrics(run_dir / "metrics.jsonl")
-    trained = count_parameters(abstract_params(plan.config, plan.l2a_config), run.mask)
+    trained = count_parameters(abstract_params(plan.config, plan.l2a_config), run.mask, s.attention_layers)
     tokens = sum(record["tokens"] for record in records)
     speeds = sorted(record["tokens_per_second"] for record in records)
     summary = {

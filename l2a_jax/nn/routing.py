@@ -7,6 +7,7 @@ p = sigmoid(z / temperature), d = 1[z >= temperature * logit(threshold)]. Everyt
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,11 @@ def router_logits(h: Float[Array, "B T D"], kernel: Float[Array, D]) -> Float[Ar
 def decide(z: Float[Array, "*S"], temperature: float, threshold: float) -> Bool[Array, "*S"]:
     """d = 1[z >= temperature * logit(threshold)]; `>=`, so that a router at zero routes everything at threshold 0.5."""
     return z >= temperature * math.log(threshold / (1 - threshold))
+
+
+def flipped(key: PRNGKeyArray, d: Bool[Array, "*S"], share: Any) -> Bool[Array, "*S"]:
+    """Decisions of which each is inverted with probability `share`, independently: routing noise."""
+    return d ^ jax.random.bernoulli(key, share, d.shape)
 
 
 def probability(z: Float[Array, "*S"], temperature: float) -> Float[Array, "*S"]:
@@ -77,10 +83,10 @@ def penalty(p: Float[Array, "L B T"], real: Bool[Array, "B T"]) -> Float[Array, 
 
 
 def penalty_weight(
-    step: Int[Array, ""] | int, *, maximum: float, warmup: int, ramp: int
+    step: Int[Array, ""] | int, *, maximum: Any, warmup: Any, ramp: Any
 ) -> Float[Array, ""]:
-    """lambda(step): 0 up to step `warmup`, linear over the next `ramp` steps, then `maximum` (steps)."""
-    progress = (jnp.asarray(step, jnp.float32) - warmup) / max(ramp, 1)
+    """lambda(step): 0 up to step `warmup`, linear over the next `ramp` steps, then `maximum`; numbers or traced."""
+    progress = (jnp.asarray(step, jnp.float32) - warmup) / jnp.maximum(ramp, 1)
     return maximum * jnp.clip(progress, 0.0, 1.0)
 
 

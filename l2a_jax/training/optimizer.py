@@ -9,41 +9,48 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from l2a_jax.models.params import Tree, map_with_path
-from l2a_jax.training.regimes import group_of, regime_mask
+from l2a_jax.training.regimes import group_of, keep_layers, regime_mask
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """`lr` peaks after `warmup` steps and decays as a cosine to `final` of it at `steps`; `clip` is a global norm.
 
-    `router_lr` replaces `lr` for the router (None: the same). Decay touches matrices only: no norm, bias or router.
+    `router_lr` replaces `lr` for the router (None: the same). These four are numbers, or traced. Decay
+    touches matrices only: no norm, bias or router.
+    `attention_layers`: attention moves in these layers alone (None: in all).
     """
 
-    lr: float
-    steps: int
-    warmup: int = 0
-    router_lr: float | None = None
+    lr: Any
+    steps: Any
+    warmup: Any = 0
+    router_lr: Any = None
     weight_decay: float = 0.0
     clip: float = 1.0
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
     final: float = 0.0
+    attention_layers: tuple[int, ...] | None = None
 
 
-def learning_rate(config: OptimizerConfig, peak: float) -> Callable:
-    """Step -> learning rate. The first update already moves: warm-up counts from 1."""
+def learning_rate(config: OptimizerConfig, peak: Any) -> Callable:
+    """Step -> learning rate. The first update already moves: warm-up counts from 1.
+
+    The numbers may be traced: `step.dialled_step` takes them as arguments.
+    """
 
     def schedule(count):
         count = jnp.asarray(count, jnp.float32)
-        rise = jnp.minimum((count + 1) / max(config.warmup, 1), 1.0)
-        progress = jnp.clip((count - config.warmup) / max(config.steps - config.warmup, 1), 0.0, 1.0)
+        rise = jnp.minimum((count + 1) / jnp.maximum(config.warmup, 1), 1.0)
+        progress = jnp.clip((count - config.warmup) / jnp.maximum(config.steps - config.warmup, 1), 0.0, 1.0)
         fall = config.final + (1 - config.final) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
         return peak * rise * fall
 
@@ -78,4 +85,9 @@ def make_optimizer(config: OptimizerConfig, regime: str) -> optax.GradientTransf
     def trains(params):
         return jax.tree.map(lambda wanted: "trained" if wanted else "frozen", regime_mask(params, regime))
 
-    return optax.partition({"trained": trained, "frozen": optax.set_to_zero()}, trains)
+    everything = optax.partition({"trained": trained, "frozen": optax.set_to_zero()}, trains)
+    if config.attention_layers is None:
+        return everything
+    # Before, so that clipping sees what is trained; after, because decay needs no gradient.
+    narrowed = optax.stateless(lambda updates, params: keep_layers(updates, config.attention_layers))
+    return optax.chain(narrowed, everything, narrowed)

@@ -6,6 +6,7 @@ parameters a diagnosis finds are those from before the step that failed.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,7 +21,8 @@ from l2a_jax.models.params import Tree, map_with_path, param_dtype
 from l2a_jax.models.qwen2 import hidden_states
 from l2a_jax.nn import routing
 from l2a_jax.training.loss import cross_entropy, token_nll
-from l2a_jax.training.regimes import combine
+from l2a_jax.training.optimizer import OptimizerConfig, make_optimizer
+from l2a_jax.training.regimes import combine, keep_layers
 
 
 class TrainState(NamedTuple):
@@ -33,7 +35,8 @@ class TrainState(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """Everything static about a step. `remat` and `unroll` are those of `hidden_states`."""
+    """Everything static about a step. `remat` and `unroll` are those of `hidden_states`; `attention_layers` are the
+    optimizer's, for the gradient norm that a step reports."""
 
     config: ModelConfig
     l2a_config: L2AConfig | None
@@ -44,6 +47,22 @@ class Objective(NamedTuple):
     backend: str = "auto"
     remat: Callable | bool = False
     unroll: bool = False
+    attention_layers: tuple[int, ...] | None = None
+
+
+class Dials(NamedTuple):
+    """The numbers of a run that its compiled step takes as arguments, so that runs differing in nothing else share it.
+
+    Rates and `penalty` are maxima; everything else is a count of steps.
+    """
+
+    lr: Any
+    router_lr: Any
+    steps: Any
+    warmup: Any
+    penalty: Any
+    penalty_warmup: Any
+    penalty_ramp: Any
 
 
 def initial_state(trainable: Tree, optimizer: optax.GradientTransformation, master_dtype: Any) -> TrainState:
@@ -121,6 +140,7 @@ def train_step(
     else:
         (gradients, sums), _ = jax.lax.scan(accumulate, zeros, inputs)
 
+    gradients = keep_layers(gradients, objective.attention_layers)
     norm = optax.global_norm(jax.tree.map(lambda g: g.astype(jnp.float32), gradients))
     mean_nll = sums.nll / counted
     healthy = state.healthy & jnp.isfinite(mean_nll) & jnp.isfinite(norm) & jnp.isfinite(sums.penalty)
@@ -136,6 +156,16 @@ def train_step(
         if "router" in gradients.get("layers", {}):
             metrics["router_grad_norm"] = optax.global_norm(gradients["layers"]["router"])
     return state, metrics
+
+
+def dialled_step(state: TrainState, frozen: Tree, batch: Batch, key: PRNGKeyArray, dials: Dials, *,
+                 objective: Objective, optimizer: OptimizerConfig, regime: str) -> tuple[TrainState, dict[str, Array]]:
+    """`train_step` with `dials` in place of the numbers of `objective` and `optimizer`, which may be traced."""
+    objective = objective._replace(penalty=dials.penalty, penalty_warmup=dials.penalty_warmup,
+                                   penalty_ramp=dials.penalty_ramp)
+    optimizer = dataclasses.replace(optimizer, lr=dials.lr, router_lr=dials.router_lr, steps=dials.steps,
+                                    warmup=dials.warmup)
+    return train_step(state, frozen, batch, key, objective=objective, optimizer=make_optimizer(optimizer, regime))
 
 
 class Evaluation(NamedTuple):
