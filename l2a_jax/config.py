@@ -86,7 +86,8 @@ class L2AConfig:
     and `router_input` choose the wiring; `rope=None` inherits the model's. A decision is
     1[z >= temperature * logit(threshold)]. `leakage` is the probability that a training call of a layer computes
     global attention for every row, so that unrouted tokens get a router gradient too. `pruned_layers` have lost
-    global attention: nothing is ever routed there.
+    global attention: nothing is ever routed there. `flip` is the probability that a training call inverts a decision
+    (routing noise); the gradient is that of the inverted decision, and nothing else knows of it.
     """
 
     window: int = 256
@@ -99,6 +100,7 @@ class L2AConfig:
     threshold: float = 0.5
     leakage: float = 1.0
     pruned_layers: tuple[int, ...] = ()
+    flip: float = 0.0
 
     def __post_init__(self):
         object.__setattr__(self, "pruned_layers", tuple(sorted(int(layer) for layer in self.pruned_layers)))
@@ -118,6 +120,7 @@ class L2AConfig:
         _require(self.temperature > 0, f"temperature is {self.temperature}; expected above 0")
         _require(0 < self.threshold < 1, f"threshold is {self.threshold}; expected between 0 and 1, both excluded")
         _require(0 <= self.leakage <= 1, f"leakage is {self.leakage}; expected a probability")
+        _require(0 <= self.flip <= 1, f"flip is {self.flip}; expected a probability")
         _require(all(layer >= 0 for layer in self.pruned_layers), f"pruned_layers {self.pruned_layers} holds a "
                  "negative layer")
 

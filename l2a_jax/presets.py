@@ -45,6 +45,7 @@ class Settings:
     temperature: float = 0.1
     threshold: float = 0.5
     leakage: float = 1.0
+    flip: float = 0.0
     penalty: float = 0.0
     penalty_warmup: float = 0.05
     penalty_ramp: float = 0.45
@@ -168,7 +169,8 @@ def parse_rope(text: str) -> RopeScaling:
                         f"({error})") from error
 
 
-LAYER_FIELDS = ("window", "sinks", "topology", "share_attention", "router_input", "temperature", "threshold", "leakage")
+LAYER_FIELDS = ("window", "sinks", "topology", "share_attention", "router_input", "temperature", "threshold", "leakage",
+                "flip")
 STRUCTURE = ("topology", "share_attention", "router_input")
 
 

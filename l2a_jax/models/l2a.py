@@ -69,6 +69,8 @@ def attend(
     def decide(h):
         z = routing.router_logits(h, layer["router"]["kernel"])
         d = routing.decide(z, context.l2a.temperature, context.l2a.threshold) if forced is None else forced
+        if context.train and context.l2a.flip:
+            d = routing.flipped(jax.random.fold_in(key, 1), d, context.l2a.flip)  # another draw than the leak's
         d = d & context.real if pruned is None else d & context.real & ~pruned
         return LayerRouting(d, routing.probability(z, context.l2a.temperature), z)
 
@@ -106,9 +108,9 @@ def _parallel(x, layer, context, decide, key, pruned):
 
     if shared and not reads_local and context.l2a.leakage == 1:  # training that computes both paths for every row
         decided = decide(h)
-        rows, difference = attention.both(*global_qkv, decided.decisions, window=context.l2a.window,
-                                          sinks=context.l2a.sinks, segment_ids=context.segment_ids,
-                                          backend=context.backend)
+        rows, difference = context.attention.both(*global_qkv, decided.decisions, window=context.l2a.window,
+                                                  sinks=context.l2a.sinks, segment_ids=context.segment_ids,
+                                                  backend=context.backend)
         computed = context.real if pruned is None else context.real & ~pruned
         open_ = routing.straight_through(decided.decisions, decided.probabilities, computed)
         return x + _out(routing.with_decision_gradient(rows, open_, difference), set_global), decided

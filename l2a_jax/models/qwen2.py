@@ -49,11 +49,11 @@ def hidden_states(
     """The normed output of the last layer, and the routing of every layer ([L, B, T] each; None for a plain model).
 
     `positions` default to 0..T-1, restarting with every document of `segment_ids`. `decisions` override the router:
-    no straight-through gradient, leakage or penalty then. `train` switches straight-through gradients and leakage on;
-    `key` (already folded with seed, step and microbatch) is needed where 0 < leakage < 1. `remat`: recompute each
-    layer in the backward pass; a checkpoint policy says what to keep. `unroll`: a program without a loop over layers,
-    which compiles longer and keeps what the backward pass needs where it was made, in place of stacking it. The compute
-    dtype is the embedding's.
+    no straight-through gradient, leakage or penalty then. `train` switches straight-through gradients and leakage
+    on; `key` (already folded with seed, step and microbatch) is needed where 0 < leakage < 1 or 0 < flip. `remat`:
+    recompute each layer in the backward pass; a checkpoint policy says what to keep. `unroll`: a program without a
+    loop over layers, which compiles longer and keeps what the backward pass needs where it was made, in place of
+    stacking it. The compute dtype is the embedding's.
 
     Raises UserError on tokens outside the vocabulary (where values are known), or a sequence longer than the rotary
     embedding is meant for; ValueError on shapes that do not fit.
@@ -155,8 +155,10 @@ def _check(params, tokens, config, l2a_config, segment_ids, decisions, key, trai
         raise ValueError(f"segment_ids are {segment_ids.shape}; expected {tokens.shape}")
     if l2a_config is not None:
         check_layers(config, l2a_config)
-        if train and decisions is None and 0 < l2a_config.leakage < 1 and key is None:
-            raise ValueError(f"training with leakage {l2a_config.leakage} draws a coin per layer: give a key")
+        draws = 0 < l2a_config.leakage < 1 or l2a_config.flip > 0
+        if train and decisions is None and draws and key is None:
+            raise ValueError(f"training with leakage {l2a_config.leakage} and flip {l2a_config.flip} draws at random: "
+                             "give a key")
     if decisions is not None:
         if l2a_config is None:
             raise ValueError("decisions were given, but the model has no L2A layer")
