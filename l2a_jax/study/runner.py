@@ -1,0 +1,233 @@
+"""Many rows in one process: train, measure, write ROW.json; skip what is done, stop cleanly at the time limit.
+
+A row's file is rewritten after each phase, whole or not at all, so that an interrupted study keeps what it had. What a
+rerun needs beyond it is kept only where it is small: trained leaves of up to `KEEP_BYTES` (a router and its norms) go
+to ROW.npz, with which later tasks are answered without training again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import logging
+import platform
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from l2a_jax import runs
+from l2a_jax.errors import UserError
+from l2a_jax.study.measures import Subject, measure
+from l2a_jax.study.row import Row
+from l2a_jax.study.session import Session
+from l2a_jax.study.trained import load_masters, save_masters, train_row
+from l2a_jax.training import metrics
+from l2a_jax.training.loop import Stopped
+from l2a_jax.training.memory import tree_bytes
+from l2a_jax.version import __version__
+
+log = logging.getLogger("l2a_jax.study")
+FORMAT = 1
+KEEP_BYTES = 2_000_000
+SPEED = {"0.5b": 90_000, "1.5b": 35_000, "3b": 15_000}
+"""Tokens a second that a row is planned with before one of its size was run: cautious for an H100."""
+OVERHEAD = 60.0
+"""Seconds beside training that a row is planned with."""
+
+
+class OutOfTime(Exception):
+    """The time limit is near; what is finished is written."""
+
+
+def order(rows: Sequence[Row], session: Session) -> list[Row]:
+    """The rows, those of one compiled program side by side, programs in the order of their first row."""
+    place: dict[tuple, int] = {}
+    for row in rows:
+        place.setdefault(_program(row, session), len(place))
+    return sorted(rows, key=lambda row: place[_program(row, session)])
+
+
+def shard(rows: Sequence[Row], session: Session, index: int, count: int) -> list[Row]:
+    """The `index`-th (from 1) of `count` parts with about the same work, no program in two of them."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(_program(row, session), []).append(row)
+    parts: list[list[Row]] = [[] for _ in range(count)]
+    loads = [0.0] * count
+    for group in sorted(groups.values(), key=lambda group: -sum(map(planned_seconds, group))):
+        lightest = loads.index(min(loads))
+        parts[lightest] += group
+        loads[lightest] += sum(map(planned_seconds, group))
+    mine = {row.name for row in parts[index - 1]}
+    return [row for row in rows if row.name in mine]
+
+
+def _program(row: Row, session: Session) -> tuple:
+    """What rows must share to share a program, from their settings alone: nothing is opened for it."""
+    s = row.settings()
+    layer = tuple(getattr(s, name) for name in ("window", "sinks", "topology", "share_attention", "rope", "leakage",
+                                                "flip", "router_input", "temperature", "threshold"))
+    return (row.size, row.regime, s.seq_len, s.batch_size, s.grad_accum, s.packing, s.remat, s.unroll, s.master_dtype,
+            s.weight_decay, s.clip, s.attention_layers, *(layer if row.regime != "baseline" else ()))
+
+
+def planned_seconds(row: Row, speeds: dict[tuple[str, str], float] | None = None) -> float:
+    """How long the row is expected to take; `speeds` are measured tokens a second by (size, regime)."""
+    if row.regime == "baseline":
+        return OVERHEAD
+    speed = (speeds or {}).get((row.size, row.regime), SPEED[row.size])
+    return OVERHEAD + (row.settings().tokens or 0) / speed
+
+
+def is_done(row: Row, out: Path) -> bool:
+    """Whether the row's file answers everything that the row asks today."""
+    found = read_row(out / f"{row.name}.json")
+    return found is not None and found["training_hash"] == row.training_hash and not _missing(row, found)
+
+
+def read_row(path: Path) -> dict[str, Any] | None:
+    """A row's file, None where there is none. UserError where it is not one of ours."""
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text())
+        if found["format"] != FORMAT:
+            raise KeyError("format")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not the file of a row ({type(error).__name__}: {error}); move it away") from error
+    return found
+
+
+def run_rows(rows: Sequence[Row], session: Session, out: Path, *, deadline: float = float("inf"),
+             keep: bool = False) -> tuple[list[str], list[str]]:
+    """Run what is not done, in `order`; returns the names of (rows left for want of time, rows that failed).
+
+    A row that cannot run (it does not fit the device) fails by itself, with its error in its file. Raises
+    KeyboardInterrupt when asked to stop.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    waiting = [row for row in order(rows, session) if row.not_run is None and not is_done(row, out)]
+    log.info("%d rows: %d to do, %d done, %d not to be run", len(rows), len(waiting),
+             sum(row.not_run is None for row in rows) - len(waiting), sum(row.not_run is not None for row in rows))
+    speeds: dict[tuple[str, str], float] = {}
+    left: list[str] = []
+    failed: list[str] = []
+    for index, row in enumerate(waiting):
+        remaining = deadline - time.monotonic()
+        if remaining < planned_seconds(row, speeds):
+            left.append(row.name)
+            continue
+        log.info("[%d/%d] %s (%s)", index + 1, len(waiting), row.name, row.question)
+        try:
+            session.compile_ahead([one for one in waiting[index : index + 3] if one.regime != "baseline"])
+            found = _run_row(row, session, out, deadline, keep)
+            speed = found["training"].get("tokens_per_second_median")
+            if speed:
+                speeds[row.size, row.regime] = speed
+        except OutOfTime:
+            left.append(row.name)
+        except Stopped as stopped:
+            raise KeyboardInterrupt from stopped
+        except UserError as error:
+            log.error("%s failed: %s", row.name, error)
+            failed.append(row.name)
+            metrics.write_json(out / f"{row.name}.json", {**_head(row), "training": {}, "evaluations": {},
+                                                          "status": "failed", "error": str(error)})
+        session.forget_programs([one for one in waiting[index + 1 :] if one.regime != "baseline"])
+    return left, failed
+
+
+def _run_row(row: Row, session: Session, out: Path, deadline: float, keep: bool) -> dict[str, Any]:
+    path, kept = out / f"{row.name}.json", out / f"{row.name}.npz"
+    old = read_row(path)
+    if old is not None and (old["training_hash"] != row.training_hash or old["status"] == "failed"):
+        old = None
+    if old is not None and (row.regime == "baseline" or kept.exists()):
+        params = session.base(row.size).params if row.regime == "baseline" else load_masters(session, row, kept)
+        found = {**_head(row), "training": old["training"], "evaluations": _current(row, old)}
+        records = old["training"].get("curve", [])
+    else:
+        kept.unlink(missing_ok=True)
+        trained = train_row(session, row)
+        params, records = trained.params, trained.records
+        found = {**_head(row), "training": trained.report, "evaluations": {}}
+        if trained.masters and (keep or tree_bytes(trained.masters) <= KEEP_BYTES):
+            save_masters(trained.masters, kept)
+        del trained
+    subject = Subject(session, row, params, records)
+    for task in _missing(row, found):
+        if time.monotonic() > deadline:
+            _write(path, found, "partial")
+            raise OutOfTime
+        began = time.perf_counter()
+        result = measure(subject, task)
+        seconds = time.perf_counter() - began
+        found["evaluations"][task] = {"hash": row.task_hash(task), "seconds": round(seconds, 2), "result": result}
+        log.info("%s: %s in %.1f s", row.name, task, seconds)
+        _write(path, found, "partial")
+    found["training"].setdefault("memory", {})["process_peak_after_gb"] = metrics.peak_memory_gb()
+    _write(path, found, "done")
+    return found
+
+
+def _current(row: Row, found: dict[str, Any]) -> dict[str, Any]:
+    return {task: entry for task, entry in found["evaluations"].items()
+            if task not in row.measures.tasks or entry["hash"] == row.task_hash(task)}
+
+
+def _missing(row: Row, found: dict[str, Any]) -> list[str]:
+    have = found["evaluations"]
+    return [task for task in row.measures.tasks if task not in have or have[task]["hash"] != row.task_hash(task)]
+
+
+def _head(row: Row) -> dict[str, Any]:
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "tokenizers", "lm_eval")
+    return {
+        "format": FORMAT, "name": row.name, "group": row.group, "question": row.question, "size": row.size,
+        "regime": row.regime, "given": dict(row.given), "data": list(row.data), "baseline": row.baseline,
+        "factors": dict(row.factors), "measures": dataclasses.asdict(row.measures),
+        "training_hash": row.training_hash, "settings": _portable(row), "commands": row.commands(),
+        "environment": {
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
+            "versions": {"python": platform.python_version(), "l2a_jax": __version__,
+                         **{name: metadata.version(name) for name in packages}}},
+    }
+
+
+def _portable(row: Row) -> dict[str, Any]:
+    """Settings without this machine's paths."""
+    return dataclasses.asdict(row.settings())
+
+
+def _write(path: Path, found: dict[str, Any], status: str) -> None:
+    evaluated = sum(entry["seconds"] for entry in found["evaluations"].values())
+    training = found["training"].get("seconds", {})
+    metrics.write_json(path, {**found, "status": status, "seconds": {**training, "evaluate": round(evaluated, 2)}})
+
+
+def dry_run(rows: Sequence[Row], session: Session) -> str:
+    """What would be run: each row's command, tokens, trained parameters and ratio; nothing is compiled or trained."""
+    from l2a_jax.models.params import abstract_params
+    from l2a_jax.training.regimes import count_parameters, regime_mask
+
+    lines = []
+    for row in order(rows, session):
+        if row.not_run is not None:
+            lines.append(f"{row.name}: not run: {row.not_run}")
+        else:
+            plan = runs.make_plan(row.settings(session.source(row.size), session.data_dir)) \
+                if row.regime == "baseline" else session.plan(row)
+            shapes = abstract_params(plan.config, plan.l2a_config)
+            trained = count_parameters(shapes, regime_mask(shapes, row.regime), plan.settings.attention_layers)
+            tokens = 0 if not trained else plan.steps * plan.settings.grad_accum * plan.data.tokens_per_batch
+            ratio = f", {tokens / trained:.3g} a trained parameter" if trained else ""
+            lines.append(f"{row.name}: {trained:,} trained, {tokens:,.0f} tokens{ratio}, about "
+                         f"{planned_seconds(row):.0f} s")
+        lines += [f"  {command}" for command in row.commands()]
+    return "\n".join(lines)

@@ -1,0 +1,123 @@
+"""The study on real weights: `python train/study.py --group damage --model-05b FILE --data-dir DIR --out DIR`.
+
+Every row is one declared value (`l2a_jax/study/rows.py`); this command trains and measures the rows it is given, many
+in one process. Run it again with the same flags to continue: finished rows are skipped, and `--time-limit` stops it
+cleanly between phases (exit status 75). `--report DIR` writes the report of what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import pathlib
+import sys
+import time
+
+STOPPED = 75  # EX_TEMPFAIL: not an error, run it again
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("--rows", nargs="+", default=(), metavar="NAME", help="rows by name")
+    parser.add_argument("--group", nargs="+", default=(), help="main, collapse, damage, frontier, absorption")
+    for size in ("0.5b", "1.5b", "3b"):
+        parser.add_argument(f"--model-{size.replace('.', '')}", dest=f"model_{size}", metavar="SOURCE",
+                            help=f"the {size} model: hub id, folder or .gguf file")
+    parser.add_argument("--data-dir", type=pathlib.Path, help="folder with train/ (texts) and eval/ (and benchmarks)")
+    parser.add_argument("--out", type=pathlib.Path, help="folder for ROW.json")
+    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="stop cleanly after so long")
+    parser.add_argument("--limit", type=int, help="the first so many items of every benchmark")
+    parser.add_argument("--shard", metavar="I/N", help="the I-th of N parts, for N processes that share --out")
+    parser.add_argument("--keep", action="store_true", help="keep what was trained whatever its size (ROW.npz)")
+    parser.add_argument("--list", action="store_true", help="say which rows there are, and which are done in --out")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be run, with every command, and stop")
+    parser.add_argument("--report", type=pathlib.Path, metavar="DIR",
+                        help="write replication.md, replication.json and the figures from the rows in --out")
+    parser.add_argument("--backend", default="auto", help="attention: auto, reference, xla, cudnn, pallas")
+    parser.add_argument("--compile-ahead", type=int, default=None, metavar="N",
+                        help="threads that compile the rows to come (default: 2 on a GPU, none elsewhere)")
+    parser.add_argument("--compiled", type=pathlib.Path, metavar="DIR",
+                        help="keep compiled programs here, so that the next process need not compile them")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    began = time.monotonic()
+    parser = make_parser()
+    flags = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for name in ("absl", "jax", "lm_eval"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+    import jax
+
+    from l2a_jax.errors import UserError
+    from l2a_jax.study import runner
+    from l2a_jax.study.rows import choose
+    from l2a_jax.study.session import Session
+
+    try:
+        rows = [row.with_limit(flags.limit) for row in choose(tuple(flags.rows), tuple(flags.group))]
+        if flags.list:
+            for row in rows:
+                state = "" if flags.out is None else "done  " if runner.is_done(row, flags.out) else "      "
+                print(f"{state}{row.group:<11}{row.name:<40}{row.question}")
+            return 0
+        if flags.report is not None:
+            from l2a_jax.study import report
+
+            print("written: " + ", ".join(map(str, report.write(_needed(flags.out, "--out"), flags.report))))
+            return 0
+        models = {size: source for size in ("0.5b", "1.5b", "3b")
+                  if (source := getattr(flags, f"model_{size}")) is not None}
+        ahead = flags.compile_ahead
+        if ahead is None:
+            ahead = 2 if jax.default_backend() == "gpu" else 0
+        if flags.compiled is not None:
+            jax.config.update("jax_compilation_cache_dir", str(flags.compiled.absolute()))
+        session = Session(models, _needed(flags.data_dir, "--data-dir"), backend=flags.backend, compile_ahead=ahead)
+        if flags.shard is not None:
+            rows = runner.shard(rows, session, *_shard(flags.shard))
+        if flags.dry_run:
+            print(runner.dry_run(rows, session))
+            return 0
+        deadline = float("inf") if flags.time_limit is None else began + flags.time_limit
+        try:
+            left, failed = runner.run_rows(rows, session, _needed(flags.out, "--out"), deadline=deadline,
+                                           keep=flags.keep)
+        finally:
+            session.close()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to continue", file=sys.stderr)
+        return 130
+    if failed:
+        print(f"error: rows that failed: {', '.join(failed)}; each one's file says why", file=sys.stderr)
+    if left:
+        print(f"stopped at the time limit, {len(left)} rows left: {', '.join(left)}; run the same command again",
+              file=sys.stderr)
+    return 2 if failed else STOPPED if left else 0
+
+
+def _needed(path: pathlib.Path | None, flag: str) -> pathlib.Path:
+    from l2a_jax.errors import UserError
+
+    if path is None:
+        raise UserError(f"{flag} is needed; see --help")
+    return path
+
+
+def _shard(text: str) -> tuple[int, int]:
+    from l2a_jax.errors import UserError
+
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise UserError(f"--shard is {text!r}; expected I/N such as 1/2")
+    return int(index), int(count)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
