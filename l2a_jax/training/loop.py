@@ -10,14 +10,14 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
 from l2a_jax.data.batch import Batch, TrainingData
-from l2a_jax.training.checkpoint import BEST, LATEST, Checkpoints
-from l2a_jax.training.metrics import MetricsLog, Progress, peak_memory_gb, plain
+from l2a_jax.training.checkpoint import BEST, LATEST
+from l2a_jax.training.metrics import Progress, peak_memory_gb, plain
 from l2a_jax.training.step import TrainState
 
 
@@ -65,6 +65,22 @@ class Schedule:
     eval_every: int
 
 
+@runtime_checkable
+class Records(Protocol):
+    """Where the records go, one a step in order: `metrics.MetricsLog`, or a list in memory."""
+
+    def write(self, record: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@runtime_checkable
+class Saves(Protocol):
+    """Where states go: `checkpoint.Checkpoints`, or nowhere."""
+
+    def save(self, kind: str, state: TrainState, metadata: dict[str, Any]) -> None: ...
+
+
 def stacked_batch(data: TrainingData, step: int, accumulate: int) -> Batch:
     """The micro-batches of a step (0-based) as one Batch of [A, B, T]: the data position is the step alone."""
     return jax.tree.map(lambda *parts: np.stack(parts), *(data.batch(step * accumulate + a)
@@ -77,8 +93,8 @@ def fit(
     data: TrainingData,
     schedule: Schedule,
     *,
-    log: MetricsLog,
-    checkpoints: Checkpoints,
+    log: Records,
+    checkpoints: Saves,
     evaluate: Callable[[TrainState], dict[str, Any]],
     metadata: dict[str, Any],
     best: float = float("inf"),
