@@ -1,0 +1,148 @@
+"""Rows from start to end on the tiny model: files, skipping, shared programs, the time limit, findings."""
+
+import dataclasses
+import json
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from l2a_jax import runs
+from l2a_jax.errors import UserError
+from l2a_jax.evaluation import needle
+from l2a_jax.evaluation.perplexity import score_windows
+from l2a_jax.study import runner, trained
+from l2a_jax.study.measures import Subject
+from l2a_jax.study.row import Row
+from l2a_jax.weights.pretrained import TINY, load_pretrained
+from tests.study.conftest import QUICK, make_row
+
+
+@pytest.fixture(scope="module")
+def rows():
+    absorbing = dataclasses.replace(QUICK, tasks=("perplexity", "absorption", "residual"))
+    return [make_row("plain", "baseline", dataclasses.replace(QUICK, tasks=("perplexity", "needle"))),
+            make_row("one", penalty=0.3, router_lr=1e-2),
+            make_row("attention", "l2a_ft", absorbing, topology="parallel", share_attention=True, sinks=4,
+                     rope="none", leakage=1.0, lr=1e-3),
+            make_row("two", penalty=0.1, router_lr=3e-3, seed=1),
+            # A rate that no model survives.
+            make_row("broken", measures=dataclasses.replace(QUICK, tasks=("perplexity",)), lr=1e30, warmup=0.0)]
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Regimes of the runs that were compiled."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def done(rows, session, compiled, tmp_path_factory):
+    def counting(plan, compile_run=runs.compile_run):
+        compiled.append(plan.settings.regime)
+        return compile_run(plan)
+
+    out = tmp_path_factory.mktemp("study")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "compile_run", counting)
+        assert runner.run_rows(rows, session, out) == ([], [])
+    return out
+
+
+def load(out, name):
+    return json.loads((out / f"{name}.json").read_text())
+
+
+def test_every_row_has_its_file(done, rows):
+    for row in rows:
+        found = load(done, row.name)
+        assert found["status"] == "done" and found["training_hash"] == row.training_hash
+        assert set(found["evaluations"]) == set(row.measures.tasks)
+        assert str(done) not in json.dumps(found) and "data0" not in json.dumps(found["commands"])
+    one = load(done, "one")
+    assert one["training"]["steps"] == 6 and one["training"]["trained_parameters"] == 2 * 3 * 64
+    assert [record["step"] for record in one["training"]["curve"]] == [1, 2, 3, 4, 5, 6]
+    assert one["training"]["non_finite"] is None and one["training"]["memory"]["compiled_gb"] > 0
+    assert one["evaluations"]["needle"]["result"]["lengths"]["64"]["controls"]["none"]["n"] == 4
+    assert {path.suffix for path in done.iterdir()} == {".json", ".npz"}
+
+
+def test_rows_that_differ_in_numbers_share_a_program(session, rows, done, compiled):
+    assert compiled == ["router_only", "l2a_ft"]
+    keys = [runs.program_key(session.plan(row)) for row in rows[1:]]
+    assert keys[0] == keys[2] == keys[3] != keys[1]
+    assert runs.dials_of(session.plan(rows[1])) != runs.dials_of(session.plan(rows[3]))
+    assert [row.name for row in runner.order(rows, session)] == ["plain", "one", "two", "broken", "attention"]
+
+
+def test_a_row_trains_as_the_command_does(session, rows, done, data_dir, tmp_path):
+    """The same losses as `train/run.py` writes: one program, with this row's numbers and data."""
+    row = rows[3]
+    runs.train(row.settings(TINY, str(data_dir)), tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for record, line in zip(load(done, "two")["training"]["curve"], lines, strict=True):
+        assert record["loss"] == line["loss"] and record["sparsity"] == line["sparsity"]
+    model = load_pretrained(str(tmp_path / "run"), np.float32)
+    kept = trained.load_masters(session, row, done / "two.npz")
+    jax.tree.map(np.testing.assert_array_equal, kept, model.params)
+
+
+def test_needle_as_windows_is_the_needle_task(session, rows, done):
+    subject = Subject(session, rows[1], trained.load_masters(session, rows[1], done / "one.npz"), [])
+    options, prepared = session.needles(rows[1])
+    found = needle.evaluate_needle(subject.model, options)
+    bits = load(done, "one")["evaluations"]["needle"]["result"]["lengths"]["64"]["bits"]
+    assert [bit == "1" for bit in bits] == [prompt["exact_match"] for prompt in found["prompts"]]
+    scores = score_windows(subject.model, prepared[64], **session.passes)
+    np.testing.assert_allclose(-scores.nll, [p["log_probability"] for p in found["prompts"]], rtol=1e-4, atol=1e-4)
+
+
+def test_done_rows_are_skipped_and_new_tasks_do_not_train_again(session, rows, done, monkeypatch):
+    before = {path: path.stat().st_mtime_ns for path in done.iterdir()}
+    assert runner.run_rows(rows, session, done) == ([], [])
+    assert {path: path.stat().st_mtime_ns for path in done.iterdir()} == before
+    monkeypatch.setattr(runner, "train_row", lambda *_: pytest.fail("trained again"))
+    more = dataclasses.replace(rows[1], measures=dataclasses.replace(QUICK, tasks=(*QUICK.tasks, "flips")))
+    old = load(done, "one")["evaluations"]
+    assert runner.run_rows([more], session, done) == ([], [])
+    new = load(done, "one")["evaluations"]
+    assert "flips" in new and {name: new[name] for name in old} == old
+
+
+def test_no_time_starts_nothing_and_a_limit_between_phases_keeps_what_is_done(session, rows, tmp_path, monkeypatch):
+    assert runner.run_rows(rows, session, tmp_path / "none", deadline=time.monotonic() + 5) == (
+        ["plain", "one", "two", "broken", "attention"], [])
+    assert not list((tmp_path / "none").iterdir())
+    monkeypatch.setattr(runner, "planned_seconds", lambda *_: 0.0)
+    ticks = iter([0.0, 0.0, 1.0])  # before the row, before its first task, before its second
+    monkeypatch.setattr(runner.time, "monotonic", lambda: next(ticks, 1.0))
+    assert runner.run_rows([rows[0]], session, tmp_path / "some", deadline=0.5) == (["plain"], [])
+    found = load(tmp_path / "some", "plain")
+    assert found["status"] == "partial" and list(found["evaluations"]) == ["perplexity"]
+    assert not runner.is_done(rows[0], tmp_path / "some")
+
+
+def test_a_loss_that_is_not_finite_is_a_finding(done):
+    """The step is named, and the weights from before it are measured."""
+    found = load(done, "broken")
+    failed = found["training"]["non_finite"]
+    assert failed["step"] >= 2 and "not finite" in failed["where"]
+    assert found["training"]["steps"] == failed["step"] - 1 and len(found["training"]["curve"]) == failed["step"] - 1
+    assert found["status"] == "done" and "perplexity" in found["evaluations"]
+
+
+def test_what_cannot_run_fails_alone(session, rows, tmp_path):
+    missing = Row("big", "test", "?", "1.5b", "baseline", (), ("notes={data}/train",), QUICK)
+    assert runner.run_rows([missing, rows[0]], session, tmp_path) == ([], ["big"])
+    assert "--model-15b" in load(tmp_path, "big")["error"] and load(tmp_path, "plain")["status"] == "done"
+    (tmp_path / "plain.json").write_text("{}")
+    with pytest.raises(UserError, match="not the file of a row"):
+        runner.run_rows([rows[0]], session, tmp_path)
+
+
+def test_shards_share_the_work_and_no_program(session, rows):
+    parts = [runner.shard(rows, session, index, 2) for index in (1, 2)]
+    assert sorted(row.name for part in parts for row in part) == sorted(row.name for row in rows)
+    keys = [{runner._program(row, session) for row in part} for part in parts]
+    assert not keys[0] & keys[1] and all(parts)
