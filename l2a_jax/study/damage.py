@@ -62,7 +62,7 @@ def empirical_logit(correct: int, count: int) -> float:
     return math.log((correct + 0.5) / (count - correct + 0.5))
 
 
-def analyse(levels: Sequence[Mapping[str, str]], response: Sequence[float]) -> dict[str, Any]:
+def analyse(levels: Sequence[Mapping[str, str]], response: Any) -> dict[str, Any]:
     """Main effects, and the same with the two interactions; `levels` as `Row.factors` write them."""
     back = {factor: {str(level): level for level in values} for factor, values in FACTORS.items()}
     made = [{factor: back[factor][cell[factor]] for factor in FACTORS} for cell in levels]

@@ -72,7 +72,7 @@ def inflation(made: Design) -> dict[str, float]:
     return out
 
 
-def fit(cells: Sequence[Cell], response: Sequence[float], factors: Factors,
+def fit(cells: Sequence[Cell], response: Sequence[float] | np.ndarray, factors: Factors,
         interactions: Sequence[Interaction] = ()) -> dict[str, Any]:
     """Effects of `response` in JSON types: per term its levels' differences from the first level with 95 % intervals,
     the partial sum of squares (what leaving the term out adds to the residual), its share and its F test.
