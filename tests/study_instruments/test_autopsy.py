@@ -1,0 +1,153 @@
+"""The autopsy: the faulty attention is faulty, each fault gives its symptoms, and every rule holds on its own side."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l2a_jax.attention.reference import masked_attention
+from l2a_jax.config import L2AConfig
+from l2a_jax.data.batch import Batch
+from l2a_jax.data.recall import RecallCorpus
+from l2a_jax.models.params import add_routing
+from l2a_jax.models.qwen2 import hidden_states
+from l2a_jax.study import faulty
+from l2a_jax.study.autopsy import autopsy, format_autopsy, symptoms, task_margin
+from l2a_jax.training.metrics import plain as as_json
+from l2a_jax.training.optimizer import OptimizerConfig
+from l2a_jax.training.step import Objective
+from tests.models.cases import CONFIG, LAYERS, make_params, make_tokens, packed
+
+LAYER = L2AConfig(window=12, sinks=0, topology="sequential", share_attention=False, leakage=0.1)
+STEPS = 24
+OPTIMIZER = OptimizerConfig(1e-2, STEPS, 3, router_lr=5e-3)
+FAULTS = {fault.name: fault for fault in faulty.FAULTS}
+
+
+def test_the_faulty_attention_is_the_band_on_both_sides():
+    key = jax.random.key(0)
+    q, k, v = (jax.random.normal(jax.random.fold_in(key, i), (2, 24, heads, 8)) for i, heads in enumerate((6, 2, 2)))
+    ids = packed()
+    index = np.arange(24)
+    near = np.abs(index[:, None] - index[None, :]) < 5
+    sink = np.zeros((2, 24, 24), bool)
+    for row in range(2):
+        for i in range(24):
+            start = int(np.flatnonzero(np.asarray(ids[row]) == int(ids[row, i]))[0])
+            sink[row, i, start] = start <= i
+    mask = (near | sink) & np.asarray(ids[:, :, None] == ids[:, None, :])
+    found = faulty._leaky_attention().local(q, k, v, window=5, sinks=1, segment_ids=ids, backend="auto")
+    real = np.asarray(ids != 0)
+    np.testing.assert_allclose(found[real], masked_attention(q, k, v, jnp.asarray(mask))[real], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sequential", "shared"])
+def test_the_faulty_model_sees_the_future_and_nothing_else_is_wrong(name):
+    layer, tokens = LAYERS[name], make_tokens()
+    batch = Batch(tokens, tokens, jnp.ones(tokens.shape), None, None)
+    params, half = make_params(layer), 12
+    other = batch._replace(tokens=tokens.at[:, half:].set((tokens[:, half:] + 1) % CONFIG.vocab_size))
+
+    def run(window):
+        from dataclasses import replace
+
+        objective = Objective(CONFIG, replace(layer, window=window))
+        leaky = jax.jit(lambda batch: faulty.leaky_hidden_states(params, batch, jax.random.key(0),
+                                                                 objective=objective)[0])
+        return leaky(batch), leaky(other), objective
+
+    before, after, _ = run(5)
+    assert np.abs(before - after)[:, half - 5 : half].max() > 1e-2  # a causal model could not know
+    before, _, objective = run(1)  # a window of one key has no future to see: this must be the library's own model
+    own = hidden_states(params, tokens, CONFIG, objective.l2a_config, key=jax.random.key(0), train=True)[0]
+    np.testing.assert_allclose(before, own, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def setting(plain):
+    return (plain, RecallCorpus(128, 4),
+            Objective(plain.config, LAYER, penalty=0.01, penalty_warmup=3, penalty_ramp=STEPS // 2))
+
+
+@pytest.fixture(scope="module")
+def rows(setting, windows):
+    model, data, objective = setting
+    names = ("none", "NaN weights", "NaN router", "leak", "penalty")
+    report = autopsy(model, LAYER, data, windows, [row[:24].tolist() for row in windows.tokens[:2]],
+                     objective=objective, optimizer=OPTIMIZER, faults=[FAULTS[name] for name in names], new_tokens=32,
+                     extra=lambda model: {"needle": 0.0, "task_margin": 0.1})
+    json.dumps(as_json(report), allow_nan=False)
+    assert "NaN router" in format_autopsy(report)
+    return {row["fault"]: row for row in report["rows"]}
+
+
+def test_a_sound_run_shows_none_of_it(rows):
+    row = rows["none"]
+    assert row["finite_losses"] == 1 and row["weights_not_finite"] == 0 and 0.3 < row["logged_loss"] < 2
+    assert not any(row["symptoms"][name] for name in ("zero training loss", "100 % sparsity", "text loops"))
+    assert rows["plain model"]["perplexity_ratio"] == 1 and rows["untrained"]["sparsity"] == 0
+
+
+def test_nan_weights_give_loss_zero_full_sparsity_and_one_repeated_token(rows):
+    row = rows["NaN weights"]
+    assert row["symptoms"] | {"tasks above chance": None, "needle lost": None} == {
+        "zero training loss": True, "100 % sparsity": True, "text loops": True, "finite, bad perplexity": False,
+        "tasks above chance": None, "needle lost": None}
+    assert row["logged_loss"] == 0 and row["logged_sparsity"] == 1 and math.isnan(row["perplexity"])
+    assert row["generation"]["greedy"]["distinct_1"] == pytest.approx(1 / 32) and row["verdict"] == "non-finite"
+    assert row["finite_losses"] == pytest.approx((STEPS // 2 + 1) / STEPS)  # the poisoned step's own loss still is
+    before = rows["NaN weights, evaluated before"]
+    assert before["weights_not_finite"] == 0 and before["perplexity"] < 6 and before["logged_loss"] == 0
+    assert before["symptoms"]["zero training loss"] and before["symptoms"]["tasks above chance"]
+
+
+def test_a_nan_router_leaves_a_finite_local_model(rows, plain):
+    """Loss zero and sparsity 100 % beside a finite perplexity: decisions are `z >= 0`, False for NaN, in every layer."""
+    row = rows["NaN router"]
+    assert row["logged_loss"] == 0 and row["logged_sparsity"] == 1 and row["sparsity"] == 1
+    assert row["weights_not_finite"] == plain.config.num_layers * plain.config.hidden_size  # the router alone
+    assert row["perplexity"] > rows["NaN router, evaluated before"]["perplexity"] and math.isfinite(row["perplexity"])
+
+
+def test_a_leak_trains_below_what_the_text_allows(rows):
+    leak, sound = rows["leak"], rows["none"]
+    assert leak["logged_loss"] < 0.75 * sound["logged_loss"] and leak["perplexity"] > 1.3 * sound["perplexity"]
+    assert math.log(leak["perplexity"]) > leak["logged_loss"] + 0.5 and leak["future_seen"] < 1e-5
+
+
+def test_an_overgrown_penalty_closes_every_router(rows):
+    assert rows["penalty"]["symptoms"]["100 % sparsity"] and not rows["penalty"]["symptoms"]["zero training loss"]
+    assert rows["penalty"]["finite_losses"] == 1
+
+
+def test_pure_bfloat16_loses_updates_and_nothing_becomes_nan(setting):
+    model, data, objective = setting
+    params = add_routing(model.params, model.config, LAYER)
+    trace = faulty.train_faulty(params, data, FAULTS["bfloat16"], objective, OPTIMIZER, "l2a_ft")
+    assert trace.finite.all() and trace.updates_lost > 0.2 and trace.before is None
+    assert trace.params["layers"]["router"]["kernel"].dtype == jnp.float32
+    fast = faulty.train_faulty(params, data, FAULTS["learning rate"], objective, OPTIMIZER, "l2a_ft")
+    assert fast.finite.all() and fast.loss[-1] > trace.loss[0] > trace.loss[-1] and fast.updates_lost < 0.01
+
+
+def test_every_symptom_on_both_sides_of_its_threshold():
+    healthy = {"logged_loss": 1.0, "logged_sparsity": 0.9, "greedy_ends_in_loop": 0.5, "perplexity_ratio": 1.9,
+               "task_margin": -0.01, "needle": 0.5}
+    reported = {"logged_loss": 0.0, "logged_sparsity": 1.0, "greedy_ends_in_loop": 0.6, "perplexity_ratio": 39.21 / 11.52,
+                "task_margin": 0.01, "needle": 0.0}
+    assert not any(symptoms(healthy).values()) and all(symptoms(reported).values())
+    assert symptoms({**reported, "perplexity_ratio": 6.1})["finite, bad perplexity"] is False
+    assert symptoms({**reported, "perplexity_ratio": math.nan})["finite, bad perplexity"] is False
+    assert symptoms({**reported, "task_margin": None})["tasks above chance"] is None
+    assert symptoms({})["text loops"] is None
+    for low, high in ((60.83, 11.52), (39.21, 11.52), (21.21, 8.47)):  # the study's own collapsed rows
+        assert symptoms({"perplexity_ratio": low / high})["finite, bad perplexity"]
+
+
+def test_task_margin():
+    scores = {"hellaswag": (0.368, 0.0215), "piqa": (0.674, 0.021), "arc_challenge": (0.236, 0.019)}
+    assert task_margin(scores) == pytest.approx(0.368 - 0.25 - 0.043)
+    assert task_margin({"piqa": (0.6, 0.02)}) is None
