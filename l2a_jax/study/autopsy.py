@@ -27,13 +27,13 @@ from l2a_jax.training.step import Objective
 from l2a_jax.weights.pretrained import Pretrained
 
 SYMPTOMS = (
-    Rule("zero training loss", "logged_loss", "<", 0.02, "training loss as logged, nats, mean of the last 5 % of steps"),
-    Rule("100 % sparsity", "logged_sparsity", ">=", 0.999, "sparsity as logged, mean of the last 5 % of steps"),
+    Rule("zero training loss", "logged_loss", "<", 0.02, "training loss as logged, nats; mean of the last 5 %"),
+    Rule("100 % sparsity", "logged_sparsity", ">=", 0.999, "sparsity as logged; mean of the last 5 % of steps"),
     Rule("text loops", "greedy_ends_in_loop", ">", 0.5, "share of greedy continuations that end in a loop"),
     Rule("finite, bad perplexity", "perplexity_ratio", ">=", 2.0, "held-out perplexity over the plain model's"),
     Rule("finite, bad perplexity", "perplexity_ratio", "<=", 6.0, "held-out perplexity over the plain model's"),
-    Rule("tasks above chance", "task_margin", ">", 0.0, "least of (accuracy - chance - 2 standard errors) over HellaSwag "
-         "and PIQA"),
+    Rule("tasks above chance", "task_margin", ">", 0.0, "least of (accuracy - chance - 2 standard errors), HellaSwag and "
+         "PIQA"),
     Rule("needle lost", "needle", "<=", 0.2, "share of needles found"),
 )
 """A symptom holds where all its rules do; it is None where a measure was not taken or is not finite."""
@@ -83,8 +83,8 @@ def autopsy(
 
     `objective` (with this `l2a_config`) and `optimizer` are the sound run's; `extra` may add measures of a model whose
     weights and logits are finite, such as `task_margin` and `needle`. A row holds the fault, the curves as logged
-    (`loss`, `sparsity`), `finite_losses` (share of steps), the measures of `SYMPTOMS`, perplexity, the collapse report's
-    verdict and generated text, and `symptoms`.
+    (`loss_curve`, `sparsity_curve`), `finite_losses` (share of steps), the measures of `SYMPTOMS`, perplexity, the
+    collapse report's verdict and generated text, and `symptoms`.
     """
     options = {"objective": objective, "extra": extra, "stop_tokens": stop_tokens, "new_tokens": new_tokens,
                "seed": seed, "batch_tokens": batch_tokens}
@@ -123,8 +123,8 @@ def format_autopsy(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _examine(model: Pretrained, windows: Windows, prompts, trace: Trace | None, reference: float | None, *, objective, extra,
-             stop_tokens, new_tokens, seed, batch_tokens) -> dict[str, Any]:
+def _examine(model: Pretrained, windows: Windows, prompts, trace: Trace | None, reference: float | None, *, objective,
+             extra, stop_tokens, new_tokens, seed, batch_tokens) -> dict[str, Any]:
     """Everything that is measured of one model, with what its training logged."""
     records = [] if trace is None else [{"loss": loss} for loss in trace.loss]
     report = collapse.collapse(model, windows, prompts=prompts, stop_tokens=stop_tokens, records=records,

@@ -69,9 +69,8 @@ FAULTS = (
 
 class Trace(NamedTuple):
     """A faulty run: the last parameters, those from before a NaN came in (None: none did), and per step the loss
-    (nats, without the penalty) and sparsity as logged, and whether loss and penalty were finite; the loss is logged as 0
-    where they were not. `updates_lost`: share of all updates,
-    other than 0, that changed nothing."""
+    (nats, without the penalty) and sparsity as logged, and whether loss and penalty were finite: where they were not,
+    the loss is logged as 0. `updates_lost`: share of all updates, other than 0, that changed nothing."""
 
     params: Tree
     before: Tree | None

@@ -29,7 +29,8 @@ SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 KINDS = ("independent", "matched")
 
 
-def flip_matched(key: PRNGKeyArray, decisions: Bool[Array, " T"], real: Bool[Array, " T"], share: Any) -> Bool[Array, " T"]:
+def flip_matched(key: PRNGKeyArray, decisions: Bool[Array, " T"], real: Bool[Array, " T"],
+                 share: Any) -> Bool[Array, " T"]:
     """One row's decisions with `share` of the real ones swapped: half of them on to off, as many off to on."""
     noise = jax.random.uniform(key, decisions.shape)
     on, off = decisions & real, ~decisions & real
@@ -93,7 +94,7 @@ def flip_sweep(
 
 def format_flips(report: dict[str, Any]) -> str:
     """The sweep as a text table."""
-    lines = [f"{'flips':<12} {'share':>6} {'flipped':>8} {'routed':>7} {'perplexity':>11} {'worse by, nats [95 %]':>28}"]
+    lines = [f"{'flips':<12} {'share':>6} {'flipped':>8} {'routed':>7} {'perplexity':>11} {'worse, nats [95 %]':>28}"]
     for row in ({"kind": "none", "share": 0.0, "flipped": 0.0, **report["learned"]}, *report["rows"]):
         low, high = row["worse_95"]
         lines.append(f"{row['kind']:<12} {row['share']:>6.0%} {row['flipped']:>8.1%} {row['density']:>7.1%} "

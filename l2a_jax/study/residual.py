@@ -11,6 +11,7 @@ Reported as means over tokens, so that the few tokens on which Qwen's stream is 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,7 +71,7 @@ def residual_distance(
         "depths": list(range(shape[0][0] + 1)), "decisions": "learned" if decisions is None else "given",
         **_means(found, windows.real),
         "buckets": [{"from": low, "to": high, **_means(found, windows.real & (places >= low) & (places < high))}
-                    for low, high in zip(edges[:-1], edges[1:], strict=True)],
+                    for low, high in itertools.pairwise(edges)],
         "text": windows.about, "interval": "standard errors over windows",
     }
 

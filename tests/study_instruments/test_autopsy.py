@@ -105,7 +105,7 @@ def test_nan_weights_give_loss_zero_full_sparsity_and_one_repeated_token(rows):
 
 
 def test_a_nan_router_leaves_a_finite_local_model(rows, plain):
-    """Loss zero and sparsity 100 % beside a finite perplexity: decisions are `z >= 0`, False for NaN, in every layer."""
+    """Loss zero and sparsity 100 % beside a finite perplexity: a decision is `z >= 0`, which is False for NaN."""
     row = rows["NaN router"]
     assert row["logged_loss"] == 0 and row["logged_sparsity"] == 1 and row["sparsity"] == 1
     assert row["weights_not_finite"] == plain.config.num_layers * plain.config.hidden_size  # the router alone
@@ -136,8 +136,8 @@ def test_pure_bfloat16_loses_updates_and_nothing_becomes_nan(setting):
 def test_every_symptom_on_both_sides_of_its_threshold():
     healthy = {"logged_loss": 1.0, "logged_sparsity": 0.9, "greedy_ends_in_loop": 0.5, "perplexity_ratio": 1.9,
                "task_margin": -0.01, "needle": 0.5}
-    reported = {"logged_loss": 0.0, "logged_sparsity": 1.0, "greedy_ends_in_loop": 0.6, "perplexity_ratio": 39.21 / 11.52,
-                "task_margin": 0.01, "needle": 0.0}
+    reported = {"logged_loss": 0.0, "logged_sparsity": 1.0, "greedy_ends_in_loop": 0.6, "task_margin": 0.01,
+                "perplexity_ratio": 39.21 / 11.52, "needle": 0.0}
     assert not any(symptoms(healthy).values()) and all(symptoms(reported).values())
     assert symptoms({**reported, "perplexity_ratio": 6.1})["finite, bad perplexity"] is False
     assert symptoms({**reported, "perplexity_ratio": math.nan})["finite, bad perplexity"] is False

@@ -126,5 +126,5 @@ def test_noise_in_training_only():
     np.testing.assert_array_equal(noisy[0], train(jax.random.key(0)).decisions)
     with pytest.raises(ValueError, match="give a key"):
         hidden_states(params, tokens, CONFIG, layer, train=True)
-    with pytest.raises(ValueError, match="flip is 1.5"):
+    with pytest.raises(ValueError, match=r"flip is 1\.5"):
         dataclasses.replace(layer, flip=1.5)
