@@ -1,0 +1,125 @@
+"""The report: from files of rows to tables, differences and figures. Numbers here are made up, for their form alone."""
+
+import json
+
+import numpy as np
+import pytest
+
+from l2a_jax.errors import UserError
+from l2a_jax.evaluation import intervals
+from l2a_jax.study import damage, facts, report, runner
+from l2a_jax.study.rows import choose
+from l2a_jax.training.metrics import write_json
+
+WINDOWS = np.full(20, 100)
+NLL = np.random.default_rng(0).normal(250, 20, 20)
+
+
+def fabricate(row, nats=0.0, sparsity=0.9, needle=10, bits="1100110011", seed=0, **training):
+    """A file as the runner writes it: `nats` a token above the baseline (with noise), `needle` of 10 found."""
+    rng = np.random.default_rng(seed)
+    nll = NLL + nats * 100 + (rng.normal(0, 0.5, 20) if row.regime != "baseline" else 0)
+    text = {"name": "text", "hash": "h", "context": 100, "stride": 100}
+    results = {
+        "perplexity": {"perplexity": float(np.exp(nll.sum() / 2000)), "perplexity_95": [10.0, 20.0], "nll": 2.5,
+                       "tokens": 2000, "text": text, "window_nll": nll, "window_tokens": WINDOWS,
+                       **({} if row.regime == "baseline" else {"sparsity": sparsity,
+                                                               "sparsity_per_layer": [sparsity] * 24})},
+        "audit": {"gap": 0.1, "gap_95": [0.05, 0.15], "seeds": 1, "rows": {
+            name: {"worse": worse, "worse_95": [worse - 0.1, worse + 0.1], "perplexity": 12.0}
+            for name, worse in (("learned", 0.0), ("random", 0.1), ("static", 0.2), ("none", 0.3))}},
+        "needle": {"exact_match": needle / 10, "exact_match_95": [0.1, 0.9], "n": 10, "correct": needle,
+                   "lengths": {"2048": {"exact_match": needle / 10, "exact_match_95": [0.1, 0.9], "n": 10,
+                                        "correct": needle, "by_depth": [needle / 10] * 2, "log_probability": -1.0,
+                                        "controls": {"random": {"exact_match": 0.2}, "static": {"exact_match": 0.1}}}}},
+        "collapse": {"verdict": "healthy"},
+        "residual": {"relative_l2": [0.0, 0.1, 0.2]},
+        **{task: {"acc": bits.count("1") / 10, "acc_95": [0.2, 0.8], "acc_norm": 0.5, "n": 10,
+                  "source": f"{task}.jsonl", "acc_bits": bits, "acc_norm_bits": bits}
+           for task in ("hellaswag", "piqa", "arc_challenge")},
+    }
+    head = runner._head(row)
+    return {**head, "status": "done", "seconds": {"train": 10.0},
+            "training": {"trained_parameters": 43_008, "tokens_seen": 4_000_000, "tokens_per_trained_parameter": 93.0,
+                         "tokens_per_second_median": 1e5, "loss_last_5_percent": 2.0, "held_out_loss": 2.1,
+                         "non_finite": None, "memory": {"compiled_gb": 9.0}, **training},
+            "evaluations": {task: {"hash": row.task_hash(task), "seconds": 1.0, "result": results[task]}
+                            for task in row.measures.tasks if task in results}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rows")
+    for row in choose(("baseline-0.5b", "router_only-diverse-0.5b", "repair-w256-p0.3-s0", "repair-w256-p1-s0")):
+        write_json(folder / f"{row.name}.json", fabricate(
+            row, {"baseline-0.5b": 0.0, "router_only-diverse-0.5b": 0.2}.get(row.name, -0.05)))
+    broken = choose(("l2a_ft-0.44M-s0",))[0]
+    write_json(folder / f"{broken.name}.json", fabricate(broken, non_finite={"step": 7, "loss": float("nan"),
+                                                                             "where": "layer 3"}))
+    for index, row in enumerate(choose(groups=("damage",))):
+        cell = dict(row.factors)
+        nats = 0.3 * (cell["topology"] == "sequential") + 0.5 * (cell["rope"] == "linear:5")
+        write_json(folder / f"{row.name}.json", fabricate(row, nats, needle=3, seed=index))
+    return folder
+
+
+def test_the_report_holds_what_was_run_and_says_what_was_not(folder, tmp_path):
+    paths = report.write(folder, tmp_path)
+    names = {path.name for path in paths}
+    assert {"replication.md", "replication.json", "replication_frontier.png", "replication_effects.png",
+            "replication_collapse.png", "replication_residual.png", "replication_layers.png"} == names
+    assert all(path.stat().st_size > 500 for path in paths)
+    text, made = paths[0].read_text(), json.loads(paths[1].read_text())
+    assert "*22.38*" in text and "*reported, diverse*" in text  # the study's row under ours
+    assert "not run: no 3B weights were at hand" in text and "| l2a_ft-44M-s0 | not run |" in text
+    assert "not finite at step 7" in text and "| sequential | parallel |" in text
+    assert "python train/run.py --regime router_only" in text and str(folder) not in text + json.dumps(made)
+    rows = {row["name"]: row for row in made["rows"]}
+    assert rows["repair-w256-p0.3-s0"]["aim"] == {
+        "few parameters": True, "sparsity": True, "perplexity": True, "hellaswag": True, "piqa": True,
+        "arc_challenge": True, "needle": True}
+    assert rows["router_only-diverse-0.5b"]["aim"]["perplexity"] is False
+    term = made["damage"]["nats a token above the baseline"]["main_effects"]["terms"]["rope"]["levels"]["linear:5"]
+    assert term["interval"][0] < 0.5 < term["interval"][1] and term["difference"] == pytest.approx(0.5, abs=0.02)
+
+
+def test_differences_are_paired():
+    base, row = choose(("baseline-0.5b", "router_only-diverse-0.5b"))
+    one, two = (facts.numbers(json.loads(json.dumps(value, default=lambda x: x.tolist())))
+                for value in (fabricate(base), fabricate(row, 0.2, bits="1010110011")))
+    found = facts.facts(two, row, one)
+    nats, interval = intervals.paired_windows(np.array(two["evaluations"]["perplexity"]["result"]["window_nll"]), NLL,
+                                              WINDOWS)
+    assert found["perplexity_ratio"]["nats"] == pytest.approx(nats)
+    assert found["perplexity_ratio"]["ratio_95"] == pytest.approx(np.exp(interval).tolist())
+    difference = found["benchmarks"]["piqa"]["difference"]
+    assert difference["points"] == 0 and difference["differ"] == 2 and difference["points_95"][0] < -5
+    other = json.loads(json.dumps(two))
+    other["evaluations"]["perplexity"]["result"]["text"]["hash"] = "another text"
+    other["evaluations"]["piqa"]["result"] = {"not_finite": "the log-probability of request 3 is nan"}
+    found = facts.facts(other, row, one)
+    assert found["perplexity_ratio"] is None and found["benchmarks"]["piqa"] is None
+
+
+def test_no_figure_without_a_run(tmp_path):
+    row = choose(("baseline-0.5b",))[0]
+    write_json(tmp_path / f"{row.name}.json", fabricate(row))
+    assert {path.name for path in report.write(tmp_path, tmp_path / "out")} == {"replication.md", "replication.json"}
+    with pytest.raises(UserError, match="no file of a declared row"):
+        report.write(tmp_path / "out", tmp_path / "out2")
+    assert not (tmp_path / "out2").exists()
+
+
+def test_a_file_of_other_settings_does_not_count(tmp_path):
+    row = choose(("router_only-diverse-0.5b",))[0]
+    write_json(tmp_path / f"{row.name}.json", {**fabricate(row), "training_hash": "of something else"})
+    assert facts.load(tmp_path, [row]) == {}
+
+
+def test_effects_wait_for_every_cell(folder):
+    rows = choose(groups=("damage",))
+    found = facts.load(folder, [*rows, *choose(("baseline-0.5b",))])
+    assert report._damage(rows, found)
+    del found[rows[3].name]
+    assert report._damage(rows, found) == {} == report._residual(rows, found)
+    assert damage.RUNS == 16
