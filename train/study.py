@@ -20,7 +20,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("--rows", nargs="+", default=(), metavar="NAME", help="rows by name")
-    parser.add_argument("--group", nargs="+", default=(), help="main, collapse, damage, frontier, absorption")
+    parser.add_argument("--group", nargs="+", default=(), help="main, collapse, damage, noise, frontier, absorption")
     for size in ("0.5b", "1.5b", "3b"):
         parser.add_argument(f"--model-{size.replace('.', '')}", dest=f"model_{size}", metavar="SOURCE",
                             help=f"the {size} model: hub id, folder or .gguf file")
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     from l2a_jax.errors import UserError
     from l2a_jax.study import runner
-    from l2a_jax.study.rows import choose
+    from l2a_jax.study.rows import choose, with_baselines
     from l2a_jax.study.session import Session
 
     try:
@@ -77,6 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
         if flags.compiled is not None:
             jax.config.update("jax_compilation_cache_dir", str(flags.compiled.absolute()))
         session = Session(models, _needed(flags.data_dir, "--data-dir"), backend=flags.backend, compile_ahead=ahead)
+        rows = [row.with_limit(flags.limit) for row in with_baselines(rows)]
         if flags.shard is not None:
             rows = runner.shard(rows, session, *_shard(flags.shard))
         if flags.dry_run:

@@ -29,7 +29,61 @@ def _flips(subject) -> dict[str, Any]:
                              **subject.session.passes)
 
 
-INSTRUMENTS: dict[str, Instrument] = {"residual": _residual, "flips": _flips}
+def _routed(subject) -> dict[str, Any]:
+    """Which tokens are routed, by class; and where pictures may go, a text with its routed tokens shaded."""
+    text = importlib.import_module("l2a_jax.study.routed_text")
+    picture = importlib.import_module("l2a_jax.study.routed_picture")
+    windows, scores = subject.audited()
+    layer, decode = subject.model.l2a_config, subject.model.tokenizer.decode
+    found = text.what_is_routed(windows, scores.decisions, decode, reach=layer.window, pruned=layer.pruned_layers)
+    if subject.out is not None:
+        share = text.routed_share(scores.decisions[:, :1], layer.pruned_layers)[0]
+        picture.draw_routed_text(windows.tokens[0], share, decode, subject.out / f"{subject.row.name}_routed.png",
+                                 title=subject.row.name)
+    return found
+
+
+def _prunable(subject) -> dict[str, Any]:
+    """Which layers can lose global attention: chosen on the first half of the windows, paid for on the rest."""
+    module = importlib.import_module("l2a_jax.study.prunable")
+    windows, _ = subject.audited()
+    half = len(windows.tokens) // 2
+    first, rest = (windows._replace(**{name: getattr(windows, name)[part]
+                                       for name in ("tokens", "targets", "scored", "real")})
+                   for part in (slice(None, half), slice(half, None)))
+    return module.prunable(subject.model, first, rest, **subject.session.passes)
+
+
+def _autopsy(subject) -> dict[str, Any]:
+    """The row's training with each fault on purpose, and which of the reported symptoms it produces."""
+    from l2a_jax import runs
+    from l2a_jax.study import benchmarks, needles
+    from l2a_jax.training.optimizer import OptimizerConfig
+
+    module = importlib.import_module("l2a_jax.study.autopsy")
+    session, row = subject.session, subject.row
+    plan = session.plan(row)
+    s, dials = plan.settings, runs.dials_of(plan)
+    objective = session.program(row).objective._replace(
+        penalty=float(dials.penalty), penalty_warmup=int(dials.penalty_warmup), penalty_ramp=int(dials.penalty_ramp))
+    rule = OptimizerConfig(s.lr, plan.steps, int(dials.warmup), s.router_lr, s.weight_decay, s.clip)
+
+    def extra(model) -> dict[str, float]:
+        scores = {name: benchmarks.score(model, session.benchmark(row, name), session.backend)
+                  for name in ("hellaswag", "piqa")}
+        error = {name: (one["acc"], (one["acc"] * (1 - one["acc"]) / one["n"]) ** 0.5) for name, one in scores.items()}
+        options, prepared = session.needles(row)
+        return {"task_margin": module.task_margin(error),
+                "needle": needles.score(model, prepared, options, **session.passes)["exact_match"]}
+
+    prompts, stops = subject.prompts()
+    return module.autopsy(subject.plain, plan.l2a_config, plan.data, subject.audited()[0], prompts,
+                          objective=objective, optimizer=rule, regime=s.regime, extra=extra, stop_tokens=stops,
+                          seed=s.seed, batch_tokens=session.passes["batch_tokens"])
+
+
+INSTRUMENTS: dict[str, Instrument] = {"residual": _residual, "flips": _flips, "routed": _routed,
+                                       "prunable": _prunable, "autopsy": _autopsy}
 """By the name that a row's tasks use."""
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,13 @@ from l2a_jax.weights.pretrained import Pretrained
 
 class Subject:
     """A trained row under evaluation. `model` is the row's, `plain` the model it came from, `start` the row's model
-    before training, `records` the steps of its training. Passes that several tasks need are made once."""
+    before training, `records` the steps of its training, `out` where a picture may go (None: nowhere). Passes that
+    several tasks need are made once."""
 
-    def __init__(self, session: Session, row: Row, params: Any, records: list[dict[str, Any]]):
+    def __init__(self, session: Session, row: Row, params: Any, records: list[dict[str, Any]],
+                 out: Path | None = None):
         plan, base = session.plan(row), session.base(row.size)
-        self.session, self.row, self.plain, self.records = session, row, base, records
+        self.session, self.row, self.plain, self.records, self.out = session, row, base, records, out
         self.model = Pretrained(plan.config, evaluation_layer(plan.l2a_config), params, base.tokenizer,
                                 base.source_hash)
 
@@ -55,6 +58,13 @@ class Subject:
         return (Windows(w.tokens[:count], w.targets[:count], w.scored[:count], w.real[:count], about),
                 Scores(s.nll[:count], s.tokens[:count], s.correct[:count], None,
                        None if s.decisions is None else s.decisions[:, :count], s.entropy))
+
+    def prompts(self) -> tuple[list[list[int]], tuple[int, ...]]:
+        """The collapse report's prompts as tokens, and the tokens that end a text."""
+        tokenizer = self.model.tokenizer
+        ends = (tokenizer.eos_token_id, tokenizer.token_id("<|endoftext|>"))
+        return (tokenizer.encode_batch(list(collapse.PROMPTS), add_special_tokens=False),
+                tuple(sorted({end for end in ends if end is not None})))
 
 
 def _perplexity(subject: Subject) -> dict[str, Any]:
@@ -83,12 +93,9 @@ def _needle(subject: Subject) -> dict[str, Any]:
 
 
 def _collapse(subject: Subject) -> dict[str, Any]:
-    tokenizer = subject.model.tokenizer
-    prompts = tokenizer.encode_batch(list(collapse.PROMPTS), add_special_tokens=False)
-    ends = (tokenizer.eos_token_id, tokenizer.token_id("<|endoftext|>"))
+    prompts, stops = subject.prompts()
     found = collapse.collapse(subject.model, subject.windows, prompts=prompts, records=subject.records,
-                              stop_tokens=tuple(sorted({end for end in ends if end is not None})),
-                              backend=subject.session.backend)
+                              stop_tokens=stops, backend=subject.session.backend)
     for texts in (found["generation"] or {}).values():
         if isinstance(texts, dict) and "texts" in texts:
             texts["texts"] = texts["texts"][:2]

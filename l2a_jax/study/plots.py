@@ -45,7 +45,7 @@ def frontier(rows: Sequence[Fact], path: Path) -> bool:
                              for one in differences) ** 0.5 / len(differences)
                 axes[2].errorbar(x, mean, spread, **style)
         axes[0].axhline(1, color="grey", lw=0.8)
-        axes[0].set(title="perplexity / baseline's", xlabel="decisions not routed, %", yscale="log")
+        axes[0].set(title="perplexity / baseline's", xlabel="decisions not routed, %")
         axes[1].set(title="needle found, % (longest context of the row)", xlabel="decisions not routed, %",
                     ylim=(-3, 103))
         axes[2].axhline(0, color="grey", lw=0.8)

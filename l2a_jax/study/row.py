@@ -43,7 +43,7 @@ class Measures:
     audit_seeds: int = 2
     contexts: tuple[int, ...] = ()
     context_tokens: int = 131_072
-    needle_lengths: tuple[int, ...] = (1_024, 2_048)
+    needle_lengths: tuple[int, ...] = (2_048,)
     needle_depths: int = 5
     needle_seeds: int = 8
     haystack: str = VALID
@@ -133,6 +133,11 @@ class Row:
             **{name: (m.limit, m.task_data) for name in BENCHMARKS},
         }
         return digest([task, parts.get(task, (m.text, m.context, m.audit_windows))])
+
+    def accepts(self, task: str, hash_: str) -> bool:
+        """Whether a result of this hash answers `task`: the same question, or a benchmark's over all its items."""
+        whole = dataclasses.replace(self, measures=dataclasses.replace(self.measures, limit=None))
+        return hash_ in (self.task_hash(task), whole.task_hash(task))
 
     def with_limit(self, limit: int | None) -> Row:
         """The row with the first `limit` items of every benchmark only."""

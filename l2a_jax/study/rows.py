@@ -4,6 +4,7 @@
     collapse   tokens per trained parameter from 0.005 to 6, by tokens and by how much is trained
     damage     a designed fraction of five factors (`damage.py`)
     frontier   the repair: penalties, windows, lengths, seeds
+    noise      decisions flipped at random in training
     absorption do learned decisions matter once attention has adapted?
 """
 
@@ -38,7 +39,7 @@ def _main() -> list[Row]:
     rows = []
     for size in ("0.5b", "1.5b"):
         everything = Measures(tasks=("perplexity", "contexts", "needle", "collapse", *BENCHMARKS),
-                              contexts=(8_192, 32_768), needle_lengths=(1_024, 2_048, 8_192, 32_768))
+                              contexts=(8_192, 32_768), needle_lengths=(2_048, 8_192, 32_768))
         rows.append(_row(BASELINE[size], "main", "what everything is compared with", size, "baseline",
                          measures=everything))
         tokens = 12_000_000 if size == "0.5b" else 8_000_000
@@ -85,6 +86,8 @@ def _collapse() -> list[Row]:
                      tokens=1_300_000, master_dtype="bfloat16", measures=HEALTH, **layer))
     rows.append(_row("l2a_ft-1.3M-penalty10", "collapse", "does an overgrown penalty collapse it?", "0.5b", "l2a_ft",
                      tokens=1_300_000, measures=HEALTH, **{**layer, "penalty": 10.0}))
+    rows.append(_row("autopsy", "collapse", "which fault produces the reported symptoms?", "0.5b", "l2a_ft",
+                     tokens=1_000_000, measures=Measures(tasks=("perplexity", "autopsy"), limit=500), **layer))
     return rows
 
 
@@ -116,6 +119,9 @@ def _frontier() -> list[Row]:
                 rows.append(_row(f"repair-w{window}-p{penalty:g}-s{seed}", "frontier", question, "0.5b",
                                  "router_only", window=window, penalty=penalty, seed=seed, router_lr=3e-4,
                                  measures=full))
+    learned = Measures(tasks=("perplexity", "audit", "flips", "residual", "routed", "prunable"))
+    rows.append(_row("repair-w256-p0.4-s0", "frontier", "what did routing learn?", "0.5b", "router_only", window=256,
+                     penalty=0.4, router_lr=3e-4, measures=learned))
     for penalty in (0.1, 0.3, 1.0):
         rows.append(_row(f"repair-w256-p{penalty:g}-1.5b", "frontier", question, "1.5b", "router_only", window=256,
                          penalty=penalty, router_lr=3e-4, tokens=8_000_000, measures=full))
@@ -129,6 +135,15 @@ def _frontier() -> list[Row]:
     return rows
 
 
+def _noise() -> list[Row]:
+    """Training that inverts a share of its decisions: the third suspect. Measured with the router's own."""
+    measures = Measures(tasks=("perplexity", "audit", "needle", "residual"), audit_windows=16, audit_seeds=1,
+                        held_out=False)
+    return [_row(f"noise-f{flip:g}", "noise", "does noise in the decisions damage router-only?", "0.5b", "router_only",
+                 tokens=4_000_000, window=256, penalty=0.3, router_lr=3e-4, flip=flip, unroll=False, measures=measures)
+            for flip in (0.0, 0.02, 0.1, 0.3)]
+
+
 def _absorption() -> list[Row]:
     """l2a_ft on the repaired layer, whose decisions matter at the start; the frontier has its router-only twin."""
     measures = Measures(tasks=("perplexity", "audit", "absorption", "needle", *BENCHMARKS), limit=500, audit_seeds=3)
@@ -138,7 +153,8 @@ def _absorption() -> list[Row]:
                  "l2a_ft", seed=seed, measures=measures, **layer) for seed in (0, 1)]
 
 
-GROUPS = {"main": _main, "collapse": _collapse, "damage": _damage, "frontier": _frontier, "absorption": _absorption}
+GROUPS = {"main": _main, "collapse": _collapse, "damage": _damage, "noise": _noise, "frontier": _frontier,
+          "absorption": _absorption}
 
 
 def all_rows() -> list[Row]:
@@ -157,3 +173,9 @@ def choose(names: tuple[str, ...] = (), groups: tuple[str, ...] = ()) -> list[Ro
         if group not in GROUPS:
             raise UserError(f"--group is {group!r}; expected some of {', '.join(GROUPS)}")
     return [row for row in table if row.name in names or row.group in groups or not (names or groups)]
+
+
+def with_baselines(rows: list[Row]) -> list[Row]:
+    """The rows, with those in front that their differences are taken with."""
+    needed = {row.baseline for row in rows} - {row.name for row in rows}
+    return [row for row in all_rows() if row.name in needed] + rows

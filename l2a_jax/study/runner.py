@@ -159,7 +159,7 @@ def _run_row(row: Row, session: Session, out: Path, deadline: float, keep: bool)
         if trained.masters and (keep or tree_bytes(trained.masters) <= KEEP_BYTES):
             save_masters(trained.masters, kept)
         del trained
-    subject = Subject(session, row, params, records)
+    subject = Subject(session, row, params, records, out)
     for task in _missing(row, found):
         if time.monotonic() > deadline:
             _write(path, found, "partial")
@@ -177,12 +177,12 @@ def _run_row(row: Row, session: Session, out: Path, deadline: float, keep: bool)
 
 def _current(row: Row, found: dict[str, Any]) -> dict[str, Any]:
     return {task: entry for task, entry in found["evaluations"].items()
-            if task not in row.measures.tasks or entry["hash"] == row.task_hash(task)}
+            if task not in row.measures.tasks or row.accepts(task, entry["hash"])}
 
 
 def _missing(row: Row, found: dict[str, Any]) -> list[str]:
     have = found["evaluations"]
-    return [task for task in row.measures.tasks if task not in have or have[task]["hash"] != row.task_hash(task)]
+    return [task for task in row.measures.tasks if task not in have or not row.accepts(task, have[task]["hash"])]
 
 
 def _head(row: Row) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from l2a_jax.study import damage
 from l2a_jax.study.instruments import INSTRUMENTS
 from l2a_jax.study.measures import TASKS
 from l2a_jax.study.row import Measures
-from l2a_jax.study.rows import GROUPS, all_rows, choose
+from l2a_jax.study.rows import GROUPS, all_rows, choose, with_baselines
 from l2a_jax.training.regimes import count_parameters, regime_mask
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -72,6 +72,8 @@ def test_a_hash_follows_what_decides_a_result_and_nothing_else():
     assert shorter.task_hash("needle") == row.task_hash("needle")
     limited = row.with_limit(10)
     assert limited.task_hash("piqa") != row.task_hash("piqa") and row.with_limit(None) is row
+    assert limited.accepts("piqa", row.task_hash("piqa"))  # all items answer for the first ten
+    assert not row.accepts("piqa", limited.task_hash("piqa"))
 
 
 def test_the_collapse_rows_span_the_ratios():
@@ -101,6 +103,9 @@ def test_the_damage_rows_are_the_design():
 def test_choosing():
     assert [row.name for row in choose(("baseline-0.5b",))] == ["baseline-0.5b"]
     assert len(choose(groups=("damage", "absorption"))) == 20 and len(choose()) == len(all_rows())
+    together = [row.name for row in with_baselines(choose(("repair-t8192-w256-p0.3",)))]
+    assert together == ["baseline-0.5b", "repair-t8192-w256-p0.3"]
+    assert with_baselines(choose()) == all_rows()
     with pytest.raises(UserError, match="no row 'nope'"):
         choose(("nope",))
     with pytest.raises(UserError, match="expected some of main"):

@@ -103,11 +103,13 @@ def test_done_rows_are_skipped_and_new_tasks_do_not_train_again(session, rows, d
     assert runner.run_rows(rows, session, done) == ([], [])
     assert {path: path.stat().st_mtime_ns for path in done.iterdir()} == before
     monkeypatch.setattr(runner, "train_row", lambda *_: pytest.fail("trained again"))
-    more = dataclasses.replace(rows[1], measures=dataclasses.replace(QUICK, tasks=(*QUICK.tasks, "flips")))
+    more = dataclasses.replace(
+        rows[1], measures=dataclasses.replace(QUICK, tasks=(*QUICK.tasks, "flips", "routed")))
     old = load(done, "one")["evaluations"]
     assert runner.run_rows([more], session, done) == ([], [])
     new = load(done, "one")["evaluations"]
-    assert "flips" in new and {name: new[name] for name in old} == old
+    assert {"flips", "routed"} < set(new) and {name: new[name] for name in old} == old
+    assert (done / "one_routed.png").stat().st_size > 1000
 
 
 def test_no_time_starts_nothing_and_a_limit_between_phases_keeps_what_is_done(session, rows, tmp_path, monkeypatch):

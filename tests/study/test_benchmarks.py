@@ -1,0 +1,35 @@
+"""Benchmarks prepared once give what `evaluate_tasks` gives, item by item."""
+
+import jax
+import pytest
+
+from l2a_jax.errors import UserError
+from l2a_jax.evaluation.tasks import evaluate_tasks
+from l2a_jax.models.params import init_params
+from l2a_jax.study import benchmarks
+from l2a_jax.weights.pretrained import Pretrained
+from tests.evaluation.byte_tokenizer import byte_tokenizer
+from tests.evaluation.test_tasks import CONFIG, write
+
+
+def model_of(seed):
+    params = jax.tree.map(lambda x: x * 3, init_params(CONFIG, jax.random.key(seed)))
+    return Pretrained(CONFIG, None, params, byte_tokenizer(), "")
+
+
+@pytest.mark.parametrize("name, limit", [("piqa", None), ("hellaswag", None), ("arc_challenge", 1)])
+def test_the_same_items_are_right(name, limit, tmp_path):
+    prepared = benchmarks.prepare(model_of(0), name, str(write(tmp_path)), limit)
+    for seed in (1, 2):  # one preparation serves every model
+        model = model_of(seed)
+        found = benchmarks.score(model, prepared)
+        other = evaluate_tasks(model, (name,), limit=limit, num_fewshot=None, task_data=tmp_path)[name]
+        assert [int(bit) for bit in found["acc_bits"]] == other["correct"]
+        assert [int(bit) for bit in found["acc_norm_bits"]] == other["correct_norm"]
+        assert (found["acc"], found["acc_norm"], found["n"]) == (other["acc"], other["acc_norm"], other["n"])
+        assert found["source"] == other["source"] and found["num_fewshot"] == other["num_fewshot"] == 0
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no piqa"):
+        benchmarks.prepare(model_of(0), "piqa", str(tmp_path), None)
