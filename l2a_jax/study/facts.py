@@ -96,7 +96,7 @@ def facts(found: dict[str, Any] | None, row: Row, base: dict[str, Any] | None) -
         "audit": _audit(audit, perplexity_ratio(found, base)), "needle": _needle(needle, result(base, "needle")),
         "verdict": None if collapse is None else collapse["verdict"],
         "benchmarks": {task: _benchmark(found, base, task) for task in BENCHMARKS},
-        "absorption": result(found, "absorption"),
+        "absorption": result(found, "absorption"), "task_controls": result(found, "task_controls"),
     }
     out["aim"] = aim(out)
     return out

@@ -126,6 +126,11 @@ def _absorption(subject: Subject) -> dict[str, Any]:
     return out
 
 
+def _task_controls(subject: Subject) -> dict[str, Any]:
+    return {name: benchmarks.controls(subject.model, subject.session.benchmark(subject.row, name),
+                                      **subject.session.passes) for name in BENCHMARKS}
+
+
 def _benchmark(name: str) -> Callable[[Subject], dict[str, Any]]:
     return lambda subject: benchmarks.score(subject.model, subject.session.benchmark(subject.row, name),
                                             subject.session.backend)
@@ -133,7 +138,7 @@ def _benchmark(name: str) -> Callable[[Subject], dict[str, Any]]:
 
 TASKS: dict[str, Callable[[Subject], dict[str, Any]]] = {
     "perplexity": _perplexity, "audit": _audit, "contexts": _contexts, "needle": _needle, "absorption": _absorption,
-    "collapse": _collapse, **{name: _benchmark(name) for name in BENCHMARKS},
+    "collapse": _collapse, "task_controls": _task_controls, **{name: _benchmark(name) for name in BENCHMARKS},
 }
 
 

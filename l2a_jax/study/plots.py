@@ -44,6 +44,10 @@ def frontier(rows: Sequence[Fact], path: Path) -> bool:
                 spread = sum(((one["points_95"][1] - one["points_95"][0]) / 2) ** 2
                              for one in differences) ** 0.5 / len(differences)
                 axes[2].errorbar(x, mean, spread, **style)
+                for name, control in (("random", "x"), ("static", "+")):
+                    worse = [one[name]["points"] for one in (row["task_controls"] or {}).values()]
+                    if worse:
+                        axes[2].plot(x, mean + sum(worse) / len(worse), color=style["color"], marker=control, ls="none")
         axes[0].axhline(1, color="grey", lw=0.8)
         axes[0].set(title="perplexity / baseline's", xlabel="decisions not routed, %")
         axes[1].set(title="needle found, % (longest context of the row)", xlabel="decisions not routed, %",

@@ -11,20 +11,22 @@ from typing import Any
 
 import numpy as np
 
-from l2a_jax.data.counts import format_count
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import reported, table
 from l2a_jax.study import damage, plots
-from l2a_jax.study.facts import ALLOWED, as_results, facts, load, perplexity_ratio, result
+from l2a_jax.study.facts import as_results, facts, load, perplexity_ratio, result
+from l2a_jax.study.page import group_of, markdown, ratio_rows
 from l2a_jax.study.row import Row
-from l2a_jax.study.rows import GROUPS, all_rows
+from l2a_jax.study.rows import all_rows
 from l2a_jax.training.metrics import write_json
 
-CARD_GB = 24.0
+INSTRUMENTS = ("autopsy", "flips", "routed", "prunable")
+"""Whose results stand in the report whole."""
 
 
 def collect(folder: Path, rows: Sequence[Row] | None = None) -> dict[str, Any]:
-    """All numbers of the report: {"rows", "main", "damage", "residual", "reported_by"}; plain values."""
+    """All numbers of the report: a line of facts a row, its commands, the main table by size (what `table.markdown`
+    shows), the effects of the damage experiment, distances of the residual stream, and what instruments found."""
     rows = all_rows() if rows is None else rows
     found = load(folder, rows)
     out: dict[str, Any] = {"rows": [facts(found.get(row.name), row, found.get(row.baseline)) for row in rows],
@@ -34,6 +36,8 @@ def collect(folder: Path, rows: Sequence[Row] | None = None) -> dict[str, Any]:
     cells = [row for row in rows if row.group == "damage"]
     out["damage"] = _damage(cells, found)
     out["residual"] = _residual(cells, found)
+    out["instruments"] = {name: {row.name: one for row in rows
+                                 if (one := result(found.get(row.name), name)) is not None} for name in INSTRUMENTS}
     return out
 
 
@@ -59,9 +63,9 @@ def write(folder: Path, out: Path, rows: Sequence[Row] | None = None) -> list[Pa
 def _figures(made, out) -> dict[str, bool]:
     rows = made["rows"]
     return {
-        "frontier": plots.frontier(_group(rows, "frontier"), out / "replication_frontier.png"),
-        "layers": plots.layers(_group(rows, "frontier"), out / "replication_layers.png"),
-        "collapse": plots.collapse(_ratios(rows), out / "replication_collapse.png"),
+        "frontier": plots.frontier(group_of(rows, "frontier"), out / "replication_frontier.png"),
+        "layers": plots.layers(group_of(rows, "frontier"), out / "replication_layers.png"),
+        "collapse": plots.collapse(ratio_rows(rows), out / "replication_collapse.png"),
         "effects": plots.effects(made["damage"], out / "replication_effects.png"),
         "residual": plots.residual(made["residual"], out / "replication_residual.png"),
     }
@@ -102,205 +106,3 @@ def _residual(rows, found) -> dict[str, dict[str, list[float]]]:
     return {factor: {str(level): np.mean([curve for cell, curve in curves if cell[factor] == str(level)],
                                          axis=0).tolist() for level in levels}
             for factor, levels in damage.FACTORS.items()}
-
-
-def markdown(made: dict[str, Any], figures: dict[str, str]) -> str:
-    """The report for people."""
-    rows = made["rows"]
-    run = [row for row in rows if "device" in row]
-    lines = ["# The study on real weights", "", *_about(run, rows), ""]
-
-    def picture(name):
-        return [f"![{name}]({figures[name]})", ""] if name in figures else []
-
-    lines += ["## 1. The main table", ""]
-    for part in made["main"]:
-        lines += [f"### {part['size']}", ""]
-        lines += [table.markdown(part["table"])] if part["table"] is not None else []
-        lines += [f"- {name}: not run" for name in part["not_run"]] + [""]
-    lines += [*_section("Window = context apart from smaller windows", _group(rows, "main", "router_only"), _WINDOW)]
-    lines += ["## 2. Collapse", "", *picture("collapse"), *_table(_ratios(rows), _COLLAPSE)]
-    lines += ["## 3. What damages router-only", "", *picture("effects"), *_effects(made["damage"]),
-              *picture("residual"), *_table(_group(rows, "damage"), _DAMAGE)]
-    lines += ["## 4. The repair", "", *picture("frontier"), *_table(_group(rows, "frontier"), _FRONTIER),
-              *picture("layers"), *_aims(_group(rows, "frontier"))]
-    lines += ["## 5. Absorption", "", *_table(_group(rows, "absorption"), _ABSORPTION)]
-    lines += ["## 6. Speed and memory as run", "", f"Memory is the compiled step's (arguments and temporaries), to be "
-              f"held against the {CARD_GB:g} GB of a 4090; seconds are of the phases.", "", *_table(run, _SPEED)]
-    others = [row for row in rows if row["group"] not in GROUPS]
-    lines += ["## Other rows", "", *_table(others, _COLLAPSE)] if others else []
-    lines += ["## Commands", "", "MODEL and DATA stand for the weights and the folder of texts. All rows of a group: "
-              "`python train/study.py --group GROUP --model-05b MODEL --data-dir DATA --out OUT`; one row: "
-              "`--rows NAME`. Each row by itself:", ""]
-    for row in rows:
-        lines += [f"- **{row['name']}** ({row['status']})", "", "  ```",
-                  *(f"  {command}" for command in made["commands"][row["name"]]), "  ```"]
-    return "\n".join(lines) + "\n"
-
-
-def _about(run, rows) -> list[str]:
-    devices = sorted({row["device"] for row in run})
-    versions = sorted({f"jax {row['versions']['jax']}, Python {row['versions']['python']}" for row in run})
-    dates = sorted(row["date"][:10] for row in run)
-    return [f"{len(run)} of {len(rows)} declared rows were run, {dates[0]} to {dates[-1]}, on {'; '.join(devices)} "
-            f"({'; '.join(versions)}).",
-            "", f"*Reported*: {reported.SOURCE}. Differences are paired over the same windows or items; brackets are "
-            "95 % intervals. Perplexity is of WikiText-2 test, which no mixture called diverse was trained on."]
-
-
-def _group(rows, group, regime=None):
-    return [row for row in rows if row["group"] == group and regime in (None, row["regime"])]
-
-
-def _ratios(rows):
-    """The rows of the ratio sweep: those of `collapse`, and the main table's trained rows of the same size."""
-    some = [row for row in rows if row["group"] == "collapse"
-            or (row["group"] == "main" and row["size"] == "0.5b" and row["regime"] != "baseline")]
-    return sorted(some, key=lambda row: (row["regime"], row.get("tokens_per_trained_parameter") or 0))
-
-
-def _section(title, rows, columns):
-    return [f"### {title}", "", *_table(rows, columns)]
-
-
-def _table(rows, columns) -> list[str]:
-    """Markdown; a row that was not run has its status in the second column and nothing else."""
-    if not rows:
-        return ["No rows.", ""]
-    lines = ["| row | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
-    for row in rows:
-        cells = [show(row) for show in columns.values()] if "device" in row else [row["status"], *[""] * (
-            len(columns) - 1)]
-        lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
-    return [*lines, ""]
-
-
-def _number(value, form="{:.3g}") -> str:
-    return "-" if value is None else form.format(value)
-
-
-def _count(value) -> str:
-    return "-" if value is None else format_count(int(value)) if value else "0"
-
-
-def _ratio(entry) -> str:
-    return "-" if entry is None else f"x{entry['ratio']:.3f} [{entry['ratio_95'][0]:.3f}, {entry['ratio_95'][1]:.3f}]"
-
-
-def _needle(row) -> str:
-    needle = row["needle"]
-    if needle is None:
-        return "-"
-    return ", ".join(f"{int(length):,}: {entry['exact_match']:.0%}"
-                     + (f" (baseline {entry['baseline']:.0%})" if "baseline" in entry else "")
-                     for length, entry in needle["lengths"].items())
-
-
-def _points(task):
-    def show(row):
-        entry = row["benchmarks"][task]
-        if entry is None:
-            return "-"
-        difference = entry["difference"]
-        low, high = (None, None) if difference is None else difference["points_95"]
-        return f"{entry['acc']:.1%}" + ("" if difference is None else
-                                        f"<br>{difference['points']:+.1f} [{low:+.1f}, {high:+.1f}]")
-
-    return show
-
-
-def _control(name):
-    return lambda row: _number(((row["audit"] or {}).get("ratio") or {}).get(name), "x{:.3f}")
-
-
-def _broken(row) -> str:
-    return "finite" if not row["non_finite"] else f"not finite at step {row['non_finite']['step']}"
-
-
-_WINDOW = {"window": lambda row: str(row["settings"].get("window", "-")), "data": lambda row: row["data"],
-           "size": lambda row: row["size"], "perplexity": lambda row: _ratio(row["perplexity_ratio"]),
-           "not routed": lambda row: _number(row["sparsity"], "{:.1%}"), "HellaSwag": _points("hellaswag"),
-           "needle": _needle}
-_COLLAPSE = {"regime": lambda row: row["regime"], "tokens": lambda row: _count(row["tokens_seen"]),
-             "trained": lambda row: _count(row["trained_parameters"]),
-             "tokens/param": lambda row: _number(row["tokens_per_trained_parameter"]),
-             "numbers": _broken, "last loss": lambda row: _number(row["loss_last_5_percent"], "{:.3f}"),
-             "held-out": lambda row: _number(row["held_out_loss"], "{:.3f}"),
-             "perplexity": lambda row: _ratio(row["perplexity_ratio"]),
-             "not routed": lambda row: _number(row["sparsity"], "{:.1%}"), "HellaSwag": _points("hellaswag"),
-             "needle": _needle, "verdict": lambda row: row["verdict"] or "-"}
-_DAMAGE = {**{factor: (lambda row, factor=factor: row["factors"][factor]) for factor in damage.FACTORS},
-           "perplexity": lambda row: _ratio(row["perplexity_ratio"]),
-           "not routed": lambda row: _number(row["sparsity"], "{:.1%}"),
-           "random": _control("random"), "needle": _needle}
-_FRONTIER = {"window": lambda row: str(row["settings"]["window"]),
-             "penalty": lambda row: str(row["settings"]["penalty"]),
-             "not routed": lambda row: _number(row["sparsity"], "{:.1%}"),
-             "perplexity": lambda row: _ratio(row["perplexity_ratio"]), "random": _control("random"),
-             "static": _control("static"), "none": _control("none"), "HellaSwag": _points("hellaswag"),
-             "PIQA": _points("piqa"), "ARC-C": _points("arc_challenge"), "needle": _needle}
-
-
-def _absorbed(when, key):
-    return lambda row: "-" if row["absorption"] is None else _number(row["absorption"][when][key], "{:.3f}")
-
-
-_ABSORPTION = {"not routed": lambda row: _number(row["sparsity"], "{:.1%}"),
-               "perplexity": lambda row: _ratio(row["perplexity_ratio"]),
-               **{f"{key.replace('_', ' ')}, {when}": _absorbed(when, key)
-                  for when in ("before", "after") for key in ("random_worse", "none_worse", "carried")}}
-_SPEED = {"device": lambda row: row["device"],
-          "tokens/s": lambda row: _number(row["tokens_per_second_median"], "{:,.0f}"),
-          "GB": lambda row: _number((row["memory"] or {}).get("compiled_gb"), "{:.1f}"),
-          "fits 24 GB": lambda row: {None: "-", True: "yes", False: "no"}[
-              None if not (row["memory"] or {}).get("compiled_gb") else row["memory"]["compiled_gb"] <= CARD_GB],
-          "seconds": lambda row: ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in row["seconds"].items())}
-
-
-def _effects(analyses) -> list[str]:
-    if not analyses:
-        return ["Not all cells were run: no effects.", ""]
-    lines = []
-    for response, found in analyses.items():
-        main = found["main_effects"]
-        pure = main["pure_error"]
-        lines += [f"### {response}", "",
-                  f"Main effects, {main['runs']} runs, {main['residual_df']} residual degrees of freedom, residual sd "
-                  f"{main['residual_sd']:.3g}, R2 {main['r_squared']:.3f}"
-                  + ("" if pure is None else f"; pure error sd {pure['sd']:.3g} on {pure['df']}"
-                     + (f", lack of fit F({pure['lack_of_fit_df']}, {pure['df']}) = {pure['F']:.3g}, "
-                        f"p = {pure['p']:.3g}" if "F" in pure else "")) + ".", "",
-                  "| factor | level | instead of | difference | 95 % | share of squares | p | inflation |",
-                  "|---|---|---|---|---|---|---|---|"]
-        for name, term in main["terms"].items():
-            for level, entry in term["levels"].items():
-                low, high = entry["interval"]
-                lines.append(f"| {name} | {level} | {term['reference']} | {entry['difference']:+.3f} | "
-                             f"[{low:+.3f}, {high:+.3f}] | {term['share']:.1%} | {term['p']:.3g} | "
-                             f"{term['inflation']:.2f} |")
-        more = found.get("with_interactions")
-        for term in damage.INTERACTIONS if more else ():
-            entry = more["terms"][term.name]["levels"]["True"]
-            low, high = entry["interval"]
-            lines.append(f"| *{term.name}* | beyond both | | {entry['difference']:+.3f} | [{low:+.3f}, {high:+.3f}] | "
-                         f"{more['terms'][term.name]['share']:.1%} | {more['terms'][term.name]['p']:.3g} | "
-                         f"{more['terms'][term.name]['inflation']:.2f} |")
-        lines.append("")
-    return lines
-
-
-def _aims(rows) -> list[str]:
-    rows = [row for row in rows if "aim" in row]
-    if not rows:
-        return []
-    names = list(rows[0]["aim"])
-    bounds = ", ".join(f"{points:g} on {task}" for task, points in ALLOWED.items())
-    lines = ["The aim: at least 90 % not routed, perplexity at or below the baseline's, paired intervals that exclude "
-             f"a loss above {bounds} points, needle at the baseline's at every depth.", "",
-             "| row | " + " | ".join(names) + " | all |", "|" + "---|" * (len(names) + 2)]
-    shown = {None: "-", True: "yes", False: "no"}
-    for row in rows:
-        values = list(row["aim"].values())
-        every = None if None in values and False not in values else all(value is not False for value in values)
-        lines.append(f"| {row['name']} | " + " | ".join(shown[value] for value in values) + f" | {shown[every]} |")
-    return [*lines, ""]

@@ -27,8 +27,8 @@ _SPELLED = {"tokens": lambda n: format_count(n) if _exact(n) else str(n)}
 
 @dataclass(frozen=True)
 class Measures:
-    """What a trained row is asked. `tasks`: perplexity, audit, contexts, needle, absorption, collapse, benchmarks, or
-    instruments by name. Lengths are tokens; None: all there is.
+    """What a trained row is asked. `tasks`: perplexity, audit, contexts, needle, absorption, collapse, benchmarks,
+    task_controls, or instruments by name. Lengths are tokens; None: all there is.
 
     The audit scores the first `audit_windows` windows; `contexts` are further window lengths of the same text, of which
     `context_tokens` are scored; `controls` repeats the needle under random decisions and a static choice of layers.
@@ -130,7 +130,7 @@ class Row:
             "absorption": (m.text, m.context, m.audit_windows, m.audit_seeds),
             "contexts": (m.text, m.contexts, m.context_tokens),
             "needle": (m.needle_lengths, m.needle_depths, m.needle_seeds, m.haystack, m.controls),
-            **{name: (m.limit, m.task_data) for name in BENCHMARKS},
+            **{name: (m.limit, m.task_data) for name in (*BENCHMARKS, "task_controls")},
         }
         return digest([task, parts.get(task, (m.text, m.context, m.audit_windows))])
 

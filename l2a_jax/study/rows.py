@@ -110,7 +110,8 @@ def _damage() -> list[Row]:
 def _frontier() -> list[Row]:
     """The repaired layer; trained on novels, code, mathematics and science, evaluated on WikiText-2."""
     question = "how much can go unrouted at no loss?"
-    full = Measures(tasks=("perplexity", "audit", "needle", *BENCHMARKS), needle_lengths=(2_048, 8_192), controls=True)
+    full = Measures(tasks=("perplexity", "audit", "needle", *BENCHMARKS, "task_controls"),
+                    needle_lengths=(2_048, 8_192), controls=True)
     rows = []
     for window in (128, 256, 512, 1_024):
         penalties = (0.05, 0.1, 0.3, 0.5, 1.0, 2.0) if window == 256 else (0.1, 0.3, 1.0)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from l2a_jax.errors import UserError
-from l2a_jax.evaluation import intervals
+from l2a_jax.evaluation import intervals, table
 from l2a_jax.study import damage, facts, report, runner
 from l2a_jax.study.rows import choose
 from l2a_jax.training.metrics import write_json
@@ -79,6 +79,8 @@ def test_the_report_holds_what_was_run_and_says_what_was_not(folder, tmp_path):
         "few parameters": True, "sparsity": True, "perplexity": True, "hellaswag": True, "piqa": True,
         "arc_challenge": True, "needle": True}
     assert rows["router_only-diverse-0.5b"]["aim"]["perplexity"] is False
+    again = table.markdown(facts.numbers(made)["main"][0]["table"])  # the main table, rebuilt from the JSON
+    assert again in text and "Δ x1.2" in again
     term = made["damage"]["nats a token above the baseline"]["main_effects"]["terms"]["rope"]["levels"]["linear:5"]
     assert term["interval"][0] < 0.5 < term["interval"][1] and term["difference"] == pytest.approx(0.5, abs=0.02)
 
