@@ -63,9 +63,12 @@ def straight_through_softmax(logits: Float[Array, "*S T T"], mask: Bool[Array, "
     visible = masks.causal(logits.shape[-1])
     probability = jax.nn.sigmoid(g.astype(jnp.float32))
     soft_mask = mask + jnp.where(visible, probability - jax.lax.stop_gradient(probability), 0.0)
-    # The largest kept logit as the shift keeps the sum above 0; a dropped key far above it is cut off at e^30.
+    # The largest kept logit as the shift keeps the sum above 0. A dropped key counts as no larger than that: the mask's
+    # gradient at a key is its weight, which has no bound where the gate dropped the very key that attention wants
+    # (training at 31M ended in infinities within 500 steps, all three seeds).
     top = jax.lax.stop_gradient(jnp.max(jnp.where(mask, logits, HIDDEN), axis=-1, keepdims=True))
-    weights = jnp.exp(jnp.minimum(jnp.where(visible, logits - top, HIDDEN), 30.0)) * soft_mask
+    above = jnp.where(visible, logits - top, HIDDEN)
+    weights = jnp.exp(jnp.where(mask, above, jnp.minimum(above, 0.0))) * soft_mask
     total = jnp.sum(weights, axis=-1, keepdims=True)
     return weights / jnp.where(total > 0, total, 1.0)
 

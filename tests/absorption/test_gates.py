@@ -73,13 +73,34 @@ def test_hard_gate_has_exactly_no_gradient_and_straight_through_has_the_stated_o
 
     np.testing.assert_array_equal(jax.grad(hard, 1)(s, g), 0.0)
     np.testing.assert_allclose(straight(s, g), hard(s, g), rtol=1e-5)
-    # By hand: w_j = e_j m_j / Z with dm_j = sigmoid'(g_j) dg_j, at every visible key, kept or not.
+    # By hand: w_j = e_j m_j / Z with dm_j = sigmoid'(g_j) dg_j, at every visible key, kept or not; a dropped key's e_j
+    # is at most the largest kept one's.
     s64, g64, c = (np.asarray(x, np.float64) for x in (s, g, cotangent))
     mask, visible = np.asarray(masks.select(g, 2, False)), np.tril(np.ones((T, T), bool))
     weights = literal_softmax(s64, mask)
     total = np.where(mask, np.exp(s64), 0).sum(axis=-1, keepdims=True)
-    slope = np.exp(s64) / total * (c - (c * weights).sum(axis=-1, keepdims=True))
+    largest = np.where(mask, np.exp(s64), 0).max(axis=-1, keepdims=True)
+    drawn = np.where(mask, np.exp(s64), np.minimum(np.exp(s64), largest)) / total
+    slope = drawn * (c - (c * weights).sum(axis=-1, keepdims=True))
     sigmoid = 1 / (1 + np.exp(-g64))
     np.testing.assert_allclose(jax.grad(straight, 1)(s, g), np.where(visible, slope * sigmoid * (1 - sigmoid), 0),
                                rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(jax.grad(straight, 0)(s, g), jax.grad(hard, 0)(s, g), rtol=1e-4, atol=1e-5)
+
+
+def test_straight_through_gradient_is_bounded_where_the_gate_drops_the_key_that_attention_wants():
+    s = jnp.zeros((1, 1, 3, 3)).at[..., 2, 0].set(200.0)
+    g = jnp.zeros((1, 1, 3, 3)).at[..., 2, 1:].set(1.0)  # the gate keeps keys 1 and 2, the attention wants key 0
+
+    def value(s, g):
+        return jnp.sum(jnp.arange(3.0) * gates.straight_through_softmax(s, masks.select(g, 2, False), g)[0, 0, 2])
+
+    of_s, of_g = jax.grad(value, (0, 1))(s, g)
+    # Key 0 as large as either kept one: weight 1/2 against the mean of 1.5, times sigmoid'(0).
+    np.testing.assert_allclose(of_g[0, 0, 2], [0.5 * (0 - 1.5) * 0.25, -0.25 * _slope(1.0), 0.25 * _slope(1.0)],
+                               atol=1e-6)
+    assert jnp.isfinite(of_s).all()
+
+
+def _slope(x):
+    return float(jax.nn.sigmoid(x) * (1 - jax.nn.sigmoid(x)))
