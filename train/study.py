@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
         session = Session(models, _needed(flags.data_dir, "--data-dir"), backend=flags.backend, compile_ahead=ahead)
         rows = [row.with_limit(flags.limit) for row in with_baselines(rows)]
         if flags.shard is not None:
-            rows = runner.shard(rows, session, *_shard(flags.shard))
+            rows = runner.shard(rows, *_shard(flags.shard))
         if flags.dry_run:
             print(runner.dry_run(rows, session))
             return 0

@@ -44,19 +44,19 @@ class OutOfTime(Exception):
     """The time limit is near; what is finished is written."""
 
 
-def order(rows: Sequence[Row], session: Session) -> list[Row]:
+def order(rows: Sequence[Row]) -> list[Row]:
     """The rows, those of one compiled program side by side, programs in the order of their first row."""
     place: dict[tuple, int] = {}
     for row in rows:
-        place.setdefault(_program(row, session), len(place))
-    return sorted(rows, key=lambda row: place[_program(row, session)])
+        place.setdefault(row.program, len(place))
+    return sorted(rows, key=lambda row: place[row.program])
 
 
-def shard(rows: Sequence[Row], session: Session, index: int, count: int) -> list[Row]:
+def shard(rows: Sequence[Row], index: int, count: int) -> list[Row]:
     """The `index`-th (from 1) of `count` parts with about the same work, no program in two of them."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        groups.setdefault(_program(row, session), []).append(row)
+        groups.setdefault(row.program, []).append(row)
     parts: list[list[Row]] = [[] for _ in range(count)]
     loads = [0.0] * count
     for group in sorted(groups.values(), key=lambda group: -sum(map(planned_seconds, group))):
@@ -65,15 +65,6 @@ def shard(rows: Sequence[Row], session: Session, index: int, count: int) -> list
         loads[lightest] += sum(map(planned_seconds, group))
     mine = {row.name for row in parts[index - 1]}
     return [row for row in rows if row.name in mine]
-
-
-def _program(row: Row, session: Session) -> tuple:
-    """What rows must share to share a program, from their settings alone: nothing is opened for it."""
-    s = row.settings()
-    layer = tuple(getattr(s, name) for name in ("window", "sinks", "topology", "share_attention", "rope", "leakage",
-                                                "flip", "router_input", "temperature", "threshold"))
-    return (row.size, row.regime, s.seq_len, s.batch_size, s.grad_accum, s.packing, s.remat, s.unroll, s.master_dtype,
-            s.weight_decay, s.clip, s.attention_layers, *(layer if row.regime != "baseline" else ()))
 
 
 def planned_seconds(row: Row, speeds: dict[tuple[str, str], float] | None = None) -> float:
@@ -111,7 +102,7 @@ def run_rows(rows: Sequence[Row], session: Session, out: Path, *, deadline: floa
     KeyboardInterrupt when asked to stop.
     """
     out.mkdir(parents=True, exist_ok=True)
-    waiting = [row for row in order(rows, session) if row.not_run is None and not is_done(row, out)]
+    waiting = [row for row in order(rows) if row.not_run is None and not is_done(row, out)]
     log.info("%d rows: %d to do, %d done, %d not to be run", len(rows), len(waiting),
              sum(row.not_run is None for row in rows) - len(waiting), sum(row.not_run is not None for row in rows))
     speeds: dict[tuple[str, str], float] = {}
@@ -124,7 +115,7 @@ def run_rows(rows: Sequence[Row], session: Session, out: Path, *, deadline: floa
             continue
         log.info("[%d/%d] %s (%s)", index + 1, len(waiting), row.name, row.question)
         try:
-            session.compile_ahead([one for one in waiting[index : index + 3] if one.regime != "baseline"])
+            session.compile_ahead(waiting[index : index + 3])
             found = _run_row(row, session, out, deadline, keep)
             speed = found["training"].get("tokens_per_second_median")
             if speed:
@@ -138,7 +129,7 @@ def run_rows(rows: Sequence[Row], session: Session, out: Path, *, deadline: floa
             failed.append(row.name)
             metrics.write_json(out / f"{row.name}.json", {**_head(row), "training": {}, "evaluations": {},
                                                           "status": "failed", "error": str(error)})
-        session.forget_programs([one for one in waiting[index + 1 :] if one.regime != "baseline"])
+        session.forget_programs(waiting[index + 1 :])
     return left, failed
 
 
@@ -217,7 +208,7 @@ def dry_run(rows: Sequence[Row], session: Session) -> str:
     from l2a_jax.training.regimes import count_parameters, regime_mask
 
     lines = []
-    for row in order(rows, session):
+    for row in order(rows):
         if row.not_run is not None:
             lines.append(f"{row.name}: not run: {row.not_run}")
         else:

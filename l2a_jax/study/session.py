@@ -1,7 +1,7 @@
 """What rows share in one process: weights, texts, packed data, prompts, and compiled programs.
 
 Compiling a training step takes longer than many a row trains, so a program is kept by all that is compiled into it
-(`runs.program_key`: rates, penalty, length and seed are its arguments), and the programs of the rows to come are
+(`Row.program`; rates, penalty, number of steps and seed are its arguments), and the programs of the rows to come are
 compiled in threads while the present row runs.
 """
 
@@ -73,31 +73,28 @@ class Session:
 
     def program(self, row: Row) -> Run:
         """The row's compiled run: a program of earlier rows with this row's numbers, where one fits."""
-        plan = self.plan(row)
-        key = runs.program_key(plan)
-        found = self._programs.get(key)
+        plan, found = self.plan(row), self._programs.get(row.program)
         if isinstance(found, Future):
             found = found.result()
-        if found is None:
+        if found is None or runs.program_key(found.plan) != runs.program_key(plan):
             found = runs.compile_run(plan)
-        self._programs[key] = found
+        self._programs[row.program] = found
         return found._replace(plan=plan)
 
     def compile_ahead(self, rows: list[Row]) -> None:
         """Begin to compile the programs of rows to come, in their order."""
-        if self._threads is None:
-            return
-        for row in rows:
-            plan = self.plan(row)
-            key = runs.program_key(plan)
-            if key not in self._programs:
-                self._programs[key] = self._threads.submit(runs.compile_run, plan)
+        for row in rows if self._threads is not None else ():
+            if row.regime == "baseline" or row.program in self._programs:
+                continue
+            try:
+                self._programs[row.program] = self._threads.submit(runs.compile_run, self.plan(row))
+            except UserError:  # said again, to the row that it concerns, when its turn comes
+                continue
 
     def forget_programs(self, rows: list[Row]) -> None:
         """Free the programs that none of `rows`, those still to come, will use."""
-        needed = {runs.program_key(self.plan(row)) for row in rows}
-        for key in [key for key in self._programs if key not in needed]:
-            del self._programs[key]
+        needed = {row.program for row in rows}
+        self._programs = {key: program for key, program in self._programs.items() if key in needed}
 
     def windows(self, row: Row, context: int, limit: int | None, stride: int | None = None) -> Windows:
         """The row's evaluation text in windows; all rows of a model read the same ones."""

@@ -14,21 +14,22 @@ from l2a_jax.evaluation import needle
 from l2a_jax.evaluation.perplexity import score_windows
 from l2a_jax.study import runner, trained
 from l2a_jax.study.measures import Subject
-from l2a_jax.study.row import Row
 from l2a_jax.weights.pretrained import TINY, load_pretrained
 from tests.study.conftest import QUICK, make_row
 
 
 @pytest.fixture(scope="module")
 def rows():
-    absorbing = dataclasses.replace(QUICK, tasks=("perplexity", "absorption", "residual"))
     return [make_row("plain", "baseline", dataclasses.replace(QUICK, tasks=("perplexity", "needle"))),
             make_row("one", penalty=0.3, router_lr=1e-2),
-            make_row("attention", "l2a_ft", absorbing, topology="parallel", share_attention=True, sinks=4,
-                     rope="none", leakage=1.0, lr=1e-3),
-            make_row("two", penalty=0.1, router_lr=3e-3, seed=1),
+            make_row("two", measures=dataclasses.replace(QUICK, tasks=("perplexity", "absorption")), penalty=0.1,
+                     router_lr=3e-3, seed=1),
             # A rate that no model survives.
             make_row("broken", measures=dataclasses.replace(QUICK, tasks=("perplexity",)), lr=1e30, warmup=0.0)]
+
+
+OTHER = make_row("attention", "l2a_ft")
+"""A row of another program, which is never run."""
 
 
 @pytest.fixture(scope="module")
@@ -65,20 +66,23 @@ def test_every_row_has_its_file(done, rows):
     assert [record["step"] for record in one["training"]["curve"]] == [1, 2, 3, 4, 5, 6]
     assert one["training"]["non_finite"] is None and one["training"]["memory"]["compiled_gb"] > 0
     assert one["evaluations"]["needle"]["result"]["lengths"]["64"]["controls"]["none"]["n"] == 4
+    absorbed = load(done, "two")["evaluations"]["absorption"]["result"]
+    assert absorbed["after"]["nll"]["learned"] != absorbed["before"]["nll"]["learned"] and absorbed["windows"] == 4
     assert {path.suffix for path in done.iterdir()} == {".json", ".npz"}
 
 
 def test_rows_that_differ_in_numbers_share_a_program(session, rows, done, compiled):
-    assert compiled == ["router_only", "l2a_ft"]
-    keys = [runs.program_key(session.plan(row)) for row in rows[1:]]
-    assert keys[0] == keys[2] == keys[3] != keys[1]
-    assert runs.dials_of(session.plan(rows[1])) != runs.dials_of(session.plan(rows[3]))
-    assert [row.name for row in runner.order(rows, session)] == ["plain", "one", "two", "broken", "attention"]
+    assert compiled == ["router_only"]
+    keys = [runs.program_key(session.plan(row)) for row in (*rows[1:], OTHER)]
+    assert keys[0] == keys[1] == keys[2] != keys[3]
+    assert runs.dials_of(session.plan(rows[1])) != runs.dials_of(session.plan(rows[2]))
+    mixed = [rows[0], rows[1], OTHER, *rows[2:]]
+    assert [row.name for row in runner.order(mixed)] == ["plain", "one", "two", "broken", "attention"]
 
 
 def test_a_row_trains_as_the_command_does(session, rows, done, data_dir, tmp_path):
     """The same losses as `train/run.py` writes: one program, with this row's numbers and data."""
-    row = rows[3]
+    row = rows[2]
     runs.train(row.settings(TINY, str(data_dir)), tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     for record, line in zip(load(done, "two")["training"]["curve"], lines, strict=True):
@@ -114,7 +118,7 @@ def test_done_rows_are_skipped_and_new_tasks_do_not_train_again(session, rows, d
 
 def test_no_time_starts_nothing_and_a_limit_between_phases_keeps_what_is_done(session, rows, tmp_path, monkeypatch):
     assert runner.run_rows(rows, session, tmp_path / "none", deadline=time.monotonic() + 5) == (
-        ["plain", "one", "two", "broken", "attention"], [])
+        ["plain", "one", "two", "broken"], [])
     assert not list((tmp_path / "none").iterdir())
     monkeypatch.setattr(runner, "planned_seconds", lambda *_: 0.0)
     ticks = iter([0.0, 0.0, 1.0])  # before the row, before its first task, before its second
@@ -135,16 +139,17 @@ def test_a_loss_that_is_not_finite_is_a_finding(done):
 
 
 def test_what_cannot_run_fails_alone(session, rows, tmp_path):
-    missing = Row("big", "test", "?", "1.5b", "baseline", (), ("notes={data}/train",), QUICK)
-    assert runner.run_rows([missing, rows[0]], session, tmp_path) == ([], ["big"])
+    missing = dataclasses.replace(rows[1], name="big", size="1.5b")
+    assert runner.run_rows([rows[0], missing], session, tmp_path) == ([], ["big"])
     assert "--model-15b" in load(tmp_path, "big")["error"] and load(tmp_path, "plain")["status"] == "done"
     (tmp_path / "plain.json").write_text("{}")
     with pytest.raises(UserError, match="not the file of a row"):
         runner.run_rows([rows[0]], session, tmp_path)
 
 
-def test_shards_share_the_work_and_no_program(session, rows):
-    parts = [runner.shard(rows, session, index, 2) for index in (1, 2)]
-    assert sorted(row.name for part in parts for row in part) == sorted(row.name for row in rows)
-    keys = [{runner._program(row, session) for row in part} for part in parts]
+def test_shards_share_the_work_and_no_program(rows):
+    several = [*rows, OTHER]
+    parts = [runner.shard(several, index, 2) for index in (1, 2)]
+    assert sorted(row.name for part in parts for row in part) == sorted(row.name for row in several)
+    keys = [{row.program for row in part} for part in parts]
     assert not keys[0] & keys[1] and all(parts)
