@@ -32,8 +32,8 @@ SYMPTOMS = (
     Rule("text loops", "greedy_ends_in_loop", ">", 0.5, "share of greedy continuations that end in a loop"),
     Rule("finite, bad perplexity", "perplexity_ratio", ">=", 2.0, "held-out perplexity over the plain model's"),
     Rule("finite, bad perplexity", "perplexity_ratio", "<=", 6.0, "held-out perplexity over the plain model's"),
-    Rule("tasks above chance", "task_margin", ">", 0.0, "least of (accuracy - chance - 2 standard errors), HellaSwag and "
-         "PIQA"),
+    Rule("tasks above chance", "task_margin", ">", 0.0, "least of (accuracy - chance - 2 standard errors), HellaSwag "
+         "and PIQA"),
     Rule("needle lost", "needle", "<=", 0.2, "share of needles found"),
 )
 """A symptom holds where all its rules do; it is None where a measure was not taken or is not finite."""

@@ -1,14 +1,13 @@
 """A trainer with one fault at a time, for the autopsy of "collapse" only: the library's own trainer refuses all this.
 
 It is the plain loop that many scripts are: no check that a number is finite, NaN losses logged as 0, the last weights
-kept whatever they are. The step is built from the library's functions (`hidden_states`, `cross_entropy`, the regime's
-optimizer); the faults are the fields of `Fault`.
+kept whatever they are. The step is built from the library's functions (`attend`, `cross_entropy`, the regime's
+optimizer); the faults are the fields of `Fault`, all of them numbers to one compiled step, but for the masters' dtype.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -25,7 +24,6 @@ from l2a_jax.data.batch import Batch, TrainingData
 from l2a_jax.data.progress import progress
 from l2a_jax.models.l2a import Context, LayerRouting, attend
 from l2a_jax.models.params import Tree
-from l2a_jax.models.qwen2 import hidden_states
 from l2a_jax.nn import routing
 from l2a_jax.nn.layers import gated_mlp, rms_norm
 from l2a_jax.nn.rope import rope_table
@@ -102,8 +100,8 @@ def train_faulty(params: Tree, data: TrainingData, fault: Fault, objective: Obje
                     state[0]["layers"]["router"]["kernel"] *= jnp.nan
             state, record = _step(
                 *state, frozen, data.batch(step), jax.random.fold_in(jax.random.key(seed), step), step, penalty,
-                fault.lr_factor, poison, fault.nan_router, objective=static, optimizer=optimizer, regime=regime,
-                symmetric=fault.symmetric_window)
+                fault.lr_factor, poison, fault.nan_router, fault.symmetric_window, objective=static, optimizer=optimizer,
+                regime=regime)
             records.append(record)
             if step % 20 == 19 or step == optimizer.steps - 1:
                 report(step + 1, f"step {step + 1}, loss {float(record['loss']):.4f}")
@@ -114,18 +112,15 @@ def train_faulty(params: Tree, data: TrainingData, fault: Fault, objective: Obje
                  finite, float(np.mean(lost)))
 
 
-@functools.partial(jax.jit, donate_argnums=(0, 1), static_argnames=("objective", "optimizer", "regime", "symmetric"))
-def _step(masters, optimizer_state, frozen, batch, key, step, penalty, lr_factor, poison, skip, *, objective, optimizer,
-          regime, symmetric):
+@functools.partial(jax.jit, donate_argnums=(0, 1), static_argnames=("objective", "optimizer", "regime"))
+def _step(masters, optimizer_state, frozen, batch, key, step, penalty, lr_factor, poison, skip, symmetric, *,
+          objective, optimizer, regime):
     real = jnp.ones(batch.tokens.shape, bool) if batch.segment_ids is None else batch.segment_ids != 0
     weight = routing.penalty_weight(step, maximum=penalty, warmup=objective.penalty_warmup,
                                     ramp=objective.penalty_ramp)
-    run = functools.partial(leaky_hidden_states, objective=objective) if symmetric else functools.partial(
-        _sound_hidden_states, objective=objective)
-
     def loss(masters):
         params = compute_params(masters, frozen, objective.dtype)
-        hidden, routed = run(params, batch, key)
+        hidden, routed = leaky_hidden_states(params, batch, key, symmetric, objective=objective)
         summed = cross_entropy(params, hidden, batch.targets, batch.weights, objective.config)
         nll = summed.nll / jnp.maximum(jnp.sum(batch.weights), 1.0)
         total = nll + weight * routing.penalty(routed.probabilities, real)
@@ -148,22 +143,17 @@ def _step(masters, optimizer_state, frozen, batch, key, step, penalty, lr_factor
                    "lost": lost / jnp.maximum(asked, 1)}
 
 
-def _sound_hidden_states(params: Tree, batch: Batch, key: Any, *, objective: Objective):
-    return hidden_states(params, batch.tokens, objective.config, objective.l2a_config, positions=batch.positions,
-                         segment_ids=batch.segment_ids, key=key, train=True, backend=objective.backend,
-                         remat=objective.remat)
-
-
-def leaky_hidden_states(params: Tree, batch: Batch, key: Any, *, objective: Objective, train: bool = True
+def leaky_hidden_states(params: Tree, batch: Batch, key: Any, symmetric: Any, *, objective: Objective
                         ) -> tuple[Float[Array, "B T D"], LayerRouting]:
-    """`hidden_states` of a training call in which local attention sees the future too: the fault under study."""
+    """`hidden_states` of a training call; where `symmetric` (a bool, perhaps traced), local attention sees the future
+    too. Padding rows hold anything."""
     config, layer_config, tokens = objective.config, objective.l2a_config, batch.tokens
     ids = None if batch.segment_ids is None else jnp.asarray(batch.segment_ids)
     places = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     positions = places - segment_starts(ids, tokens.shape)
     context = Context(config, layer_config, rope_table(positions, config, rope_of(config, layer_config)), ids,
-                      jnp.ones(tokens.shape, bool) if ids is None else ids != 0, train, objective.backend,
-                      _leaky_attention())
+                      jnp.ones(tokens.shape, bool) if ids is None else ids != 0, True, objective.backend,
+                      leaky_attention(symmetric))
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def block(x, inputs):
@@ -176,13 +166,13 @@ def leaky_hidden_states(params: Tree, batch: Batch, key: Any, *, objective: Obje
     return rms_norm(x, params["norm_final"], config.rms_norm_eps), routed
 
 
-def _leaky_attention() -> SimpleNamespace:
-    """The face of `l2a_jax.attention` with a local attention that is not causal."""
+def leaky_attention(symmetric: Any) -> SimpleNamespace:
+    """What training asks of `l2a_jax.attention`, with a local attention that is not causal where `symmetric`."""
 
     def local(q, k, v, *, window, sinks, segment_ids, backend):
         causal = local_mask(segment_ids, q.shape[:2], window=window, sinks=sinks)
         ahead = jnp.arange(q.shape[1])[None, :] - jnp.arange(q.shape[1])[:, None]
-        future = jnp.broadcast_to((ahead > 0) & (ahead < window), causal.shape)
+        future = jnp.broadcast_to((ahead > 0) & (ahead < window) & symmetric, causal.shape)
         if segment_ids is not None:
             future &= segment_ids[:, :, None] == segment_ids[:, None, :]
         return jax.nn.dot_product_attention(q, k, v, mask=(causal | future)[:, None])
@@ -192,9 +182,4 @@ def _leaky_attention() -> SimpleNamespace:
         near = local(q, k, v, window=window, sinks=sinks, segment_ids=segment_ids, backend=backend)
         return jnp.where(decisions[:, :, None, None], far, near), jax.lax.stop_gradient(far - near)
 
-    def mixed(*args: Any, **options: Any) -> Any:
-        return both(*args, **options)[0]
-
-    functions: dict[str, Callable] = {"local": local, "full": attention.full, "routed": attention.routed, "both": both,
-                                      "mixed": mixed}
-    return SimpleNamespace(**functions)
+    return SimpleNamespace(local=local, full=attention.full, routed=attention.routed, both=both)

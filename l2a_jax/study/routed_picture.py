@@ -17,7 +17,8 @@ COLUMNS, LINES = 96, 60
 
 
 def lay_out(pieces: Sequence[str], columns: int) -> list[list[tuple[int, int, str, int]]]:
-    """Lines of (piece, first column, text, columns): pieces wrap at `columns`, and end the line at a line end."""
+    """Lines of (piece, first column, text, columns): a piece that does not fit begins the next line, and a line end
+    ends one."""
     lines: list[list[tuple[int, int, str, int]]] = [[]]
     column = 0
     for index, piece in enumerate(pieces):
@@ -30,7 +31,7 @@ def lay_out(pieces: Sequence[str], columns: int) -> list[list[tuple[int, int, st
                 column = 0
             text = "".join(_shown(letter) for letter in part)
             while text:
-                if column >= columns:
+                if column >= columns or column + min(len(text), columns) > columns:  # cut only what fits no line
                     lines.append([])
                     column = 0
                 piece_of_line, text = text[: columns - column], text[columns - column :]
@@ -59,7 +60,7 @@ def draw_routed_text(tokens: Int[np.ndarray, " T"], share: Float64[np.ndarray, "
     shown = lines[:max_lines]
     count = 1 + max((index for line in shown for index, *_ in line), default=-1)
     scale = Normalize(0, max(float(share[:count].max()), 1e-9))
-    colours = colormaps["YlOrRd"]
+    colours = colormaps["OrRd"]
     height = 0.2 * len(shown)
     figure = Figure(figsize=(0.088 * columns + 1.4, height + 0.9), dpi=150)
     axis = figure.add_axes((0.02, 0.12 / (height + 0.9), 0.87, height / (height + 0.9)))

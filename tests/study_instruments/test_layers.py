@@ -1,6 +1,5 @@
 """Attention trained in some layers only: what moves, what stays bit for bit, and what counts as trained."""
 
-import functools
 import json
 
 import jax
@@ -14,13 +13,13 @@ from l2a_jax.config import MODELS, L2AConfig
 from l2a_jax.errors import UserError
 from l2a_jax.models.params import abstract_params
 from l2a_jax.study.layers import changed_layers, evenly_spaced, ratios
+from l2a_jax.training.checkpoint import LATEST, Checkpoints
 from l2a_jax.training.metrics import read_metrics
 from l2a_jax.training.optimizer import OptimizerConfig, make_optimizer
-from l2a_jax.training.regimes import check_attention_layers, combine, count_parameters, partition, regime_mask
-from l2a_jax.training.step import Objective, initial_state, train_step
-from tests.models.cases import CONFIG, LAYERS, make_params
+from l2a_jax.training.regimes import check_attention_layers, count_parameters, partition, regime_mask
+from l2a_jax.training.step import initial_state
+from tests.models.cases import LAYERS, make_params
 from tests.training.test_bad_input import load_command
-from tests.training.test_step import make_batch
 
 SEPARATE = L2AConfig(share_attention=False)
 
@@ -48,58 +47,28 @@ def test_counts_of_trained_parameters():
     assert count_parameters(params, None, (0,)) == 538_143_616 - 23 * one
 
 
-@pytest.fixture(scope="module")
-def narrowed():
-    """Three steps with what could move a frozen layer: decay, and a penalty whose gradient reaches attention."""
-    layer, chosen = LAYERS["shared"], (0, 2)
-    params = make_params(layer)
-    kernel = params["layers"]["attention"]["q"]["kernel"]
-    params["layers"]["attention"]["q"]["kernel"] = kernel.at[1].set(-0.0)  # adding 0.0 would change its sign
-    optimizer = make_optimizer(OptimizerConfig(1e-2, 20, 2, router_lr=1e-2, weight_decay=0.1, clip=1e9,
-                                               attention_layers=chosen), "l2a_paper")
-    trainable, frozen = partition(params, regime_mask(params, "l2a_paper"))
-    objective = Objective(CONFIG, layer, penalty=0.5, attention_layers=chosen)
-    step = jax.jit(functools.partial(train_step, objective=objective, optimizer=optimizer))
-    states, metrics = [initial_state(trainable, optimizer, jnp.float32)], []
-    for _ in range(3):
-        state, found = step(states[-1], frozen, make_batch(1), jax.random.key(0))
-        states.append(state)
-        metrics.append(jax.device_get(found))
-    return params, states, frozen, metrics
+def test_frozen_layers_keep_every_bit_and_clipping_does_not_see_them():
+    """The optimizer alone, with decay: whatever a frozen layer's gradients are, nothing of it or of others depends on
+    them; -0.0 stays -0.0, which adding 0.0 would not leave it."""
+    params = make_params(LAYERS["parallel"])
+    params["layers"]["attention_local"]["q"]["kernel"] = params["layers"]["attention_local"]["q"]["kernel"].at[0].set(
+        -0.0)
+    gradients = jax.tree.map(lambda leaf: np.random.default_rng(0).normal(size=leaf.shape).astype(np.float32), params)
+    spoilt = {**gradients, "layers": {**gradients["layers"], "attention_local": jax.tree.map(
+        lambda g: np.concatenate([g[:1] + 1e6, g[1:]]), gradients["layers"]["attention_local"])}}
+    optimizer = make_optimizer(OptimizerConfig(1e-2, 10, weight_decay=0.1, clip=0.1, attention_layers=(1, 2)),
+                               "l2a_paper")
 
+    @jax.jit
+    def moved(gradients):
+        return optax.apply_updates(params, optimizer.update(gradients, optimizer.init(params), params)[0])
 
-def test_only_the_chosen_layers_move(narrowed):
-    before, states, frozen, metrics = narrowed
-    after = combine(states[-1].trainable, frozen)
-    changed = changed_layers(before, after)
-    assert changed["attention"] == [0, 2]
-    assert "layers/router/kernel" in changed["other"] and "norm_final/scale" in changed["other"]
-    assert not any(path.startswith(("layers/mlp", "embed")) for path in changed["other"])
-    assert metrics[-1]["loss"] < metrics[0]["loss"]
-    for part in ("q", "v", "o"):  # every leaf of the chosen layers, not just some
-        one, two = (tree["layers"]["attention"][part]["kernel"] for tree in (before, after))
-        np.testing.assert_array_equal(np.any(one != two, axis=(1, 2)), [True, False, True])
-
-
-def test_the_reported_norm_is_that_of_what_the_optimizer_saw(narrowed):
-    """After one step Adam's first moment is a tenth of the (unclipped) gradient; it is zero for frozen layers."""
-    _, states, _, metrics = narrowed
-    moments = [leaf for path, leaf in jax.tree_util.tree_flatten_with_path(states[1].optimizer)[0]
-               if any(getattr(entry, "name", "") == "mu" for entry in path)]
-    assert float(metrics[0]["grad_norm"]) == pytest.approx(10 * float(optax.global_norm(moments)), rel=1e-5)
-    kernels = [leaf for leaf in moments if leaf.ndim == 3]
-    assert len(kernels) == 4 and all(np.any(leaf[0]) and not np.any(leaf[1]) for leaf in kernels)
-
-
-def test_clipping_sees_only_what_is_trained():
-    params = make_params(LAYERS["shared"])
-    gradients = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(1), leaf.shape), params)
-    spoilt = {**gradients, "layers": {**gradients["layers"], "attention": jax.tree.map(
-        lambda g: g.at[0].set(1e6), gradients["layers"]["attention"])}}
-    optimizer = make_optimizer(OptimizerConfig(1e-2, 10, clip=0.1, attention_layers=(1, 2)), "l2a_ft")
-    state = optimizer.init(params)
-    jax.tree.map(np.testing.assert_array_equal, optimizer.update(gradients, state, params)[0],
-                 optimizer.update(spoilt, state, params)[0])
+    after = moved(gradients)
+    changed = changed_layers(params, after)
+    assert changed["attention"] == [1, 2]
+    assert set(changed["other"]) == {"layers/router/kernel", "layers/norm_local/scale", "layers/norm_global/scale",
+                                     "layers/norm_mlp/scale", "norm_final/scale"}
+    assert changed_layers(after, moved(spoilt)) == {"attention": [], "other": []}
 
 
 @pytest.mark.parametrize(("layers", "regime", "said"), [
@@ -113,21 +82,28 @@ def test_a_choice_that_makes_no_sense(layers, regime, said):
 
 
 def test_the_command(tmp_path, capsys):
-    """One flag, in `config.json` and in the counts of the summary; a resumed run knows it too."""
-    main = load_command()
-    arguments = ["--regime", "l2a_ft", "--steps", "2", "--batch-size", "2", "--run-dir", str(tmp_path / "run")]
-    assert main([*arguments, "--attention-layers", "0-7"]) == 2
-    assert "error: --attention-layers names 3; the model has layers 0 to 2" in capsys.readouterr().err
-    assert main([*arguments, "--attention-layers", "two"]) == 2
-    assert "error: --attention-layers 'two': 'two' is no layer" in capsys.readouterr().err
+    """One flag: what is trained, the counts of the summary, and the gradient norm that a step reports."""
+    main, folder = load_command(), tmp_path / "run"
+    arguments = ["--regime", "l2a_ft", "--steps", "1", "--batch-size", "2", "--weight-decay", "0.1", "--clip", "1e9",
+                 "--run-dir", str(folder)]
+    for bad, said in (("0-7", "names 3; the model has layers 0 to 2"), ("two", "'two': 'two' is no layer")):
+        assert main([*arguments, "--attention-layers", bad]) == 2
+        assert f"error: --attention-layers {said}" in capsys.readouterr().err and not folder.exists()
     assert main([*arguments, "--attention-layers", "1"]) == 0
-    settings = presets.resolve("l2a_ft", {"steps": 2, "batch_size": 2, "attention_layers": (1,)})
-    plan = runs.make_plan(settings)
-    params = abstract_params(plan.config, plan.l2a_config)
-    expected = count_parameters(params, regime_mask(params, "l2a_ft"), (1,))
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["trained_parameters"] == expected < count_parameters(params, regime_mask(params, "l2a_ft"))
-    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 2
-    before, after = runs.load_tree(plan)[0], runs.load_pretrained(str(tmp_path / "run"), jnp.float32).params
-    assert changed_layers(before, after)["attention"] == [1]
-    assert runs.resume(tmp_path / "run")["trained_parameters"] == expected
+    plan = runs.make_plan(presets.resolve("l2a_ft", {"steps": 1, "batch_size": 2, "attention_layers": (1,)}))
+    mask = regime_mask(abstract_params(plan.config, plan.l2a_config), "l2a_ft")
+    before = runs.load_tree(plan)[0]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["trained_parameters"] == count_parameters(before, mask, (1,)) < count_parameters(before, mask)
+    assert changed_layers(before, runs.load_pretrained(str(folder), jnp.float32).params)["attention"] == [1]
+
+    # After one unclipped step Adam's first moment is a tenth of the gradient, and zero for frozen layers.
+    optimizer = make_optimizer(OptimizerConfig(1e-3, 1, attention_layers=(1,)), "l2a_ft")
+    like = jax.eval_shape(lambda: initial_state(partition(before, mask)[0], optimizer, jnp.float32))
+    state = Checkpoints(folder).load(LATEST, like)
+    moments = [leaf for path, leaf in jax.tree_util.tree_flatten_with_path(state.optimizer)[0]
+               if any(getattr(entry, "name", "") == "mu" for entry in path)]
+    norm = read_metrics(folder / "metrics.jsonl")[0]["grad_norm"]
+    assert norm == pytest.approx(10 * float(optax.global_norm(moments)), rel=1e-5)
+    kernels = [leaf for leaf in moments if leaf.ndim == 3]
+    assert len(kernels) == 4 and all(np.any(leaf[1]) and not np.any(leaf[0]) for leaf in kernels)

@@ -21,8 +21,8 @@ def test_parallel_with_everything_routed_is_the_plain_model(plain, with_layer, w
     assert max(found["relative_l2"]) < 2e-6 and found["relative_l2"][0] == 0
     assert min(found["cosine"]) > 1 - 1e-6 and found["norm_ratio"] == pytest.approx([1] * 4, abs=1e-6)
     assert found["tokens"] == windows.real.sum() and found["decisions"] == "given"
-    # The untrained router routes everything by itself.
-    assert max(residual_distance(plain, routed, windows, buckets=(0,))["relative_l2"]) < 2e-6
+    if share:  # the untrained router routes everything by itself
+        assert max(residual_distance(plain, routed, windows, buckets=(0,))["relative_l2"]) < 2e-6
 
 
 def test_sequential_and_other_ropes_are_not(plain, with_layer, windows):

@@ -87,10 +87,10 @@ def test_nothing_routed_has_no_ratio_and_nothing_able_is_an_error():
 
 
 def test_lines_of_the_picture():
-    lines = lay_out(["ab", " cde", "f\n", "\n", "\tg", "日"], 4)
+    lines = lay_out(["ab", " cde", "f\n", "\n", "\tg", "日", "longer"], 4)
     texts = ["".join(text for _, _, text, _ in line) for line in lines]
-    assert texts == ["ab c", "def↵", "↵", "    ", "g□"]
-    assert [index for index, *_ in lines[1]] == [1, 2, 2]
+    assert texts == ["ab", " cde", "f↵", "↵", "    ", "g□", "long", "er"]
+    assert [index for index, *_ in lines[2]] == [2, 2]
     for line in lines:
         assert [column for _, column, _, _ in line] == np.cumsum([0, *(width for *_, width in line)])[:-1].tolist()
 
