@@ -20,7 +20,6 @@ from typing import Any
 
 import jax
 
-from l2a_jax import runs
 from l2a_jax.errors import UserError
 from l2a_jax.study.measures import Subject, measure
 from l2a_jax.study.row import Row
@@ -124,11 +123,10 @@ def run_rows(rows: Sequence[Row], session: Session, out: Path, *, deadline: floa
             left.append(row.name)
         except Stopped as stopped:
             raise KeyboardInterrupt from stopped
-        except UserError as error:
+        except (UserError, jax.errors.JaxRuntimeError) as error:  # the device's own errors, memory above all, too
             log.error("%s failed: %s", row.name, error)
             failed.append(row.name)
-            metrics.write_json(out / f"{row.name}.json", {**_head(row), "training": {}, "evaluations": {},
-                                                          "status": "failed", "error": str(error)})
+            _write_failure(out / f"{row.name}.json", row, str(error))
         session.forget_programs(waiting[index + 1 :])
     return left, failed
 
@@ -136,7 +134,7 @@ def run_rows(rows: Sequence[Row], session: Session, out: Path, *, deadline: floa
 def _run_row(row: Row, session: Session, out: Path, deadline: float, keep: bool) -> dict[str, Any]:
     path, kept = out / f"{row.name}.json", out / f"{row.name}.npz"
     old = read_row(path)
-    if old is not None and (old["training_hash"] != row.training_hash or old["status"] == "failed"):
+    if old is not None and (old["training_hash"] != row.training_hash or not old["training"]):
         old = None
     if old is not None and (row.regime == "baseline" or kept.exists()):
         params = session.base(row.size).params if row.regime == "baseline" else load_masters(session, row, kept)
@@ -150,6 +148,7 @@ def _run_row(row: Row, session: Session, out: Path, deadline: float, keep: bool)
         if trained.masters and (keep or tree_bytes(trained.masters) <= KEEP_BYTES):
             save_masters(trained.masters, kept)
         del trained
+        _write(path, found, "partial")
     subject = Subject(session, row, params, records, out)
     for task in _missing(row, found):
         if time.monotonic() > deadline:
@@ -202,6 +201,14 @@ def _write(path: Path, found: dict[str, Any], status: str) -> None:
     metrics.write_json(path, {**found, "status": status, "seconds": {**training, "evaluate": round(evaluated, 2)}})
 
 
+def _write_failure(path: Path, row: Row, error: str) -> None:
+    """What the row had before it failed stays, and can be continued."""
+    old = read_row(path)
+    if old is None or old["training_hash"] != row.training_hash:
+        old = {**_head(row), "training": {}, "evaluations": {}}
+    metrics.write_json(path, {**old, "status": "failed", "error": error})
+
+
 def dry_run(rows: Sequence[Row], session: Session) -> str:
     """What would be run: each row's command, tokens, trained parameters and ratio; nothing is compiled or trained."""
     from l2a_jax.models.params import abstract_params
@@ -212,8 +219,7 @@ def dry_run(rows: Sequence[Row], session: Session) -> str:
         if row.not_run is not None:
             lines.append(f"{row.name}: not run: {row.not_run}")
         else:
-            plan = runs.make_plan(row.settings(session.source(row.size), session.data_dir)) \
-                if row.regime == "baseline" else session.plan(row)
+            plan = session.plan(row)
             shapes = abstract_params(plan.config, plan.l2a_config)
             trained = count_parameters(shapes, regime_mask(shapes, row.regime), plan.settings.attention_layers)
             tokens = 0 if not trained else plan.steps * plan.settings.grad_accum * plan.data.tokens_per_batch

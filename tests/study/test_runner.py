@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from l2a_jax import runs
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import needle
 from l2a_jax.evaluation.perplexity import score_windows
-from l2a_jax.study import runner, trained
+from l2a_jax.study import report, runner, trained
 from l2a_jax.study.measures import Subject
 from l2a_jax.weights.pretrained import TINY, load_pretrained
 from tests.study.conftest import QUICK, make_row
@@ -121,8 +122,14 @@ def test_no_time_starts_nothing_and_a_limit_between_phases_keeps_what_is_done(se
         ["plain", "one", "two", "broken"], [])
     assert not list((tmp_path / "none").iterdir())
     monkeypatch.setattr(runner, "planned_seconds", lambda *_: 0.0)
-    ticks = iter([0.0, 0.0, 1.0])  # before the row, before its first task, before its second
-    monkeypatch.setattr(runner.time, "monotonic", lambda: next(ticks, 1.0))
+    clock = [0.0]
+
+    def slow(subject, task, measure=runner.measure):
+        clock[0] += 1.0
+        return measure(subject, task)
+
+    monkeypatch.setattr(runner, "measure", slow)
+    monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: clock[0], perf_counter=time.perf_counter))
     assert runner.run_rows([rows[0]], session, tmp_path / "some", deadline=0.5) == (["plain"], [])
     found = load(tmp_path / "some", "plain")
     assert found["status"] == "partial" and list(found["evaluations"]) == ["perplexity"]
@@ -138,10 +145,29 @@ def test_a_loss_that_is_not_finite_is_a_finding(done):
     assert found["status"] == "done" and "perplexity" in found["evaluations"]
 
 
+def test_the_report_reads_what_the_runner_writes(done, rows, tmp_path):
+    groups = {"plain": "main", "one": "frontier", "two": "absorption", "broken": "collapse"}
+    declared = [dataclasses.replace(row, group=groups[row.name]) for row in rows]
+    paths = report.write(done, tmp_path, declared)
+    assert {"replication_frontier.png", "replication_layers.png"} <= {path.name for path in paths}
+    made = {row["name"]: row for row in json.loads(paths[1].read_text())["rows"]}
+    base, one = (load(done, name)["evaluations"]["perplexity"]["result"] for name in ("plain", "one"))
+    assert made["one"]["perplexity_ratio"]["nats"] == pytest.approx(one["nll"] - base["nll"], abs=1e-5)
+    assert made["one"]["audit"]["ratio"]["learned"] == pytest.approx(made["one"]["perplexity_ratio"]["ratio"])
+    text = paths[0].read_text()
+    assert "notes" in text and "not finite at step" in text and "| two | " in text
+
+
 def test_what_cannot_run_fails_alone(session, rows, tmp_path):
     missing = dataclasses.replace(rows[1], name="big", size="1.5b")
     assert runner.run_rows([rows[0], missing], session, tmp_path) == ([], ["big"])
     assert "--model-15b" in load(tmp_path, "big")["error"] and load(tmp_path, "plain")["status"] == "done"
+    asked = dataclasses.replace(rows[0], measures=dataclasses.replace(rows[0].measures,
+                                                                      tasks=("perplexity", "absorption")))
+    assert runner.run_rows([asked], session, tmp_path) == ([], ["plain"])  # a plain model routes nothing
+    found = load(tmp_path, "plain")
+    assert found["status"] == "failed" and set(found["evaluations"]) == {"perplexity", "needle"}
+    assert runner.run_rows([rows[0]], session, tmp_path) == ([], [])
     (tmp_path / "plain.json").write_text("{}")
     with pytest.raises(UserError, match="not the file of a row"):
         runner.run_rows([rows[0]], session, tmp_path)
