@@ -73,7 +73,7 @@ def autopsy(
     optimizer: OptimizerConfig,
     regime: str = "l2a_ft",
     faults: Sequence[Fault] = FAULTS,
-    extra: Callable[[Pretrained], Mapping[str, float]] | None = None,
+    extra: Callable[[Pretrained], Mapping[str, float | None]] | None = None,
     stop_tokens: Sequence[int] = (),
     new_tokens: int = 96,
     seed: int = 0,

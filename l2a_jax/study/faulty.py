@@ -100,8 +100,8 @@ def train_faulty(params: Tree, data: TrainingData, fault: Fault, objective: Obje
                     state[0]["layers"]["router"]["kernel"] *= jnp.nan
             state, record = _step(
                 *state, frozen, data.batch(step), jax.random.fold_in(jax.random.key(seed), step), step, penalty,
-                fault.lr_factor, poison, fault.nan_router, fault.symmetric_window, objective=static, optimizer=optimizer,
-                regime=regime)
+                fault.lr_factor, poison, fault.nan_router, fault.symmetric_window, objective=static,
+                optimizer=optimizer, regime=regime)
             records.append(record)
             if step % 20 == 19 or step == optimizer.steps - 1:
                 report(step + 1, f"step {step + 1}, loss {float(record['loss']):.4f}")
