@@ -42,7 +42,8 @@ def setting(lab: Lab, preset_name: str) -> dict[str, Any]:
     available = lab.corpus.train.starts.size * recipe.seq_len
     text = (
         f"`{' '.join(['python', *sys.argv])}`: preset `{preset_name}` on {device}, jax {jax.__version__}. Every arm: "
-        f"{recipe.steps:,} steps of {recipe.batch_size} x {recipe.seq_len} tokens ({tokens:,} tokens, {tokens / available:.2f} passes over "
+        f"{recipe.steps:,} steps of {recipe.batch_size} x {recipe.seq_len} tokens ({tokens:,} tokens, "
+        f"{tokens / available:.2f} passes over "
         f"{available:,}), AdamW, peak learning rate {recipe.learning_rate:g}, {recipe.warmup} steps of warm-up, cosine "
         f"to 0, weight decay {recipe.weight_decay:g}, clip {recipe.clip:g}, dropout {lab.config.dropout:g}, "
         f"{recipe.dtype}; seeds {', '.join(map(str, lab.preset.seeds))}, mean ± standard deviation over them. "

@@ -68,3 +68,20 @@ def test_one_pass_over_the_logits_gives_the_plain_summary():
     for one, plain in zip(loss._online_summary(logits), loss._plain_summary(logits), strict=True):
         np.testing.assert_allclose(one, plain, rtol=2e-6)
     assert not np.isfinite(loss._online_summary(logits.at[0, 3].set(jnp.nan))[2][0])
+
+
+def test_float16_logits_are_the_float32_ones_to_eleven_bits():
+    params = make_params(None)
+    hidden = 6 * jax.random.normal(jax.random.key(0), (2, 13, CONFIG.hidden_size))
+    targets = jax.random.randint(jax.random.key(1), (2, 13), 0, CONFIG.vocab_size)
+    largest = float(jnp.abs(unembed(params, hidden, CONFIG)).max())
+    assert largest > 16, "logits small enough would be exact in any format"
+
+    def value(dtype):
+        return jax.jit(jax.value_and_grad(
+            lambda h: cross_entropy(params, h, targets, jnp.ones((2, 13)), CONFIG, 8, dtype).nll))
+
+    (half, half_slope), (full, slope) = (value(dtype)(hidden) for dtype in (jnp.float16, jnp.float32))
+    assert 0 < abs(float(half - full)) / 26 < largest * 2**-11
+    assert np.abs(half_slope - slope).max() < 4 * largest * 2**-11 * np.abs(slope).max()
+    assert not np.isfinite(value(jnp.float16)(hidden * 1e5)[0]), "beyond float16 the loss is not finite, never wrong"
