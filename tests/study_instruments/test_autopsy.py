@@ -9,21 +9,15 @@ import numpy as np
 import pytest
 
 from l2a_jax.attention.reference import masked_attention
-from l2a_jax.config import L2AConfig
 from l2a_jax.data.batch import Batch
-from l2a_jax.data.recall import RecallCorpus
-from l2a_jax.models.params import add_routing
-from l2a_jax.study import faulty
-from l2a_jax.study.autopsy import autopsy, format_autopsy, symptoms, task_margin
+from l2a_jax.study import explain, faulty
+from l2a_jax.study.autopsy import format_autopsy, symptoms, task_margin
 from l2a_jax.training.metrics import plain as as_json
-from l2a_jax.training.optimizer import OptimizerConfig
 from l2a_jax.training.step import Objective
 from tests.models.cases import CONFIG, LAYERS, hidden, make_params, make_tokens, packed
+from tests.study.conftest import data_dir, make_row, session  # noqa: F401  (fixtures)
 
-LAYER = L2AConfig(window=12, sinks=0, topology="sequential", share_attention=False, leakage=0.1)
 STEPS = 24
-OPTIMIZER = OptimizerConfig(1e-2, STEPS, 3, router_lr=5e-3)
-FAULTS = {fault.name: fault for fault in faulty.FAULTS}
 
 
 def test_the_faulty_attention_is_the_band_on_both_sides():
@@ -62,27 +56,25 @@ def test_nothing_but_the_window_is_wrong_with_the_faulty_model():
 
 
 @pytest.fixture(scope="module")
-def setting(plain):
-    return (plain, RecallCorpus(128, 4),
-            Objective(plain.config, LAYER, penalty=0.01, penalty_warmup=3, penalty_ramp=STEPS // 2))
-
-
-@pytest.fixture(scope="module")
-def rows(setting, windows):
-    model, data, objective = setting
-    names = ("none", "NaN weights", "NaN router", "leak", "penalty")
-    report = autopsy(model, LAYER, data, windows, [row[:24].tolist() for row in windows.tokens[:2]],
-                     objective=objective, optimizer=OPTIMIZER, faults=[FAULTS[name] for name in names], new_tokens=32,
-                     extra=lambda model: {"needle": 0.0, "task_margin": 0.1})
+def rows(session):  # noqa: F811
+    """All faults with a row's own data, rates and layer. The benchmarks are left out: their items are words that the
+    packaged model lacks."""
+    row = make_row("faulty", "l2a_ft", topology="sequential", share_attention=False, sinks=0, leakage=0.1, penalty=0.01,
+                   lr=1e-2, router_lr=5e-3, warmup=0.1, batch_size=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(explain, "CHANCE", {})
+        patch.setattr(explain, "task_margin", lambda scores: 0.1)
+        patch.setattr(explain, "PROMPTS", ("each green hill stands", "the quiet river"))
+        report = explain.autopsy_of(session, row, steps=STEPS, windows=6)
     json.dumps(as_json(report), allow_nan=False)
-    assert "NaN router" in format_autopsy(report)
+    assert "NaN router" in format_autopsy(report) and report["text"]["windows"] == 6
     return {row["fault"]: row for row in report["rows"]}
 
 
 def test_a_sound_run_shows_none_of_it(rows):
     row = rows["none"]
     assert row["finite_losses"] == 1 and row["weights_not_finite"] == 0 and 0.3 < row["logged_loss"] < 2
-    assert not any(row["symptoms"][name] for name in ("zero training loss", "100 % sparsity", "text loops"))
+    assert not any(row["symptoms"][name] for name in ("zero training loss", "100 % sparsity"))
     assert rows["plain model"]["perplexity_ratio"] == 1 and rows["untrained"]["sparsity"] == 0
 
 
@@ -92,7 +84,7 @@ def test_nan_weights_give_loss_zero_full_sparsity_and_one_repeated_token(rows):
         "zero training loss": True, "100 % sparsity": True, "text loops": True, "finite, bad perplexity": False,
         "tasks above chance": None, "needle lost": None}
     assert row["logged_loss"] == 0 and row["logged_sparsity"] == 1 and math.isnan(row["perplexity"])
-    assert row["generation"]["greedy"]["distinct_1"] == pytest.approx(1 / 32) and row["verdict"] == "non-finite"
+    assert row["generation"]["greedy"]["distinct_1"] == pytest.approx(1 / 96) and row["verdict"] == "non-finite"
     assert row["finite_losses"] == pytest.approx((STEPS // 2 + 1) / STEPS)  # the poisoned step's own loss still is
     before = rows["NaN weights, evaluated before"]
     assert before["weights_not_finite"] == 0 and before["perplexity"] < 6 and before["logged_loss"] == 0
@@ -109,7 +101,7 @@ def test_a_nan_router_leaves_a_finite_local_model(rows, plain):
 
 def test_a_leak_trains_below_what_the_text_allows(rows):
     leak, sound = rows["leak"], rows["none"]
-    assert leak["logged_loss"] < 0.75 * sound["logged_loss"] and leak["perplexity"] > 1.3 * sound["perplexity"]
+    assert leak["logged_loss"] < 0.75 * sound["logged_loss"] and leak["perplexity"] > 1.1 * sound["perplexity"]
     assert math.log(leak["perplexity"]) > leak["logged_loss"] + 0.5 and leak["future_seen"] < 1e-5
 
 
@@ -118,14 +110,16 @@ def test_an_overgrown_penalty_closes_every_router(rows):
     assert rows["penalty"]["finite_losses"] == 1
 
 
-def test_pure_bfloat16_loses_updates_and_nothing_becomes_nan(setting):
-    model, data, objective = setting
-    params = add_routing(model.params, model.config, LAYER)
-    trace = faulty.train_faulty(params, data, FAULTS["bfloat16"], objective, OPTIMIZER, "l2a_ft")
-    assert trace.finite.all() and trace.updates_lost > 0.2 and trace.before is None
-    assert trace.params["layers"]["router"]["kernel"].dtype == jnp.float32
-    fast = faulty.train_faulty(params, data, FAULTS["learning rate"], objective, OPTIMIZER, "l2a_ft")
-    assert fast.finite.all() and fast.loss[-1] > trace.loss[0] > trace.loss[-1] and fast.updates_lost < 0.01
+def test_pure_bfloat16_loses_updates_and_nothing_becomes_nan(rows):
+    row = rows["bfloat16"]
+    assert row["finite_losses"] == 1 and row["updates_lost"] > 0.2 and row["logged_loss"] < row["loss_curve"][0]
+    assert not any(row["symptoms"][name] for name in ("zero training loss", "100 % sparsity"))
+
+
+def test_too_large_a_learning_rate_diverges_and_stays_finite(rows):
+    row = rows["learning rate"]
+    assert row["finite_losses"] == 1 and row["weights_not_finite"] == 0 and row["updates_lost"] < 0.01
+    assert row["logged_loss"] > row["loss_curve"][0] and row["perplexity"] > 2 * rows["untrained"]["perplexity"]
 
 
 def test_every_symptom_on_both_sides_of_its_threshold():

@@ -9,9 +9,7 @@ import pytest
 from l2a_jax.evaluation import perplexity
 from l2a_jax.evaluation.needle import NeedleOptions
 from l2a_jax.study import explain
-from l2a_jax.study.faulty import FAULTS
 from l2a_jax.training.metrics import plain as as_json
-from tests.study.conftest import data_dir, make_row, session  # noqa: F401  (fixtures)
 
 
 @pytest.fixture(scope="module")
@@ -38,17 +36,3 @@ def test_prunable_layers_of_a_row(subject):
     json.dumps(as_json(report), allow_nan=False)
     assert report["calibration"]["windows"] == report["text"]["windows"] == 4 and report["text"]["first_window"] == 4
     assert all(row["pruned"] == [] and np.isfinite(row["needle"]) for row in report["thresholds"])
-
-
-def test_the_autopsy_of_a_row(session, monkeypatch):  # noqa: F811
-    """A row's own data, rates and layer; the benchmarks are left out, their items being words that the model lacks."""
-    monkeypatch.setattr(explain, "CHANCE", {})
-    monkeypatch.setattr(explain, "task_margin", lambda scores: None)
-    monkeypatch.setattr(explain, "PROMPTS", ("each green hill stands", "the quiet river"))
-    row = make_row("faulty", "l2a_ft", topology="sequential", share_attention=False, sinks=0)
-    report = explain.autopsy_of(session, row, steps=4, windows=2, faults=FAULTS[:2])
-    json.dumps(as_json(report), allow_nan=False)
-    names = [found["fault"] for found in report["rows"]]
-    assert names == ["plain model", "untrained", "none", "NaN weights", "NaN weights, evaluated before"]
-    assert report["steps"] == 4 and report["text"]["windows"] == 2 and "needle" in report["rows"][2]
-    assert report["rows"][3]["symptoms"]["zero training loss"] and report["rows"][2]["finite_losses"] == 1
