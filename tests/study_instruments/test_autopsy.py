@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 
 from l2a_jax.attention.reference import masked_attention
+from l2a_jax.config import L2AConfig
 from l2a_jax.data.batch import Batch
-from l2a_jax.study import explain, faulty
-from l2a_jax.study.autopsy import format_autopsy, symptoms, task_margin
+from l2a_jax.data.recall import RecallCorpus
+from l2a_jax.study import faulty
+from l2a_jax.study.autopsy import autopsy, format_autopsy, symptoms, task_margin
 from l2a_jax.training.metrics import plain as as_json
+from l2a_jax.training.optimizer import OptimizerConfig
 from l2a_jax.training.step import Objective
 from tests.models.cases import CONFIG, LAYERS, hidden, make_params, make_tokens, packed
-from tests.study.conftest import data_dir, make_row, session  # noqa: F401  (fixtures)
 
+LAYER = L2AConfig(window=12, sinks=0, topology="sequential", share_attention=False, leakage=0.1)
 STEPS = 24
 
 
@@ -56,18 +59,13 @@ def test_nothing_but_the_window_is_wrong_with_the_faulty_model():
 
 
 @pytest.fixture(scope="module")
-def rows(session):  # noqa: F811
-    """All faults with a row's own data, rates and layer. The benchmarks are left out: their items are words that the
-    packaged model lacks."""
-    row = make_row("faulty", "l2a_ft", topology="sequential", share_attention=False, sinks=0, leakage=0.1, penalty=0.01,
-                   lr=1e-2, router_lr=5e-3, warmup=0.1, batch_size=4)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(explain, "CHANCE", {})
-        patch.setattr(explain, "task_margin", lambda scores: 0.1)
-        patch.setattr(explain, "PROMPTS", ("each green hill stands", "the quiet river"))
-        report = explain.autopsy_of(session, row, steps=STEPS, windows=6)
+def rows(plain, windows):
+    objective = Objective(plain.config, LAYER, penalty=0.01, penalty_warmup=3, penalty_ramp=STEPS // 2)
+    report = autopsy(plain, LAYER, RecallCorpus(128, 4), windows, [row[:24].tolist() for row in windows.tokens[:2]],
+                     objective=objective, optimizer=OptimizerConfig(1e-2, STEPS, 3, router_lr=5e-3), new_tokens=32,
+                     extra=lambda model: {"needle": 0.0, "task_margin": 0.1})
     json.dumps(as_json(report), allow_nan=False)
-    assert "NaN router" in format_autopsy(report) and report["text"]["windows"] == 6
+    assert "NaN router" in format_autopsy(report)
     return {row["fault"]: row for row in report["rows"]}
 
 
@@ -84,7 +82,7 @@ def test_nan_weights_give_loss_zero_full_sparsity_and_one_repeated_token(rows):
         "zero training loss": True, "100 % sparsity": True, "text loops": True, "finite, bad perplexity": False,
         "tasks above chance": None, "needle lost": None}
     assert row["logged_loss"] == 0 and row["logged_sparsity"] == 1 and math.isnan(row["perplexity"])
-    assert row["generation"]["greedy"]["distinct_1"] == pytest.approx(1 / 96) and row["verdict"] == "non-finite"
+    assert row["generation"]["greedy"]["distinct_1"] == pytest.approx(1 / 32) and row["verdict"] == "non-finite"
     assert row["finite_losses"] == pytest.approx((STEPS // 2 + 1) / STEPS)  # the poisoned step's own loss still is
     before = rows["NaN weights, evaluated before"]
     assert before["weights_not_finite"] == 0 and before["perplexity"] < 6 and before["logged_loss"] == 0
