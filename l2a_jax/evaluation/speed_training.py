@@ -69,9 +69,11 @@ _TARGETS = {"router_only": ((145e3, 12), (220e3, 8)), "l2a_ft": ((130e3, 12), (2
 
 
 def standard_cases() -> list[StepCase]:
-    """The issue's three steps, as they start and at one token in five; then what fits a 24 GB card."""
-    small = [StepCase(regime, routed=routed, must=must, aim=aim) for regime, (must, aim) in _TARGETS.items()
-             for routed in (1.0, 0.2)]
+    """The issue's three steps, as they start and at one token in five, with either kind of logits; then what fits a
+    24 GB card."""
+    small = [StepCase(regime, routed=routed, logits=logits, must=must, aim=aim)
+             for regime, (must, aim) in _TARGETS.items()
+             for routed in ((1.0,) if regime in PLAIN_REGIMES else (1.0, 0.2)) for logits in ("float32", "float16")]
     return [*small, StepCase("router_strict", routed=0.2), StepCase("l2a_paper", routed=0.2), StepCase("pretrain")]
 
 
