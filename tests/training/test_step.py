@@ -152,11 +152,11 @@ def test_training_with_the_kernels_is_training_with_the_reference(backend, layer
     """The same losses, step by step, unrolled and rematerialised as a GPU does it, in float32; leakage as the layer's
     preset has it, so the path that learns decisions from one backward pass is among them."""
     config = dataclasses.replace(LAYERS[layer], leakage=1.0 if LAYERS[layer].share_attention else 0.5)
-    losses = {}
+    wide, losses = dataclasses.replace(CONFIG, head_dim=64), {}  # a width that the kernels have
     for name, mode in ((backend, "elementwise"), ("reference", "none")):
-        objective = OBJECTIVE._replace(l2a_config=config, backend=name, remat=checkpoint_policy(mode),
+        objective = OBJECTIVE._replace(config=wide, l2a_config=config, backend=name, remat=checkpoint_policy(mode),
                                        unroll=mode != "none")
-        _, state, frozen, step = set_up(objective=objective, lr=1e-3, router_lr=1e-3)
+        _, state, frozen, step = set_up(objective=objective, params=make_params(config, wide), lr=1e-3, router_lr=1e-3)
         losses[name] = []
         for index in range(steps):
             state, metrics = step(state, frozen, make_batch(1, seed=index), jax.random.key(0))

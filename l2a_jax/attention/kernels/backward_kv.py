@@ -101,12 +101,14 @@ def _over_heads(spec, first_head, bounds, visit, carry, part, parts):
     pipeline of loads is filled three times and not three times per head. A part takes its share of each loop."""
     begin, full_begin, full_end, end = bounds
     for first, last, edge in ((begin, full_begin, True), (full_begin, full_end, False), (full_end, end, True)):
-        tiles = last - first
+        # The load pipeline divides before it knows whether there is a first step. A division by zero there is
+        # undefined: the compiler then takes it that there is one, and loads from wherever the quotient points.
+        tiles = jnp.maximum(last - first, 1)
 
         def step(i, carry, first=first, tiles=tiles, edge=edge):
             return visit(first_head + jax.lax.div(i, tiles), first + jax.lax.rem(i, tiles), carry, edge)
 
-        total = tiles * spec.group_size
+        total = (last - first) * spec.group_size
         carry = jax.lax.fori_loop(total * part // parts, total * (part + 1) // parts, step, carry)
     return carry
 
