@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from l2a_jax.config import ModelConfig
 from l2a_jax.models.params import Tree
 
-CHUNK = 2_048  # tokens; x 152K vocabulary x 4 bytes = 1.2 GB of float32 logits at a time
+CHUNK = {4: 2_048, 2: 4_096}  # tokens by bytes a logit: 1.2 GB at a time for a vocabulary of 152K
 
 
 class _How(NamedTuple):
@@ -38,23 +38,32 @@ def cross_entropy(
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
     config: ModelConfig,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     logits_dtype: Any = jnp.float32,
 ) -> TokenLoss:
     """Weighted sums over all tokens; divide by the weights' sum for means. Differentiable in hidden and in the head.
 
-    `logits_dtype` float16 moves half as much memory, by far the most of this function's time beside its products. It
-    keeps 11 bits where bfloat16, in which others keep logits, has 8: a logit below 16 is off by at most 0.004, less
-    than the rounding of bfloat16 activations makes it. Beyond 65,504 it is infinite, and the loss not finite.
+    `chunk`: tokens at a time (None: `CHUNK`). `logits_dtype`: see `logits_dtype_of`.
     """
+    dtype = jnp.dtype(logits_dtype)
     kernel = params["embed"]["embedding"] if config.tie_embeddings else params["unembed"]["kernel"].T
     rows = hidden.reshape(-1, hidden.shape[-1])
-    how = _How(chunk, jnp.dtype(logits_dtype))
+    how = _How(CHUNK[dtype.itemsize] if chunk is None else chunk, dtype)
     return TokenLoss(*_summed(how, rows, kernel, targets.reshape(-1), weights.reshape(-1).astype(jnp.float32)))
 
 
+def logits_dtype_of(compute_dtype: Any) -> Any:
+    """What a training step keeps its logits in: float16 where it computes in bfloat16, else float32.
+
+    float16 takes half the memory and so twice the tokens a product, with 11 bits where bfloat16, in which others keep
+    logits, has 8: a logit below 16 is off by at most 0.004, less than the rounding of bfloat16 activations makes it.
+    Beyond 65,504 it is infinite, and the loss not finite. Evaluation (`token_nll`) always keeps float32.
+    """
+    return jnp.float16 if jnp.dtype(compute_dtype) == jnp.bfloat16 else jnp.float32
+
+
 def token_nll(params: Tree, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"], config: ModelConfig,
-              chunk: int = CHUNK) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+              chunk: int = CHUNK[4]) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
     """Negative log-likelihood of each target in nats, and whether it is the top token; for evaluation."""
     kernel = params["embed"]["embedding"] if config.tie_embeddings else params["unembed"]["kernel"].T
     rows = hidden.reshape(-1, hidden.shape[-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,18 @@ def test_auto_says_what_it_picked_and_why(caplog):
         attention.full(*arrays(24, length=7), backend="auto")
     expected = "backend xla" if jax.default_backend() != "gpu" else "passed over: pallas (head width 24"
     assert expected in caplog.text
+
+
+@pytest.mark.parametrize("operation, width, window, first", [
+    ("full", 64, None, "cudnn"), ("local", 64, 1_024, "pallas"), ("local", 64, 4_096, "cudnn"),
+    ("local", 128, 512, "cudnn"), ("routed", 64, None, "pallas"),
+])
+def test_hopper_takes_what_measured_faster(monkeypatch, operation, width, window, first):
+    call = api.Call(operation, 1, 16_384, 14, 2, width, "bfloat16", window)
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability="9.0")])
+    assert api._order(call, "gpu")[0] == first
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability="8.9")])
+    assert api._order(call, "gpu")[0] == "pallas"
 
 
 def test_shapes_that_do_not_fit_are_named():
