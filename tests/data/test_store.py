@@ -30,7 +30,7 @@ def read(store, tokenizer):
 
 
 def test_documents_come_back_as_they_were_each_with_its_end(build, write, texts, tokenizer):
-    found = texts(50) + ["ünï cödé 😀\n\n  spaces \t", "", "last"]
+    found = [*texts(50), "ünï cödé 😀\n\n  spaces \t", "", "last"]
     store = build(write("a.jsonl.gz", found))
     assert read(store, tokenizer) == [text + "<|endoftext|>" for text in found if text]
     assert store.meta["empty_documents"] == 1 and store.meta["documents"] == 52

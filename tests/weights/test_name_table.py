@@ -60,7 +60,8 @@ def test_the_second_set_has_the_names_of_the_release(layer):
         *(f"self_attn.{p}_proj_global.weight" for p in "qkvo"),
         *(f"self_attn.{p}_proj_global.bias" for p in "qkv"),
     }
-    assert tensor_map(config, LAYERS[layer])["model.layers.0.self_attn.sigmoid_linear.weight"].shape == (1, config.hidden_size)
+    router = tensor_map(config, LAYERS[layer])["model.layers.0.self_attn.sigmoid_linear.weight"]
+    assert router.shape == (1, config.hidden_size)
 
 
 def test_a_shared_set_adds_the_router_alone():
