@@ -1,6 +1,7 @@
 """The main results table of several evaluated runs: `python eval/table.py RUN... [--baseline RUN] [--out table.md]`.
 
 RUN is a folder that holds eval.json, or such a file. Prints markdown; --out writes it, and the numbers as JSON.
+`python eval/table.py eval/results/replication.json` prints the study's main tables from its numbers.
 """
 
 from __future__ import annotations
@@ -22,6 +23,11 @@ def main(arguments: list[str] | None = None) -> int:
     from l2a_jax.evaluation import table
 
     try:
+        if len(flags.runs) == 1 and pathlib.Path(flags.runs[0]).name == "replication.json":
+            from l2a_jax.study import report
+
+            print(report.main_tables(pathlib.Path(flags.runs[0])), end="")
+            return 0
         runs = [table.load(run) for run in flags.runs]
         made = table.make_table(runs, None if flags.baseline is None else table.load(flags.baseline))
         print(table.markdown(made), end="")

@@ -5,6 +5,7 @@ Every table is of declared rows: one without a file says "not run" and why, and 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import reported, table
 from l2a_jax.study import damage, plots
-from l2a_jax.study.facts import as_results, facts, load, perplexity_ratio, result
+from l2a_jax.study.facts import as_results, facts, load, numbers, perplexity_ratio, result
 from l2a_jax.study.page import group_of, markdown, ratio_rows
 from l2a_jax.study.row import Row
 from l2a_jax.study.rows import all_rows
@@ -58,6 +59,18 @@ def write(folder: Path, out: Path, rows: Sequence[Row] | None = None) -> list[Pa
     except OSError as error:
         raise UserError(f"--report {out} cannot be written: {error}") from error
     return [*paths, *(out / name for name in figures.values())]
+
+
+def main_tables(path: Path) -> str:
+    """The main table of every size that was run, as markdown, from the numbers of a `replication.json`.
+
+    UserError where the file is not one."""
+    try:
+        made = numbers(json.loads(path.read_text()))
+        return "\n".join(f"## {entry['size']}\n\n{table.markdown(entry['table'])}" for entry in made["main"]
+                         if entry["table"] is not None)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a study's replication.json ({type(error).__name__}: {error})") from error
 
 
 def _figures(made, out) -> dict[str, bool]:

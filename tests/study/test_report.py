@@ -1,16 +1,20 @@
 """The report: from files of rows to tables, differences and figures. Numbers here are made up, for their form alone."""
 
 import json
+import pathlib
+import runpy
 
 import numpy as np
 import pytest
 
 from l2a_jax.errors import UserError
-from l2a_jax.evaluation import intervals, table
+from l2a_jax.evaluation import intervals
 from l2a_jax.study import damage, facts, report, runner
 from l2a_jax.study.rows import choose
 from l2a_jax.training.metrics import write_json
 
+ROOT = pathlib.Path(__file__).parents[2]
+rebuild = runpy.run_path(str(ROOT / "eval" / "table.py"))["main"]
 WINDOWS = np.full(20, 100)
 NLL = np.random.default_rng(0).normal(250, 20, 20)
 
@@ -63,7 +67,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_the_report_holds_what_was_run_and_says_what_was_not(folder, tmp_path):
+def test_the_report_holds_what_was_run_and_says_what_was_not(folder, tmp_path, capsys):
     paths = report.write(folder, tmp_path)
     names = {path.name for path in paths}
     assert {"replication.md", "replication.json", "replication_frontier.png", "replication_effects.png",
@@ -79,8 +83,11 @@ def test_the_report_holds_what_was_run_and_says_what_was_not(folder, tmp_path):
         "few parameters": True, "sparsity": True, "perplexity": True, "hellaswag": True, "piqa": True,
         "arc_challenge": True, "needle": True}
     assert rows["router_only-diverse-0.5b"]["aim"]["perplexity"] is False
-    again = table.markdown(facts.numbers(made)["main"][0]["table"])  # the main table, rebuilt from the JSON
+    assert rebuild([str(paths[1])]) == 0  # the main table, from the JSON alone
+    again = capsys.readouterr().out.removeprefix("## 0.5b\n\n")
     assert again in text and "Δ x1.2" in again
+    (tmp_path / "replication.json").write_text("{}")
+    assert rebuild([str(paths[1])]) == 2 and "is not a study's replication.json" in capsys.readouterr().err
     term = made["damage"]["nats a token above the baseline"]["main_effects"]["terms"]["rope"]["levels"]["linear:5"]
     assert term["interval"][0] < 0.5 < term["interval"][1] and term["difference"] == pytest.approx(0.5, abs=0.02)
 
