@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import pathlib
 
 from jaxtyping import install_import_hook
 
@@ -14,6 +15,25 @@ install_import_hook("l2a_jax", "tests.typecheck.check")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+if jax.default_backend() == "cpu":
+    # Programs run a few times on a few numbers: compiling them well would take most of the time, and compiling them
+    # again in every worker, subprocess and run much of the rest.
+    cache = pathlib.Path(__file__).resolve().parents[1] / ".pytest_cache" / "jax"
+    for name, value in (("jax_disable_most_optimizations", True), ("jax_compilation_cache_dir", str(cache)),
+                        ("jax_persistent_cache_min_compile_time_secs", 0.2)):
+        if name.upper() not in os.environ:
+            os.environ[name.upper()] = str(int(value) if isinstance(value, bool) else value)
+            jax.config.update(name, value)
+
+
+@pytest.fixture
+def optimised():
+    """For a test whose programs run long enough to be compiled well."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def _lacking(marker: str) -> str | None:

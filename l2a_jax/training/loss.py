@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from l2a_jax.config import ModelConfig
 from l2a_jax.models.params import Tree
 
-CHUNK = {4: 2_048, 2: 4_096}  # tokens by bytes a logit: 1.2 GB at a time for a vocabulary of 152K
+CHUNK = 2_048  # tokens; x 152K vocabulary x 4 bytes = 1.2 GB of float32 logits at a time, twice as many in float16
 
 
 class _How(NamedTuple):
@@ -43,12 +43,12 @@ def cross_entropy(
 ) -> TokenLoss:
     """Weighted sums over all tokens; divide by the weights' sum for means. Differentiable in hidden and in the head.
 
-    `chunk`: tokens at a time (None: `CHUNK`). `logits_dtype`: see `logits_dtype_of`.
+    `chunk`: tokens at a time (None: `CHUNK` float32 logits' worth of memory). `logits_dtype`: see `logits_dtype_of`.
     """
     dtype = jnp.dtype(logits_dtype)
     kernel = params["embed"]["embedding"] if config.tie_embeddings else params["unembed"]["kernel"].T
     rows = hidden.reshape(-1, hidden.shape[-1])
-    how = _How(CHUNK[dtype.itemsize] if chunk is None else chunk, dtype)
+    how = _How(CHUNK * 4 // dtype.itemsize if chunk is None else chunk, dtype)
     return TokenLoss(*_summed(how, rows, kernel, targets.reshape(-1), weights.reshape(-1).astype(jnp.float32)))
 
 
@@ -63,7 +63,7 @@ def logits_dtype_of(compute_dtype: Any) -> Any:
 
 
 def token_nll(params: Tree, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"], config: ModelConfig,
-              chunk: int = CHUNK[4]) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+              chunk: int = CHUNK) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
     """Negative log-likelihood of each target in nats, and whether it is the top token; for evaluation."""
     kernel = params["embed"]["embedding"] if config.tie_embeddings else params["unembed"]["kernel"].T
     rows = hidden.reshape(-1, hidden.shape[-1])

@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import pytest
 
 from l2a_jax.data.recall import RecallCorpus
@@ -21,14 +20,6 @@ def make_row(name, regime="router_only", measures=QUICK, baseline="plain", **giv
     flags = {"seq_len": 128} if regime == "baseline" else {**LAYER, "seed": 0, **given}
     return Row(name, "test", "does it run?", "0.5b", regime, tuple(flags.items()), ("notes={data}/train",), measures,
                None if regime == "baseline" else baseline)
-
-
-@pytest.fixture(scope="package", autouse=True)
-def quick_programs():
-    """Each program runs a few times on a few tokens: compiling it well would take most of the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """The packaged model, plain and with untrained layers on it, and held-out rows of the corpus it knows: few shapes."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,14 +11,6 @@ from l2a_jax.models.params import add_routing
 from l2a_jax.weights.pretrained import TINY, load_pretrained
 
 SHARED = L2AConfig(window=12, sinks=2)
-
-
-@pytest.fixture(scope="package", autouse=True)
-def quick_programs():
-    """Each program runs a few times on a few tokens: compiling it well would take most of the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,7 @@ def reference(params, hidden, targets, weights, config):
     return -jnp.sum(weights * jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0])
 
 
-@pytest.mark.parametrize("config", [CONFIG, UNTIED])
-@pytest.mark.parametrize("chunk", [1, 7, 26, 1000])
+@pytest.mark.parametrize("config, chunk", [(CONFIG, 1), (UNTIED, 7), (CONFIG, 26), (UNTIED, 1000)])
 def test_values_and_gradients(config, chunk):
     params = make_params(None, config)
     hidden = jax.random.normal(jax.random.key(0), (2, 13, config.hidden_size))
