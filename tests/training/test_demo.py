@@ -6,7 +6,7 @@ from l2a_jax import presets, runs
 from l2a_jax.weights.pretrained import TINY, load_pretrained, locate
 
 
-@pytest.mark.parametrize("regime, given", [("l2a_ft", {}), ("router_strict", {"steps": 100})])
+@pytest.mark.parametrize("regime, given", [("l2a_ft", {"steps": 120}), ("router_strict", {"steps": 100})])
 def test_the_router_finds_what_needs_memory(regime, given, tmp_path, optimised):
     rows = runs.train(presets.resolve(regime, given), tmp_path / "run")["recall"]["rows"]
     baseline, trained = rows["baseline (full attention)"], rows["trained router"]
