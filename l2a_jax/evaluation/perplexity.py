@@ -13,6 +13,7 @@ S = C are disjoint windows, as in most published WikiText-2 numbers (which often
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import math
@@ -111,6 +112,10 @@ def score_windows(
     count, length = windows.tokens.shape
     check_tokens(jnp.asarray(windows.tokens), model.config)
     rows = max(1, min(count, batch_tokens // length))
+    layer, pruned = model.l2a_config, None
+    if layer is not None:  # as numbers: one program for every choice of layers
+        pruned = np.isin(np.arange(model.config.num_layers), layer.pruned_layers)
+        layer = dataclasses.replace(layer, pruned_layers=())
     nll, correct = np.zeros((count, length)), np.zeros((count, length), bool)
     routed, entropy = [], 0.0
     with progress(label, count) as report:
@@ -118,7 +123,7 @@ def score_windows(
             stop = min(start + rows, count)
             tokens, targets, real = (_filled(x[start:stop], rows) for x in (*windows[:2], windows.real))
             forced = None if decisions is None else _filled(decisions[:, start:stop], rows, axis=1)
-            found = jax.device_get(_score(model.params, tokens, targets, real, forced, model.config, model.l2a_config,
+            found = jax.device_get(_score(model.params, tokens, targets, real, forced, pruned, model.config, layer,
                                           backend))
             nll[start:stop], correct[start:stop] = (x[: stop - start] for x in (found.nll, found.correct))
             _check_finite(nll, windows, start, stop)
@@ -168,9 +173,10 @@ class _Scored(NamedTuple):
     entropy: Any
 
 
-@functools.partial(jax.jit, static_argnums=(5, 6, 7))
-def _score(params, tokens, targets, real, decisions, config, l2a_config, backend):
-    hidden, routed = hidden_states(params, tokens, config, l2a_config, decisions=decisions, backend=backend)
+@functools.partial(jax.jit, static_argnums=(6, 7, 8))
+def _score(params, tokens, targets, real, decisions, pruned, config, l2a_config, backend):
+    hidden, routed = hidden_states(params, tokens, config, l2a_config, decisions=decisions, pruned=pruned,
+                                   backend=backend)
     nll, correct = token_nll(params, hidden, targets, config)
     if routed is None:
         return _Scored(nll, correct, None, None)

@@ -40,6 +40,7 @@ def hidden_states(
     positions: Int[Array, "B T"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     decisions: Bool[Array, "L B T"] | None = None,
+    pruned: Bool[Array, " L"] | None = None,
     key: PRNGKeyArray | None = None,
     train: bool = False,
     backend: str = "auto",
@@ -48,18 +49,19 @@ def hidden_states(
 ) -> tuple[Float[Array, "B T D"], LayerRouting | None]:
     """The normed output of the last layer, and the routing of every layer ([L, B, T] each; None for a plain model).
 
-    `positions` default to 0..T-1, restarting with every document of `segment_ids`. `decisions` override the router:
-    no straight-through gradient, leakage or penalty then. `train` switches straight-through gradients and leakage
-    on; `key` (already folded with seed, step and microbatch) is needed where 0 < leakage < 1 or 0 < flip. `remat`:
-    recompute each layer in the backward pass; a checkpoint policy says what to keep. `unroll`: a program without a
-    loop over layers, which compiles longer and keeps what the backward pass needs where it was made, in place of
-    stacking it. The compute dtype is the embedding's.
+    `positions` default to 0..T-1, restarting with every document of `segment_ids`. `decisions` override the router: no
+    straight-through gradient, leakage or penalty then. `pruned` says which layers never route (None: the
+    configuration's `pruned_layers`), as numbers, so that one program serves every choice. `train` switches
+    straight-through gradients and leakage on; `key` (already folded with seed, step and microbatch) is needed where 0 <
+    leakage < 1 or 0 < flip. `remat`: recompute each layer in the backward pass; a checkpoint policy says what to keep.
+    `unroll`: a program without a loop over layers, which compiles longer and keeps what the backward pass needs where
+    it was made, in place of stacking it. The compute dtype is the embedding's.
 
     Raises UserError on tokens outside the vocabulary (where values are known), or a sequence longer than the rotary
     embedding is meant for; ValueError on shapes that do not fit.
     """
     x, routing, _ = _run(params, tokens, config, l2a_config, positions, segment_ids, decisions, key, train, backend,
-                         remat, unroll, None)
+                         remat, unroll, None, pruned)
     return rms_norm(x, params["norm_final"], config.rms_norm_eps), routing
 
 
@@ -99,7 +101,7 @@ def forward(params: Tree, tokens: Int[Array, "B T"], config: ModelConfig, l2a_co
 
 
 def _run(params, tokens, config, l2a_config, positions, segment_ids, decisions, key, train, backend, remat, unroll,
-         probe):
+         probe, pruned=None):
     _check(params, tokens, config, l2a_config, segment_ids, decisions, key, train)
     index = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     if positions is None:
@@ -129,8 +131,7 @@ def _run(params, tokens, config, l2a_config, positions, segment_ids, decisions, 
 
     layers = jnp.arange(config.num_layers)
     keys = None if key is None else jax.vmap(lambda layer: jax.random.fold_in(key, layer))(layers)
-    pruned = None
-    if l2a_config is not None and l2a_config.pruned_layers:
+    if pruned is None and l2a_config is not None and l2a_config.pruned_layers:
         pruned = jnp.isin(layers, jnp.asarray(l2a_config.pruned_layers))
     x = params["embed"]["embedding"][tokens]
     start = None if probe is None else probe(x)

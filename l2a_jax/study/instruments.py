@@ -48,6 +48,8 @@ def _prunable(subject) -> dict[str, Any]:
     module = importlib.import_module("l2a_jax.study.prunable")
     windows, _ = subject.audited()
     half = len(windows.tokens) // 2
+    if half == 0:
+        raise UserError("prunable: half of the audited windows choose and half pay, so there must be two at least")
     first, rest = (windows._replace(**{name: getattr(windows, name)[part]
                                        for name in ("tokens", "targets", "scored", "real")})
                    for part in (slice(None, half), slice(half, None)))

@@ -38,7 +38,7 @@ def prunable(
     `layers`: every layer's sparsity, and `cost` (nats a token, with `cost_95` paired over windows) where it was pruned
     alone. `cumulative`: the sparsest layer, the two sparsest, ...: perplexity, cost, and bytes of the cache of one row
     of `cache_tokens`. `thresholds`: which layers lie above each, with that row's numbers and those of `extra(model)`,
-    such as the needle. Every set of layers compiles anew, which is most of the time it takes.
+    such as the needle.
 
     Raises UserError for a plain model, or a threshold that is no share.
     """

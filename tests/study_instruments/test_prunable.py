@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from l2a_jax.errors import UserError
-from l2a_jax.evaluation import pruning_cost
+from l2a_jax.evaluation import perplexity, pruning_cost
 from l2a_jax.inference.cache import cache_bytes
 from l2a_jax.inference.pruning import pruned
 from l2a_jax.study.prunable import format_prunable, prunable
@@ -22,6 +22,8 @@ def model(with_layer):
 
 
 def test_the_report(model, windows):
+    perplexity.score_windows(model, windows)
+    programs = perplexity._score._cache_size()
     report = prunable(model, windows, windows, thresholds=(0.1, 0.999), cache_tokens=1_024,
                       extra=lambda less: {"needle": len(less.l2a_config.pruned_layers)})
     sparsity = [row["sparsity"] for row in report["layers"]]
@@ -41,6 +43,7 @@ def test_the_report(model, windows):
     assert low["pruned"] == [1, 2] and low["cost"] == rows[2]["cost"] and low["needle"] == 2
     assert high["pruned"] == [] and high["cost"] == 0 and high["needle"] == 0
     assert "> 0.999: 0" in format_prunable(report)
+    assert perplexity._score._cache_size() == programs, "a choice of layers compiles nothing"
 
 
 def test_what_cannot_be_pruned(plain, model, windows):
