@@ -111,3 +111,6 @@ def test_pruned_layers_never_route():
     np.testing.assert_allclose(out.logits, same.logits, atol=1e-4)
     with pytest.raises(ValueError, match="do not exist"):
         forward(params, tokens, CONFIG, dataclasses.replace(layer, pruned_layers=(3,)))
+    as_numbers, _ = jax.jit(forward, static_argnums=(2, 3))(
+        params, tokens, CONFIG, dataclasses.replace(layer, pruned_layers=()), pruned=np.array([False, True, False]))
+    np.testing.assert_allclose(as_numbers, forward(params, tokens, CONFIG, layer).logits, atol=1e-5)
