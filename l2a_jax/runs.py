@@ -41,7 +41,6 @@ from l2a_jax.training import memory, metrics
 from l2a_jax.training.checkpoint import BEST, LATEST, Checkpoints
 from l2a_jax.training.diagnose import first_non_finite
 from l2a_jax.training.loop import NonFinite, Schedule, Stopped, fit, stacked_batch
-from l2a_jax.training.loss import logits_dtype_of
 from l2a_jax.training.optimizer import OptimizerConfig, make_optimizer
 from l2a_jax.training.regimes import check_attention_layers, count_parameters, partition, regime_mask
 from l2a_jax.training.remat import checkpoint_policy
@@ -168,8 +167,7 @@ def compile_run(plan: Plan) -> Run:
     """Compile a step from shapes alone and refuse a run that cannot fit (UserError with the estimate)."""
     s = plan.settings
     objective = Objective(plan.config, plan.l2a_config, dtype=plan.dtype, backend=s.backend,
-                          remat=checkpoint_policy(s.remat), unroll=_unrolls(s), attention_layers=s.attention_layers,
-                          logits_dtype=logits_dtype_of(plan.dtype))
+                          remat=checkpoint_policy(s.remat), unroll=_unrolls(s), attention_layers=s.attention_layers)
     rule = OptimizerConfig(s.lr, plan.steps, weight_decay=s.weight_decay, clip=s.clip,
                            attention_layers=s.attention_layers)
     optimizer = make_optimizer(rule, s.regime)

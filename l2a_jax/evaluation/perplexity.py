@@ -29,6 +29,7 @@ from l2a_jax.data.batch import Batch
 from l2a_jax.data.progress import progress
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import intervals
+from l2a_jax.models.params import check_layers
 from l2a_jax.models.qwen2 import check_tokens, hidden_states
 from l2a_jax.nn import routing
 from l2a_jax.training.loss import token_nll
@@ -114,6 +115,7 @@ def score_windows(
     rows = max(1, min(count, batch_tokens // length))
     layer, pruned = model.l2a_config, None
     if layer is not None:  # as numbers: one program for every choice of layers
+        check_layers(model.config, layer)
         pruned = np.isin(np.arange(model.config.num_layers), layer.pruned_layers)
         layer = dataclasses.replace(layer, pruned_layers=())
     nll, correct = np.zeros((count, length)), np.zeros((count, length), bool)

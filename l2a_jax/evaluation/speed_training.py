@@ -51,7 +51,6 @@ class StepCase:
     routed: float = 1.0
     unroll: bool = True
     backend: str = "auto"
-    logits: str = "float16"
     must: tuple[float | None, float | None] = (None, None)
     aim: tuple[float | None, float | None] = (None, None)
 
@@ -59,9 +58,7 @@ class StepCase:
     def name(self) -> str:
         """Model, regime, size, and what differs from the defaults."""
         routed = "" if self.regime in PLAIN_REGIMES else f", from {self.routed:.0%} routed"
-        logits = "" if self.logits == "float16" else f", logits {self.logits}"
-        return (f"{self.model} {self.regime} {self.batch} x {self.length:,} W={self.window}{routed}, remat {self.remat}"
-                f"{logits}")
+        return f"{self.model} {self.regime} {self.batch} x {self.length:,} W={self.window}{routed}, remat {self.remat}"
 
 
 _TARGETS = {"router_only": ((145e3, 12), (220e3, 8)), "l2a_ft": ((130e3, 12), (200e3, 9)),
@@ -98,8 +95,7 @@ class Step:
         self.layer = layer
         optimizer = make_optimizer(OptimizerConfig(settings.lr, 1_000, 50, settings.router_lr), case.regime)
         objective = Objective(self.config, layer, penalty=settings.penalty, penalty_ramp=1_000, dtype=jnp.bfloat16,
-                              backend=case.backend, remat=checkpoint_policy(case.remat), unroll=case.unroll,
-                              logits_dtype=case.logits)
+                              backend=case.backend, remat=checkpoint_policy(case.remat), unroll=case.unroll)
         abstract = abstract_params(self.config, layer, jnp.bfloat16)
         mask = regime_mask(abstract, case.regime)
         params = jax.jit(lambda key: init_params(self.config, key, layer, jnp.bfloat16))(jax.random.key(0))

@@ -39,13 +39,14 @@ def cross_entropy(
     weights: Float[Array, "B T"],
     config: ModelConfig,
     chunk: int | None = None,
-    logits_dtype: Any = jnp.float32,
+    logits_dtype: Any = None,
 ) -> TokenLoss:
     """Weighted sums over all tokens; divide by the weights' sum for means. Differentiable in hidden and in the head.
 
-    `chunk`: tokens at a time (None: `CHUNK` float32 logits' worth of memory). `logits_dtype`: see `logits_dtype_of`.
+    `chunk`: tokens at a time (None: `CHUNK` float32 logits' worth of memory). `logits_dtype`: None
+    for `logits_dtype_of` the dtype of `hidden`.
     """
-    dtype = jnp.dtype(logits_dtype)
+    dtype = jnp.dtype(logits_dtype_of(hidden.dtype) if logits_dtype is None else logits_dtype)
     kernel = params["embed"]["embedding"] if config.tie_embeddings else params["unembed"]["kernel"].T
     rows = hidden.reshape(-1, hidden.shape[-1])
     how = _How(CHUNK * 4 // dtype.itemsize if chunk is None else chunk, dtype)

@@ -35,8 +35,8 @@ class TrainState(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """Everything static about a step. `remat` and `unroll` are those of `hidden_states`, `logits_dtype` that of
-    `cross_entropy`; `attention_layers` are the optimizer's, for the gradient norm that a step reports."""
+    """Everything static about a step. `remat` and `unroll` are those of `hidden_states`; `attention_layers` are
+    the optimizer's, for the gradient norm that a step reports."""
 
     config: ModelConfig
     l2a_config: L2AConfig | None
@@ -48,7 +48,6 @@ class Objective(NamedTuple):
     remat: Callable | bool = False
     unroll: bool = False
     attention_layers: tuple[int, ...] | None = None
-    logits_dtype: Any = jnp.float32
 
 
 class Dials(NamedTuple):
@@ -118,8 +117,7 @@ def train_step(
             params, micro.tokens, objective.config, objective.l2a_config, positions=micro.positions,
             segment_ids=micro.segment_ids, key=micro_key, train=True, backend=objective.backend,
             remat=objective.remat, unroll=objective.unroll)
-        summed = cross_entropy(params, hidden, micro.targets, micro.weights, objective.config,
-                               logits_dtype=objective.logits_dtype)
+        summed = cross_entropy(params, hidden, micro.targets, micro.weights, objective.config)
         if routed is None:
             nothing = jnp.zeros(layers)
             return summed.nll / counted, _Sums(summed.nll, summed.correct, jnp.zeros(()), nothing, nothing)

@@ -227,7 +227,7 @@ def test_truncation_and_padding_left_on_do_not_cut_documents(tokenizer):
 
 
 def test_a_transformers_tokenizer(tokenizer):
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="needs the parity extra")
     wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="z")
     encoder, plain = make_encoder(wrapped), make_encoder(tokenizer)
     assert encoder.end_id == plain.end_id == 256, "documents end with <|endoftext|>, not with a turn's end"

@@ -115,8 +115,9 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 def test_parquet(tmp_path, suffix):
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+    from pyarrow import parquet
+
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"text": ["one", None, "two"], "n": [1, 2, 3]}), path)
     if suffix:
@@ -126,7 +127,6 @@ def test_parquet(tmp_path, suffix):
 
 
 def test_a_damaged_parquet_file_is_named(tmp_path):
-    pytest.importorskip("pyarrow")
     (tmp_path / "a.parquet").write_bytes(b"no parquet at all")
     with pytest.raises(UserError, match=r"a\.parquet is not a whole parquet file"):
         list(read_records(tmp_path / "a.parquet"))

@@ -61,8 +61,8 @@ def test_nothing_but_the_window_is_wrong_with_the_faulty_model():
 @pytest.fixture(scope="module")
 def rows(plain, windows):
     objective = Objective(plain.config, LAYER, penalty=0.01, penalty_warmup=3, penalty_ramp=STEPS // 2)
-    report = autopsy(plain, LAYER, RecallCorpus(128, 2), windows, [row[:24].tolist() for row in windows.tokens[:2]],
-                     objective=objective, optimizer=OptimizerConfig(1e-2, STEPS, 3, router_lr=5e-3), new_tokens=16,
+    report = autopsy(plain, LAYER, RecallCorpus(128, 4), windows, [row[:24].tolist() for row in windows.tokens[:2]],
+                     objective=objective, optimizer=OptimizerConfig(1e-2, STEPS, 3, router_lr=5e-3), new_tokens=32,
                      extra=lambda model: {"needle": 0.0, "task_margin": 0.1})
     json.dumps(as_json(report), allow_nan=False)
     assert "NaN router" in format_autopsy(report)
@@ -82,7 +82,7 @@ def test_nan_weights_give_loss_zero_full_sparsity_and_one_repeated_token(rows):
         "zero training loss": True, "100 % sparsity": True, "text loops": True, "finite, bad perplexity": False,
         "tasks above chance": None, "needle lost": None}
     assert row["logged_loss"] == 0 and row["logged_sparsity"] == 1 and math.isnan(row["perplexity"])
-    assert row["generation"]["greedy"]["distinct_1"] == pytest.approx(1 / 16) and row["verdict"] == "non-finite"
+    assert row["generation"]["greedy"]["distinct_1"] == pytest.approx(1 / 32) and row["verdict"] == "non-finite"
     assert row["finite_losses"] == pytest.approx((STEPS // 2 + 1) / STEPS)  # the poisoned step's own loss still is
     before = rows["NaN weights, evaluated before"]
     assert before["weights_not_finite"] == 0 and before["perplexity"] < 6 and before["logged_loss"] == 0
@@ -99,7 +99,7 @@ def test_a_nan_router_leaves_a_finite_local_model(rows, plain):
 
 def test_a_leak_trains_below_what_the_text_allows(rows):
     leak, sound = rows["leak"], rows["none"]
-    assert leak["logged_loss"] < 0.85 * sound["logged_loss"] and leak["perplexity"] > 1.1 * sound["perplexity"]
+    assert leak["logged_loss"] < 0.75 * sound["logged_loss"] and leak["perplexity"] > 1.1 * sound["perplexity"]
     assert math.log(leak["perplexity"]) > leak["logged_loss"] + 0.5 and leak["future_seen"] < 1e-5
 
 

@@ -1,5 +1,7 @@
 """Prunable layers: the numbers are those of the pruning task, on a router whose closed layers are known."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -53,3 +55,6 @@ def test_what_cannot_be_pruned(plain, model, windows):
         prunable(model, windows, windows, thresholds=(1.5,))
     with pytest.raises(UserError, match="at least one threshold"):
         prunable(model, windows, windows, thresholds=())
+    beyond = model._replace(l2a_config=dataclasses.replace(model.l2a_config, pruned_layers=(30,)))
+    with pytest.raises(ValueError, match="do not exist"):
+        perplexity.score_windows(beyond, windows)

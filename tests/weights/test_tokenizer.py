@@ -39,7 +39,7 @@ def folder(tmp_path):
 @pytest.fixture
 def theirs():
     """transformers' Qwen2 tokenizer with the toy vocabulary."""
-    qwen2 = pytest.importorskip("transformers").Qwen2Tokenizer
+    qwen2 = pytest.importorskip("transformers", reason="needs the parity extra").Qwen2Tokenizer
     tokens, _ = vocabulary()
     found = qwen2(vocab={t: i for i, t in enumerate(tokens)}, merges=[tuple(m.split(" ")) for m in MERGES])
     found.add_special_tokens({"additional_special_tokens": SPECIAL})
