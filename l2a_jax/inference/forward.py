@@ -17,7 +17,7 @@ from l2a_jax import attention
 from l2a_jax.attention.decode import attend_cache
 from l2a_jax.config import L2AConfig, ModelConfig, rope_of
 from l2a_jax.inference.cache import Cache, Layout, empty_cache, full_reads, put, ring_of, ring_reads
-from l2a_jax.models.l2a import Context, attend
+from l2a_jax.models.l2a import Context, attend, join_projections
 from l2a_jax.models.params import Tree
 from l2a_jax.models.qwen2 import unembed
 from l2a_jax.nn.layers import gated_mlp, linear, rms_norm
@@ -112,11 +112,7 @@ def decode_params(params: Tree) -> DecodeParams:
         fused = {part: jnp.concatenate([tree[name][part] for name in names], axis=-1) for part in tree[names[0]]}
         return {**{name: leaf for name, leaf in tree.items() if name not in names}, "_".join(names): fused}
 
-    block = dict(params["layers"])
-    for name in block:
-        if name.startswith("attention"):
-            attention_set = joined(block[name], ("q", "k", "v"))
-            block[name] = {"qkv": attention_set["q_k_v"], "o": attention_set["o"]}
+    block = join_projections(params["layers"])
     block["mlp"] = joined(block["mlp"], ("gate", "up"))
     count = params["layers"]["norm_mlp"]["scale"].shape[0]
     layers = tuple(jax.tree.map(lambda leaf: leaf[layer], block) for layer in range(count))  # noqa: B023

@@ -154,12 +154,20 @@ def _norm(x, params, context):
     return rms_norm(x, params, context.config.rms_norm_eps)
 
 
+def join_projections(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """A layer, or stacked layers, whose attention sets have one "qkv" in place of "q", "k" and "v"."""
+    return {name: {"qkv": _joined(part), "o": part["o"]} if "q" in part else part for name, part in layer.items()}
+
+
+def _joined(params):
+    return {part: jnp.concatenate([params[name][part] for name in ("q", "k", "v")], axis=-1) for part in params["q"]}
+
+
 def _qkv(h, params, context):
     """q and k (rotated) and v from one matrix product: k and v alone are too narrow for the matrix units, and their
     gradients would each write a whole [B, T, D]."""
     heads, kv_heads = context.config.num_heads, context.config.num_kv_heads
-    joined = params.get("qkv") or {part: jnp.concatenate([params[name][part] for name in ("q", "k", "v")], axis=-1)
-                                   for part in params["q"]}
+    joined = params["qkv"] if "qkv" in params else _joined(params)
     together = linear(h, joined).reshape(*h.shape[:2], heads + 2 * kv_heads, context.config.head_dim)
     rotated = apply_rope(together[:, :, : heads + kv_heads], context.rope)
     return checkpoint_name((rotated[:, :, :heads], rotated[:, :, heads:], together[:, :, heads + kv_heads :]), "qkv")

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from l2a_jax.attention.reference import segment_starts
 from l2a_jax.config import L2AConfig, ModelConfig, position_limit, rope_of
 from l2a_jax.errors import UserError
-from l2a_jax.models.l2a import Context, LayerRouting, attend
+from l2a_jax.models.l2a import Context, LayerRouting, attend, join_projections
 from l2a_jax.models.params import Tree, as_module, check_layers, from_module, init_params
 from l2a_jax.nn.layers import gated_mlp, rms_norm
 from l2a_jax.nn.rope import rope_table
@@ -135,7 +135,9 @@ def _run(params, tokens, config, l2a_config, positions, segment_ids, decisions, 
         pruned = jnp.isin(layers, jnp.asarray(l2a_config.pruned_layers))
     x = params["embed"]["embedding"][tokens]
     start = None if probe is None else probe(x)
-    x, (routing, probed) = jax.lax.scan(block, x, (params["layers"], decisions, keys, pruned),
+    # Without a loop, one concatenation for all layers in place of one a layer, and as few slices of its gradient.
+    stack = join_projections(params["layers"]) if unroll else params["layers"]
+    x, (routing, probed) = jax.lax.scan(block, x, (stack, decisions, keys, pruned),
                                         unroll=config.num_layers if unroll else 1)
     if probe is not None:
         probed = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), start, probed)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from l2a_jax.config import ModelConfig
 from l2a_jax.models.params import Tree
+from l2a_jax.training.softmax_kernel import softmax_rows
 
 CHUNK = 2_048  # tokens; x 152K vocabulary x 4 bytes = 1.2 GB of float32 logits at a time, twice as many in float16
 
@@ -92,45 +93,35 @@ def _logits(rows, kernel):
 
 
 def _half_logits(rows, kernel):
-    """Logits of some tokens, kept in float16."""
+    """Logits of some tokens in float16."""
     logits = jnp.einsum("nd,vd->nv", rows.astype(jnp.float16), kernel.astype(jnp.float16))
     # What reads them reads them as float32: without the barrier the product itself would be made so.
-    return jax.lax.optimization_barrier(logits).astype(jnp.float32)
+    return jax.lax.optimization_barrier(logits)
 
 
 def _picked(logits, targets):
     return jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
 
 
-def _summary(logits: Float[Array, "n V"]) -> tuple[Float[Array, n], Float[Array, n], Float[Array, n]]:
-    """The largest logit, how many are as large, and the log-sum-exp, in one pass over memory.
-
-    The sum of exp(x - top) can be merged like the maximum itself (the online softmax of arXiv 1805.02867); as
-    reductions of their own they would read the logits, the largest array of a training step, two or three times. A
-    CPU adds one number after the other, so there the plain form is the more accurate one, and the faster.
-    """
-    return jax.lax.platform_dependent(logits, cuda=_online_summary, default=_plain_summary)
-
-
-def _plain_summary(logits):
-    top = jnp.max(logits, axis=-1)
-    return top, jnp.sum(logits == top[:, None], axis=-1, dtype=jnp.float32), jax.nn.logsumexp(logits, axis=-1)
+def _softmax(logits: Float[Array, "n V"], targets: Int[Array, " n"], weights: Float[Array, " n"], slopes_dtype: Any):
+    """What `softmax_rows` says, by that kernel on the GPUs that it can be compiled for."""
+    plain = functools.partial(_plain_softmax, slopes_dtype=slopes_dtype)
+    if float(getattr(jax.devices()[0], "compute_capability", "9.0")) < 8:
+        return plain(logits, targets, weights)
+    kernel = functools.partial(softmax_rows, slopes_dtype=slopes_dtype)
+    return jax.lax.platform_dependent(logits, targets, weights, cuda=kernel, default=plain)
 
 
-def _online_summary(logits):
-    def merge(one, other):
-        (top_1, level_1, sum_1), (top_2, level_2, sum_2) = one, other
-        top = jnp.maximum(top_1, top_2)
-        first = top_1 >= top_2
-        shrink = jnp.exp(-jnp.abs(top_1 - top_2))
-        total = jnp.where(first, sum_1, sum_2) + shrink * jnp.where(first, sum_2, sum_1)
-        level = jnp.where(top_1 == top_2, level_1 + level_2, jnp.where(first, level_1, level_2))
-        return top, level, total
-
-    one = jnp.ones_like(logits)
-    nothing = (jnp.float32(-1e30), jnp.float32(0), jnp.float32(0))  # finite: no inf - inf
-    top, level, total = jax.lax.reduce((logits, one, one), nothing, merge, (1,))
-    return top, level, jnp.log(total) + top
+def _plain_softmax(logits, targets, weights, slopes_dtype):
+    """The oracle of `softmax_rows`, and what other devices run."""
+    logits = logits.astype(jnp.float32)
+    top, normaliser = jnp.max(logits, axis=-1), jax.nn.logsumexp(logits, axis=-1)
+    level = jnp.sum(logits == top[:, None], axis=-1, dtype=jnp.float32)
+    if slopes_dtype is None:
+        return top, level, normaliser, None
+    onehot = jnp.arange(logits.shape[1])[None, :] == targets[:, None]
+    slopes = (jnp.exp(logits - normaliser[:, None]) - onehot) * weights[:, None]
+    return top, level, normaliser, slopes.astype(slopes_dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -145,20 +136,16 @@ def _forward(how, rows, kernel, targets, weights, need_rows, need_kernel):
         sums, kernel_gradient = carry
         x, target, weight = inputs
         logits = (_half_logits if how.logits == jnp.float16 else _logits)(x, kernel)
-        picked = _picked(logits, target)
-        top, level, normaliser = _summary(logits)
+        picked = _picked(logits, target).astype(jnp.float32)
+        slopes_dtype = x.dtype if need_rows or need_kernel else None
+        top, level, normaliser, slopes = _softmax(logits, target, weight, slopes_dtype)
         # 1 where the target is the top token, 1/n where it shares the top with others (with all of them, where a
         # broken model scores every token alike).
         correct = jnp.where(picked == top, 1.0 / level, 0.0)
         sums = (sums[0] + jnp.sum(weight * (normaliser - picked)), sums[1] + jnp.sum(weight * correct))
-        row_gradient = None
-        if need_rows or need_kernel:
-            onehot = jnp.arange(kernel.shape[0])[None, :] == target[:, None]
-            slope = ((jnp.exp(logits - normaliser[:, None]) - onehot) * weight[:, None]).astype(x.dtype)
-            if need_rows:
-                row_gradient = slope @ kernel.astype(x.dtype)
-            if need_kernel:
-                kernel_gradient += jnp.einsum("nv,nd->vd", slope, x, preferred_element_type=jnp.float32)
+        row_gradient = slopes @ kernel.astype(x.dtype) if need_rows else None
+        if need_kernel:
+            kernel_gradient += jnp.einsum("nv,nd->vd", slopes, x, preferred_element_type=jnp.float32)
         return (sums, kernel_gradient), row_gradient
 
     start = (jnp.zeros(()), jnp.zeros(())), jnp.zeros(kernel.shape, jnp.float32) if need_kernel else None

@@ -1,13 +1,17 @@
 """The chunked cross-entropy against log-softmax over full logits: values and gradients, odd sizes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from l2a_jax.evaluation.speed_compile import lower_for_cuda
 from l2a_jax.models.qwen2 import unembed
 from l2a_jax.training import loss
 from l2a_jax.training.loss import cross_entropy, logits_dtype_of, token_nll
+from l2a_jax.training.softmax_kernel import softmax_rows
 from tests.models.cases import CONFIG, UNTIED, make_params
 
 
@@ -62,12 +66,59 @@ def test_no_full_logits_in_the_compiled_program():
     assert f"f32[2048,{config.vocab_size}]" not in step.lower(hidden).compile().as_text()
 
 
-def test_one_pass_over_the_logits_gives_the_plain_summary():
-    logits = jax.random.normal(jax.random.key(5), (7, 1_000)) * 4
-    logits = logits.at[2].set(0.5).at[3, 10].set(logits[3].max()).at[4, 0].set(-jnp.inf)
-    for one, plain in zip(loss._online_summary(logits), loss._plain_summary(logits), strict=True):
-        np.testing.assert_allclose(one, plain, rtol=2e-6)
-    assert not np.isfinite(loss._online_summary(logits.at[0, 3].set(jnp.nan))[2][0])
+def softmax_case(rows, vocabulary, dtype):
+    """Logits with a tie at the top, a row that is all ties, one that starts with -inf; targets and weights."""
+    logits = jax.random.normal(jax.random.key(5), (rows, vocabulary)) * 4
+    logits = logits.at[2].set(0.5).at[3, vocabulary // 2].set(logits[3].max()).at[4, 0].set(-jnp.inf)
+    return (logits.astype(dtype), jax.random.randint(jax.random.key(6), (rows,), 0, vocabulary),
+            jax.random.uniform(jax.random.key(7), (rows,)).at[1].set(0.0))
+
+
+def check_softmax(kernel, rows, vocabulary, dtype, slopes_dtype):
+    case = softmax_case(rows, vocabulary, dtype)
+    *ours, slopes = jax.jit(lambda *case: kernel(*case, slopes_dtype))(*case)
+    *plain, expected = loss._plain_softmax(*case, slopes_dtype)
+    for one, other in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-6)
+    if slopes_dtype is None:
+        assert slopes is None
+        return
+    assert slopes.dtype == slopes_dtype
+    np.testing.assert_allclose(*(x.astype(jnp.float32) for x in (slopes, expected)),
+                               rtol=1e-2 if slopes_dtype == jnp.bfloat16 else 1e-5, atol=1e-7)
+    broken = case[0].at[0, vocabulary - 1].set(jnp.nan), *case[1:]
+    assert not np.isfinite(kernel(*broken, slopes_dtype)[2][0]), "a NaN must not pass"
+
+
+@pytest.mark.parametrize("vocabulary", [50, 64, 1_000])
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32])
+@pytest.mark.parametrize("slopes_dtype", [None, jnp.bfloat16, jnp.float32])
+def test_the_softmax_kernel_in_interpret_mode(vocabulary, dtype, slopes_dtype):
+    check_softmax(functools.partial(softmax_rows, block=64, interpret=True), 7, vocabulary, dtype, slopes_dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocabulary", [50, 4_097, 151_936])
+@pytest.mark.parametrize("dtype, slopes_dtype", [(jnp.float16, jnp.bfloat16), (jnp.float32, jnp.float32),
+                                                 (jnp.float16, None)])
+def test_the_softmax_kernel_compiled(vocabulary, dtype, slopes_dtype):
+    check_softmax(softmax_rows, 301, vocabulary, dtype, slopes_dtype)
+
+
+@pytest.mark.parametrize("vocabulary, dtype", [(151_936, jnp.float16), (151_936, jnp.float32), (257, jnp.float16)])
+def test_the_softmax_kernel_lowers_for_cuda(vocabulary, dtype):
+    shapes = (jax.ShapeDtypeStruct((512, vocabulary), dtype), jax.ShapeDtypeStruct((512,), jnp.int32),
+              jax.ShapeDtypeStruct((512,), jnp.float32))
+    for slopes_dtype in (None, jnp.bfloat16):
+        run = functools.partial(softmax_rows, slopes_dtype=slopes_dtype)
+        assert "l2a_softmax_rows" in lower_for_cuda(run, *shapes).as_text()
+
+
+def test_the_softmax_kernel_refuses_more_than_it_can_count():
+    shapes = (jax.ShapeDtypeStruct((20_000, 151_936), jnp.float16), jax.ShapeDtypeStruct((20_000,), jnp.int32),
+              jax.ShapeDtypeStruct((20_000,), jnp.float32))
+    with pytest.raises(ValueError, match="32 bits"):
+        jax.eval_shape(softmax_rows, *shapes)
 
 
 def test_float16_logits_are_the_float32_ones_to_eleven_bits():

@@ -1,0 +1,93 @@
+"""A row's softmax over a large vocabulary as one Pallas kernel: statistics in one pass, gradients in a second.
+
+One program owns one row of logits and keeps the running maximum, its multiplicity and the sum of exponentials (the
+online softmax of arXiv 1805.02867) in every lane, so that lanes are merged once, at the end of the row. The second
+pass follows at once, while the row (0.3 MB of float16 at 152K tokens) is still in the card's L2 cache. As XLA
+reductions the statistics alone take 5 ms of a 0.5B model's step on an H100, three times what reading takes.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Float, Int
+
+BLOCK = 4_096  # logits at a time, 16 a thread
+_FLOOR = -1e30  # finite, so that a lane without any logit gives no inf - inf
+_LOG2_E = math.log2(math.e)
+
+
+def softmax_rows(
+    logits: Float[Array, "n V"],
+    targets: Int[Array, " n"],
+    weights: Float[Array, " n"],
+    slopes_dtype: Any = None,
+    *,
+    block: int = BLOCK,
+    interpret: bool = False,
+) -> tuple[Float[Array, " n"], Float[Array, " n"], Float[Array, " n"], Float[Array, "n V"] | None]:
+    """(largest logit, how many are as large, log-sum-exp in nats, weight x (softmax - onehot of the target)), float32.
+
+    The last in `slopes_dtype` (None: not computed, and None). A NaN among the logits makes the log-sum-exp NaN.
+    """
+    rows, vocabulary = logits.shape
+    if rows * vocabulary >= 2**31:
+        raise ValueError(f"{rows} x {vocabulary} logits: the kernel counts elements in 32 bits; take fewer rows")
+    numbers = jax.ShapeDtypeStruct((rows,), jnp.float32)
+    slopes = [] if slopes_dtype is None else [jax.ShapeDtypeStruct(logits.shape, slopes_dtype)]
+    out = pl.pallas_call(
+        functools.partial(_kernel, vocabulary=vocabulary, block=block),
+        out_shape=[numbers] * 3 + slopes,
+        grid=(rows,),
+        compiler_params=plt.CompilerParams(num_warps=max(1, block // 512), num_stages=2),
+        interpret=interpret,
+        name="l2a_softmax_rows",
+    )(logits, targets, weights)
+    return (*out[:3], out[3] if slopes else None)
+
+
+def _kernel(logits_ref, targets_ref, weights_ref, top_ref, level_ref, normaliser_ref, *slopes_ref, vocabulary, block):
+    row, lanes = pl.program_id(0), jnp.arange(block)
+
+    def sweep(function, carry):
+        """`function(logits, first column, mask, carry)` over the row's blocks; the last one may stick out."""
+
+        def visit(i, carry):
+            start = i * block
+            mask = start + lanes < vocabulary
+            x = plt.load(logits_ref.at[row, pl.ds(start, block)], mask=mask, other=-jnp.inf)
+            return function(x.astype(jnp.float32), start, mask, carry)
+
+        return jax.lax.fori_loop(0, pl.cdiv(vocabulary, block), visit, carry)
+
+    def merge(x, start, mask, carry):
+        top, level, total = carry
+        greater = x > top
+        shrink = jnp.exp2(-jnp.abs(x - top) * _LOG2_E)
+        total = jnp.where(greater, total * shrink + 1.0, total + shrink)
+        level = jnp.where(greater, 1.0, level + jnp.where(x == top, 1.0, 0.0))
+        return jnp.maximum(top, x), level, total
+
+    carry = tuple(jnp.full((block,), value, jnp.float32) for value in (_FLOOR, 0.0, 0.0))
+    tops, levels, totals = sweep(merge, carry)
+    top = jnp.max(tops)
+    normaliser = top + jnp.log(jnp.sum(totals * jnp.exp2((tops - top) * _LOG2_E)))
+    top_ref[row], normaliser_ref[row] = top, normaliser
+    level_ref[row] = jnp.sum(jnp.where(tops == top, levels, 0.0))
+    if not slopes_ref:
+        return
+    target, weight = targets_ref[row], weights_ref[row]
+
+    def slope(x, start, mask, carry):
+        value = (jnp.exp2((x - normaliser) * _LOG2_E) - jnp.where(start + lanes == target, 1.0, 0.0)) * weight
+        at = slopes_ref[0].at[row, pl.ds(start, block)]
+        plt.store(at, value.astype(slopes_ref[0].dtype), mask=mask)
+        return carry
+
+    sweep(slope, 0)
