@@ -156,7 +156,9 @@ def _norm(x, params, context):
 
 def join_projections(layer: Mapping[str, Any]) -> dict[str, Any]:
     """A layer, or stacked layers, whose attention sets have one "qkv" in place of "q", "k" and "v"."""
-    return {name: {"qkv": _joined(part), "o": part["o"]} if "q" in part else part for name, part in layer.items()}
+    # The barrier keeps XLA from joining each layer's part where it is used, in slow little kernels.
+    return {name: {"qkv": jax.lax.optimization_barrier(_joined(part)), "o": part["o"]} if "q" in part else part
+            for name, part in layer.items()}
 
 
 def _joined(params):

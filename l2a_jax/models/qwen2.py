@@ -135,7 +135,7 @@ def _run(params, tokens, config, l2a_config, positions, segment_ids, decisions, 
         pruned = jnp.isin(layers, jnp.asarray(l2a_config.pruned_layers))
     x = params["embed"]["embedding"][tokens]
     start = None if probe is None else probe(x)
-    # Without a loop, one concatenation for all layers in place of one a layer, and as few slices of its gradient.
+    # Without a loop: one concatenation for all layers, and one slice of its gradient, in place of one a layer.
     stack = join_projections(params["layers"]) if unroll else params["layers"]
     x, (routing, probed) = jax.lax.scan(block, x, (stack, decisions, keys, pruned),
                                         unroll=config.num_layers if unroll else 1)

@@ -38,7 +38,8 @@ def markdown(made: dict[str, Any], figures: dict[str, str]) -> str:
               *_found(made, "routed", routed_text.format_routed), *_found(made, "prunable", prunable.format_prunable)]
     lines += ["## 5. Absorption", "", *_table(group_of(rows, "absorption"), _ABSORPTION)]
     lines += ["## 6. Speed and memory as run", "", f"Memory is the compiled step's (arguments and temporaries), to be "
-              f"held against the {CARD_GB:g} GB of a 4090; seconds are of the phases.", "", *_table(run, _SPEED)]
+              f"held against the {CARD_GB:g} GB of a 4090; seconds are of the phases. A row that was given a part of the "
+              "card's memory shared the card with another, and its tokens/s are not the card's.", "", *_table(run, _SPEED)]
     lines += ["## Texts as used", "", "Tokens seen of each domain without padding, its share of the run, and how often "
               "it was read.", "", *_table([row for row in run if row.get("data_used")], _DATA)]
     lines += ["## Commands", "", "MODEL and DATA stand for the weights and the folder of texts. All rows of a group: "
@@ -186,6 +187,7 @@ _DATA = {"tokens": lambda row: _count(row["data_used"]["tokens"]),
 _SPEED = {"device": lambda row: row["device"],
           "tokens/s": lambda row: _number(row["tokens_per_second_median"], "{:,.0f}"),
           "GB": lambda row: _number((row["memory"] or {}).get("compiled_gb"), "{:.1f}"),
+          "of": lambda row: _number((row["memory"] or {}).get("device_gb"), "{:.0f}"),
           "fits 24 GB": lambda row: {None: "-", True: "yes", False: "no"}[
               None if not (row["memory"] or {}).get("compiled_gb") else row["memory"]["compiled_gb"] <= CARD_GB],
           "seconds": lambda row: ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in row["seconds"].items())}

@@ -93,8 +93,8 @@ def _logits(rows, kernel):
 
 
 def _half_logits(rows, kernel):
-    """Logits of some tokens in float16."""
-    logits = jnp.einsum("nd,vd->nv", rows.astype(jnp.float16), kernel.astype(jnp.float16))
+    """Logits of some tokens in float16, the dtype of `kernel`."""
+    logits = jnp.einsum("nd,vd->nv", rows.astype(jnp.float16), kernel)
     # What reads them reads them as float32: without the barrier the product itself would be made so.
     return jax.lax.optimization_barrier(logits)
 
@@ -131,11 +131,12 @@ def _summed(how, rows, kernel, targets, weights):
 
 def _forward(how, rows, kernel, targets, weights, need_rows, need_kernel):
     """Sums over all chunks, and the gradients of the summed nll that are needed (None: not needed)."""
+    half = kernel.astype(jnp.float16) if how.logits == jnp.float16 else None  # once, not once a chunk
 
     def step(carry, inputs):
         sums, kernel_gradient = carry
         x, target, weight = inputs
-        logits = (_half_logits if how.logits == jnp.float16 else _logits)(x, kernel)
+        logits = _logits(x, kernel) if half is None else _half_logits(x, half)
         picked = _picked(logits, target).astype(jnp.float32)
         slopes_dtype = x.dtype if need_rows or need_kernel else None
         top, level, normaliser, slopes = _softmax(logits, target, weight, slopes_dtype)
