@@ -72,6 +72,9 @@ def attend(
         if context.train and context.l2a.flip:
             d = routing.flipped(jax.random.fold_in(key, 1), d, context.l2a.flip)  # another draw than the leak's
         d = d & context.real if pruned is None else d & context.real & ~pruned
+        # Kept whatever is rematerialised: a logit computed again rounds otherwise, and a token that so crossed the
+        # threshold would give the backward pass other rows than those whose log-sum-exps the forward pass left.
+        d = checkpoint_name(d, "decisions")
         return LayerRouting(d, routing.probability(z, context.l2a.temperature), z)
 
     topology = _sequential if context.l2a.topology == "sequential" else _parallel

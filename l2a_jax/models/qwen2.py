@@ -53,9 +53,9 @@ def hidden_states(
     straight-through gradient, leakage or penalty then. `pruned` says which layers never route (None: the
     configuration's `pruned_layers`), as numbers, so that one program serves every choice. `train` switches
     straight-through gradients and leakage on; `key` (already folded with seed, step and microbatch) is needed where 0 <
-    leakage < 1 or 0 < flip. `remat`: recompute each layer in the backward pass; a checkpoint policy says what to keep.
-    `unroll`: a program without a loop over layers, which compiles longer and keeps what the backward pass needs where
-    it was made, in place of stacking it. The compute dtype is the embedding's.
+    leakage < 1 or 0 < flip. `remat`: recompute each layer, all but its decisions, in the backward pass; a checkpoint
+    policy says what to keep. `unroll`: a program without a loop over layers, which compiles longer and keeps what the
+    backward pass needs where it was made, in place of stacking it. The compute dtype is the embedding's.
 
     Raises UserError on tokens outside the vocabulary (where values are known), or a sequence longer than the rotary
     embedding is meant for; ValueError on shapes that do not fit.
@@ -127,7 +127,8 @@ def _run(params, tokens, config, l2a_config, positions, segment_ids, decisions, 
     if remat:
         # prevent_cse is for remat outside a loop, where the second computation would be merged with the first; inside
         # one it would only block fusion.
-        block = jax.checkpoint(block, policy=None if remat is True else remat, prevent_cse=unroll)
+        policy = jax.checkpoint_policies.save_only_these_names("decisions") if remat is True else remat
+        block = jax.checkpoint(block, policy=policy, prevent_cse=unroll)
 
     layers = jnp.arange(config.num_layers)
     keys = None if key is None else jax.vmap(lambda layer: jax.random.fold_in(key, layer))(layers)

@@ -44,7 +44,8 @@ def first_non_finite(trainable: Tree, frozen: Tree, batch: Batch, key: jax.Array
 
         def loss(part):
             full = compute_params(part, frozen, objective.dtype)
-            hidden, _ = hidden_states(full, micro.tokens, objective.config, objective.l2a_config, **options)  # noqa: B023
+            hidden, _ = hidden_states(full, micro.tokens, objective.config, objective.l2a_config, **options,  # noqa: B023
+                                      remat=objective.remat, unroll=objective.unroll)
             return cross_entropy(full, hidden, micro.targets, micro.weights, objective.config).nll  # noqa: B023
 
         found: list[tuple[int, str]] = []

@@ -11,6 +11,7 @@ from l2a_jax.attention.reference import segment_starts
 from l2a_jax.models import l2a
 from l2a_jax.models.qwen2 import hidden_states
 from l2a_jax.nn import routing
+from l2a_jax.training.remat import MODES, checkpoint_policy
 from tests.models.cases import CONFIG, LAYERS, make_params, make_tokens, packed
 
 # So warm that no sigmoid saturates: at 0.1 a sure token's p (1 - p) is exactly 0 in float32, and proves nothing.
@@ -124,3 +125,30 @@ def test_rows_without_global_attention_pull_on_nothing_in_packed_rows():
     padding = np.broadcast_to(np.asarray(ids == 0), gradient.shape)
     far = ~padding[-1] & informed(layer, ids.shape[1], np.asarray(segment_starts(ids, ids.shape)))
     assert (gradient[padding] == 0).all() and far.any() and (gradient[-1][far] != 0).all()
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+@pytest.mark.parametrize("mode", [True, *MODES])
+@pytest.mark.parametrize("name", ["shared", "sequential"])
+def test_a_decision_is_made_once_whatever_is_rematerialised(name, mode, unroll, monkeypatch):
+    """A second computation may round otherwise: here every one decides otherwise, and the gradient must not see it."""
+    layer = dataclasses.replace(LAYERS[name], leakage=0.5)
+    params, tokens, decide, calls = make_params(layer), make_tokens(), routing.decide, []
+
+    def fickle(z, temperature, threshold):
+        def count(z):
+            calls.append(z.shape)
+            return np.float32(0 if len(calls) <= CONFIG.num_layers else 100)
+
+        shift = jax.pure_callback(count, jax.ShapeDtypeStruct((), jnp.float32), jax.lax.stop_gradient(z))
+        return decide(z + shift, temperature, threshold)
+
+    monkeypatch.setattr(routing, "decide", fickle)
+
+    def loss(params):
+        hidden, _ = hidden_states(params, tokens, CONFIG, layer, train=True, key=jax.random.key(0), unroll=unroll,
+                                  remat=mode if mode is True else checkpoint_policy(mode), backend="xla")
+        return jnp.sum(hidden * jnp.sin(jnp.arange(hidden.size)).reshape(hidden.shape))
+
+    jax.block_until_ready(jax.jit(jax.grad(loss))(params))
+    assert len(calls) == CONFIG.num_layers
