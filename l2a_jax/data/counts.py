@@ -26,7 +26,7 @@ def parse_count(text: str | int, what: str = "a count") -> int:
 def format_count(count: int) -> str:
     """12_345_678 -> `12.3M`: three digits at most, for people to read."""
     for unit, name in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if count >= unit:
+        if count >= 0.9995 * unit:  # 999,950 is 1M in three digits, not 1e+03k
             return f"{count / unit:.3g}{name}"
     return str(count)
 

@@ -123,6 +123,10 @@ def _frontier() -> list[Row]:
     learned = Measures(tasks=("perplexity", "audit", "flips", "residual", "routed", "prunable"))
     rows.append(_row("repair-w256-p0.4-s0", "frontier", "what did routing learn?", "0.5b", "router_only", window=256,
                      penalty=0.4, router_lr=3e-4, measures=learned))
+    # The first noise arms found more of the needle the more decisions training inverted.
+    for penalty in (0.3, 0.5, 0.8):
+        rows.append(_row(f"repair-w256-p{penalty:g}-f0.3-s0", "frontier", "do inverted decisions keep the needle?",
+                         "0.5b", "router_only", window=256, penalty=penalty, router_lr=3e-4, flip=0.3, measures=full))
     for penalty in (0.1, 0.3, 1.0):
         rows.append(_row(f"repair-w256-p{penalty:g}-1.5b", "frontier", question, "1.5b", "router_only", window=256,
                          penalty=penalty, router_lr=3e-4, tokens=8_000_000, measures=full))

@@ -19,7 +19,8 @@ def test_anything_else_is_an_error_that_names_the_flag(text):
 
 
 def test_counts_for_people():
-    assert [format_count(n) for n in (999, 12_345_678, 1500)] == ["999", "12.3M", "1.5k"]
+    assert [format_count(n) for n in (999, 12_345_678, 1500, 999_499, 999_950)] == [
+        "999", "12.3M", "1.5k", "999k", "1M"]
 
 
 def test_weights_as_people_write_them():
