@@ -33,7 +33,10 @@ def markdown(made: dict[str, Any], figures: dict[str, str]) -> str:
               *picture("residual"), *_table(group_of(rows, "damage"), _DAMAGE),
               "### Noise in the decisions", "", *_table(group_of(rows, "noise"), _NOISE),
               *_found(made, "flips", flips.format_flips)]
-    lines += ["## 4. The repair", "", *picture("frontier"), *_table(group_of(rows, "frontier"), _FRONTIER),
+    lines += ["## 4. The repair", "", "*Routing costs*: by how much the learned decisions are worse than the same "
+              "trained weights with everything routed, over the audit's windows. What the perplexity gains beyond that "
+              "is not routing's but the trained norms'. *random*, *static*, *none*: the controls' perplexity, as a "
+              "ratio to the baseline's.", "", *picture("frontier"), *_table(group_of(rows, "frontier"), _FRONTIER),
               *_aims(group_of(rows, "frontier")), *picture("layers"),
               *_found(made, "routed", routed_text.format_routed), *_found(made, "prunable", prunable.format_prunable)]
     lines += ["## 5. Absorption", "", *_table(group_of(rows, "absorption"), _ABSORPTION)]
@@ -136,6 +139,15 @@ def _control(name):
     return lambda row: _number(((row["audit"] or {}).get("ratio") or {}).get(name), "x{:.3f}")
 
 
+def _cost(row) -> str:
+    """What routing itself costs: nats by which the learned decisions are worse than the same weights, all routed."""
+    audit = row["audit"]
+    if audit is None or "all" not in audit["worse"]:
+        return "-"
+    low, high = audit["worse_95"]["all"]
+    return f"{-audit['worse']['all']:+.3f} [{-high:+.3f}, {-low:+.3f}]"
+
+
 def _broken(row) -> str:
     return "finite" if not row["non_finite"] else f"not finite at step {row['non_finite']['step']}"
 
@@ -154,16 +166,17 @@ _COLLAPSE = {"regime": lambda row: row["regime"], "tokens": lambda row: _count(r
              "needle": _needle, "verdict": lambda row: row["verdict"] or "-"}
 _DAMAGE = {**{factor: (lambda row, factor=factor: row["factors"][factor]) for factor in damage.FACTORS},
            "perplexity": lambda row: _ratio(row["perplexity_ratio"]),
-           "not routed": lambda row: _number(row["sparsity"], "{:.1%}"),
+           "not routed": lambda row: _number(row["sparsity"], "{:.1%}"), "routing costs, nats": _cost,
            "random": _control("random"), "needle": _needle}
 _NOISE = {"flipped in training": lambda row: _number(row["settings"].get("flip"), "{:.0%}"),
           "perplexity": lambda row: _ratio(row["perplexity_ratio"]),
-          "not routed": lambda row: _number(row["sparsity"], "{:.1%}"),
+          "not routed": lambda row: _number(row["sparsity"], "{:.1%}"), "routing costs, nats": _cost,
           "random": _control("random"), "needle": _needle}
 _FRONTIER = {"window": lambda row: str(row["settings"]["window"]),
              "penalty": lambda row: str(row["settings"]["penalty"]),
              "not routed": lambda row: _number(row["sparsity"], "{:.1%}"),
-             "perplexity": lambda row: _ratio(row["perplexity_ratio"]), "random": _control("random"),
+             "perplexity": lambda row: _ratio(row["perplexity_ratio"]), "routing costs, nats": _cost,
+             "random": _control("random"),
              "static": _control("static"), "none": _control("none"), "HellaSwag": _points("hellaswag"),
              "PIQA": _points("piqa"), "ARC-C": _points("arc_challenge"), "needle": _needle}
 

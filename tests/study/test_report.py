@@ -31,7 +31,7 @@ def fabricate(row, nats=0.0, sparsity=0.9, needle=10, bits="1100110011", seed=0,
                                                                "sparsity_per_layer": [sparsity] * 24})},
         "audit": {"gap": 0.1, "gap_95": [0.05, 0.15], "seeds": 1, "rows": {
             name: {"worse": worse, "worse_95": [worse - 0.1, worse + 0.1], "perplexity": 12.0}
-            for name, worse in (("learned", 0.0), ("random", 0.1), ("static", 0.2), ("none", 0.3))}},
+            for name, worse in (("learned", 0.0), ("all", -0.05), ("random", 0.1), ("static", 0.2), ("none", 0.3))}},
         "needle": {"exact_match": needle / 10, "exact_match_95": [0.1, 0.9], "n": 10, "correct": needle,
                    "lengths": {"2048": {"exact_match": needle / 10, "exact_match_95": [0.1, 0.9], "n": 10,
                                         "correct": needle, "by_depth": [needle / 10] * 2, "log_probability": -1.0,
