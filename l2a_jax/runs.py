@@ -42,7 +42,7 @@ from l2a_jax.training.checkpoint import BEST, LATEST, Checkpoints
 from l2a_jax.training.diagnose import first_non_finite
 from l2a_jax.training.loop import NonFinite, Schedule, Stopped, fit, stacked_batch
 from l2a_jax.training.optimizer import OptimizerConfig, make_optimizer
-from l2a_jax.training.regimes import check_attention_layers, count_parameters, partition, regime_mask
+from l2a_jax.training.regimes import check_attention_layers, count_parameters, regime_mask
 from l2a_jax.training.remat import checkpoint_policy
 from l2a_jax.training.step import (
     Dials,
@@ -52,6 +52,7 @@ from l2a_jax.training.step import (
     dialled_step,
     evaluate_batch,
     initial_state,
+    split_params,
 )
 from l2a_jax.weights.pretrained import TINY, load_pretrained, read_config, source_tokenizer
 
@@ -138,6 +139,10 @@ class Run(NamedTuple):
     evaluate: Callable[[Tree, Tree, Batch, Any], Any]
     memory_bytes: int
 
+    def split(self, params: Tree) -> tuple[Tree, Tree]:
+        """(trained leaves, frozen leaves) of a whole tree, as the step takes them."""
+        return split_params(params, self.mask, self.objective.unroll)
+
     @property
     def step(self) -> Callable[[TrainState, Tree, Batch, jax.Array], tuple[TrainState, dict]] | None:
         """The compiled step with this run's numbers; None where nothing is trained."""
@@ -173,7 +178,7 @@ def compile_run(plan: Plan) -> Run:
     optimizer = make_optimizer(rule, s.regime)
     abstract = abstract_params(plan.config, plan.l2a_config, plan.dtype)
     mask = regime_mask(abstract, s.regime)
-    trainable, frozen = partition(abstract, mask)
+    trainable, frozen = jax.eval_shape(lambda params: split_params(params, mask, objective.unroll), abstract)
     like = jax.eval_shape(lambda t: initial_state(t, optimizer, jnp.dtype(s.master_dtype)), trainable)
     evaluate = jax.jit(lambda trainable, frozen, batch, decisions: evaluate_batch(
         compute_params(trainable, frozen, plan.dtype), batch, decisions, objective=objective))
@@ -210,7 +215,9 @@ def train(settings: Settings, run_dir: pathlib.Path) -> dict[str, Any]:
     params, source_params, source = load_tree(plan)
     _new_folder(run_dir)
     _write_config(run_dir, plan, source)
-    trainable, frozen = partition(params, run.mask)
+    trainable, frozen = run.split(params)
+    source_params = source_params if plan.is_demo else None  # an unrolled step has copies of the frozen leaves
+    del params
     state = initial_state(trainable, run.optimizer, jnp.dtype(settings.master_dtype))
     return _fit_and_score(run, run_dir, state, frozen, source_params)
 
@@ -233,7 +240,9 @@ def resume(run_dir: pathlib.Path) -> dict[str, Any]:
     if source != recorded["source_hash"]:
         raise UserError(f"--resume {run_dir}: the weights of {plan.source} have changed since the run began "
                         f"(hash {source[:12]}, not {recorded['source_hash'][:12]})")
-    trainable, frozen = partition(params, run.mask)
+    trainable, frozen = run.split(params)
+    source_params = source_params if plan.is_demo else None
+    del params
     if Checkpoints(run_dir).metadata(LATEST) is None:  # stopped before the first checkpoint: the start is exact too
         state = initial_state(trainable, run.optimizer, jnp.dtype(settings.master_dtype))
     else:
@@ -254,7 +263,8 @@ def dry_run(settings: Settings) -> str:
     return f"{json.dumps(metrics.plain(about), indent=2)}\nfirst row:\n{sample}"
 
 
-def _fit_and_score(run: Run, run_dir: pathlib.Path, state: TrainState, frozen: Tree, source_params: Tree) -> dict:
+def _fit_and_score(run: Run, run_dir: pathlib.Path, state: TrainState, frozen: Tree,
+                   source_params: Tree | None) -> dict:
     """Train to the end, evaluate, write the summary and the curves; say what happened where it cannot."""
     plan, s = run.plan, run.plan.settings
     checkpoints = Checkpoints(run_dir)
@@ -319,8 +329,8 @@ def _recall_report(run, state, frozen, source_params, held_out):
     if plan.l2a_config is None:
         rows = recall.score(lambda batch, decisions: run.evaluate(state.trainable, frozen, batch, None), held_out)[0]
         return {"rows": {"this model (full attention)": rows}}
-    start_trainable, start_frozen = partition(add_routing(source_params, plan.config, plan.l2a_config)
-                                              if not plan.source_routed else source_params, run.mask)
+    start_trainable, start_frozen = run.split(add_routing(source_params, plan.config, plan.l2a_config)
+                                              if not plan.source_routed else source_params)
     baseline = jax.jit(lambda params, batch: evaluate_batch(params, batch, None, objective=plain))
     return recall.report(
         baseline=lambda batch, decisions: baseline(source_params, batch),

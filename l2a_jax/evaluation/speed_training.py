@@ -30,9 +30,9 @@ from l2a_jax.models.params import abstract_params, init_params
 from l2a_jax.presets import REGIME_PRESET, layer_of, resolve
 from l2a_jax.training.memory import step_bytes
 from l2a_jax.training.optimizer import OptimizerConfig, make_optimizer
-from l2a_jax.training.regimes import PLAIN_REGIMES, partition, regime_mask
+from l2a_jax.training.regimes import PLAIN_REGIMES, regime_mask
 from l2a_jax.training.remat import checkpoint_policy
-from l2a_jax.training.step import Objective, initial_state, train_step
+from l2a_jax.training.step import Objective, initial_state, split_params, train_step
 
 log = logging.getLogger("l2a_jax.speed")
 
@@ -103,7 +103,7 @@ class Step:
             kernel = params["layers"]["router"]["kernel"]
             params["layers"]["router"]["kernel"] = jax.random.normal(jax.random.key(1), kernel.shape) * (
                 self.config.hidden_size**-0.5)
-        trainable, self.frozen = partition(params, mask)
+        trainable, self.frozen = split_params(params, mask, case.unroll)
         del params
         self.state = initial_state(trainable, optimizer, jnp.float32)
         del trainable

@@ -71,6 +71,21 @@ def map_with_path(function: Callable[[str, Any], Any], *trees: Tree) -> Tree:
     )
 
 
+def by_layer(tree: Tree) -> Tree:
+    """The tree with every stacked leaf of its layers as a tuple of L arrays. A program without a loop over layers then
+    reads each where it lies; of a stacked leaf it first copies out the part that a matrix product takes."""
+    if "layers" not in tree:
+        return tree
+    layers = jax.tree.map(lambda leaf: tuple(leaf[layer] for layer in range(leaf.shape[0])), tree["layers"])
+    return {**tree, "layers": layers}
+
+
+def stacked(tree: Tree) -> Tree:
+    """Inverse of `by_layer`; what is stacked already stays. In a compiled program that takes the layers apart again
+    nothing is stacked."""
+    return map_with_path(lambda _, leaf: jnp.stack(leaf) if isinstance(leaf, tuple) else leaf, tree)
+
+
 def param_dtype(path: str, dtype: Any) -> Any:
     """The stored dtype of a leaf: float32 for the router, `dtype` for everything else."""
     return jnp.dtype(jnp.float32 if path == "layers/router/kernel" else dtype)

@@ -41,8 +41,8 @@ def markdown(made: dict[str, Any], figures: dict[str, str]) -> str:
               *_found(made, "routed", routed_text.format_routed), *_found(made, "prunable", prunable.format_prunable)]
     lines += ["## 5. Absorption", "", *_table(group_of(rows, "absorption"), _ABSORPTION)]
     lines += ["## 6. Speed and memory as run", "", f"Memory is the compiled step's (arguments and temporaries), to be "
-              f"held against the {CARD_GB:g} GB of a 4090; seconds are of the phases. A row that was given a part of the "
-              "card's memory (*of*) shared the card with another: its tokens/s are not the card's.", "",
+              f"held against the {CARD_GB:g} GB of a 4090; seconds are of the phases. A row that was given a part of "
+              "the card's memory (*of*) shared the card with another: its tokens/s are not the card's.", "",
               *_table(run, _SPEED)]
     lines += ["## Texts as used", "", "Tokens seen of each domain without padding, its share of the run, and how often "
               "it was read.", "", *_table([row for row in run if row.get("data_used")], _DATA)]

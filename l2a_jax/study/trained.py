@@ -24,7 +24,7 @@ from l2a_jax.study.session import Session
 from l2a_jax.training import memory, metrics
 from l2a_jax.training.diagnose import first_non_finite
 from l2a_jax.training.loop import NonFinite, Schedule, fit, stacked_batch
-from l2a_jax.training.regimes import count_parameters, partition
+from l2a_jax.training.regimes import count_parameters
 from l2a_jax.training.step import compute_params, initial_state
 
 log = logging.getLogger("l2a_jax.study")
@@ -81,7 +81,7 @@ def train_row(session: Session, row: Row) -> Trained:
     clock = time.perf_counter()
     run = session.program(row)
     seconds["compile"] = time.perf_counter() - clock
-    trainable, frozen = partition(start_params(session, row), run.mask)
+    trainable, frozen = run.split(start_params(session, row))
     s = plan.settings
     key = jax.random.key(s.seed)
     state = initial_state(trainable, run.optimizer, jnp.dtype(s.master_dtype))

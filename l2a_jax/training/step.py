@@ -17,12 +17,12 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from l2a_jax.config import L2AConfig, ModelConfig
 from l2a_jax.data.batch import Batch
-from l2a_jax.models.params import Tree, map_with_path, param_dtype
+from l2a_jax.models.params import Tree, by_layer, map_with_path, param_dtype, stacked
 from l2a_jax.models.qwen2 import hidden_states
 from l2a_jax.nn import routing
 from l2a_jax.training.loss import cross_entropy, token_nll
 from l2a_jax.training.optimizer import OptimizerConfig, make_optimizer
-from l2a_jax.training.regimes import combine, keep_layers
+from l2a_jax.training.regimes import combine, keep_layers, partition
 
 
 class TrainState(NamedTuple):
@@ -74,9 +74,15 @@ def initial_state(trainable: Tree, optimizer: optax.GradientTransformation, mast
     return TrainState(jnp.zeros((), jnp.int32), masters, optimizer.init(masters), jnp.ones((), bool))
 
 
+def split_params(params: Tree, mask: Tree, unroll: bool) -> tuple[Tree, Tree]:
+    """(trained leaves, frozen leaves) as a step takes them; an unrolled one takes the frozen layers one by one."""
+    trainable, frozen = partition(params, mask)
+    return trainable, jax.jit(by_layer)(frozen) if unroll else frozen
+
+
 def compute_params(trainable: Tree, frozen: Tree, dtype: Any) -> Tree:
     """The whole tree in the compute dtype, the router in float32; differentiable in `trainable`."""
-    return combine(map_with_path(lambda path, leaf: leaf.astype(param_dtype(path, dtype)), trainable), frozen)
+    return combine(map_with_path(lambda path, leaf: leaf.astype(param_dtype(path, dtype)), trainable), stacked(frozen))
 
 
 class _Sums(NamedTuple):

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from l2a_jax.data.batch import Batch
+from l2a_jax.models.params import stacked
 from l2a_jax.models.qwen2 import hidden_states
 from l2a_jax.nn import routing
 from l2a_jax.training.diagnose import first_non_finite
@@ -17,7 +18,7 @@ from l2a_jax.training.loss import cross_entropy
 from l2a_jax.training.optimizer import OptimizerConfig, make_optimizer
 from l2a_jax.training.regimes import partition, regime_mask
 from l2a_jax.training.remat import checkpoint_policy
-from l2a_jax.training.step import Objective, compute_params, initial_state, train_step
+from l2a_jax.training.step import Objective, compute_params, initial_state, split_params, train_step
 from tests.models.cases import CONFIG, LAYERS, make_params, make_tokens, packed
 
 LAYER = LAYERS["shared"]
@@ -143,6 +144,23 @@ def test_the_diagnosis_names_the_parameter_the_layer_or_the_gradient():
     assert "layers/mlp/down/kernel of layer 1" in said
     spoil["layers"]["mlp"]["down"]["kernel"] = frozen["layers"]["mlp"]["down"]["kernel"].at[1].set(1e38)
     assert "after layer 1" in first_non_finite(state.trainable, spoil, batch, key, OBJECTIVE)
+
+
+@pytest.mark.parametrize("regime", ["router_only", "l2a_ft", "full_ft"])
+def test_an_unrolled_step_takes_frozen_layers_one_by_one(regime, optimised):
+    """The same numbers, and no copy of the stack: what is stacked is taken apart again before anything runs."""
+    config = dataclasses.replace(CONFIG, intermediate_size=40)  # no other leaf has this width
+    objective = OBJECTIVE._replace(config=config, unroll=True, remat=checkpoint_policy("elementwise"), backend="xla")
+    params, state, frozen, step = set_up(regime, objective, make_params(LAYER, config))
+    trainable, apart = split_params(params, regime_mask(params, regime), True)
+    jax.tree.map(np.testing.assert_array_equal, trainable, partition(params, regime_mask(params, regime))[0])
+    jax.tree.map(np.testing.assert_array_equal, stacked(apart), frozen)
+    batch, key = make_batch(1), jax.random.key(0)
+    (one, _), (other, _) = step(state, frozen, batch, key), step(state, apart, batch, key)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), one.trainable, other.trainable)
+    text = step.lower(state, apart, batch, key).compile().as_text()
+    shape = "f32[{},{},{}]".format(*params["layers"]["mlp"]["down"]["kernel"].shape)
+    assert (shape in text) == (regime == "full_ft"), "a stack of frozen kernels was made"
 
 
 @pytest.mark.parametrize("backend, layer, steps", [
