@@ -195,16 +195,20 @@ def compile_run(plan: Plan) -> Run:
     return Run(plan, objective, mask, optimizer, like, compiled, evaluate, need)
 
 
-def load_tree(plan: Plan) -> tuple[Tree, Tree, str]:
-    """The run's whole tree at step 0, the plain or routed source it came from, and the source's hash."""
+def load_tree(plan: Plan) -> tuple[Tree, Tree | None, str]:
+    """The run's whole tree at step 0, the plain or routed source it came from, and the source's hash.
+
+    The source only for the demo, whose report compares with it: to others it would be memory for nothing.
+    """
     if plan.source is None:
         params = jax.jit(lambda key: init_params(plan.config, key, dtype=plan.dtype))(
             jax.random.key(plan.settings.seed))
-        return params, params, f"fresh parameters, seed {plan.settings.seed}"
+        return params, None, f"fresh parameters, seed {plan.settings.seed}"
     loaded = load_pretrained(plan.source, plan.dtype)
+    source = loaded.params if plan.is_demo else None
     if plan.l2a_config is None or plan.source_routed:
-        return loaded.params, loaded.params, loaded.source_hash
-    return add_routing(loaded.params, plan.config, plan.l2a_config), loaded.params, loaded.source_hash
+        return loaded.params, source, loaded.source_hash
+    return add_routing(loaded.params, plan.config, plan.l2a_config), source, loaded.source_hash
 
 
 def train(settings: Settings, run_dir: pathlib.Path) -> dict[str, Any]:
@@ -216,8 +220,7 @@ def train(settings: Settings, run_dir: pathlib.Path) -> dict[str, Any]:
     _new_folder(run_dir)
     _write_config(run_dir, plan, source)
     trainable, frozen = run.split(params)
-    source_params = source_params if plan.is_demo else None  # an unrolled step has copies of the frozen leaves
-    del params
+    del params  # an unrolled step has copies of the frozen leaves
     state = initial_state(trainable, run.optimizer, jnp.dtype(settings.master_dtype))
     return _fit_and_score(run, run_dir, state, frozen, source_params)
 
@@ -241,7 +244,6 @@ def resume(run_dir: pathlib.Path) -> dict[str, Any]:
         raise UserError(f"--resume {run_dir}: the weights of {plan.source} have changed since the run began "
                         f"(hash {source[:12]}, not {recorded['source_hash'][:12]})")
     trainable, frozen = run.split(params)
-    source_params = source_params if plan.is_demo else None
     del params
     if Checkpoints(run_dir).metadata(LATEST) is None:  # stopped before the first checkpoint: the start is exact too
         state = initial_state(trainable, run.optimizer, jnp.dtype(settings.master_dtype))

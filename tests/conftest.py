@@ -40,8 +40,8 @@ def _lacking(marker: str) -> str | None:
     if marker == "gpu":
         return None if jax.default_backend() == "gpu" else "needs a CUDA device"
     if marker == "torch":
-        found = importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")
-        return None if found else "needs torch and transformers: pip install -e .[parity]"
+        lacking = [name for name in ("torch", "transformers", "accelerate") if not importlib.util.find_spec(name)]
+        return f"needs {' and '.join(lacking)}: pip install -e .[parity]" if lacking else None
     if marker == "weights":
         have = os.environ.get("L2A_TEST_GGUF") and os.environ.get("L2A_TEST_DATA")
         return None if have else "needs L2A_TEST_GGUF (a Qwen2.5 .gguf) and L2A_TEST_DATA (a folder of texts)"

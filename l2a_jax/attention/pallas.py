@@ -28,9 +28,8 @@ def why_not(call) -> str | None:
     """The Triton lowering wants an NVIDIA GPU of the Ampere generation or newer, and widths that are powers of two."""
     if jax.default_backend() != "gpu":
         return "the kernels are compiled for NVIDIA GPUs; pallas_interpret runs them elsewhere"
-    capability = getattr(jax.devices()[0], "compute_capability", "9.0")
-    if float(capability) < 8:
-        return f"the kernels need compute capability 8.0, this device has {capability}"
+    if blocks.capability() < 8:
+        return f"the kernels need compute capability 8.0, this device has {blocks.capability()}"
     return shape_why_not(call)
 
 

@@ -20,7 +20,7 @@ from l2a_jax.inference.cache import Cache, Layout, empty_cache, full_reads, put,
 from l2a_jax.models.l2a import Context, attend, join_projections
 from l2a_jax.models.params import Tree
 from l2a_jax.models.qwen2 import unembed
-from l2a_jax.nn.layers import gated_mlp, linear, rms_norm
+from l2a_jax.nn.layers import gated_mlp, joined, linear, rms_norm
 from l2a_jax.nn.rope import rope_table
 
 
@@ -108,12 +108,8 @@ class DecodeParams(NamedTuple):
 def decode_params(params: Tree) -> DecodeParams:
     """The layers taken apart and their products joined, once per generation: a step then starts few kernels."""
 
-    def joined(tree, names):
-        fused = {part: jnp.concatenate([tree[name][part] for name in names], axis=-1) for part in tree[names[0]]}
-        return {**{name: leaf for name, leaf in tree.items() if name not in names}, "_".join(names): fused}
-
     block = join_projections(params["layers"])
-    block["mlp"] = joined(block["mlp"], ("gate", "up"))
+    block["mlp"] = {"gate_up": joined(block["mlp"], ("gate", "up")), "down": block["mlp"]["down"]}
     count = params["layers"]["norm_mlp"]["scale"].shape[0]
     layers = tuple(jax.tree.map(lambda leaf: leaf[layer], block) for layer in range(count))  # noqa: B023
     return DecodeParams({name: tree for name, tree in params.items() if name != "layers"}, layers)

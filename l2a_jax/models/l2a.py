@@ -24,8 +24,10 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from l2a_jax import attention
 from l2a_jax.config import L2AConfig, ModelConfig
 from l2a_jax.nn import routing
-from l2a_jax.nn.layers import linear, rms_norm
+from l2a_jax.nn.layers import joined, linear, rms_norm
 from l2a_jax.nn.rope import apply_rope
+
+QKV = ("q", "k", "v")
 
 
 class LayerRouting(NamedTuple):
@@ -160,20 +162,16 @@ def _norm(x, params, context):
 def join_projections(layer: Mapping[str, Any]) -> dict[str, Any]:
     """A layer, or stacked layers, whose attention sets have one "qkv" in place of "q", "k" and "v"."""
     # The barrier keeps XLA from joining each layer's part where it is used, in slow little kernels.
-    return {name: {"qkv": jax.lax.optimization_barrier(_joined(part)), "o": part["o"]} if "q" in part else part
+    return {name: {"qkv": jax.lax.optimization_barrier(joined(part, QKV)), "o": part["o"]} if "q" in part else part
             for name, part in layer.items()}
-
-
-def _joined(params):
-    return {part: jnp.concatenate([params[name][part] for name in ("q", "k", "v")], axis=-1) for part in params["q"]}
 
 
 def _qkv(h, params, context):
     """q and k (rotated) and v from one matrix product: k and v alone are too narrow for the matrix units, and their
     gradients would each write a whole [B, T, D]."""
     heads, kv_heads = context.config.num_heads, context.config.num_kv_heads
-    joined = params["qkv"] if "qkv" in params else _joined(params)
-    together = linear(h, joined).reshape(*h.shape[:2], heads + 2 * kv_heads, context.config.head_dim)
+    together = linear(h, params["qkv"] if "qkv" in params else joined(params, QKV))
+    together = together.reshape(*h.shape[:2], heads + 2 * kv_heads, context.config.head_dim)
     rotated = apply_rope(together[:, :, : heads + kv_heads], context.rope)
     return checkpoint_name((rotated[:, :, :heads], rotated[:, :, heads:], together[:, :, heads + kv_heads :]), "qkv")
 

@@ -54,8 +54,8 @@ def hidden_states(
     configuration's `pruned_layers`), as numbers, so that one program serves every choice. `train` switches
     straight-through gradients and leakage on; `key` (already folded with seed, step and microbatch) is needed where 0 <
     leakage < 1 or 0 < flip. `remat`: recompute each layer, all but its decisions, in the backward pass; a checkpoint
-    policy says what to keep. `unroll`: a program without a loop over layers, which compiles longer and keeps what the
-    backward pass needs where it was made, in place of stacking it. The compute dtype is the embedding's.
+    policy says what else to keep. `unroll`: a program without a loop over layers, which compiles longer and keeps what
+    the backward pass needs where it was made, in place of stacking it. The compute dtype is the embedding's.
 
     Raises UserError on tokens outside the vocabulary (where values are known), or a sequence longer than the rotary
     embedding is meant for; ValueError on shapes that do not fit.
@@ -127,7 +127,9 @@ def _run(params, tokens, config, l2a_config, positions, segment_ids, decisions, 
     if remat:
         # prevent_cse is for remat outside a loop, where the second computation would be merged with the first; inside
         # one it would only block fusion.
-        policy = jax.checkpoint_policies.save_only_these_names("decisions") if remat is True else remat
+        policies = jax.checkpoint_policies
+        keep = policies.save_only_these_names("decisions")  # see `attend`; whatever else is kept or not
+        policy = keep if remat is True else policies.save_from_both_policies(keep, remat)
         block = jax.checkpoint(block, policy=policy, prevent_cse=unroll)
 
     layers = jnp.arange(config.num_layers)

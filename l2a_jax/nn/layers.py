@@ -26,6 +26,11 @@ def linear(x: Float[Array, "*B I"], params: Params) -> Float[Array, "*B O"]:
     return out + params["bias"].astype(x.dtype) if "bias" in params else out
 
 
+def joined(params: Mapping[str, Params], names: tuple[str, ...]) -> Params:
+    """The linear layers `names`, which read the same input, as one whose outputs lie side by side."""
+    return {part: jnp.concatenate([params[name][part] for name in names], axis=-1) for part in params[names[0]]}
+
+
 def gated_mlp(x: Float[Array, "*B D"], params: Params) -> Float[Array, "*B D"]:
     """down(silu(gate(x)) * up(x))."""
     gate, up = checkpoint_name((linear(x, params["gate"]), linear(x, params["up"])), "mlp")

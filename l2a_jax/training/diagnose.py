@@ -60,7 +60,8 @@ def first_non_finite(trainable: Tree, frozen: Tree, batch: Batch, key: jax.Array
             layer, path = max(found)
             return (f"the forward pass is finite; the gradient is not, first (counting back from the loss) at {path}"
                     + (f" of layer {layer}" if layer < objective.config.num_layers else ""))
-    return "a second look found every layer and gradient finite: the sum over micro-batches, or the penalty, is not"
+    return ("a second look found every layer and gradient finite: what is not may be the sum over micro-batches, the "
+            "penalty, or the step's own program, which is compiled otherwise")
 
 
 def _layers(leaf: jax.Array) -> np.ndarray:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from l2a_jax.attention.kernels import blocks
 from l2a_jax.config import ModelConfig
 from l2a_jax.models.params import Tree
 from l2a_jax.training.softmax_kernel import softmax_rows
@@ -106,7 +107,7 @@ def _picked(logits, targets):
 def _softmax(logits: Float[Array, "n V"], targets: Int[Array, " n"], weights: Float[Array, " n"], slopes_dtype: Any):
     """What `softmax_rows` says, by that kernel on the GPUs that it can be compiled for."""
     plain = functools.partial(_plain_softmax, slopes_dtype=slopes_dtype)
-    if float(getattr(jax.devices()[0], "compute_capability", "9.0")) < 8:
+    if blocks.capability() < 8:
         return plain(logits, targets, weights)
     kernel = functools.partial(softmax_rows, slopes_dtype=slopes_dtype)
     return jax.lax.platform_dependent(logits, targets, weights, cuda=kernel, default=plain)

@@ -226,8 +226,10 @@ def test_truncation_and_padding_left_on_do_not_cut_documents(tokenizer):
     assert [len(ids) for ids in make_encoder(copy).encode(["abcdef", "a"])] == [6, 1]
 
 
+@pytest.mark.torch
 def test_a_transformers_tokenizer(tokenizer):
-    transformers = pytest.importorskip("transformers", reason="needs the parity extra")
+    import transformers
+
     wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="z")
     encoder, plain = make_encoder(wrapped), make_encoder(tokenizer)
     assert encoder.end_id == plain.end_id == 256, "documents end with <|endoftext|>, not with a turn's end"

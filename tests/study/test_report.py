@@ -76,6 +76,7 @@ def test_the_report_holds_what_was_run_and_says_what_was_not(folder, tmp_path, c
     text, made = paths[0].read_text(), json.loads(paths[1].read_text())
     assert "*22.38*" in text and "*reported, diverse*" in text  # the study's row under ours
     assert "not run: no 3B weights were at hand" in text and "| l2a_ft-44M-s0 | not run |" in text
+    assert "+0.050 [-0.050, +0.150]" in text, "what routing costs beside the same weights, all routed"
     assert "not finite at step 7" in text and "| sequential | parallel |" in text
     assert "python train/run.py --regime router_only" in text and str(folder) not in text + json.dumps(made)
     rows = {row["name"]: row for row in made["rows"]}

@@ -43,18 +43,12 @@ MEASURED = [
 
 @pytest.fixture(scope="module")
 def model():
-    path = os.environ.get("L2A_TEST_GGUF")
-    if not path:
-        pytest.skip("set L2A_TEST_GGUF to the Qwen2.5-Coder-0.5B-Instruct .gguf file")
-    return load_pretrained(path, jnp.float32)
+    return load_pretrained(os.environ["L2A_TEST_GGUF"], jnp.float32)
 
 
 @pytest.fixture(scope="module")
 def tokens(model):
-    folder = os.environ.get("L2A_TEST_DATA")
-    if not folder:
-        pytest.skip("set L2A_TEST_DATA to the folder with wikitext2_test.raw.txt")
-    with (Path(folder) / "wikitext2_test.raw.txt").open(encoding="utf-8", newline="") as file:
+    with (Path(os.environ["L2A_TEST_DATA"]) / "wikitext2_test.raw.txt").open(encoding="utf-8", newline="") as file:
         ids = model.tokenizer.encode(file.read(40_000))
     return jnp.asarray(ids[: ROWS * LENGTH], jnp.int32).reshape(ROWS, LENGTH)
 

@@ -78,9 +78,11 @@ def test_the_local_set_has_the_plain_names(tmp_path):
             np.testing.assert_array_equal(stored, params["layers"][f"norm_{name}"]["scale"][2])
 
 
+@pytest.mark.torch
 def test_transformers_refuses_a_routed_model(tmp_path):
     """It would run the local set as plain full attention, without a word about what it left out."""
-    transformers = pytest.importorskip("transformers", reason="needs the parity extra")
+    import transformers
+
     config, l2a_config = MODELS["tiny"], ROUTED["shared"]
     save_pretrained(tmp_path / "out", random_tree(config, l2a_config), config, l2a_config)
     with pytest.raises(ValueError, match="l2a_qwen2"):

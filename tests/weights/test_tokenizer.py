@@ -39,9 +39,10 @@ def folder(tmp_path):
 @pytest.fixture
 def theirs():
     """transformers' Qwen2 tokenizer with the toy vocabulary."""
-    qwen2 = pytest.importorskip("transformers", reason="needs the parity extra").Qwen2Tokenizer
+    from transformers import Qwen2Tokenizer
+
     tokens, _ = vocabulary()
-    found = qwen2(vocab={t: i for i, t in enumerate(tokens)}, merges=[tuple(m.split(" ")) for m in MERGES])
+    found = Qwen2Tokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[tuple(m.split(" ")) for m in MERGES])
     found.add_special_tokens({"additional_special_tokens": SPECIAL})
     found.add_tokens(ADDED)
     return found
@@ -87,6 +88,7 @@ def test_saved_and_loaded(tokenizer, tmp_path):
     assert [again.encode(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
 
 
+@pytest.mark.torch
 def test_what_transformers_saved(theirs, tmp_path):
     theirs.save_pretrained(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
@@ -113,7 +115,6 @@ def test_no_tokenizer_or_a_broken_one(tmp_path):
 
 @pytest.mark.torch
 def test_equal_to_transformers_on_the_same_file(tokenizer, tmp_path):
-    pytest.importorskip("torch", reason="transformers reads GGUF with torch only")
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")

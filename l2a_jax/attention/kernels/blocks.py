@@ -54,10 +54,14 @@ def loop_of(spec: Spec) -> str:
     return "window" if spec.kind == "all" and spec.window is not None else "whole"
 
 
+def capability() -> float:
+    """The device's compute capability; where there is no CUDA device, that of the card one lowers for (Hopper)."""
+    return float(getattr(jax.devices()[0], "compute_capability", "9.0"))
+
+
 def architecture() -> str:
     """The row of the table for the device at hand: newer than Hopper takes Hopper's, older takes Ada's."""
-    capability = getattr(jax.devices()[0], "compute_capability", "9.0")
-    return "sm_90" if float(capability) >= 9 else "sm_89"
+    return "sm_90" if capability() >= 9 else "sm_89"
 
 
 def shared_memory(kernel: str, block: Block, width: int, itemsize: int = 2, sinks: int = 4) -> int:
