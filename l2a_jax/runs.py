@@ -203,7 +203,7 @@ def load_tree(plan: Plan) -> tuple[Tree, Tree | None, str]:
     if plan.source is None:
         params = jax.jit(lambda key: init_params(plan.config, key, dtype=plan.dtype))(
             jax.random.key(plan.settings.seed))
-        return params, None, f"fresh parameters, seed {plan.settings.seed}"
+        return params, params if plan.is_demo else None, f"fresh parameters, seed {plan.settings.seed}"
     loaded = load_pretrained(plan.source, plan.dtype)
     source = loaded.params if plan.is_demo else None
     if plan.l2a_config is None or plan.source_routed:
