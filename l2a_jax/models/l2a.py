@@ -25,7 +25,7 @@ from l2a_jax import attention
 from l2a_jax.config import L2AConfig, ModelConfig
 from l2a_jax.nn import routing
 from l2a_jax.nn.layers import joined, linear, rms_norm
-from l2a_jax.nn.rope import apply_rope
+from l2a_jax.nn.rope import split_heads
 
 QKV = ("q", "k", "v")
 
@@ -170,10 +170,10 @@ def _qkv(h, params, context):
     """q and k (rotated) and v from one matrix product: k and v alone are too narrow for the matrix units, and their
     gradients would each write a whole [B, T, D]."""
     heads, kv_heads = context.config.num_heads, context.config.num_kv_heads
-    together = linear(h, params["qkv"] if "qkv" in params else joined(params, QKV))
-    together = together.reshape(*h.shape[:2], heads + 2 * kv_heads, context.config.head_dim)
-    rotated = apply_rope(together[:, :, : heads + kv_heads], context.rope)
-    return checkpoint_name((rotated[:, :, :heads], rotated[:, :, heads:], together[:, :, heads + kv_heads :]), "qkv")
+    together = params["qkv"] if "qkv" in params else joined(params, QKV)
+    shape = (heads + 2 * kv_heads, context.config.head_dim)
+    product = (h @ together["kernel"].astype(h.dtype)).reshape(*h.shape[:2], *shape)
+    return checkpoint_name(split_heads(product, together["bias"].reshape(shape), context.rope, kv_heads), "qkv")
 
 
 def _out(rows, params):

@@ -6,13 +6,20 @@ YaRN (arXiv 2309.00071) with the bounds rounded to whole dimensions, as transfor
 
 from __future__ import annotations
 
+import functools
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from l2a_jax.attention.kernels import blocks
 from l2a_jax.config import ModelConfig, RopeScaling
+from l2a_jax.nn import rope_kernel
+from l2a_jax.nn.rope_kernel import Parts, Table
+
+KERNEL_WIDTHS = (16, 32, 64, 128)
 
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling, max_positions: int) -> np.ndarray:
@@ -67,3 +74,48 @@ def apply_rope(
     cos, sin = (part[:, :, None, :] for part in table)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def split_heads(joined: Float[Array, "B T M H"], bias: Float[Array, "M H"], table: Table, kv_heads: int) -> Parts:
+    """(q, k, v) of joined + bias, whose heads lie side by side in this order, M = N + 2K; q and k rotated as by
+    `apply_rope`.
+
+    On NVIDIA GPUs by a kernel (`rope_kernel`), elsewhere by XLA. No gradient flows into the table.
+    """
+    return _on_gpu(functools.partial(rope_kernel.split, kv_heads=kv_heads),
+                   functools.partial(_split, kv_heads=kv_heads), joined.shape[3], joined, bias, table)
+
+
+def _split(joined, bias, table, kv_heads):
+    """The oracle of `rope_kernel.split`."""
+    rotated, values = jnp.split(joined + bias.astype(joined.dtype), (joined.shape[2] - kv_heads,), axis=2)
+    q, k = jnp.split(apply_rope(rotated, table), (joined.shape[2] - 2 * kv_heads,), axis=2)
+    return q, k, values
+
+
+def _join(parts, table):
+    """The oracle of `rope_kernel.join`: a rotation is orthogonal, so its transpose turns back."""
+    cos, sin = table
+    q, k, values = parts
+    joined = jnp.concatenate([apply_rope(jnp.concatenate([q, k], axis=2), (cos, -sin)), values], axis=2)
+    return joined, jnp.sum(joined.astype(jnp.float32), axis=(0, 1))
+
+
+def _on_gpu(kernel, plain, width, *inputs):
+    if blocks.capability() < 8 or width not in KERNEL_WIDTHS:
+        return plain(*inputs)
+    return jax.lax.platform_dependent(*inputs, cuda=kernel, default=plain)
+
+
+def _split_heads_fwd(joined, bias, table, kv_heads):
+    return split_heads(joined, bias, table, kv_heads), (bias, table)
+
+
+def _split_heads_bwd(kv_heads, residuals, gradients):
+    bias, table = residuals
+    joined, d_bias = _on_gpu(rope_kernel.join, _join, gradients[0].shape[3], gradients, table)
+    return joined, d_bias.astype(bias.dtype), jax.tree.map(jnp.zeros_like, table)
+
+
+split_heads.defvjp(_split_heads_fwd, _split_heads_bwd)

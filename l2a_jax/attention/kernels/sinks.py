@@ -85,6 +85,8 @@ def _kernel(q_ref, k_ref, v_ref, lse_ref, delta_ref, d_out_ref, tables, d_k_ref,
         high = plt.load(high_ref.at[batch, here], mask=inside, other=0)
     keys_at = first + jnp.arange(padded)
     visible = t.see(low[None, :], high[None, :] - 1, keys_at[:, None]) & inside[None, :]
+    # The heads of a chunk that sees no sink from beyond its window, the first of a long one, are not visited.
+    heads = jnp.clip(jnp.max(high - low), 0, 1) * spec.group_size
     keys = t.load_tokens(k_ref, batch, first, padded, kv_head, spec.length)
     values = t.load_tokens(v_ref, batch, first, padded, kv_head, spec.length)
     scale = spec.scale * t.LOG2_E
@@ -103,6 +105,6 @@ def _kernel(q_ref, k_ref, v_ref, lse_ref, delta_ref, d_out_ref, tables, d_k_ref,
                 d_values + t.dot(weights.astype(d_out.dtype), d_out))
 
     zeros = jnp.zeros((padded, spec.width), jnp.float32)
-    d_keys, d_values = jax.lax.fori_loop(0, spec.group_size, one_head, (zeros, zeros))
+    d_keys, d_values = jax.lax.fori_loop(0, heads, one_head, (zeros, zeros))
     d_k_ref[batch, number, kv_head, :, :] = d_keys * spec.scale
     d_v_ref[batch, number, kv_head, :, :] = d_values

@@ -1,0 +1,64 @@
+"""The kernels that split and join rotated heads, against `apply_rope` and XLA's own gradient, in float32."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l2a_jax.evaluation.speed_compile import lower_for_cuda, triton_kernels
+from l2a_jax.nn import rope, rope_kernel
+
+SHAPES = [(1, 1, 3, 1, 16), (2, 70, 18, 2, 64), (1, 131, 16, 2, 128), (3, 64, 9, 1, 32)]  # B, T, M, K, H
+
+
+def made(shape, dtype=jnp.float32):
+    batch, length, total, kv_heads, width = shape
+    keys = jax.random.split(jax.random.key(hash(shape) % 1_000), 5)
+    joined = jax.random.normal(keys[0], (batch, length, total, width), dtype)
+    angles = jax.random.uniform(keys[1], (batch, length, width // 2), maxval=6.3)
+    gradients = tuple(jax.random.normal(key, (batch, length, heads, width), dtype)
+                      for key, heads in zip(keys[2:], (total - 2 * kv_heads, kv_heads, kv_heads), strict=True))
+    bias = jax.random.normal(jax.random.fold_in(keys[0], 1), (total, width), dtype)
+    return joined, bias, (jnp.cos(angles), jnp.sin(angles)), kv_heads, gradients
+
+
+def oracle(joined, bias, table, kv_heads):
+    joined = joined + bias
+    queries = joined.shape[2] - 2 * kv_heads
+    return (rope.apply_rope(joined[:, :, :queries], table),
+            rope.apply_rope(joined[:, :, queries : queries + kv_heads], table), joined[:, :, queries + kv_heads :])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_both_kernels_are_the_plain_split_and_its_gradient(shape):
+    joined, bias, table, kv_heads, gradients = made(shape)
+    wanted, pull = jax.vjp(lambda x, b: oracle(x, b, table, kv_heads), joined, bias)
+    wanted = wanted, pull(gradients)
+    found, pull = jax.vjp(lambda x, b: rope.split_heads(x, b, table, kv_heads), joined, bias)
+    kernels = (rope_kernel.split(joined, bias, table, kv_heads, interpret=True),
+               rope_kernel.join(gradients, table, interpret=True))
+    for one in ((found, pull(gradients)), kernels):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), one, wanted)
+
+
+@pytest.mark.parametrize("width", rope.KERNEL_WIDTHS)
+@pytest.mark.parametrize("arch", ["sm_89", "sm_90"])
+def test_both_kernels_lower_for_cuda(width, arch):
+    joined, bias, table, kv_heads, gradients = made((2, 70, 18, 2, width), jnp.bfloat16)
+    split = lambda x, b, t: rope_kernel.split(x, b, t, kv_heads)  # noqa: E731
+    for lowered in (lower_for_cuda(split, joined, bias, table, arch=arch),
+                    lower_for_cuda(rope_kernel.join, gradients, table, arch=arch)):
+        assert [kernel["name"] for kernel in triton_kernels(lowered)] == ["l2a_rotate_heads"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_compiled_kernels_agree(shape):
+    *inputs, table, kv_heads, gradients = made(shape, jnp.bfloat16)
+    found, pull = jax.vjp(jax.jit(lambda x, b: rope.split_heads(x, b, table, kv_heads)), *inputs)
+    exact, slopes = jax.tree.map(jnp.float32, (inputs, gradients))
+    wanted, pull_wanted = jax.vjp(lambda x, b: oracle(x, b, table, kv_heads), *exact)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(np.float32(a), b, atol=0.02, rtol=0.01),
+                 (found, pull(gradients)), (wanted, pull_wanted(slopes)))
