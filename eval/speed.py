@@ -66,7 +66,8 @@ def main() -> None:
         return
     cases = speed_cases.window_cases() if arguments.windows else speed_cases.standard_cases()
     speed.main([case for case in cases if re.search(arguments.only, case.name)], arguments.out,
-               "speed_windows" if arguments.windows else "speed", not (arguments.no_torch or arguments.windows))
+               "speed_windows" if arguments.windows else "speed", not (arguments.no_torch or arguments.windows),
+               arguments.windows)
 
 
 if __name__ == "__main__":

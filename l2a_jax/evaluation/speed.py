@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from l2a_jax import attention
 from l2a_jax.evaluation.speed_cases import SpeedCase
@@ -55,32 +56,61 @@ def jax_peers(case: SpeedCase) -> dict:
     return peers
 
 
+class Prepared:
+    """A case with its inputs, and every JAX function of it compiled."""
+
+    def __init__(self, case: SpeedCase):
+        self.sets = case.inputs(case.sets)
+        self.forward_sets = [(q, k, v, decisions) for q, k, v, _, decisions in self.sets]
+        functions = {"l2a_jax": ours(case, "pallas"), **jax_peers(case)}
+        with ThreadPoolExecutor() as pool:
+            self.jobs = {name: (pool.submit(compile_jax, function, self.forward_sets),
+                                pool.submit(compile_jax, _with_backward(function), self.sets))
+                         for name, function in functions.items()}
+
+    def time(self) -> tuple[dict[str, list[float]], dict[str, str]]:
+        """({name: [fwd, fwd+bwd] in ms}, {name: why it failed})."""
+        times, failed = {}, {}
+        for name, (forward, both) in self.jobs.items():
+            try:
+                times[name] = [time_compiled(forward.result(), self.forward_sets),
+                               time_compiled(both.result(), self.sets)]
+            except Exception as error:
+                if name == "l2a_jax":
+                    raise
+                failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        return times, failed
+
+
 def measure(case: SpeedCase, with_torch: bool = True) -> dict:
-    """{"case", "teraflops", "ms": {name: [fwd, fwd+bwd]}, "failed": {name: why}} of one case."""
-    sets = case.inputs(case.sets)
-    forward_sets = [(q, k, v, decisions) for q, k, v, _, decisions in sets]
-    times, failed = {}, {}
-    functions = {"l2a_jax": ours(case, "pallas"), **jax_peers(case)}
-    with ThreadPoolExecutor() as pool:
-        jobs = {name: (pool.submit(compile_jax, function, forward_sets),
-                       pool.submit(compile_jax, _with_backward(function), sets))
-                for name, function in functions.items()}
-    for name, (forward, both) in jobs.items():
-        try:
-            times[name] = [time_compiled(forward.result(), forward_sets), time_compiled(both.result(), sets)]
-        except Exception as error:
-            if name == "l2a_jax":
-                raise
-            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-    del sets, forward_sets
+    """What the tables say of one case, peers of PyTorch included."""
+    times, failed = Prepared(case).time()
     peers, why = {}, {}
     if with_torch:
         try:
             peers, why = torch_peers(case)
         except ImportError:
             why = {"torch": "not installed"}
-    return {"case": case.name, "must": case.must, "aim": case.aim, "authors": case.authors, "ms": {**times, **peers},
-            "teraflops": [case.teraflops(False), case.teraflops(True)], "failed": {**failed, **why}}
+    return _entry(case, {**times, **peers}, {**failed, **why})
+
+
+def measure_in_turn(cases: list[SpeedCase], rounds: int = 5) -> list[dict]:
+    """The same of several cases that are to be compared with each other: all are compiled first, then timed one after
+    the other in `rounds` rounds, and the median of each is taken, so that a warming card favours none."""
+    prepared = [Prepared(case) for case in cases]
+    timed = [[one.time() for one in prepared] for _ in range(rounds)]
+    found = []
+    for index, case in enumerate(cases):
+        times = [one[index][0] for one in timed]
+        found.append(_entry(case, {name: np.median([one[name] for one in times], axis=0).tolist() for name in times[0]},
+                            timed[0][index][1]))
+    return found
+
+
+def _entry(case, ms, failed) -> dict:
+    """{"case", "teraflops", "ms": {name: [fwd, fwd+bwd]}, "failed": {name: why}} and what was to be reached."""
+    return {"case": case.name, "must": case.must, "aim": case.aim, "authors": case.authors, "ms": ms,
+            "teraflops": [case.teraflops(False), case.teraflops(True)], "failed": failed}
 
 
 def _with_backward(function):
@@ -91,14 +121,18 @@ def _with_backward(function):
     return both
 
 
-def run(cases: list[SpeedCase], command: str, with_torch: bool = True) -> Iterator[dict]:
-    """Measure the cases; after each, everything that is needed to repeat and to judge those so far."""
+def run(cases: list[SpeedCase], command: str, with_torch: bool = True, in_turn: bool = False) -> Iterator[dict]:
+    """Measure the cases; after each, everything that is needed to repeat and to judge those so far. `in_turn`: by
+    `measure_in_turn`, all at once."""
     device = jax.devices()[0]
     result = {
         "date": datetime.date.today().isoformat(), "command": command, "device": device.device_kind,
         "python": platform.python_version(), "versions": versions(),
         "matmul_teraflops_per_second": matmul_ceiling(), "cases": [],
     }
+    if in_turn:
+        yield {**result, "cases": measure_in_turn(cases)}
+        return
     for case in cases:
         result["cases"].append(measure(case, with_torch))
         log.info("%s: %s", case.name, json.dumps(result["cases"][-1]["ms"]))
@@ -146,10 +180,10 @@ def markdown(result: dict) -> str:
     return "\n".join(lines + ([""] + [f"- not measured, {failure}" for failure in sorted(failures)])) + "\n"
 
 
-def main(cases: list[SpeedCase], out: Path | None, name: str, with_torch: bool = True) -> None:
+def main(cases: list[SpeedCase], out: Path | None, name: str, with_torch: bool = True, in_turn: bool = False) -> None:
     """Measure, print the table, and write NAME.json and NAME.md to `out`."""
     result = {}
-    for result in run(cases, " ".join(["python", *sys.argv]), with_torch):
+    for result in run(cases, " ".join(["python", *sys.argv]), with_torch, in_turn):
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
             (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -90,5 +90,6 @@ def standard_cases() -> list[SpeedCase]:
 
 def window_cases() -> list[SpeedCase]:
     """Ratios of length to window from 32 down to 1: the windowed path must never be slower than the full one."""
-    return [SpeedCase("local", 16_384, window=window) for window in (512, 2_048, 4_096, 8_192, 12_288, 16_384)] + [
-        SpeedCase("full", 16_384)]
+    windows = (512, 1_024, 2_048, 4_096, 8_192, 12_288, 14_336, 16_384)
+    return [case for width in HEADS for case in (
+        *(SpeedCase("local", 16_384, width, window=window) for window in windows), SpeedCase("full", 16_384, width))]

@@ -23,9 +23,9 @@ MAX_PARTS = 4
 
 def parts_of(spec: Spec, block: Block, batch: int) -> int:
     """Programs that share a block of keys, where few blocks would leave a large GPU idle behind the longest: the first
-    keys are seen by every row. Short windows give every block the same work: there it is enough to fill the GPU."""
+    keys are seen by every row. Windows give every block the same work: there it is enough to fill the GPU."""
     programs = spec.kv_heads * pl.cdiv(spec.length, block.keys) * batch
-    windowed = spec.kind == "all" and spec.window is not None and 2 * spec.window <= spec.length
+    windowed = spec.kind == "all" and spec.window is not None
     return min(max((split.PROGRAMS // 2 if windowed else split.PROGRAMS) // programs, 1), MAX_PARTS)
 
 
@@ -109,7 +109,7 @@ def _over_heads(spec, first_head, bounds, visit, carry, part, parts):
             return visit(first_head + jax.lax.div(i, tiles), first + jax.lax.rem(i, tiles), carry, edge)
 
         total = (last - first) * spec.group_size
-        carry = t.loop_if_any(total * part // parts, total * (part + 1) // parts, step, carry)
+        carry = jax.lax.fori_loop(total * part // parts, total * (part + 1) // parts, step, carry)
     return carry
 
 

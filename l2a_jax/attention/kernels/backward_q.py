@@ -96,10 +96,10 @@ def _tile(q_ref, k_ref, v_ref, plan, out_ref, lse_ref, d_out_ref, d_q_ref, delta
         d_scores = weights * (d_weights - delta[:, None])
         return d_query + t.dot(d_scores.astype(keys.dtype), keys)
 
-    def step(i, d_query, edge, below):
+    def step(i, d_query, edge):
         key = i * block.keys
         number = key + jnp.arange(block.keys)[None, :]
-        low = limits.low[:, None] if below else None
+        low = None if limits.low is None else limits.low[:, None]
         limit = spec.length if ragged and edge is not False else None
         return visit(key, block.keys, limit, d_query, lambda scores: t.hide(
             scores, lambda: t.see(low, limits.high[:, None], number), edge))
@@ -116,7 +116,7 @@ def _tile(q_ref, k_ref, v_ref, plan, out_ref, lse_ref, d_out_ref, d_q_ref, delta
     bounds = t.key_bounds(limits, block.keys)
     if share is not None:
         bounds = split.part_bounds(bounds, part, parts)
-    d_query = t.sweep(bounds, step, d_query, loops=block.loops, bounded_below=spec.bounded_below) * spec.scale
+    d_query = t.sweep(bounds, step, d_query, flat=block.flat, bounded_below=spec.bounded_below) * spec.scale
 
     def store_whole():
         plt.store(view(d_q_ref), d_query.astype(d_q_ref.dtype), mask=exist[:, None])

@@ -14,14 +14,14 @@ from jax.experimental.pallas import next_power_of_2
 from l2a_jax.attention.kernels.plan import Block, Spec
 
 SHARED_MEMORY = {"sm_89": 101_376, "sm_90": 232_448}  # bytes that one program may have (opt-in limits)
-LONG = 1_024  # a window
+LONG = {64: 1_024, 128: 2_048}  # windows, by head width
 KERNELS = ("forward", "backward_q", "backward_kv", "sinks")
 
 _SINKS = Block(64, 0, 4, 1)
 _HALF = {
-    ("sm_90", 64, "window"): {"forward": Block(64, 64, 4, 3, loops=1), "backward_q": Block(64, 64, 4, 2),
+    ("sm_90", 64, "window"): {"forward": Block(64, 64, 4, 3, flat=True), "backward_q": Block(64, 64, 4, 2),
                               "backward_kv": Block(64, 64, 4, 2), "sinks": _SINKS},
-    ("sm_90", 64, "whole"): {"forward": Block(64, 64, 4, 3, loops=1), "backward_q": Block(64, 64, 4, 3),
+    ("sm_90", 64, "whole"): {"forward": Block(64, 64, 4, 3, flat=True), "backward_q": Block(64, 64, 4, 3),
                              "backward_kv": Block(64, 64, 4, 3), "sinks": _SINKS},
     ("sm_90", 128, "window"): {"forward": Block(64, 64, 4, 3), "backward_q": Block(64, 32, 4, 2),
                                "backward_kv": Block(64, 128, 8, 3), "sinks": _SINKS},
@@ -52,7 +52,8 @@ def table(arch: str, width: int, itemsize: int, loop: str) -> dict[str, Block]:
 
 def loop_of(spec: Spec) -> str:
     """Which kind of loop a call runs."""
-    return "window" if spec.kind == "all" and spec.window is not None and spec.window < LONG else "whole"
+    long = LONG[64 if spec.width <= 64 else 128]
+    return "window" if spec.kind == "all" and spec.window is not None and spec.window < long else "whole"
 
 
 def capability() -> float:

@@ -81,10 +81,10 @@ def _tile(q_ref, k_ref, v_ref, plan, out_ref, lse_ref, *part_refs, spec, block, 
         values = t.load_tokens(v_ref, batch, key, size, kv_head, limit)
         return new_top, total, out * shrink[:, None] + t.dot(weights.astype(values.dtype), values)
 
-    def step(i, carry, edge, below):
+    def step(i, carry, edge):
         key = i * block.keys
         number = key + jnp.arange(block.keys)[None, :]
-        low = limits.low[:, None] if below else None
+        low = None if limits.low is None else limits.low[:, None]
         limit = spec.length if ragged and edge is not False else None
         return visit(key, block.keys, limit, carry, lambda scores: t.hide(
             scores, lambda: t.see(low, limits.high[:, None], number), edge))
@@ -104,7 +104,7 @@ def _tile(q_ref, k_ref, v_ref, plan, out_ref, lse_ref, *part_refs, spec, block, 
     bounds = t.key_bounds(limits, block.keys)
     if share is not None:
         bounds = split.part_bounds(bounds, *share[1:])
-    top, total, out = t.sweep(bounds, step, carry, loops=block.loops, bounded_below=spec.bounded_below)
+    top, total, out = t.sweep(bounds, step, carry, flat=block.flat, bounded_below=spec.bounded_below)
 
     alive = limits.high >= 0
     total = jnp.where(alive & (total > 0), total, 1.0)  # a part of a shared tile may have no keys at all

@@ -65,17 +65,15 @@ class Spec:
 class Block:
     """Tile sizes of one kernel: `rows` x `keys` scores at a time.
 
-    `loops` over the blocks that a tile visits (forward and backward_q): 3, of which the middle one has no mask; 2, the
-    blocks that begin before some row's first key apart from all others; or 1, masked throughout. Fewer loops take
-    fewer registers and fill the load pipeline less often, against more arithmetic (the compiler turns the branch around
-    a mask into selects).
+    `flat`: one loop, masked throughout (the compiler turns the branch into selects), in place of three loops of which
+    the middle one has no mask: fewer registers and one filling of the load pipeline, against more arithmetic.
     """
 
     rows: int
     keys: int
     num_warps: int
     num_stages: int
-    loops: int = 3
+    flat: bool = False
 
 
 class Plan(NamedTuple):

@@ -89,27 +89,16 @@ def key_bounds(limits: Limits, keys: int):
     return begin, full_begin, full_end, end
 
 
-def sweep(bounds, step, carry, *, loops: int, bounded_below: bool):
-    """carry = step(block, carry, edge, below) for the blocks of `bounds`, in order, in `loops` loops (see `Block`).
-
-    `edge`: whether a mask is due; `below`: whether it may hide keys before a row's first.
-    """
+def sweep(bounds, step, carry, *, flat: bool, bounded_below: bool):
+    """carry = step(block, carry, edge) for the blocks of `bounds`, in order; `edge` says whether a mask is due."""
     begin, full_begin, full_end, end = bounds
-    if loops == 1 and bounded_below:
+    if flat:
         return jax.lax.fori_loop(
-            begin, end, lambda i, carry: step(i, carry, (i < full_begin) | (i >= full_end), True), carry)
+            begin, end, lambda i, carry: step(i, carry, (i < full_begin) | (i >= full_end)), carry)
     if bounded_below:
-        carry = loop_if_any(begin, full_begin, lambda i, carry: step(i, carry, True, True), carry)
-    if loops < 3:
-        return jax.lax.fori_loop(full_begin, end, lambda i, carry: step(i, carry, i >= full_end, False), carry)
-    carry = jax.lax.fori_loop(full_begin, full_end, lambda i, carry: step(i, carry, False, False), carry)
-    return jax.lax.fori_loop(full_end, end, lambda i, carry: step(i, carry, True, False), carry)
-
-
-def loop_if_any(begin, end, body, carry):
-    """`fori_loop`, passed over where it has no steps: the pipeline of loads would be filled for none."""
-    return jax.lax.cond(begin < end, lambda carry: jax.lax.fori_loop(begin, end, body, carry), lambda carry: carry,
-                        carry)
+        carry = jax.lax.fori_loop(begin, full_begin, lambda i, carry: step(i, carry, True), carry)
+    carry = jax.lax.fori_loop(full_begin, full_end, lambda i, carry: step(i, carry, False), carry)
+    return jax.lax.fori_loop(full_end, end, lambda i, carry: step(i, carry, True), carry)
 
 
 def sink_sweep(spec: Spec, limits: Limits, step, carry):
