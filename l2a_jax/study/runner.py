@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import gzip
 import json
 import logging
 import platform
@@ -81,14 +82,17 @@ def is_done(row: Row, out: Path) -> bool:
 
 
 def read_row(path: Path) -> dict[str, Any] | None:
-    """A row's file, None where there is none. UserError where it is not one of ours."""
+    """A row's file, or what `gzip` made of it; None where there is neither. UserError where it is not one of ours."""
+    packed = path.with_name(f"{path.name}.gz")
+    if not path.exists():
+        path = packed
     if not path.exists():
         return None
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(gzip.decompress(path.read_bytes()) if path == packed else path.read_bytes())
         if found["format"] != FORMAT:
             raise KeyError("format")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not the file of a row ({type(error).__name__}: {error}); move it away") from error
     return found
 

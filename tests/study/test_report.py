@@ -1,5 +1,6 @@
 """The report: from files of rows to tables, differences and figures. Numbers here are made up, for their form alone."""
 
+import gzip
 import json
 import pathlib
 import runpy
@@ -124,6 +125,17 @@ def test_a_file_of_other_settings_does_not_count(tmp_path):
     row = choose(("router_only-diverse-0.5b",))[0]
     write_json(tmp_path / f"{row.name}.json", {**fabricate(row), "training_hash": "of something else"})
     assert facts.load(tmp_path, [row]) == {}
+
+
+def test_a_packed_file_counts_and_a_damaged_one_does_not_pass(tmp_path):
+    row = choose(("baseline-0.5b",))[0]
+    packed = tmp_path / f"{row.name}.json.gz"
+    write_json(tmp_path / "plain.json", fabricate(row))
+    packed.write_bytes(gzip.compress((tmp_path / "plain.json").read_bytes()))
+    assert set(facts.load(tmp_path, [row])) == {row.name}
+    packed.write_bytes(packed.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"baseline-0.5b\.json\.gz is not the file of a row"):
+        facts.load(tmp_path, [row])
 
 
 def test_effects_wait_for_every_cell(folder):
