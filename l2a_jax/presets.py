@@ -94,7 +94,7 @@ REGIME_PRESET = {"router_strict": "repair", "router_only": "repair", "l2a_ft": "
 
 # The embedded demo: `repair`'s layer at the size of the packaged model, on the synthetic recall corpus.
 DEMO = {
-    **PRESETS["repair"], "window": 12, "penalty": 0.25, "seq_len": 128, "batch_size": 16, "steps": 200, "tokens": None,
+    **PRESETS["repair"], "window": 12, "penalty": 0.2, "seq_len": 128, "batch_size": 16, "steps": 200, "tokens": None,
     "lr": 3e-4, "router_lr": 1e-2, "save_every": 50, "eval_every": 50, "eval_batches": 2, "remat": "none",
 }
 RECALL_EMPHASIS = 4.0
