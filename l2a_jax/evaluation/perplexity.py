@@ -108,7 +108,8 @@ def score_windows(
 ) -> Scores:
     """One pass over the windows under the router's own decisions, or under `decisions`.
 
-    Raises UserError naming the window where a loss is not finite.
+    Where few places are scored (the answer of a needle), the vocabulary's logits are computed at those alone. Raises
+    UserError naming the window where a loss is not finite.
     """
     count, length = windows.tokens.shape
     check_tokens(jnp.asarray(windows.tokens), model.config)
@@ -119,15 +120,20 @@ def score_windows(
         pruned = np.isin(np.arange(model.config.num_layers), layer.pruned_layers)
         layer = dataclasses.replace(layer, pruned_layers=())
     nll, correct = np.zeros((count, length)), np.zeros((count, length), bool)
+    places = _scored_places(windows.scored)
     routed, entropy = [], 0.0
     with progress(label, count) as report:
         for start in range(0, count, rows):
             stop = min(start + rows, count)
             tokens, targets, real = (_filled(x[start:stop], rows) for x in (*windows[:2], windows.real))
+            picks = None if places is None else _filled(places[start:stop], rows)
             forced = None if decisions is None else _filled(decisions[:, start:stop], rows, axis=1)
-            found = jax.device_get(_score(model.params, tokens, targets, real, forced, pruned, model.config, layer,
-                                          backend))
-            nll[start:stop], correct[start:stop] = (x[: stop - start] for x in (found.nll, found.correct))
+            found = jax.device_get(_score(model.params, tokens, targets, real, forced, pruned, picks, model.config,
+                                          layer, backend))
+            at = np.arange(length)[None, :] if picks is None else places[start:stop]
+            for whole, part in ((nll, found.nll), (correct, found.correct)):
+                np.put_along_axis(whole[start:stop], np.broadcast_to(at, part[: stop - start].shape),
+                                  part[: stop - start], axis=1)
             _check_finite(nll, windows, start, stop)
             if found.decisions is not None:
                 routed.append(found.decisions[:, : stop - start] & windows.real[None, start:stop])
@@ -175,14 +181,29 @@ class _Scored(NamedTuple):
     entropy: Any
 
 
-@functools.partial(jax.jit, static_argnums=(6, 7, 8))
-def _score(params, tokens, targets, real, decisions, pruned, config, l2a_config, backend):
+@functools.partial(jax.jit, static_argnums=(7, 8, 9))
+def _score(params, tokens, targets, real, decisions, pruned, picks, config, l2a_config, backend):
     hidden, routed = hidden_states(params, tokens, config, l2a_config, decisions=decisions, pruned=pruned,
                                    backend=backend)
+    if picks is not None:
+        hidden = jnp.take_along_axis(hidden, picks[:, :, None], axis=1)
+        targets = jnp.take_along_axis(targets, picks, axis=1)
     nll, correct = token_nll(params, hidden, targets, config)
     if routed is None:
         return _Scored(nll, correct, None, None)
     return _Scored(nll, correct, routed.decisions, routing.entropy(routed.probabilities, real) * jnp.sum(real))
+
+
+def _scored_places(scored: Bool[np.ndarray, "B T"]) -> Int32[np.ndarray, "B M"] | None:
+    """The scored places of every window, the last of them repeated up to a power of two; None where they are so many
+    that nothing would be saved."""
+    counts = scored.sum(axis=1)
+    width = 1 << max(3, int(counts.max() - 1).bit_length())
+    if 4 * width > scored.shape[1]:
+        return None
+    order = np.argsort(~scored, axis=1, kind="stable")  # the scored ones first, in their order
+    chosen = np.minimum(np.arange(width), np.maximum(counts, 1)[:, None] - 1)
+    return np.take_along_axis(order, chosen, axis=1).astype(np.int32)
 
 
 def _filled(x: np.ndarray, rows: int, axis: int = 0) -> np.ndarray:

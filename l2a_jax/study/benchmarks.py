@@ -64,7 +64,12 @@ def score(model: Pretrained, prepared: Prepared, backend: str = "auto") -> dict[
 def controls(model: Pretrained, prepared: Prepared, *, items: int = 1_000, length: int = 256,
              **passes: Any) -> dict[str, Any]:
     """acc of the first `items` items that fit `length` tokens: as learned, with random decisions at each layer's own
-    rate, and with a static choice of layers of the same density; and how much worse the two are, paired over items."""
+    rate, and with a static choice of layers of the same density; and how much worse the two are, paired over items.
+
+    Windows are as long as the longest of them needs, a power of two. Where that is no longer than the window of a layer
+    with one shared attention, a row sees everything whatever is decided: `window_covers`, and the controls are the
+    learned ones.
+    """
     kept, requests, at = [], [], 0
     for index, count in enumerate(prepared.counts[:items]):
         mine = prepared.requests[at : at + count]
@@ -74,6 +79,8 @@ def controls(model: Pretrained, prepared: Prepared, *, items: int = 1_000, lengt
             requests += mine
     some = prepared._replace(documents=[prepared.documents[i] for i in kept],
                              counts=[prepared.counts[i] for i in kept], requests=requests)
+    longest = max((len(one.context) + len(one.continuation) - 1 for one in requests), default=1)
+    length = min(length, 1 << (longest - 1).bit_length())
     windows = _windows(requests, length)
     name = prepared.task.config.task
 
@@ -84,11 +91,13 @@ def controls(model: Pretrained, prepared: Prepared, *, items: int = 1_000, lengt
 
     bits, learned = run("learned")
     rates, count = routing_rates(learned.decisions, windows.real), len(requests)
+    layer = model.l2a_config
+    covers = layer.share_attention and layer.topology == "parallel" and layer.window >= length
     out: dict[str, Any] = {"n": len(kept), "of": min(items, len(prepared.counts)), "density": float(rates.mean()),
-                           "learned": bits.count("1") / len(bits)}
+                           "length": length, "window_covers": covers, "learned": bits.count("1") / len(bits)}
     for control, decisions in (("random", audit.random_decisions(0, rates, count, length)),
                                ("static", audit.static_decisions(0, rates, count, length)[0])):
-        theirs = run(control, decisions)[0]
+        theirs = bits if covers else run(control, decisions)[0]
         value, interval = intervals.paired_items(list(map(int, theirs)), list(map(int, bits)))
         out[control] = {"acc": theirs.count("1") / len(theirs), "points": 100 * value,
                         "points_95": [100 * bound for bound in interval]}

@@ -45,7 +45,8 @@ def frontier(rows: Sequence[Fact], path: Path) -> bool:
                              for one in differences) ** 0.5 / len(differences)
                 axes[2].errorbar(x, mean, spread, **style)
                 for name, control in (("random", "x"), ("static", "+")):
-                    worse = [one[name]["points"] for one in (row["task_controls"] or {}).values()]
+                    worse = [one[name]["points"] for one in (row["task_controls"] or {}).values()
+                             if not one.get("window_covers")]
                     if worse:
                         axes[2].plot(x, mean + sum(worse) / len(worse), color=style["color"], marker=control, ls="none")
         axes[0].axhline(1, color="grey", lw=0.8)

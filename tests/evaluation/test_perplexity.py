@@ -186,3 +186,23 @@ def test_texts_that_cannot_be_read(tmp_path, name, content, message):
         (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
         texts.read_text(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("l2a_config", [None, LAYERS["sequential"], LAYERS["shared"]])
+def test_a_few_scored_places_score_as_among_all(l2a_config, monkeypatch):
+    """Logits at the scored places alone: none in one window, the first and the last place in another."""
+    model = make_model(l2a_config)
+    windows = perplexity.text_windows(make_ids(5 * 64 + 1), 64, 64, {"name": "random"})
+    scored = np.zeros_like(windows.scored)
+    for row, places in enumerate(([5], [], [0, 63], range(20, 31), [7, 9])):
+        scored[row, list(places)] = True
+    windows = windows._replace(scored=scored)
+    few = perplexity.score_windows(model, windows, batch_tokens=2 * 64)
+    assert perplexity._scored_places(windows.scored).shape == (5, 16)
+    monkeypatch.setattr(perplexity, "_scored_places", lambda scored: None)
+    whole = perplexity.score_windows(model, windows, batch_tokens=2 * 64)
+    np.testing.assert_allclose(few.nll, whole.nll, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(few.correct, whole.correct)
+    np.testing.assert_array_equal(few.tokens, [1, 0, 2, 11, 2])
+    if l2a_config is not None:
+        np.testing.assert_array_equal(few.decisions, whole.decisions)

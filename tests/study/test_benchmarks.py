@@ -1,10 +1,12 @@
 """Benchmarks prepared once give what `evaluate_tasks` gives, item by item."""
 
 import jax
+import numpy as np
 import pytest
 
 from l2a_jax.config import L2AConfig
 from l2a_jax.errors import UserError
+from l2a_jax.evaluation.perplexity import score_windows
 from l2a_jax.evaluation.tasks import evaluate_tasks
 from l2a_jax.models.params import add_routing, init_params
 from l2a_jax.study import benchmarks
@@ -41,6 +43,24 @@ def test_controls_force_decisions_on_the_same_requests(tmp_path):
     assert found["learned"] == benchmarks.score(plain, prepared)["acc"]
     assert found["random"]["points"] == found["static"]["points"] == 0.0  # at a rate of 1 there is nothing to choose
     assert benchmarks.controls(routed, prepared, length=40, batch_tokens=512)["n"] < 3
+    assert not found["window_covers"]
+
+
+@pytest.mark.parametrize("topology, shared", [("parallel", True), ("sequential", False)])
+def test_controls_are_the_learned_decisions_exactly_where_these_cannot_matter(topology, shared, tmp_path):
+    prepared = benchmarks.prepare(model_of(0), "piqa", str(write(tmp_path)), None)
+    layer = L2AConfig(window=64, sinks=0, topology=topology, share_attention=shared)
+    plain = model_of(1)
+    params = add_routing(plain.params, CONFIG, layer)
+    router = params["layers"]["router"]
+    router["kernel"] = jax.random.normal(jax.random.key(3), router["kernel"].shape)
+    routed = plain._replace(l2a_config=layer, params=params)
+    found = benchmarks.controls(routed, prepared, length=64, batch_tokens=512)
+    assert found["window_covers"] == shared and 0 < found["density"] < 1
+    windows = benchmarks._windows(prepared.requests, found["length"])
+    shape = (CONFIG.num_layers, *windows.tokens.shape)
+    nll = [score_windows(routed, windows, np.full(shape, value), batch_tokens=512).nll for value in (False, True)]
+    assert np.allclose(*nll, rtol=1e-5) == shared
 
 
 def test_a_missing_file_is_refused(tmp_path):
