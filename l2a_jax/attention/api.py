@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from l2a_jax.attention.kernels import blocks
+
 log = logging.getLogger("l2a_jax.attention")
 
 BACKENDS = ("reference", "xla", "cudnn", "pallas", "pallas_interpret")
@@ -64,7 +66,7 @@ def _order(call: Call, platform: str) -> tuple[str, ...]:
     order = AUTO.get(platform, ("xla", "reference"))
     wide = call.width == 128 or (call.window or 0) > 2_048
     faster = call.operation == "full" or (call.operation == "local" and wide)
-    if platform == "gpu" and faster and float(getattr(jax.devices()[0], "compute_capability", "0")) >= 9:
+    if platform == "gpu" and faster and blocks.capability(absent=0.0) >= 9:
         return ("cudnn", *(name for name in order if name != "cudnn"))
     return order
 

@@ -98,12 +98,17 @@ def measure_in_turn(cases: list[SpeedCase], rounds: int = 5) -> list[dict]:
     """The same of several cases that are to be compared with each other: all are compiled first, then timed one after
     the other in `rounds` rounds, and the median of each is taken, so that a warming card favours none."""
     prepared = [Prepared(case) for case in cases]
-    timed = [[one.time() for one in prepared] for _ in range(rounds)]
+    timed = []
+    for number in range(rounds):
+        timed.append([one.time() for one in prepared])
+        log.info("round %d of %d", number + 1, rounds)
     found = []
-    for index, case in enumerate(cases):
-        times = [one[index][0] for one in timed]
-        found.append(_entry(case, {name: np.median([one[name] for one in times], axis=0).tolist() for name in times[0]},
-                            timed[0][index][1]))
+    for case, *turns in zip(cases, *timed, strict=True):
+        times = [ms for ms, _ in turns]
+        always = [name for name in times[0] if all(name in ms for ms in times)]
+        failed = {name: why for _, failures in turns for name, why in failures.items()}
+        found.append(_entry(case, {name: np.median([ms[name] for ms in times], axis=0).tolist() for name in always},
+                            failed))
     return found
 
 

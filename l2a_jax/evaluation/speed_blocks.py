@@ -18,6 +18,7 @@ from l2a_jax.attention.kernels.plan import Block, Spec, make_plan
 from l2a_jax.evaluation.speed_cases import HEADS, SpeedCase
 from l2a_jax.evaluation.speed_timing import compile_jax, time_compiled
 
+# Each tunes the row of the table that its own call takes (`loop_of`).
 CASES = [
     SpeedCase("local", 32_768, window=1_024), SpeedCase("local", 4_096, batch=8, window=512),
     SpeedCase("routed", 32_768, rate=0.2), SpeedCase("routed", 32_768, rate=0.05),

@@ -19,8 +19,6 @@ from l2a_jax.config import ModelConfig, RopeScaling
 from l2a_jax.nn import rope_kernel
 from l2a_jax.nn.rope_kernel import Parts, Table
 
-KERNEL_WIDTHS = (16, 32, 64, 128)
-
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling, max_positions: int) -> np.ndarray:
     """Radians per position for each of the H/2 pairs, as float32 [H/2].
@@ -81,21 +79,22 @@ def split_heads(joined: Float[Array, "B T M H"], bias: Float[Array, "M H"], tabl
     """(q, k, v) of joined + bias, whose heads lie side by side in this order, M = N + 2K; q and k rotated as by
     `apply_rope`.
 
-    On NVIDIA GPUs by a kernel (`rope_kernel`), elsewhere by XLA. No gradient flows into the table.
+    By a kernel (`rope_kernel`) on NVIDIA GPUs from compute capability 8.0 at its `WIDTHS`, elsewhere by XLA; the two
+    agree up to rounding. Differentiable in reverse mode, in joined and bias only.
     """
     return _on_gpu(functools.partial(rope_kernel.split, kv_heads=kv_heads),
                    functools.partial(_split, kv_heads=kv_heads), joined.shape[3], joined, bias, table)
 
 
 def _split(joined, bias, table, kv_heads):
-    """The oracle of `rope_kernel.split`."""
+    """The oracle of `rope_kernel.split`, up to rounding below float32."""
     rotated, values = jnp.split(joined + bias.astype(joined.dtype), (joined.shape[2] - kv_heads,), axis=2)
     q, k = jnp.split(apply_rope(rotated, table), (joined.shape[2] - 2 * kv_heads,), axis=2)
     return q, k, values
 
 
 def _join(parts, table):
-    """The oracle of `rope_kernel.join`: a rotation is orthogonal, so its transpose turns back."""
+    """The oracle of `rope_kernel.join`, up to rounding below float32: the transpose of a rotation turns back."""
     cos, sin = table
     q, k, values = parts
     joined = jnp.concatenate([apply_rope(jnp.concatenate([q, k], axis=2), (cos, -sin)), values], axis=2)
@@ -103,7 +102,7 @@ def _join(parts, table):
 
 
 def _on_gpu(kernel, plain, width, *inputs):
-    if blocks.capability() < 8 or width not in KERNEL_WIDTHS:
+    if blocks.capability() < 8 or width not in rope_kernel.WIDTHS:
         return plain(*inputs)
     return jax.lax.platform_dependent(*inputs, cuda=kernel, default=plain)
 

@@ -15,6 +15,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float
 
 BLOCK = 64  # tokens of a head
+WIDTHS = (16, 32, 64, 128)
 
 Table = tuple[Float[Array, "B T h"], Float[Array, "B T h"]]
 Parts = tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]
@@ -28,7 +29,7 @@ def split(
     batch, length, total, width = joined.shape
     shapes = [jax.ShapeDtypeStruct((batch, length, heads, width), joined.dtype)
               for heads in (total - 2 * kv_heads, kv_heads, kv_heads)]
-    return tuple(_call(_split_kernel, shapes, joined.shape, (joined, bias, *table), interpret))
+    return tuple(_call("split", _split_kernel, shapes, joined.shape, (joined, bias, *table), interpret))
 
 
 def join(parts: Parts, table: Table, *, interpret: bool = False) -> tuple[Float[Array, "B T M H"], Float[Array, "M H"]]:
@@ -36,17 +37,17 @@ def join(parts: Parts, table: Table, *, interpret: bool = False) -> tuple[Float[
     batch, length, _, width = parts[0].shape
     shape = (batch, length, sum(part.shape[2] for part in parts), width)
     sums = jax.ShapeDtypeStruct((batch, pl.cdiv(length, BLOCK), *shape[2:]), jnp.float32)
-    joined, sums = _call(_join_kernel, (jax.ShapeDtypeStruct(shape, parts[0].dtype), sums), shape, (*parts, *table),
-                         interpret)
+    joined, sums = _call("join", _join_kernel, (jax.ShapeDtypeStruct(shape, parts[0].dtype), sums), shape,
+                         (*parts, *table), interpret)
     return joined, jnp.sum(sums, axis=(0, 1))
 
 
-def _call(kernel, out_shape, joined_shape, inputs, interpret):
+def _call(name, kernel, out_shape, joined_shape, inputs, interpret):
     batch, length, total, _ = joined_shape
     return pl.pallas_call(
         functools.partial(kernel, length=length), out_shape=out_shape, grid=(total, pl.cdiv(length, BLOCK), batch),
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=1), interpret=interpret,
-        name="l2a_rotate_heads")(*inputs)
+        name=f"l2a_{name}_heads")(*inputs)
 
 
 def _split_kernel(joined, bias, cos, sin, q, k, v, *, length):

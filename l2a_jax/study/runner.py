@@ -14,6 +14,7 @@ import json
 import logging
 import platform
 import time
+import zlib
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -92,7 +93,7 @@ def read_row(path: Path) -> dict[str, Any] | None:
         found = json.loads(gzip.decompress(path.read_bytes()) if path == packed else path.read_bytes())
         if found["format"] != FORMAT:
             raise KeyError("format")
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not the file of a row ({type(error).__name__}: {error}); move it away") from error
     return found
 

@@ -12,6 +12,7 @@ import pytest
 
 from l2a_jax import attention
 from l2a_jax.attention import api
+from l2a_jax.attention.kernels import blocks
 
 
 def arrays(width=16, dtype=jnp.float32, length=5):
@@ -61,6 +62,12 @@ def test_hopper_takes_what_measured_faster(monkeypatch, operation, width, window
     assert api._order(call, "gpu")[0] == first
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability="8.9")])
     assert api._order(call, "gpu")[0] == "pallas"
+
+
+def test_a_gpu_of_another_maker_is_left_to_xla(monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability="gfx942")])
+    assert blocks.capability() == 0.0
+    assert api._order(api.Call("full", 1, 64, 2, 2, 64, "bfloat16"), "gpu")[0] != "cudnn"
 
 
 def test_shapes_that_do_not_fit_are_named():

@@ -10,6 +10,7 @@ import pytest
 
 from l2a_jax.attention import pallas
 from l2a_jax.attention.kernels import blocks
+from l2a_jax.attention.kernels.plan import Spec
 from l2a_jax.evaluation.speed_compile import example, lower_for_cuda, report, triton_kernels
 
 ROWS = [(arch, width, loop) for arch in blocks.SHARED_MEMORY for width in (64, 128) for loop in ("window", "whole")]
@@ -48,6 +49,13 @@ def test_shared_memory_stays_within_the_card(arch, width, loop):
         assert need <= blocks.SHARED_MEMORY[arch], f"{kernel} {block} needs {need} bytes"
     for kernel, block in blocks.table(arch, width, 4, loop).items():
         assert blocks.shared_memory(kernel, block, width, 4) <= blocks.SHARED_MEMORY["sm_89"]
+
+
+@pytest.mark.parametrize("width, long", [(16, 1_024), (64, 1_024), (128, 2_048)])
+def test_long_windows_take_the_blocks_of_whole_calls(width, long):
+    loops = [blocks.loop_of(Spec("all", 8_192, 14, 2, width, window)) for window in (long - 1, long, None)]
+    assert loops == ["window", "whole", "whole"]
+    assert blocks.loop_of(Spec("routed", 8_192, 14, 2, width)) == "whole"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs the triton package to compile")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,22 +45,37 @@ def test_both_kernels_are_the_plain_split_and_its_gradient(shape):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), one, wanted)
 
 
-@pytest.mark.parametrize("width", rope.KERNEL_WIDTHS)
+@pytest.mark.parametrize("width", rope_kernel.WIDTHS)
 @pytest.mark.parametrize("arch", ["sm_89", "sm_90"])
 def test_both_kernels_lower_for_cuda(width, arch):
     joined, bias, table, kv_heads, gradients = made((2, 70, 18, 2, width), jnp.bfloat16)
     split = lambda x, b, t: rope_kernel.split(x, b, t, kv_heads)  # noqa: E731
-    for lowered in (lower_for_cuda(split, joined, bias, table, arch=arch),
-                    lower_for_cuda(rope_kernel.join, gradients, table, arch=arch)):
-        assert [kernel["name"] for kernel in triton_kernels(lowered)] == ["l2a_rotate_heads"]
+    for name, lowered in (("split", lower_for_cuda(split, joined, bias, table, arch=arch)),
+                          ("join", lower_for_cuda(rope_kernel.join, gradients, table, arch=arch))):
+        assert [kernel["name"] for kernel in triton_kernels(lowered)] == [f"l2a_{name}_heads"]
+
+
+def check_bfloat16(shape, split, join):
+    """Against the float32 oracle on the same numbers."""
+    joined, bias, table, kv_heads, gradients = made(shape, jnp.bfloat16)
+    found = split(joined, bias, table, kv_heads), join(gradients, table)
+    exact, slopes = jax.tree.map(jnp.float32, ((joined, bias), gradients))
+    wanted, pull = jax.vjp(lambda x, b: oracle(x, b, table, kv_heads), *exact)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(np.float32(a), b, atol=0.02, rtol=0.01), found,
+                 (wanted, pull(slopes)))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_kernels_in_bfloat16(shape):
+    check_bfloat16(shape, functools.partial(rope_kernel.split, interpret=True),
+                   functools.partial(rope_kernel.join, interpret=True))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_compiled_kernels_agree(shape):
-    *inputs, table, kv_heads, gradients = made(shape, jnp.bfloat16)
-    found, pull = jax.vjp(jax.jit(lambda x, b: rope.split_heads(x, b, table, kv_heads)), *inputs)
-    exact, slopes = jax.tree.map(jnp.float32, (inputs, gradients))
-    wanted, pull_wanted = jax.vjp(lambda x, b: oracle(x, b, table, kv_heads), *exact)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(np.float32(a), b, atol=0.02, rtol=0.01),
-                 (found, pull(gradients)), (wanted, pull_wanted(slopes)))
+    def join(gradients, table):
+        joined, bias, _, kv_heads, _ = made(shape, jnp.bfloat16)
+        return jax.vjp(jax.jit(lambda x, b: rope.split_heads(x, b, table, kv_heads)), joined, bias)[1](gradients)
+
+    check_bfloat16(shape, jax.jit(rope.split_heads, static_argnums=3), join)

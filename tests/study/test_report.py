@@ -133,9 +133,13 @@ def test_a_packed_file_counts_and_a_damaged_one_does_not_pass(tmp_path):
     write_json(tmp_path / "plain.json", fabricate(row))
     packed.write_bytes(gzip.compress((tmp_path / "plain.json").read_bytes()))
     assert set(facts.load(tmp_path, [row])) == {row.name}
-    packed.write_bytes(packed.read_bytes()[:-20])
-    with pytest.raises(UserError, match=r"baseline-0.5b\.json\.gz is not the file of a row"):
-        facts.load(tmp_path, [row])
+    whole = packed.read_bytes()
+    middle = len(whole) // 2
+    flipped = [whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1:] for place in range(middle, middle + 40)]
+    for damaged in (whole[:-20], *flipped):
+        packed.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"baseline-0.5b\.json\.gz is not the file of a row"):
+            facts.load(tmp_path, [row])
 
 
 def test_effects_wait_for_every_cell(folder):

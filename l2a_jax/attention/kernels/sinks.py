@@ -85,7 +85,7 @@ def _kernel(q_ref, k_ref, v_ref, lse_ref, delta_ref, d_out_ref, tables, d_k_ref,
         high = plt.load(high_ref.at[batch, here], mask=inside, other=0)
     keys_at = first + jnp.arange(padded)
     visible = t.see(low[None, :], high[None, :] - 1, keys_at[:, None]) & inside[None, :]
-    # The heads of a chunk that sees no sink from beyond its window, the first of a long one, are not visited.
+    # A chunk none of whose rows sees a sink from beyond its window (a document's first chunks) visits no head.
     heads = jnp.clip(jnp.max(high - low), 0, 1) * spec.group_size
     keys = t.load_tokens(k_ref, batch, first, padded, kv_head, spec.length)
     values = t.load_tokens(v_ref, batch, first, padded, kv_head, spec.length)
