@@ -20,7 +20,6 @@ from l2a_jax.attention.kernels.sinks import MAX_SINKS, add_sink_gradients
 from l2a_jax.attention.kernels.tile import DEAD
 from l2a_jax.attention.rows import take, token_rows
 
-WIDTHS = (16, 32, 64, 128)
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -35,8 +34,8 @@ def why_not(call) -> str | None:
 
 def shape_why_not(call) -> str | None:
     """What the kernels decline on any device."""
-    if call.width not in WIDTHS:
-        return f"head width {call.width} is none of {WIDTHS}"
+    if call.width not in blocks.WIDTHS:
+        return f"head width {call.width} is none of {blocks.WIDTHS}"
     if call.dtype not in DTYPES:
         return f"dtype {call.dtype} is none of {DTYPES}"
     if call.sinks > MAX_SINKS:

@@ -175,8 +175,8 @@ def _table(requests: Sequence[Request], limit: int, vocabulary: int) -> _Table:
 def _batches(table: _Table, batch_tokens: int) -> Iterator[_Batch]:
     """Long inputs first: if memory runs out, it does so at once."""
     lengths = np.array([tokens.size for tokens in table.inputs], np.int64)
-    row = min(ROW, _power_of_two(int(lengths.sum()), SMALLEST))
-    sizes = np.array([min(_power_of_two(length, row), table.limit) for length in lengths.tolist()], np.int64)
+    row = min(ROW, power_of_two(int(lengths.sum()), SMALLEST))
+    sizes = np.array([min(power_of_two(length, row), table.limit) for length in lengths.tolist()], np.int64)
     for size in np.unique(sizes)[::-1].tolist():
         yield from _class_batches(table, np.flatnonzero(sizes == size), lengths, size, batch_tokens)
 
@@ -187,9 +187,9 @@ def _class_batches(table, chosen, lengths, size, batch_tokens) -> Iterator[_Batc
     order = np.argsort(row, kind="stable")
     chosen, row = chosen[order], row[order]
     per_row = np.bincount(row)
-    rows = min(max(1, batch_tokens // size), _power_of_two(per_row.size))
+    rows = min(max(1, batch_tokens // size), power_of_two(per_row.size))
     predicted = [sum(table.targets[request].size for request in table.members[one]) for one in chosen.tolist()]
-    width = _power_of_two(int(np.bincount(row // rows, predicted).max()), SMALLEST)
+    width = power_of_two(int(np.bincount(row // rows, predicted).max()), SMALLEST)
     packed = bool((per_row > 1).any())  # one input a row needs no segments: what follows it is in its future
     for index in range(-(-per_row.size // rows)):
         mine = row // rows == index
@@ -216,6 +216,6 @@ def _lay_out(table, chosen, rows, shape, width, packed) -> _Batch:
                   sum(filled))
 
 
-def _power_of_two(n: int, least: int = 1) -> int:
+def power_of_two(n: int, least: int = 1) -> int:
     """The least power of two that is at least n and `least`."""
     return 1 << (max(n, least) - 1).bit_length()

@@ -29,6 +29,7 @@ from l2a_jax.data.batch import Batch
 from l2a_jax.data.progress import progress
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import intervals
+from l2a_jax.evaluation.loglikelihood import power_of_two
 from l2a_jax.models.params import check_layers
 from l2a_jax.models.qwen2 import check_tokens, hidden_states
 from l2a_jax.nn import routing
@@ -198,7 +199,7 @@ def _scored_places(scored: Bool[np.ndarray, "B T"]) -> Int32[np.ndarray, "B M"] 
     """The scored places of every window, the last of them repeated up to a power of two; None where they are so many
     that nothing would be saved."""
     counts = scored.sum(axis=1)
-    width = 1 << max(3, int(counts.max() - 1).bit_length())
+    width = power_of_two(int(counts.max()), 8)
     if 4 * width > scored.shape[1]:
         return None
     order = np.argsort(~scored, axis=1, kind="stable")  # the scored ones first, in their order

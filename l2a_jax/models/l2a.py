@@ -172,7 +172,7 @@ def _qkv(h, params, context):
     heads, kv_heads = context.config.num_heads, context.config.num_kv_heads
     together = params["qkv"] if "qkv" in params else joined(params, QKV)
     shape = (heads + 2 * kv_heads, context.config.head_dim)
-    product = (h @ together["kernel"].astype(h.dtype)).reshape(*h.shape[:2], *shape)
+    product = linear(h, together).reshape(*h.shape[:2], *shape)
     return checkpoint_name(split_heads(product, together["bias"].reshape(shape), context.rope, kv_heads), "qkv")
 
 

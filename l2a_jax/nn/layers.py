@@ -21,9 +21,8 @@ def rms_norm(x: Float[Array, "*B D"], params: Params, eps: float) -> Float[Array
 
 
 def linear(x: Float[Array, "*B I"], params: Params) -> Float[Array, "*B O"]:
-    """x W (+ b), in x's dtype; W is [in, out]."""
-    out = x @ params["kernel"].astype(x.dtype)
-    return out + params["bias"].astype(x.dtype) if "bias" in params else out
+    """x W in x's dtype; W is [in, out]. A bias is left to whoever reads the product (`rope.split_heads`)."""
+    return x @ params["kernel"].astype(x.dtype)
 
 
 def joined(params: Mapping[str, Params], names: tuple[str, ...]) -> Params:

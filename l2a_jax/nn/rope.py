@@ -79,11 +79,12 @@ def split_heads(joined: Float[Array, "B T M H"], bias: Float[Array, "M H"], tabl
     """(q, k, v) of joined + bias, whose heads lie side by side in this order, M = N + 2K; q and k rotated as by
     `apply_rope`.
 
-    By a kernel (`rope_kernel`) on NVIDIA GPUs from compute capability 8.0 at its `WIDTHS`, elsewhere by XLA; the two
-    agree up to rounding. Differentiable in reverse mode, in joined and bias only.
+    By a kernel (`rope_kernel`) on NVIDIA GPUs at the kernels' head widths, elsewhere by XLA; the two agree up to
+    rounding. Differentiable in reverse mode, in joined and bias only.
     """
-    return _on_gpu(functools.partial(rope_kernel.split, kv_heads=kv_heads),
-                   functools.partial(_split, kv_heads=kv_heads), joined.shape[3], joined, bias, table)
+    plain = functools.partial(_split, kv_heads=kv_heads)
+    kernel = functools.partial(rope_kernel.split, kv_heads=kv_heads) if joined.shape[3] in blocks.WIDTHS else plain
+    return blocks.on_gpu(kernel, plain, joined, bias, table)
 
 
 def _split(joined, bias, table, kv_heads):
@@ -101,19 +102,14 @@ def _join(parts, table):
     return joined, jnp.sum(joined.astype(jnp.float32), axis=(0, 1))
 
 
-def _on_gpu(kernel, plain, width, *inputs):
-    if blocks.capability() < 8 or width not in rope_kernel.WIDTHS:
-        return plain(*inputs)
-    return jax.lax.platform_dependent(*inputs, cuda=kernel, default=plain)
-
-
 def _split_heads_fwd(joined, bias, table, kv_heads):
     return split_heads(joined, bias, table, kv_heads), (bias, table)
 
 
 def _split_heads_bwd(kv_heads, residuals, gradients):
     bias, table = residuals
-    joined, d_bias = _on_gpu(rope_kernel.join, _join, gradients[0].shape[3], gradients, table)
+    kernel = rope_kernel.join if gradients[0].shape[3] in blocks.WIDTHS else _join
+    joined, d_bias = blocks.on_gpu(kernel, _join, gradients, table)
     return joined, d_bias.astype(bias.dtype), jax.tree.map(jnp.zeros_like, table)
 
 

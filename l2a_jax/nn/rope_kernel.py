@@ -15,7 +15,6 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float
 
 BLOCK = 64  # tokens of a head
-WIDTHS = (16, 32, 64, 128)
 
 Table = tuple[Float[Array, "B T h"], Float[Array, "B T h"]]
 Parts = tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from l2a_jax.evaluation import audit, intervals
-from l2a_jax.evaluation.loglikelihood import Request, log_likelihoods
+from l2a_jax.evaluation.loglikelihood import Request, log_likelihoods, power_of_two
 from l2a_jax.evaluation.perplexity import Scores, Windows, routing_rates, score_windows
 from l2a_jax.evaluation.task_files import read_task
 from l2a_jax.evaluation.tasks import load_tasks
@@ -80,7 +80,7 @@ def controls(model: Pretrained, prepared: Prepared, *, items: int = 1_000, lengt
     some = prepared._replace(documents=[prepared.documents[i] for i in kept],
                              counts=[prepared.counts[i] for i in kept], requests=requests)
     longest = max((len(one.context) + len(one.continuation) - 1 for one in requests), default=1)
-    length = min(length, 1 << (longest - 1).bit_length())
+    length = min(length, power_of_two(longest))
     windows = _windows(requests, length)
     name = prepared.task.config.task
 

@@ -106,11 +106,8 @@ def _picked(logits, targets):
 
 def _softmax(logits: Float[Array, "n V"], targets: Int[Array, " n"], weights: Float[Array, " n"], slopes_dtype: Any):
     """What `softmax_rows` says, by that kernel on the GPUs that it can be compiled for."""
-    plain = functools.partial(_plain_softmax, slopes_dtype=slopes_dtype)
-    if blocks.capability() < 8:
-        return plain(logits, targets, weights)
-    kernel = functools.partial(softmax_rows, slopes_dtype=slopes_dtype)
-    return jax.lax.platform_dependent(logits, targets, weights, cuda=kernel, default=plain)
+    return blocks.on_gpu(functools.partial(softmax_rows, slopes_dtype=slopes_dtype),
+                         functools.partial(_plain_softmax, slopes_dtype=slopes_dtype), logits, targets, weights)
 
 
 def _plain_softmax(logits, targets, weights, slopes_dtype):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from l2a_jax.attention.kernels import blocks
 from l2a_jax.evaluation.speed_compile import lower_for_cuda, triton_kernels
 from l2a_jax.nn import rope, rope_kernel
 
@@ -45,7 +46,7 @@ def test_both_kernels_are_the_plain_split_and_its_gradient(shape):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), one, wanted)
 
 
-@pytest.mark.parametrize("width", rope_kernel.WIDTHS)
+@pytest.mark.parametrize("width", blocks.WIDTHS)
 @pytest.mark.parametrize("arch", ["sm_89", "sm_90"])
 def test_both_kernels_lower_for_cuda(width, arch):
     joined, bias, table, kv_heads, gradients = made((2, 70, 18, 2, width), jnp.bfloat16)

@@ -1,19 +1,24 @@
 """Tile sizes by (architecture, head width, kind of loop) and kernel, and the shared memory that each needs.
 
 The sm_90 rows were chosen by `python eval/speed.py --blocks` on an H100. The sm_89 rows (RTX 4090, L40) were chosen
-without the card, by `python eval/speed.py --compile`: at most 24 bytes of spilled registers a thread, and well
-inside its shared memory; they have not been timed.
-A "window" call walks over few blocks per tile, a "whole" call (full, routed, mixed, a window from `LONG` on) over many;
-`LONG` is where the second kind of row was as fast on an H100 (`--windows`), and is not timed on sm_89.
+without the card, by `python eval/speed.py --compile`: no spilled registers, and well inside its shared memory; they
+have not been timed.
+A "window" call walks over few blocks per tile, a "whole" call (full, routed, mixed, a window from `LONG` on) over many.
+At head width 64 both rows were timed on an H100 for windows from 512 to 15,360, and from 1,024 on "whole" was ahead by
+1 to 7 % with a backward pass; at 128 the bound is a choice, and on sm_89 neither is timed.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.experimental.pallas import next_power_of_2
 
 from l2a_jax.attention.kernels.plan import Block, Spec
 
+WIDTHS = (16, 32, 64, 128)  # head widths that the kernels take
 SHARED_MEMORY = {"sm_89": 101_376, "sm_90": 232_448}  # bytes that one program may have (opt-in limits)
 LONG = {64: 1_024, 128: 2_048}  # windows, by head width
 KERNELS = ("forward", "backward_q", "backward_kv", "sinks")
@@ -31,7 +36,7 @@ _HALF = {
     ("sm_89", 64, "window"): {"forward": Block(64, 64, 4, 3), "backward_q": Block(64, 64, 4, 2),
                               "backward_kv": Block(64, 64, 4, 2), "sinks": _SINKS},
     ("sm_89", 64, "whole"): {"forward": Block(128, 64, 8, 2), "backward_q": Block(64, 64, 4, 2),
-                             "backward_kv": Block(64, 64, 4, 2), "sinks": _SINKS},
+                             "backward_kv": Block(32, 64, 4, 2), "sinks": _SINKS},
     ("sm_89", 128, "window"): {"forward": Block(64, 64, 4, 2), "backward_q": Block(64, 32, 4, 2),
                                "backward_kv": Block(32, 64, 4, 2), "sinks": _SINKS},
     ("sm_89", 128, "whole"): {"forward": Block(64, 64, 4, 2), "backward_q": Block(64, 32, 4, 2),
@@ -64,6 +69,13 @@ def capability(absent: float = 9.0) -> float:
         return float(getattr(jax.devices()[0], "compute_capability", absent))
     except ValueError:  # "gfx942"
         return 0.0
+
+
+def on_gpu(kernel: Callable, plain: Callable, *inputs: Any) -> Any:
+    """`kernel(*inputs)` on NVIDIA GPUs that our kernels can be compiled for, `plain(*inputs)` elsewhere."""
+    if capability() < 8:
+        return plain(*inputs)
+    return jax.lax.platform_dependent(*inputs, cuda=kernel, default=plain)
 
 
 def architecture() -> str:
