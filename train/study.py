@@ -2,7 +2,8 @@
 
 Every row is one declared value (`l2a_jax/study/rows.py`); this command trains and measures the rows it is given, many
 in one process. Run it again with the same flags to continue: finished rows are skipped, and `--time-limit` stops it
-cleanly between phases (exit status 75). `--report DIR` writes the report of what is there.
+cleanly between phases (exit status 75). Processes that share `--out` share the work: start the same command on every
+GPU (CUDA_VISIBLE_DEVICES). `--report DIR` writes the report of what is there.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ STOPPED = 75  # EX_TEMPFAIL: not an error, run it again
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument("--rows", nargs="+", default=(), metavar="NAME", help="rows by name")
+    parser.add_argument("--rows", nargs="+", default=(), metavar="NAME", help="rows by name, in this order")
     parser.add_argument("--group", nargs="+", default=(), help="main, collapse, damage, noise, frontier, absorption")
     for size in ("0.5b", "1.5b", "3b"):
         parser.add_argument(f"--model-{size.replace('.', '')}", dest=f"model_{size}", metavar="SOURCE",
@@ -28,7 +29,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=pathlib.Path, help="folder for ROW.json")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="stop cleanly after so long")
     parser.add_argument("--limit", type=int, help="the first so many items of every benchmark")
-    parser.add_argument("--shard", metavar="I/N", help="the I-th of N parts, for N processes that share --out")
+    parser.add_argument("--shard", metavar="I/N", help="only the I-th of N parts of about the same work")
     parser.add_argument("--keep", action="store_true", help="keep what was trained whatever its size (ROW.npz)")
     parser.add_argument("--list", action="store_true", help="say which rows there are, and which are done in --out")
     parser.add_argument("--dry-run", action="store_true", help="say what would be run, with every command, and stop")

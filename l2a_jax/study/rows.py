@@ -168,16 +168,17 @@ def all_rows() -> list[Row]:
 
 
 def choose(names: tuple[str, ...] = (), groups: tuple[str, ...] = ()) -> list[Row]:
-    """Rows by name or by group (both empty: all). UserError on an unknown one."""
-    table = all_rows()
-    known = {row.name for row in table}
+    """Rows by name, in that order, then those of groups (both empty: all). UserError on an unknown one."""
+    table = {row.name: row for row in all_rows()}
     for name in names:
-        if name not in known:
+        if name not in table:
             raise UserError(f"--rows: there is no row {name!r}; see --list")
     for group in groups:
         if group not in GROUPS:
             raise UserError(f"--group is {group!r}; expected some of {', '.join(GROUPS)}")
-    return [row for row in table if row.name in names or row.group in groups or not (names or groups)]
+    named = dict.fromkeys(names)  # each once
+    return [table[name] for name in named] + [row for name, row in table.items() if name not in named and (
+        row.group in groups or not (names or groups))]
 
 
 def with_baselines(rows: list[Row]) -> list[Row]:

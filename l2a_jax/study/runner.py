@@ -1,7 +1,8 @@
 """Many rows in one process: train, measure, write ROW.json; skip what is done, stop cleanly at the time limit.
 
-A row's file is rewritten after each phase, whole or not at all, so that an interrupted study keeps what it had. What a
-rerun needs beyond it is kept only where it is small: trained leaves of up to `KEEP_BYTES` (a router and its norms) go
+Several processes, one a GPU, may share a folder: a row belongs to whoever locks it first, until it is done or its
+process ends. A row's file is rewritten after each phase, whole or not at all, so that an interrupted study keeps what
+it had. What a rerun needs beyond it is kept only where it is small: trained leaves of up to `KEEP_BYTES` (a router and its norms) go
 to ROW.npz, with which later tasks are answered without training again.
 """
 
@@ -15,11 +16,13 @@ import logging
 import platform
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import filelock
 import jax
 
 from l2a_jax.errors import UserError
@@ -98,42 +101,72 @@ def read_row(path: Path) -> dict[str, Any] | None:
     return found
 
 
+@contextmanager
+def claimed(row: Row, out: Path) -> Iterator[bool]:
+    """Whether the row is this process's to run, for as long as the block lasts; the system frees it if we die."""
+    lock = filelock.FileLock(out / ".locks" / f"{row.name}.lock")
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
 def run_rows(rows: Sequence[Row], session: Session, out: Path, *, deadline: float = float("inf"),
              keep: bool = False) -> tuple[list[str], list[str]]:
-    """Run what is not done, in `order`; returns the names of (rows left for want of time, rows that failed).
+    """Run what is not done and no other process runs, in `order`; returns the names of (rows left for want of time,
+    rows that failed). What another process runs is looked at once more at the end, in case it gave up.
 
     A row that cannot run (it does not fit the device) fails by itself, with its error in its file. Raises
     KeyboardInterrupt when asked to stop.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    (out / ".locks").mkdir(parents=True, exist_ok=True)
     waiting = [row for row in order(rows) if row.not_run is None and not is_done(row, out)]
     log.info("%d rows: %d to do, %d done, %d not to be run", len(rows), len(waiting),
              sum(row.not_run is None for row in rows) - len(waiting), sum(row.not_run is not None for row in rows))
     speeds: dict[tuple[str, str], float] = {}
     left: list[str] = []
     failed: list[str] = []
-    for index, row in enumerate(waiting):
-        remaining = deadline - time.monotonic()
-        if remaining < planned_seconds(row, speeds):
-            left.append(row.name)
-            continue
-        log.info("[%d/%d] %s (%s)", index + 1, len(waiting), row.name, row.question)
-        try:
-            session.compile_ahead(waiting[index : index + 3])
-            found = _run_row(row, session, out, deadline, keep)
-            speed = found["training"].get("tokens_per_second_median")
-            if speed:
-                speeds[row.size, row.regime] = speed
-        except OutOfTime:
-            left.append(row.name)
-        except Stopped as stopped:
-            raise KeyboardInterrupt from stopped
-        except (UserError, jax.errors.JaxRuntimeError) as error:  # the device's own errors, memory above all, too
-            log.error("%s failed: %s", row.name, error)
-            failed.append(row.name)
-            _write_failure(out / f"{row.name}.json", row, str(error))
-        session.forget_programs(waiting[index + 1 :])
+    taken: list[Row] = []
+    for again in (False, True):
+        queue = taken if again else waiting
+        for index, row in enumerate(queue):
+            with claimed(row, out) as mine:
+                if not mine:
+                    log.info("%s is run by another process", row.name)
+                    if not again:
+                        taken.append(row)
+                elif is_done(row, out):
+                    log.info("%s was done by another process", row.name)
+                elif deadline - time.monotonic() < planned_seconds(row, speeds):
+                    left.append(row.name)
+                else:
+                    log.info("[%d/%d] %s (%s)", index + 1, len(queue), row.name, row.question)
+                    _attempt(row, queue[index:], session, out, deadline, keep, speeds, left, failed)
+            session.forget_programs([*queue[index + 1 :], *taken])
     return left, failed
+
+
+def _attempt(row, queue, session, out, deadline, keep, speeds, left, failed) -> None:
+    """Run one row and say how it ended: its measured speed, or its name among those left or failed."""
+    try:
+        session.compile_ahead(queue[:3])
+        found = _run_row(row, session, out, deadline, keep)
+        speed = found["training"].get("tokens_per_second_median")
+        if speed:
+            speeds[row.size, row.regime] = speed
+    except OutOfTime:
+        left.append(row.name)
+    except Stopped as stopped:
+        raise KeyboardInterrupt from stopped
+    except (UserError, jax.errors.JaxRuntimeError) as error:  # the device's own errors, memory above all, too
+        log.error("%s failed: %s", row.name, error)
+        failed.append(row.name)
+        _write_failure(out / f"{row.name}.json", row, str(error))
 
 
 def _run_row(row: Row, session: Session, out: Path, deadline: float, keep: bool) -> dict[str, Any]:

@@ -69,7 +69,19 @@ def test_every_row_has_its_file(done, rows):
     assert one["evaluations"]["needle"]["result"]["lengths"]["64"]["controls"]["none"]["n"] == 4
     absorbed = load(done, "two")["evaluations"]["absorption"]["result"]
     assert absorbed["after"]["nll"]["learned"] != absorbed["before"]["nll"]["learned"] and absorbed["windows"] == 4
-    assert {path.suffix for path in done.iterdir()} == {".json", ".npz"}
+    assert {path.suffix for path in done.iterdir() if path.is_file()} == {".json", ".npz"}
+
+
+def test_processes_that_share_a_folder_share_the_rows(session, rows, done, tmp_path, caplog):
+    plain = rows[0]
+    with runner.claimed(plain, done) as mine, runner.claimed(plain, done) as second:
+        assert mine and not second
+    tmp_path.joinpath(".locks").mkdir()
+    caplog.set_level("INFO", "l2a_jax.study")
+    with runner.claimed(plain, tmp_path):  # as another process would
+        assert runner.run_rows([plain], session, tmp_path) == ([], [])
+        assert caplog.text.count("plain is run by another process") == 2 and not (tmp_path / "plain.json").exists()
+    assert runner.run_rows([plain], session, tmp_path) == ([], []) and load(tmp_path, "plain")["status"] == "done"
 
 
 def test_rows_that_differ_in_numbers_share_a_program(session, rows, done, compiled):
@@ -120,7 +132,7 @@ def test_done_rows_are_skipped_and_new_tasks_do_not_train_again(session, rows, d
 def test_no_time_starts_nothing_and_a_limit_between_phases_keeps_what_is_done(session, rows, tmp_path, monkeypatch):
     assert runner.run_rows(rows, session, tmp_path / "none", deadline=time.monotonic() + 5) == (
         ["plain", "one", "two", "broken"], [])
-    assert not list((tmp_path / "none").iterdir())
+    assert not [path for path in (tmp_path / "none").iterdir() if path.is_file()]
     monkeypatch.setattr(runner, "planned_seconds", lambda *_: 0.0)
     clock = [0.0]
 
