@@ -21,6 +21,7 @@ from l2a_jax.evaluation.speed_timing import compile_jax, time_compiled
 # Each tunes the row of the table that its own call takes (`loop_of`).
 CASES = [
     SpeedCase("local", 32_768, window=1_024), SpeedCase("local", 4_096, batch=8, window=512),
+    SpeedCase("local", 16_384, window=4_096), SpeedCase("local", 16_384, window=14_336), SpeedCase("full", 16_384),
     SpeedCase("routed", 32_768, rate=0.2), SpeedCase("routed", 32_768, rate=0.05),
     SpeedCase("local", 32_768, width=128, window=1_024), SpeedCase("routed", 32_768, width=128, rate=0.2),
     SpeedCase("routed", 32_768, width=128, rate=0.05),
@@ -40,7 +41,10 @@ def candidates(kernel: str, width: int) -> list[Block]:
     """Every tile with every depth of the load pipeline; one loop in place of three for the forward pass."""
     tiles = _TILES[kernel, width]
     found = [Block(*tile, stages) for tile, stages in product(tiles, (2, 3))]
-    return found + [Block(rows, 64, 4, 3, flat=True) for rows in (64, 128) if kernel == "forward" and width == 64]
+    if kernel == "forward" and width == 64:
+        found += [Block(*tile, 3, flat=True) for tile in tiles] + [Block(64, 64, 4, stages, flat=True)
+                                                                   for stages in (2, 4)]
+    return found
 
 
 def _functions(case: SpeedCase):

@@ -39,8 +39,12 @@ def example(loop: str, width: int, arch: str):
     rows = blocks.table(arch, width, 2, loop)
 
     def run(q, k, v, cotangent, decisions):
-        if loop == "window":
-            call = lambda q, k, v: pallas.local(q, k, v, window=512, sinks=4, table=rows)  # noqa: E731
+        if loop in ("window", "long"):
+            window = 512 if loop == "window" else 2_048
+            call = lambda q, k, v: pallas.local(q, k, v, window=window, sinks=4, table=rows)  # noqa: E731
+        elif loop == "whole":
+            call = lambda q, k, v: pallas.mixed(  # noqa: E731
+                q, k, v, decisions, window=512, sinks=4, table=rows)
         else:
             call = lambda q, k, v: pallas.routed(q, k, v, decisions, table=rows)  # noqa: E731
         out, pull = jax.vjp(call, q, k, v)
@@ -113,7 +117,7 @@ def report(arch: str) -> list[dict]:
     """What every kernel of an architecture's rows needs, beside our bound and the card's limit."""
     found = []
     for width in (64, 128):
-        for loop in ("window", "whole"):
+        for loop in blocks.LOOPS:
             function, shapes = example(loop, width, arch)
             for kernel in triton_kernels(lower_for_cuda(function, *shapes, arch=arch)):
                 name = _KERNELS.get(kernel["name"])

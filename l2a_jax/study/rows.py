@@ -10,6 +10,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from l2a_jax.errors import UserError
 from l2a_jax.study import damage
 from l2a_jax.study.layers import evenly_spaced
@@ -126,7 +128,8 @@ def _frontier() -> list[Row]:
     # The first noise arms found more of the needle the more decisions training inverted.
     for penalty in (0.3, 0.5, 0.8):
         rows.append(_row(f"repair-w256-p{penalty:g}-f0.3-s0", "frontier", "do inverted decisions keep the needle?",
-                         "0.5b", "router_only", window=256, penalty=penalty, router_lr=3e-4, flip=0.3, measures=full))
+                         "0.5b", "router_only", window=256, penalty=penalty, router_lr=3e-4, flip=0.3,
+                         measures=dataclasses.replace(full, needle_lengths=(2_048, 8_192, 32_768))))
     for penalty in (0.1, 0.3, 1.0):
         rows.append(_row(f"repair-w256-p{penalty:g}-1.5b", "frontier", question, "1.5b", "router_only", window=256,
                          penalty=penalty, router_lr=3e-4, tokens=8_000_000, measures=full))

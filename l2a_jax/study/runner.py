@@ -2,8 +2,8 @@
 
 Several processes, one a GPU, may share a folder: a row belongs to whoever locks it first, until it is done or its
 process ends. A row's file is rewritten after each phase, whole or not at all, so that an interrupted study keeps what
-it had. What a rerun needs beyond it is kept only where it is small: trained leaves of up to `KEEP_BYTES` (a router and its norms) go
-to ROW.npz, with which later tasks are answered without training again.
+it had. What a rerun needs beyond it is kept only where it is small: trained leaves of up to `KEEP_BYTES` (a router and
+its norms) go to ROW.npz, with which later tasks are answered without training again.
 """
 
 from __future__ import annotations

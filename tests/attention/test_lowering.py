@@ -13,14 +13,14 @@ from l2a_jax.attention.kernels import blocks
 from l2a_jax.attention.kernels.plan import Spec
 from l2a_jax.evaluation.speed_compile import example, lower_for_cuda, report, triton_kernels
 
-ROWS = [(arch, width, loop) for arch in blocks.SHARED_MEMORY for width in (64, 128) for loop in ("window", "whole")]
+ROWS = [(arch, width, loop) for arch in blocks.SHARED_MEMORY for width in (64, 128) for loop in blocks.LOOPS]
 
 
 @pytest.mark.parametrize("arch, width, loop", ROWS)
 def test_every_row_of_the_table_lowers(arch, width, loop):
     function, shapes = example(loop, width, arch)
     kernels = triton_kernels(lower_for_cuda(function, *shapes, arch=arch))  # parsed again, and so verified
-    assert len(kernels) == (4 if loop == "window" else 5)
+    assert len(kernels) == (5 if loop == "routed" else 4)
 
 
 @pytest.mark.parametrize("operation", ("full", "local", "routed", "mixed", "both"))
@@ -52,10 +52,11 @@ def test_shared_memory_stays_within_the_card(arch, width, loop):
 
 
 @pytest.mark.parametrize("width, long", [(16, 1_024), (64, 1_024), (128, 2_048)])
-def test_long_windows_take_the_blocks_of_whole_calls(width, long):
+def test_calls_take_the_blocks_of_their_kind_of_loop(width, long):
     loops = [blocks.loop_of(Spec("all", 8_192, 14, 2, width, window)) for window in (long - 1, long, None)]
-    assert loops == ["window", "whole", "whole"]
-    assert blocks.loop_of(Spec("routed", 8_192, 14, 2, width)) == "whole"
+    assert loops == ["window", "long", "whole"]
+    kinds = [blocks.loop_of(Spec(kind, 8_192, 14, 2, width, 16)) for kind in ("routed", "mixed")]
+    assert kinds == ["routed", "whole"] and set(loops + kinds) == set(blocks.LOOPS)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs the triton package to compile")

@@ -3,9 +3,10 @@
 The sm_90 rows were chosen by `python eval/speed.py --blocks` on an H100. The sm_89 rows (RTX 4090, L40) were chosen
 without the card, by `python eval/speed.py --compile`: no spilled registers, and well inside its shared memory; they
 have not been timed.
-A "window" call walks over few blocks per tile, a "whole" call (full, routed, mixed, a window from `LONG` on) over many.
-At head width 64 both rows were timed on an H100 for windows from 512 to 15,360, and from 1,024 on "whole" was ahead by
-1 to 7 % with a backward pass; at 128 the bound is a choice, and on sm_89 neither is timed.
+A "window" call walks over few blocks per tile, a "whole" call (full, mixed) over many; a "long" window (from `LONG` on)
+and a "routed" call take the row of whole calls where they have none of their own. At head width 64 both rows were timed
+on an H100 for windows from 512 to 15,360, and from 1,024 on "whole" was ahead by 1 to 7 % with a backward pass; at 128
+the bound is a choice, and on sm_89 neither is timed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from l2a_jax.attention.kernels.plan import Block, Spec
 WIDTHS = (16, 32, 64, 128)  # head widths that the kernels take
 SHARED_MEMORY = {"sm_89": 101_376, "sm_90": 232_448}  # bytes that one program may have (opt-in limits)
 LONG = {64: 1_024, 128: 2_048}  # windows, by head width
+LOOPS = ("window", "long", "routed", "whole")
 KERNELS = ("forward", "backward_q", "backward_kv", "sinks")
 
 _SINKS = Block(64, 0, 4, 1)
@@ -39,8 +41,11 @@ _HALF = {
                              "backward_kv": Block(32, 64, 4, 2), "sinks": _SINKS},
     ("sm_89", 128, "window"): {"forward": Block(64, 64, 4, 2), "backward_q": Block(64, 32, 4, 2),
                                "backward_kv": Block(32, 64, 4, 2), "sinks": _SINKS},
-    ("sm_89", 128, "whole"): {"forward": Block(64, 64, 4, 2), "backward_q": Block(64, 32, 4, 2),
+    ("sm_89", 128, "whole"): {"forward": Block(64, 32, 4, 2), "backward_q": Block(64, 32, 4, 2),
                               "backward_kv": Block(32, 64, 4, 2), "sinks": _SINKS},
+    # A whole call's forward pass may be a mixed one's, which needs more registers.
+    ("sm_89", 128, "routed"): {"forward": Block(64, 64, 4, 2), "backward_q": Block(64, 32, 4, 2),
+                               "backward_kv": Block(32, 64, 4, 2), "sinks": _SINKS},
 }
 # float32 is for checking, not for speed: its products are exact, not tf32.
 _SINGLE = {"forward": Block(32, 32, 4, 1), "backward_q": Block(32, 32, 4, 1), "backward_kv": Block(32, 32, 4, 1),
@@ -50,16 +55,20 @@ INTERPRET = {"forward": Block(32, 16, 4, 1), "backward_q": Block(16, 32, 4, 1), 
 
 
 def table(arch: str, width: int, itemsize: int, loop: str) -> dict[str, Block]:
-    """The blocks of every kernel; `loop` is "window" or "whole". Widths below 64 take the row of 64."""
+    """The blocks of every kernel; `loop` is one of `LOOPS`. Widths below 64 take the row of 64."""
     if itemsize > 2:
         return _SINGLE
-    return _HALF[arch, 64 if width <= 64 else 128, loop]
+    width = 64 if width <= 64 else 128
+    return _HALF.get((arch, width, loop), _HALF[arch, width, "whole"])
 
 
 def loop_of(spec: Spec) -> str:
     """Which kind of loop a call runs."""
-    long = LONG[64 if spec.width <= 64 else 128]
-    return "window" if spec.kind == "all" and spec.window is not None and spec.window < long else "whole"
+    if spec.kind == "routed":
+        return "routed"
+    if spec.kind == "mixed" or spec.window is None:
+        return "whole"
+    return "window" if spec.window < LONG[64 if spec.width <= 64 else 128] else "long"
 
 
 def capability(absent: float = 9.0) -> float:
