@@ -36,6 +36,7 @@ class Settings:
     batch_size: int = 4
     grad_accum: int = 1
     packing: str = "best_fit"
+    echo: float = 0.0
     window: int = 256
     sinks: int = 4
     topology: str = "parallel"
@@ -145,6 +146,10 @@ def _checked(settings: Settings) -> Settings:
         if not 0 <= getattr(settings, name) <= 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(settings, name)}; expected a share of the run, "
                             "between 0 and 1")
+    if not 0 <= settings.echo <= 1:
+        raise UserError(f"--echo is {settings.echo}; expected a share of the rows, between 0 and 1")
+    if settings.echo and not settings.data:
+        raise UserError("--echo repeats text of --data, and there is none; give --model and --data")
     checkpoint_policy(settings.remat)
     for name in ("steps", "tokens"):
         value = getattr(settings, name)

@@ -39,6 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threshold", type=float, help="probability from which a token is routed")
     parser.add_argument("--leakage", type=float, help="share of layer calls that compute every row's global attention")
     parser.add_argument("--flip", type=float, help="share of decisions that training inverts at random (routing noise)")
+    parser.add_argument("--echo", type=float, help="share of the rows trained on in which earlier text is repeated")
     parser.add_argument("--penalty", type=float, help="maximum of lambda, the weight of mean p^2")
     parser.add_argument("--penalty-warmup", type=float, help="share of the run with lambda 0")
     parser.add_argument("--penalty-ramp", type=float, help="share of the run over which lambda then rises")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from l2a_jax.data.batch import Batch
+from l2a_jax.data.echo import with_echoes
 from l2a_jax.data.encoder import make_encoder
 from l2a_jax.data.mixing import Mix, interleave, make_mix, permutation, ranks
 from l2a_jax.data.packing import Plan, best_fit, concatenate
@@ -59,10 +60,13 @@ class PackedData:
     process_index: int = 0
     process_count: int = 1
     dropped: tuple[str, ...] = ()
+    echo: float = 0.0
 
     def batch(self, index: int) -> Batch:
         """Micro-batch `index`, int32/float32 [batch_size / process_count, seq_len]."""
-        return self._fill([self._train_row(row) for row in self._mine(index)])
+        rows = self._mine(index)
+        batch = self._fill([self._train_row(row) for row in rows])
+        return with_echoes(batch, rows, self.echo, self.seed) if self.echo else batch
 
     def held_out(self, batches: int | None = None, domain: str | None = None) -> Iterator[Batch]:
         """The held-out documents once, in the domains' shares as long as they last, at most `batches` batches.
@@ -183,6 +187,7 @@ class PackedData:
             "batch_size": self.batch_size,
             "seed": self.seed,
             "held_out": self.held_out_fraction,
+            "echo": self.echo,
             "dropped_domains": list(self.dropped),
             "domains": domains,
             "fingerprint": self.fingerprint,
@@ -203,6 +208,7 @@ def open_data(
     text_field: str | None = None,
     join: str | None = None,
     end_id: int | None = None,
+    echo: float = 0.0,
     process_index: int = 0,
     process_count: int = 1,
 ) -> PackedData:
@@ -222,12 +228,13 @@ def open_data(
         text_field: field or template of .jsonl and .parquet records (None: found from the first record).
         join: field whose equal neighbours form one document; None keeps the recipe's (`source` for narrative), ""
             joins nothing.
+        echo: share of the rows trained on in which earlier text is repeated (`l2a_jax.data.echo`); never held-out ones.
         process_index, process_count: which equal part of each batch this process reads.
 
     Raises:
         UserError: anything wrong with the arguments or the files, in one sentence.
     """
-    _check(seq_len, batch_size, packing, held_out, process_index, process_count)
+    _check(seq_len, batch_size, packing, held_out, echo, process_index, process_count)
     domains = resolve(spec)
     if weights is not None:
         _check_weights(weights, domains)
@@ -262,11 +269,12 @@ def open_data(
     order = {
         "order": ORDER, "stores": [store.folder.name for store in stores], "shares": [round(s, 12) for s in shares],
         "checksums": [store.meta["checksums"]["tokens.bin"] for store in stores], "packing": packing, "seed": seed,
-        "seq_len": seq_len, "batch_size": batch_size, "held_out": held_out,
+        "seq_len": seq_len, "batch_size": batch_size, "held_out": held_out, **({"echo": echo} if echo else {}),
     }  # fmt: skip
     return PackedData(
         parts, make_mix(shares * rows / tokens, int(rows.sum()), seed), packing, seq_len, batch_size, seed, held_out,
         encoder.end_id, hashlib.sha256(json.dumps(order).encode()).hexdigest(), process_index, process_count, dropped,
+        echo,
     )  # fmt: skip
 
 
@@ -290,7 +298,7 @@ def _shares(domains: tuple[Domain, ...], tokens: np.ndarray, by_weight: bool) ->
     return shares
 
 
-def _check(seq_len: int, batch_size: int, packing: str, held_out: float, index: int, count: int) -> None:
+def _check(seq_len: int, batch_size: int, packing: str, held_out: float, echo: float, index: int, count: int) -> None:
     def require(good: bool, message: str) -> None:
         if not good:
             raise UserError(message)
@@ -299,6 +307,7 @@ def _check(seq_len: int, batch_size: int, packing: str, held_out: float, index: 
     require(batch_size >= 1, f"the batch size is {batch_size}; expected at least 1 row")
     require(packing in PACKINGS, f"packing is {packing!r}; expected one of {', '.join(PACKINGS)}")
     require(0 <= held_out < 1, f"held_out is {held_out}; expected a fraction from 0 to below 1")
+    require(0 <= echo <= 1, f"echo is {echo}; expected a share of the rows, from 0 to 1")
     require(0 <= index < count, f"process_index is {index}; expected 0 to {count - 1}")
     require(batch_size % count == 0, f"a batch of {batch_size} rows does not divide among {count} processes")
 

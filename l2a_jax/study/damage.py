@@ -29,6 +29,8 @@ INTERACTIONS = (
     Interaction("no sink and a window of 256", {"sinks": 0, "window": 256}),
     Interaction("sequential and a window of 256", {"topology": "sequential", "window": 256}),
 )
+CROSSED = ("topology", "sinks", "window")
+"""Factors of the follow-up, in all combinations."""
 RUNS = 16
 CHOSEN = (5, 9, 19, 28, 40, 42, 50, 53, 58, 63, 66, 74, 89, 93, 97, 100)
 """Places in the full factorial, the last factor fastest: `search(seed=2)`."""
@@ -52,6 +54,25 @@ def cells() -> list[dict[str, Any]]:
     return [everything[index] for index in CHOSEN]
 
 
+def follow_up() -> list[dict[str, Any]]:
+    """Cells after the sixteen, which showed that repeats of a cell differ by 0.003 nats but the model of main effects
+    by 0.18: topology, sinks and window in all 18 combinations, nothing scaled and every gradient let through, and at
+    their four corners the other rope that does little, and the small leakage."""
+    plain = {"rope": FACTORS["rope"][0], "leakage": FACTORS["leakage"][0]}
+    order = lambda topology, sinks, window, rest: {  # noqa: E731
+        "topology": topology, "sinks": sinks, "rope": rest["rope"], "window": window, "leakage": rest["leakage"]}
+    made = [order(*levels, plain) for levels in itertools.product(*(FACTORS[f] for f in CROSSED))]
+    for change in ({"rope": "theta:5"}, {"leakage": 0.1}):
+        made += [order(topology, sinks, 256, {**plain, **change}) for topology in FACTORS["topology"]
+                 for sinks in (4, 0)]
+    return [cell for cell in made if cell not in cells()]
+
+
+def name_of(cell: Mapping[str, Any]) -> str:
+    """damage-par-k4-none-w256-l0.1"""
+    return "damage-" + "-".join(SHORT[factor](level) for factor, level in cell.items())
+
+
 def search(seed: int = 2, starts: int = 6) -> tuple[int, ...]:
     """The choice made anew."""
     return tuple(effects.d_optimal(factorial(), RUNS, FACTORS, INTERACTIONS, seed=seed, starts=starts))
@@ -69,4 +90,38 @@ def analyse(levels: Sequence[Mapping[str, str]], response: Any) -> dict[str, Any
     out = {"main_effects": effects.fit(made, response, FACTORS)}
     if len(made) > sum(len(values) - 1 for values in FACTORS.values()) + 1 + len(INTERACTIONS):
         out["with_interactions"] = effects.fit(made, response, FACTORS, INTERACTIONS)
+    return out
+
+
+def crossed(levels: Sequence[Mapping[str, str]], values: Sequence[Any]) -> list[tuple[str, list[Any]]]:
+    """The follow-up's table: (topology and sinks, a value for each window), None where there is none; repeats of a cell
+    count once, the first. `levels` as `Row.factors` write them."""
+    found: dict[tuple, Any] = {}
+    for cell, value in zip(levels, values, strict=True):
+        found.setdefault(tuple(cell[factor] for factor in FACTORS), value)
+    rest = {factor: str(FACTORS[factor][0]) for factor in FACTORS if factor not in CROSSED}
+    key = lambda **cell: tuple(str({**rest, **cell}[factor]) for factor in FACTORS)  # noqa: E731
+    return [(f"{topology}, {sinks} sinks",
+             [found.get(key(topology=topology, sinks=sinks, window=window)) for window in FACTORS["window"]])
+            for topology in FACTORS["topology"] for sinks in FACTORS["sinks"]]
+
+
+def pairs(levels: Sequence[Mapping[str, str]], response: Sequence[float]) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Without any model: per factor and level, what that level in place of the factor's first one adds where two runs
+    differ in nothing else, least first: {"difference", "where": the other factors' levels}. Repeats of a cell are
+    averaged."""
+    sums: dict[tuple, list[float]] = {}
+    for cell, value in zip(levels, response, strict=True):
+        sums.setdefault(tuple(cell[factor] for factor in FACTORS), []).append(value)
+    means = {cell: sum(values) / len(values) for cell, values in sums.items()}
+    out: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for place, (factor, choices) in enumerate(FACTORS.items()):
+        for level in map(str, choices[1:]):
+            found = []
+            for cell, value in means.items():
+                other = (*cell[:place], str(choices[0]), *cell[place + 1 :])
+                if cell[place] == level and other in means:
+                    where = {name: cell[i] for i, name in enumerate(FACTORS) if i != place}
+                    found.append({"difference": value - means[other], "where": where})
+            out.setdefault(factor, {})[level] = sorted(found, key=lambda one: one["difference"])
     return out

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 from l2a_jax.data.counts import format_count
 from l2a_jax.evaluation import reported, table
 from l2a_jax.study import autopsy, damage, flips, prunable, routed_text
+from l2a_jax.study.answers import answers
 from l2a_jax.study.facts import ALLOWED
 
 CARD_GB = 24.0
@@ -21,6 +23,8 @@ def markdown(made: dict[str, Any], figures: dict[str, str]) -> str:
     def picture(name):
         return [f"![{name}]({figures[name]})", ""] if name in figures else []
 
+    said = answers(made)
+    lines += ["## What it says so far", "", *said, ""] if said else []
     lines += ["## 1. The main table", ""]
     for part in made["main"]:
         lines += [f"### {part['size']}", ""]
@@ -30,7 +34,9 @@ def markdown(made: dict[str, Any], figures: dict[str, str]) -> str:
     lines += ["## 2. Collapse", "", *picture("collapse"), *_table(ratio_rows(rows), _COLLAPSE),
               *_found(made, "autopsy", autopsy.format_autopsy, fenced=False)]
     lines += ["## 3. What damages router-only", "", *picture("effects"), *_effects(made["damage"]),
+              *_together(made["together"]),
               *picture("residual"), *_table(group_of(rows, "damage"), _DAMAGE),
+              *_table(group_of(rows, "together"), _DAMAGE),
               "### Noise in the decisions", "", *_table(group_of(rows, "noise"), _NOISE),
               *_found(made, "flips", flips.format_flips)]
     lines += ["## 4. The repair", "", "*Routing costs*: by how much the learned decisions are worse than the same "
@@ -237,6 +243,33 @@ def _effects(analyses) -> list[str]:
                          f"{more['terms'][term.name]['inflation']:.2f} |")
         lines.append("")
     return lines
+
+
+def _together(made) -> list[str]:
+    if not any(value is not None for _, values in made["crossed"] for value in values):
+        return []
+
+    def show(value):
+        return "-" if value is None else f"x{value['ratio']:.3f}" + (
+            "" if value["needle"] is None else f", needle {value['needle']:.0%}")
+
+    lines = ["### Topology, sinks and window in combination", "",
+             "Perplexity over the baseline's and the needle, nothing scaled, every gradient let through.", "",
+             "| | " + " | ".join(f"window {window:,}" for window in damage.FACTORS["window"]) + " |",
+             "|---" * (1 + len(damage.FACTORS["window"])) + "|"]
+    lines += [f"| {name} | " + " | ".join(map(show, values)) + " |" for name, values in made["crossed"]]
+    lines += ["", "### One factor changed, all else equal", "",
+              "Nats a token that a level adds, over all pairs of runs that differ in nothing else.", "",
+              "| factor | level | instead of | pairs | least | median | most | most where |",
+              "|---|---|---|---|---|---|---|---|"]
+    for factor, levels in made["pairs"].items():
+        for level, found in levels.items():
+            if found:
+                nats = [one["difference"] for one in found]
+                where = ", ".join(f"{name} {value}" for name, value in found[-1]["where"].items())
+                lines.append(f"| {factor} | {level} | {damage.FACTORS[factor][0]} | {len(found)} | {nats[0]:+.3f} | "
+                             f"{statistics.median(nats):+.3f} | {nats[-1]:+.3f} | {where} |")
+    return [*lines, ""]
 
 
 def _aims(rows) -> list[str]:

@@ -21,22 +21,23 @@ def frontier(rows: Sequence[Fact], path: Path) -> bool:
         windows = sorted({row["settings"]["window"] for row in rows})
         shades = {window: plt.cm.viridis(i / max(len(windows) - 1, 1)) for i, window in enumerate(windows)}
         marks = {"0.5b": "o", "1.5b": "s", "3b": "D"}
+        length = _common_length(rows)
         for row in rows:
             x, ratio = 100 * row["sparsity"], row["perplexity_ratio"]
-            style = {"color": shades[row["settings"]["window"]], "marker": marks[row["size"]], "ls": "none", "ms": 6}
+            style = {"color": shades[row["settings"]["window"]], "marker": marks[row["size"]], "ls": "none", "ms": 6,
+                     "mfc": "none" if _helped(row) else shades[row["settings"]["window"]]}
             low, high = ratio["ratio_95"]
             axes[0].errorbar(x, ratio["ratio"], [[ratio["ratio"] - low], [high - ratio["ratio"]]], **style)
             for name, control in (("random", "x"), ("static", "+")):
                 value = ((row["audit"] or {}).get("ratio") or {}).get(name)
                 if value is not None:
                     axes[0].plot(x, value, color=style["color"], marker=control, ls="none")
-            longest = _longest(row)
-            if longest is not None:
-                axes[1].plot(x, 100 * longest["exact_match"], **style)
+            needle = None if row["needle"] is None else row["needle"]["lengths"].get(length)
+            if needle is not None:
+                axes[1].plot(x, 100 * needle["exact_match"], **style)
                 for name, control in (("random", "x"), ("static", "+")):
-                    if name in longest["controls"]:
-                        axes[1].plot(x, 100 * longest["controls"][name], color=style["color"], marker=control,
-                                     ls="none")
+                    if name in needle["controls"]:
+                        axes[1].plot(x, 100 * needle["controls"][name], color=style["color"], marker=control, ls="none")
             differences = [entry["difference"] for entry in row["benchmarks"].values()
                            if entry is not None and entry["difference"] is not None]
             if differences:
@@ -51,14 +52,16 @@ def frontier(rows: Sequence[Fact], path: Path) -> bool:
                         axes[2].plot(x, mean + sum(worse) / len(worse), color=style["color"], marker=control, ls="none")
         axes[0].axhline(1, color="grey", lw=0.8)
         axes[0].set(title="perplexity / baseline's", xlabel="decisions not routed, %")
-        axes[1].set(title="needle found, % (longest context of the row)", xlabel="decisions not routed, %",
-                    ylim=(-3, 103))
+        axes[1].set(title="needle found, %" + (f", in {int(length):,} tokens" if length else ""),
+                    xlabel="decisions not routed, %", ylim=(-3, 103))
         axes[2].axhline(0, color="grey", lw=0.8)
         axes[2].set(title="benchmarks, mean difference in points", xlabel="decisions not routed, %")
         for window, shade in shades.items():
             axes[0].plot([], [], color=shade, marker="o", ls="none", label=f"window {window}")
         for size in sorted({row["size"] for row in rows}):
             axes[0].plot([], [], color="black", marker=marks[size], ls="none", label=size)
+        if any(map(_helped, rows)):
+            axes[0].plot([], [], color="black", marker="o", mfc="none", ls="none", label="trained with flips or echoes")
         axes[0].plot([], [], color="black", marker="x", ls="none", label="random, same rates")
         axes[0].plot([], [], color="black", marker="+", ls="none", label="static layers, same density")
         axes[0].legend(fontsize=8)
@@ -159,9 +162,15 @@ def layers(rows: Sequence[Fact], path: Path) -> bool:
     return _save(draw, path)
 
 
-def _longest(row: Fact) -> dict[str, Any] | None:
-    needle = row["needle"]
-    return None if needle is None else needle["lengths"][max(needle["lengths"], key=int)]
+def _common_length(rows: Sequence[Fact]) -> str | None:
+    """The longest context that the needle was looked for in by every row that looked for it."""
+    lengths = [set(row["needle"]["lengths"]) for row in rows if row["needle"] is not None]
+    return max(set.intersection(*lengths), key=int, default=None) if lengths else None
+
+
+def _helped(row: Fact) -> bool:
+    """Whether training inverted decisions or repeated text."""
+    return bool(row["settings"].get("flip") or row["settings"].get("echo"))
 
 
 def _save(draw: Callable[[Any], Any], path: Path) -> bool:

@@ -37,6 +37,7 @@ def collect(folder: Path, rows: Sequence[Row] | None = None) -> dict[str, Any]:
     cells = [row for row in rows if row.group == "damage"]
     out["damage"] = _damage(cells, found)
     out["residual"] = _residual(cells, found)
+    out["together"] = _together([row for row in rows if row.group in ("damage", "together")], found)
     out["instruments"] = {name: {row.name: one for row in rows
                                  if (one := result(found.get(row.name), name)) is not None} for name in INSTRUMENTS}
     return out
@@ -108,6 +109,20 @@ def _damage(rows, found) -> dict[str, Any]:
         if len(have) == len(rows) > 0 and all(value is not None and np.isfinite(value) for value in values):
             out[name] = damage.analyse(cells, values)
     return out
+
+
+def _together(rows, found) -> dict[str, Any]:
+    """The cells of both stages without a model: the crossed table, and single factors with all else equal."""
+    have = [row for row in rows if row.name in found]
+    ratios = [perplexity_ratio(found[row.name], found.get(row.baseline)) for row in have]
+    cells = [dict(row.factors) for row in have]
+    needle = [result(found[row.name], "needle") for row in have]
+    values = [None if ratio is None else {"nats": ratio["nats"], "ratio": ratio["ratio"],
+                                          "needle": None if one is None else one["exact_match"]}
+              for ratio, one in zip(ratios, needle, strict=True)]
+    some = [(cell, value["nats"]) for cell, value in zip(cells, values, strict=True)
+            if value is not None and np.isfinite(value["nats"])]
+    return {"crossed": damage.crossed(cells, values), "pairs": damage.pairs(*zip(*some, strict=True)) if some else {}}
 
 
 def _residual(rows, found) -> dict[str, dict[str, list[float]]]:

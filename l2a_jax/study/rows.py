@@ -3,7 +3,8 @@
     main       the table: four regimes, two sizes, two mixtures; window = context apart from smaller windows
     collapse   tokens per trained parameter from 0.005 to 6, by tokens and by how much is trained
     damage     a designed fraction of five factors (`damage.py`)
-    frontier   the repair: penalties, windows, lengths, seeds
+    together   what that fraction could not tell apart: topology, sinks and window in all combinations
+    frontier   the repair: penalties, windows, lengths, seeds, and what keeps the needle
     noise      decisions flipped at random in training
     absorption do learned decisions matter once attention has adapted?
 """
@@ -97,16 +98,21 @@ def _damage() -> list[Row]:
     """Router-only, two attention sets in every cell so that the same 64,512 parameters are trained."""
     rows = []
     for index, cell in enumerate(damage.cells()):
-        copies = (0, 1) if index in damage.REPLICATED else (0,)
-        for seed in copies:
-            name = "damage-" + "-".join(damage.SHORT[factor](level) for factor, level in cell.items())
-            rows.append(_row(name + (f"-s{seed}" if seed else ""), "damage", "what damages router-only?", "0.5b",
-                             "router_only", tokens=4_000_000, seed=seed, share_attention=False, penalty=0.1,
-                             router_lr=3e-4, unroll=False, measures=Measures(
-                                 tasks=("perplexity", "audit", "needle", "residual"), audit_windows=16, audit_seeds=1,
-                                 held_out=False),
-                             factors=tuple((factor, str(level)) for factor, level in cell.items()), **cell))
+        for seed in (0, 1) if index in damage.REPLICATED else (0,):
+            rows.append(_cell(cell, "damage", "what damages router-only?", seed))
     return rows
+
+
+def _together() -> list[Row]:
+    return [_cell(cell, "together", "which suspects do damage only together?") for cell in damage.follow_up()]
+
+
+def _cell(cell, group, question, seed=0) -> Row:
+    measures = Measures(tasks=("perplexity", "audit", "needle", "residual"), audit_windows=16, audit_seeds=1,
+                        held_out=False)
+    return _row(damage.name_of(cell) + (f"-s{seed}" if seed else ""), group, question, "0.5b", "router_only",
+                tokens=4_000_000, seed=seed, share_attention=False, penalty=0.1, router_lr=3e-4, unroll=False,
+                measures=measures, factors=tuple((factor, str(level)) for factor, level in cell.items()), **cell)
 
 
 def _frontier() -> list[Row]:
@@ -126,10 +132,15 @@ def _frontier() -> list[Row]:
     rows.append(_row("repair-w256-p0.4-s0", "frontier", "what did routing learn?", "0.5b", "router_only", window=256,
                      penalty=0.4, router_lr=3e-4, measures=learned))
     # The first noise arms found more of the needle the more decisions training inverted.
+    far = dataclasses.replace(full, needle_lengths=(2_048, 8_192, 32_768))
     for penalty in (0.3, 0.5, 0.8):
         rows.append(_row(f"repair-w256-p{penalty:g}-f0.3-s0", "frontier", "do inverted decisions keep the needle?",
-                         "0.5b", "router_only", window=256, penalty=penalty, router_lr=3e-4, flip=0.3,
-                         measures=dataclasses.replace(full, needle_lengths=(2_048, 8_192, 32_768))))
+                         "0.5b", "router_only", window=256, penalty=penalty, router_lr=3e-4, flip=0.3, measures=far))
+    for penalty, flip in ((0.3, 0.0), (0.5, 0.0), (0.5, 0.3)):
+        label = f"p{penalty:g}" + (f"-f{flip:g}" if flip else "") + "-e0.2"
+        rows.append(_row(f"repair-w256-{label}-s0", "frontier", "does text that repeats itself keep the needle?",
+                         "0.5b", "router_only", window=256, penalty=penalty, router_lr=3e-4, flip=flip, echo=0.2,
+                         measures=far))
     for penalty in (0.1, 0.3, 1.0):
         rows.append(_row(f"repair-w256-p{penalty:g}-1.5b", "frontier", question, "1.5b", "router_only", window=256,
                          penalty=penalty, router_lr=3e-4, tokens=8_000_000, measures=full))
@@ -140,6 +151,9 @@ def _frontier() -> list[Row]:
             rows.append(_row(f"repair-t{length}-w{window}-p0.3", "frontier", "does it hold over long texts?", "0.5b",
                              "router_only", window=window, penalty=0.3, router_lr=3e-4, seq_len=length,
                              batch_size=batch, measures=long))
+    rows.append(_row("repair-t8192-w256-p0.5-f0.3-e0.2", "frontier", "everything that keeps the needle at once", "0.5b",
+                     "router_only", window=256, penalty=0.5, router_lr=3e-4, seq_len=8_192, batch_size=1, flip=0.3,
+                     echo=0.2, measures=long))
     return rows
 
 
@@ -161,8 +175,8 @@ def _absorption() -> list[Row]:
                  "l2a_ft", seed=seed, measures=measures, **layer) for seed in (0, 1)]
 
 
-GROUPS = {"main": _main, "collapse": _collapse, "damage": _damage, "noise": _noise, "frontier": _frontier,
-          "absorption": _absorption}
+GROUPS = {"main": _main, "collapse": _collapse, "damage": _damage, "together": _together, "noise": _noise,
+          "frontier": _frontier, "absorption": _absorption}
 
 
 def all_rows() -> list[Row]:

@@ -63,6 +63,20 @@ def test_intervals_cover_as_often_as_they_say():
     assert abs(inside / total - 0.95) < 0.015
 
 
+def test_pairs_differ_in_one_factor_and_need_no_model():
+    cells = [*damage.cells(), *damage.follow_up()]
+    written = [{factor: str(level) for factor, level in cell.items()} for cell in cells]
+    values = answers(cells)
+    values = [value + 5.0 * (cell["sinks"] == 0 and cell["window"] == 256)
+              for cell, value in zip(cells, values, strict=True)]
+    found = damage.pairs([*written, written[0]], [*values, values[0] + 2.0])  # a repeat is averaged: + 1
+    sequential = [one["difference"] for one in found["topology"]["sequential"]]
+    assert len(sequential) >= 11 and np.ptp(sequential) in (pytest.approx(0, abs=1e-9), pytest.approx(1.0))
+    small = found["window"]["256"]
+    assert small[0]["difference"] == pytest.approx(0.4) and small[-1]["difference"] == pytest.approx(5.4)
+    assert small[-1]["where"]["sinks"] == "0" and set(small[-1]["where"]) == set(damage.FACTORS) - {"window"}
+
+
 def test_against_numpy_by_hand():
     """A two-level factor in a one-way layout is the two-sample t test, worked out here."""
     cells = [{"a": level} for level in (0, 0, 0, 1, 1, 1, 1)]

@@ -90,6 +90,10 @@ def test_the_report_holds_what_was_run_and_says_what_was_not(folder, tmp_path, c
     assert again in text and "Δ x1.2" in again
     (tmp_path / "replication.json").write_text("{}")
     assert rebuild([str(paths[1])]) == 2 and "is not a study's replication.json" in capsys.readouterr().err
+    for sentence in ("**router_only, 0.5b, diverse**: perplexity x1.2", "100% here, 0-20% reported: **disagrees**",
+                     "rope explains", "**Repair**: 2 rows", "**Needle**: at the baseline's at every"):
+        assert sentence in text, sentence
+    assert made["together"]["crossed"][2][1][2]["needle"] == 0.3 and "### One factor changed" in text
     term = made["damage"]["nats a token above the baseline"]["main_effects"]["terms"]["rope"]["levels"]["linear:5"]
     assert term["interval"][0] < 0.5 < term["interval"][1] and term["difference"] == pytest.approx(0.5, abs=0.02)
 

@@ -100,6 +100,25 @@ def test_the_damage_rows_are_the_design():
     assert sorted(seeds) == [0] * 16 + [1] * 2
 
 
+def test_the_follow_up_crosses_three_factors():
+    rows = choose(groups=("damage", "together"))
+    assert len({row.name for row in rows}) == len(rows) == 18 + len(damage.follow_up())
+    crossed = damage.crossed([dict(row.factors) for row in rows], [row.name for row in rows])
+    assert len(crossed) == 6 and all(None not in names for _, names in crossed)
+    assert crossed[3] == ("sequential, 4 sinks", ["damage-seq-k4-none-w2048-l1", "damage-seq-k4-none-w1024-l1",
+                                                  "damage-seq-k4-none-w256-l1"])
+    for row in choose(groups=("together",)):
+        s = row.settings()
+        assert dict(row.factors) == {name: str(getattr(s, name)) for name in damage.FACTORS}
+
+
+def test_a_setting_that_came_later_leaves_the_hash_of_rows_that_do_not_use_it():
+    row = choose(("repair-w256-p0.5-s0",))[0]
+    same = dataclasses.replace(row, given=(*row.given, ("echo", 0.0)))
+    other = dataclasses.replace(row, given=(*row.given, ("echo", 0.2)))
+    assert same.training_hash == row.training_hash == "f144d1783d74" != other.training_hash
+
+
 def test_choosing():
     assert [row.name for row in choose(("baseline-0.5b",))] == ["baseline-0.5b"]
     assert len(choose(groups=("damage", "absorption"))) == 20 and len(choose()) == len(all_rows())

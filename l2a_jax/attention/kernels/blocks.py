@@ -1,12 +1,12 @@
 """Tile sizes by (architecture, head width, kind of loop) and kernel, and the shared memory that each needs.
 
-The sm_90 rows were chosen by `python eval/speed.py --blocks` on an H100. The sm_89 rows (RTX 4090, L40) were chosen
-without the card, by `python eval/speed.py --compile`: no spilled registers, and well inside its shared memory; they
-have not been timed.
+The sm_90 rows were chosen by `python eval/speed.py --blocks` on an H100 and an H200. The sm_89 rows (RTX 4090, L40)
+were chosen without the card, by `python eval/speed.py --compile`: no spilled registers, and well inside its shared
+memory; they have not been timed.
 A "window" call walks over few blocks per tile, a "whole" call (full, mixed) over many; a "long" window (from `LONG` on)
-and a "routed" call take the row of whole calls where they have none of their own. At head width 64 both rows were timed
-on an H100 for windows from 512 to 15,360, and from 1,024 on "whole" was ahead by 1 to 7 % with a backward pass; at 128
-the bound is a choice, and on sm_89 neither is timed.
+and a "routed" call take the row of whole calls where they have none of their own. At head width 64 the bound `LONG` was
+timed on an H100 for windows from 512 to 15,360: from 1,024 on the row of whole calls was ahead of that of windows by 1
+to 7 % with a backward pass; at 128 the bound is a choice, and on sm_89 neither is timed.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ _SINKS = Block(64, 0, 4, 1)
 _HALF = {
     ("sm_90", 64, "window"): {"forward": Block(64, 64, 4, 3, flat=True), "backward_q": Block(64, 64, 4, 2),
                               "backward_kv": Block(64, 64, 4, 2), "sinks": _SINKS},
+    ("sm_90", 64, "long"): {"forward": Block(64, 64, 4, 2), "backward_q": Block(64, 64, 4, 2),
+                            "backward_kv": Block(64, 64, 4, 3), "sinks": _SINKS},
     ("sm_90", 64, "whole"): {"forward": Block(64, 64, 4, 3, flat=True), "backward_q": Block(64, 64, 4, 3),
                              "backward_kv": Block(64, 64, 4, 3), "sinks": _SINKS},
     ("sm_90", 128, "window"): {"forward": Block(64, 64, 4, 3), "backward_q": Block(64, 32, 4, 2),
