@@ -20,8 +20,10 @@ STOPPED = 75  # EX_TEMPFAIL: not an error, run it again
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument("--rows", nargs="+", default=(), metavar="NAME", help="rows by name, in this order")
-    parser.add_argument("--group", nargs="+", default=(), help="main, collapse, damage, noise, frontier, absorption")
+    parser.add_argument("--rows", nargs="+", default=(), metavar="NAME",
+                        help="rows by name, in this order, those of one compiled program side by side")
+    parser.add_argument("--group", nargs="+", default=(),
+                        help="main, collapse, damage, together, noise, frontier, absorption")
     for size in ("0.5b", "1.5b", "3b"):
         parser.add_argument(f"--model-{size.replace('.', '')}", dest=f"model_{size}", metavar="SOURCE",
                             help=f"the {size} model: hub id, folder or .gguf file")

@@ -8,38 +8,51 @@ test has: after a few tokens of a copied span the rest can be read off its first
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int32, UInt64
 
 from l2a_jax.data.batch import Batch
+from l2a_jax.data.mixing import raw_random
 
 SPAN = 32
 """Tokens that are repeated at a time."""
 COUNT = 4
-"""Places drawn in a row with echoes; a draw that would leave its document is given up."""
+"""Echoes drawn in a row; one that would break another is given up."""
 
 
 def echo_row(tokens: Int32[np.ndarray, " T"], segments: Int32[np.ndarray, " T"] | None,
-             rng: np.random.Generator) -> Int32[np.ndarray, " T"]:
-    """The row with up to `COUNT` spans overwritten by earlier spans of the same document, the later place uniform over
-    the row and the earlier one over what lies before it. `segments` None: the row is one document; 0 is padding."""
-    out = tokens.copy()
-    for _ in range(COUNT if tokens.size >= 2 * SPAN else 0):
-        later = int(rng.integers(SPAN, tokens.size - SPAN + 1))
-        earlier = int(rng.integers(0, later - SPAN + 1))
-        if segments is None or segments[earlier] == segments[later + SPAN - 1] != 0:
-            out[later : later + SPAN] = out[earlier : earlier + SPAN]
+             draws: UInt64[np.ndarray, "COUNT 2"]) -> Int32[np.ndarray, " T"]:
+    """The row with up to `COUNT` spans overwritten by earlier spans of the same document: the later place uniform over
+    those with room for both, the earlier one uniform over what lies before it in its document.
+
+    `segments` None: the row is one document; 0 is padding. `draws` are random numbers, one pair an echo.
+    """
+    places = np.arange(tokens.size)
+    segments = np.ones_like(tokens) if segments is None else segments
+    begins = np.maximum.accumulate(np.where(np.diff(segments, prepend=-1) != 0, places, 0))
+    starts = places[: max(tokens.size - SPAN + 1, 0)]
+    starts = starts[(starts - begins[starts] >= SPAN) & (segments[starts] == segments[starts + SPAN - 1])
+                    & (segments[starts] != 0)]
+    out, free = tokens.copy(), np.ones(tokens.size, bool)
+    for first, second in draws if starts.size else ():
+        later = int(starts[int(first) % starts.size])
+        begin = int(begins[later])
+        earlier = begin + int(second) % (later - SPAN - begin + 1)
+        here, there = slice(later, later + SPAN), slice(earlier, earlier + SPAN)
+        if free[here].all() and free[there].all():
+            out[here], free[here], free[there] = tokens[there], False, False
     return out
 
 
 def with_echoes(batch: Batch, rows: range, share: float, seed: int) -> Batch:
-    """The batch with echoes in a `share` of its rows; `rows` are their places in the whole stream, which with the seed
-    decide everything, so that a resumed run sees the same text."""
+    """The batch with echoes in a `share` of its rows (fewer where documents are shorter than two spans); `rows` are
+    their places in the whole stream, which with the seed decide everything, so that a resumed run sees the same."""
     tokens, targets = batch.tokens.copy(), batch.targets.copy()
     for b, row in enumerate(rows):
-        rng = np.random.default_rng([seed, row])
-        if rng.random() >= share:
+        chance, *draws = raw_random(f"echo {seed} {row}", 1 + 2 * COUNT)
+        if int(chance >> np.uint64(11)) / 2.0**53 >= share:
             continue
-        tokens[b] = echo_row(batch.tokens[b], None if batch.segment_ids is None else batch.segment_ids[b], rng)
+        segments = None if batch.segment_ids is None else batch.segment_ids[b]
+        tokens[b] = echo_row(batch.tokens[b], segments, np.array(draws).reshape(COUNT, 2))
         changed = np.flatnonzero(tokens[b, 1:] != batch.tokens[b, 1:])
         targets[b, changed] = tokens[b, changed + 1]
     return batch._replace(tokens=tokens, targets=targets)

@@ -18,7 +18,8 @@ CYCLE = 1 << 16
 """Least number of rows after which the pattern of domains repeats: resolves shares of 1 in 65,536."""
 
 
-def _random(key: str, count: int) -> UInt64[np.ndarray, " count"]:
+def raw_random(key: str, count: int) -> UInt64[np.ndarray, " count"]:
+    """Numbers of 64 bits that follow from the key alone, with every version of numpy."""
     digest = hashlib.blake2b(key.encode(), digest_size=16).digest()
     return np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(count)
 
@@ -26,7 +27,7 @@ def _random(key: str, count: int) -> UInt64[np.ndarray, " count"]:
 @lru_cache(maxsize=16)
 def permutation(seed: int, name: str, epoch: int, count: int) -> Int64[np.ndarray, " count"]:
     """The order of a domain's rows in an epoch; read-only, because it is kept for the next call."""
-    order = np.argsort(_random(f"rows {seed} {epoch} {name}", count), kind="stable")
+    order = np.argsort(raw_random(f"rows {seed} {epoch} {name}", count), kind="stable")
     order.flags.writeable = False
     return order
 
@@ -37,7 +38,7 @@ def interleave(counts: Sequence[int], rates: Sequence[float], seed: int) -> Int6
     Item i of domain d stands at (i + u) / rate, u uniform: within one item of the exact share at any point, until a
     domain runs out, and without a beat between domains and batches.
     """
-    places = [(np.arange(count) + (_random(f"mix {seed} {d}", count) >> np.uint64(11)) / 2.0**53) / rate
+    places = [(np.arange(count) + (raw_random(f"mix {seed} {d}", count) >> np.uint64(11)) / 2.0**53) / rate
               for d, (count, rate) in enumerate(zip(counts, rates, strict=True))]  # fmt: skip
     domains = np.repeat(np.arange(len(counts)), counts)
     return domains[np.argsort(np.concatenate(places), kind="stable")]

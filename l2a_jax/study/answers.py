@@ -30,39 +30,38 @@ def _ratio(row: Fact) -> float:
     return row["perplexity_ratio"]["ratio"]
 
 
-def _reported_ratio(row: Fact) -> tuple[float, str] | None:
-    """(perplexity over its baseline's, needle) of the study's row for this size and regime on the diverse mix."""
-    found = reported.match(f"qwen2.5-{row['size']}", row["regime"])
-    base = reported.match(f"qwen2.5-{row['size']}", "baseline")
-    return None if found is None or base is None else (found.perplexity / base.perplexity, found.needle)
+def _found(row: Fact) -> str:
+    return "not measured" if row["needle"] is None else f"{row['needle']['exact_match']:.0%}"
+
+
+def _measured(row: Fact) -> bool:
+    return row["perplexity_ratio"] is not None
 
 
 def _main(rows) -> list[str]:
     out = []
-    for row in rows:
-        if row["group"] != "main" or row["regime"] == "baseline" or row["data"] != "diverse":
+    for row in filter(_measured, rows):
+        if row["group"] != "main" or row["data"] != "diverse" or row["settings"].get("window") != 256:
             continue
-        if row["settings"]["window"] != 256 or row["perplexity_ratio"] is None:
+        theirs, base = (reported.match(f"qwen2.5-{row['size']}", regime) for regime in (row["regime"], "baseline"))
+        if theirs is None or base is None:
             continue
-        theirs = _reported_ratio(row)
-        if theirs is None:
-            continue
-        ratio, needle = theirs
+        ratio = theirs.perplexity / base.perplexity
         agrees = max(_ratio(row) / ratio, ratio / _ratio(row)) <= AGREES
-        out.append(f"**{row['regime']}, {row['size']}, diverse**: perplexity x{_ratio(row):.2f} of the baseline's "
-                   f"here, x{ratio:.2f} reported; needle {row['needle']['exact_match']:.0%} here, {needle} reported: "
-                   + ("agrees." if agrees else "**disagrees**."))
+        out.append(f"**{row['regime']}, {row['size']}, diverse**: perplexity x{_ratio(row):.2f} of the baseline's, "
+                   f"x{ratio:.2f} reported: {'agrees' if agrees else '**disagrees**'}. Needle {_found(row)}, "
+                   f"{theirs.needle} reported.")
     return out
 
 
 def _window(rows) -> list[str]:
     out = []
     for size in dict.fromkeys(row["size"] for row in rows):
-        some = {row["settings"]["window"]: row for row in rows if row["group"] == "main" and row["size"] == size
-                and row["regime"] == "router_only" and row["data"] == "diverse" and row["perplexity_ratio"]}
+        some = {row["settings"]["window"]: row for row in filter(_measured, rows) if row["group"] == "main"
+                and row["size"] == size and row["regime"] == "router_only" and row["data"] == "diverse"}
         if len(some) > 1:
-            listed = ", ".join(f"window {window:,}: x{_ratio(some[window]):.3f}, needle "
-                               f"{some[window]['needle']['exact_match']:.0%}" for window in sorted(some, reverse=True))
+            listed = "; ".join(f"window {window:,}: x{_ratio(some[window]):.3f}, needle {_found(some[window])}"
+                               for window in sorted(some, reverse=True))
             whole, small = _ratio(some[max(some)]), _ratio(some[min(some)])
             out.append(f"**Scale or window?** `router_only` at {size} over contexts of 2,048, all else equal: {listed}."
                        + (" A near-neutral row needs no larger model, only window = context."
@@ -72,36 +71,41 @@ def _window(rows) -> list[str]:
 
 def _collapse(rows) -> list[str]:
     low = [row for row in rows if row["regime"] in ("l2a_ft", "full_ft") and row["group"] in ("main", "collapse")
-           and row["tokens_per_trained_parameter"] and row["tokens_per_trained_parameter"] < 1
-           and row["perplexity_ratio"] is not None]
+           and "autopsy" not in row["name"] and (row["tokens_per_trained_parameter"] or 1) < 1]
     plain = [row for row in low if not any(name in row["settings"] for name in CHANGED)
              and row["settings"].get("penalty", 0) <= 1]
-    if not plain:
+    if not any(map(_measured, plain)):
         return []
-    finite = sum(not row["non_finite"] for row in plain)
-    ratios = [row["tokens_per_trained_parameter"] for row in plain]
-    out = [f"**Below one token a trained parameter** ({min(ratios):.3g} to {max(ratios):.2g}), at ordinary settings: "
-           f"{finite} of {len(plain)} runs stayed finite; perplexity x{min(map(_ratio, plain)):.2f} to "
-           f"x{max(map(_ratio, plain)):.2f}."]
+    finite = [row for row in plain if not row["non_finite"] and _measured(row)]
+    tokens = [row["tokens_per_trained_parameter"] for row in plain]
+    ratios = [_ratio(row) for row in finite]
+    out = (f"**Below one token a trained parameter** ({min(tokens):.3g} to {max(tokens):.2g}; l2a_ft and full_ft at "
+           f"ordinary settings): {len(finite)} of {len(plain)} runs stayed finite"
+           + (f", perplexity x{min(ratios):.2f} to x{max(ratios):.2f}." if ratios else "."))
+    lost = [row for row in plain if row["needle"] is not None and row["needle"]["exact_match"] <= 0.2]
+    if lost:
+        out += (f" {len(lost)} of them have lost the needle, all with at most "
+                f"{max(row['tokens_seen'] for row in lost) / 1e6:.2g}M tokens.")
     odd = [row for row in low if row["verdict"] not in (None, "healthy")]
     if odd:
-        out[0] += " Unhealthy by the collapse report, of all: " + ", ".join(
-            f"`{row['name']}` ({row['verdict']}, x{_ratio(row):.3g})" for row in odd) + "."
-    return out
+        out += " Unhealthy by the collapse report, of all: " + ", ".join(
+            f"`{row['name']}` ({row['verdict']}" + (f", x{_ratio(row):.3g})" if _measured(row) else ")")
+            for row in odd) + "."
+    return [out]
 
 
 def _autopsy(found) -> list[str]:
     out = []
-    for report in found.values():
+    for name, report in found.items():
         counted = [(sum(value is True for value in row["symptoms"].values()), row) for row in report["rows"]]
         total = len(report["rows"][0]["symptoms"])
+        tried = len({row["settings"]["name"] for row in report["rows"] if "settings" in row} - {"none"})
         most = max(count for count, _ in counted)
-        names = ", ".join(row["fault"] for count, row in counted if count == most)
-        missing = sorted({name for count, row in counted if count == most
-                          for name, value in row["symptoms"].items() if value is not True})
-        out.append("**Autopsy**: " + ("all reported symptoms at once come from " if most == total else
-                                       f"no single fault gives all {total} reported symptoms; {most} come from ")
-                   + names + (f" (without: {', '.join(missing)})" if missing else "") + ".")
+        faults = ", ".join(row["fault"] for count, row in counted if count == most)
+        missing = sorted({symptom for count, row in counted if count == most
+                          for symptom, value in row["symptoms"].items() if value is not True})
+        out.append(f"**Autopsy** (`{name}`, {tried} fault{'s' * (tried != 1)} tried): {most} of the {total} reported "
+                   f"symptoms at once, from {faults}" + (f" (without: {', '.join(missing)})" if missing else "") + ".")
     return out
 
 
@@ -121,46 +125,46 @@ def _damage(analyses) -> list[str]:
 
 
 def _noise(rows) -> list[str]:
-    some = sorted((row for row in rows if row["group"] == "noise" and row["perplexity_ratio"]),
+    some = sorted((row for row in filter(_measured, rows) if row["group"] == "noise"),
                   key=lambda row: row["settings"]["flip"])
     if len(some) < 2:
         return []
     first, last = some[0], some[-1]
-    worse = _ratio(last) > _ratio(first)
-    return [f"**Noise in the decisions** {'damages' if worse else 'does not damage'} training: perplexity "
-            f"x{_ratio(first):.3f} without, x{_ratio(last):.3f} with {last['settings']['flip']:.0%} inverted; needle "
-            f"{first['needle']['exact_match']:.0%} and {last['needle']['exact_match']:.0%}."]
+    (low, high), (their_low, their_high) = (row["perplexity_ratio"]["ratio_95"] for row in (last, first))
+    said = "damages training" if low > their_high else "helps training" if high < their_low else "changes little"
+    return [f"**Noise in the decisions** {said}: perplexity x{_ratio(first):.3f} without, x{_ratio(last):.3f} with "
+            f"{last['settings']['flip']:.0%} inverted; needle {_found(first)} and {_found(last)}."]
 
 
 def _repair(rows) -> list[str]:
-    some = [row for row in rows if row["group"] == "frontier" and row["aim"]["sparsity"] and row["aim"]["perplexity"]]
-    some = [row for row in some if row["audit"] and "all" in row["audit"]["worse"]]
+    some = [row for row in rows if row["group"] == "frontier" and row["aim"]["sparsity"] and row["aim"]["perplexity"]
+            and row["audit"] and "ratio" in row["audit"]]
     if not some:
         return []
     best = max(some, key=lambda row: row["sparsity"])
     others = {name: value for name, value in best["audit"]["ratio"].items() if name in ("random", "static", "none")}
-    tasks = [row for row in some if all(row["aim"][task] for task in ("hellaswag", "piqa", "arc_challenge"))]
-    return [f"**Repair**: {len(some)} rows leave at least 90 % unrouted at or below the baseline's perplexity, "
-            f"{len(tasks)} of them with no loss on the three benchmarks beyond the aim's bounds. The sparsest, "
-            f"`{best['name']}`: {best['sparsity']:.1%} unrouted, x{_ratio(best):.3f} ("
+    asked = [[row["aim"][task] for task in ("hellaswag", "piqa", "arc_challenge")] for row in some]
+    asked = [answers for answers in asked if None not in answers]
+    return [f"**Repair**: {len(some)} rows leave at least 90 % unrouted at or below the baseline's perplexity; "
+            f"{sum(map(all, asked))} of the {len(asked)} that were asked exclude a loss beyond the aim's bounds on the "
+            f"three benchmarks. The sparsest, `{best['name']}`: {best['sparsity']:.1%} unrouted, x{_ratio(best):.3f} ("
             + ", ".join(f"{name} x{value:.3f}" for name, value in others.items()) + ")."]
 
 
 def _needle(rows) -> list[str]:
     some = [row for row in rows if row["group"] == "frontier" and row["aim"]["sparsity"] and row["aim"]["perplexity"]
             and row["needle"]]
-    whole = [row for row in some if row["aim"]["needle"]]
     if not some:
         return []
+    whole = [row for row in some if row["aim"]["needle"]]
     if whole:
         return ["**Needle**: at the baseline's at every depth and length that was looked at: "
                 + ", ".join(f"`{row['name']}` (to {max(map(int, row['needle']['lengths'])):,})" for row in whole) + "."]
-    best = max(some, key=lambda row: row["needle"]["lengths"]["2048"]["exact_match"] if "2048" in
-               row["needle"]["lengths"] else 0.0)
-    listed = ", ".join(f"{entry['exact_match']:.0%} of {int(length):,}" for length, entry in
+    best = max(some, key=lambda row: row["needle"]["lengths"].get("8192", {"exact_match": 0.0})["exact_match"])
+    listed = ", ".join(f"{entry['exact_match']:.0%} in {int(length):,}" for length, entry in
                        best["needle"]["lengths"].items())
-    return [f"**Needle**: no row with 90 % unrouted keeps it at every depth; the best, `{best['name']}`, finds "
-            f"{listed}. The aim is **not reached**."]
+    return ["**Needle**: no row of the repair with 90 % unrouted at or below the baseline's perplexity keeps it at "
+            f"every depth; the best in 8,192 tokens, `{best['name']}`, finds {listed}. The aim is **not reached**."]
 
 
 def _absorption(rows) -> list[str]:

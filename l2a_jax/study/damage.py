@@ -98,7 +98,8 @@ def crossed(levels: Sequence[Mapping[str, str]], values: Sequence[Any]) -> list[
     count once, the first. `levels` as `Row.factors` write them."""
     found: dict[tuple, Any] = {}
     for cell, value in zip(levels, values, strict=True):
-        found.setdefault(tuple(cell[factor] for factor in FACTORS), value)
+        if value is not None:
+            found.setdefault(tuple(cell[factor] for factor in FACTORS), value)
     rest = {factor: str(FACTORS[factor][0]) for factor in FACTORS if factor not in CROSSED}
     key = lambda **cell: tuple(str({**rest, **cell}[factor]) for factor in FACTORS)  # noqa: E731
     return [(f"{topology}, {sinks} sinks",

@@ -79,9 +79,13 @@ def _autopsy(subject) -> dict[str, Any]:
                 "needle": needles.score(model, prepared, options, **session.passes)["exact_match"]}
 
     prompts, stops = subject.prompts()
+    names = row.measures.faults
+    if unknown := set(names) - {fault.name for fault in module.FAULTS}:
+        raise UserError(f"autopsy: there is no fault {', '.join(sorted(unknown))}")
+    faults = [fault for fault in module.FAULTS if fault.name in names or not names]
     return module.autopsy(subject.plain, plan.l2a_config, plan.data, subject.audited()[0], prompts,
-                          objective=objective, optimizer=rule, regime=s.regime, extra=extra, stop_tokens=stops,
-                          seed=s.seed, batch_tokens=session.passes["batch_tokens"])
+                          objective=objective, optimizer=rule, regime=s.regime, faults=faults, extra=extra,
+                          stop_tokens=stops, seed=s.seed, batch_tokens=session.passes["batch_tokens"])
 
 
 INSTRUMENTS: dict[str, Instrument] = {"residual": _residual, "flips": _flips, "routed": _routed,

@@ -210,7 +210,7 @@ _SPEED = {"device": lambda row: row["device"],
           "of": lambda row: _number((row["memory"] or {}).get("device_gb"), "{:.0f}"),
           "fits 24 GB": lambda row: {None: "-", True: "yes", False: "no"}[
               None if not (row["memory"] or {}).get("compiled_gb") else row["memory"]["compiled_gb"] <= CARD_GB],
-          "seconds": lambda row: ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in row["seconds"].items())}
+          "seconds": lambda row: ", ".join(f"{phase} {time:.0f}" for phase, time in (row["seconds"] or {}).items())}
 
 
 def _effects(analyses) -> list[str]:

@@ -83,6 +83,14 @@ def collapse(rows: Sequence[Fact], path: Path) -> bool:
             axis.plot([row["tokens_per_trained_parameter"] for row in some],
                       [row["perplexity_ratio"]["ratio"] for row in some], "o", color=COLOURS.get(regime, "black"),
                       label=regime)
+        ill = [row for row in rows if row["verdict"] not in (None, "healthy")]
+        if ill:
+            axis.plot([row["tokens_per_trained_parameter"] for row in ill],
+                      [row["perplexity_ratio"]["ratio"] for row in ill], "o", mfc="none", mec="grey", ms=10,
+                      label="unhealthy by the collapse report")
+        for row in ill:
+            axis.annotate(row["name"], (row["tokens_per_trained_parameter"], row["perplexity_ratio"]["ratio"]),
+                          xytext=(8, 4), textcoords="offset points", fontsize=7)
         broken = [row for row in rows if row["non_finite"]]
         if broken:
             axis.plot([row["tokens_per_trained_parameter"] for row in broken],

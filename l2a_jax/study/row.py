@@ -34,7 +34,8 @@ class Measures:
 
     The audit scores the first `audit_windows` windows; `contexts` are further window lengths of the same text, of which
     `context_tokens` are scored; `controls` repeats the needle under random decisions and a static choice of layers.
-    `held_out`: training looks at held-out text of its own sources now and then.
+    `held_out`: training looks at held-out text of its own sources now and then. `faults`: those of the autopsy, by name
+    (none: all of them).
     """
 
     tasks: tuple[str, ...] = ("perplexity", "audit", "needle", *BENCHMARKS)
@@ -53,6 +54,7 @@ class Measures:
     limit: int | None = None
     task_data: str = "{data}/eval"
     held_out: bool = True
+    faults: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,7 @@ class Row:
             "contexts": (m.text, m.contexts, m.context_tokens),
             "needle": (m.needle_lengths, m.needle_depths, m.needle_seeds, m.haystack, m.controls),
             **{name: (m.limit, m.task_data) for name in (*BENCHMARKS, "task_controls")},
+            **({"autopsy": (m.text, m.context, m.audit_windows, m.faults)} if m.faults else {}),
         }
         return digest([task, parts.get(task, (m.text, m.context, m.audit_windows))])
 

@@ -22,7 +22,7 @@ LAYERS = {"0.5b": 24, "1.5b": 28, "3b": 36}
 BASELINE = {size: f"baseline-{size}" for size in LAYERS}
 # One operating point for every size: 8,192 tokens a step.
 STEP = {"0.5b": {}, "1.5b": {"remat": "elementwise"}, "3b": {"batch_size": 1, "grad_accum": 4, "remat": "layer"}}
-LONG = {8_192: 1, 32_768: 1}
+LONG = {8_192: {"batch_size": 1}, 32_768: {"batch_size": 1, "remat": "layer"}}
 HEALTH = Measures(tasks=("perplexity", "needle", "collapse", *BENCHMARKS), limit=500)
 
 
@@ -91,6 +91,9 @@ def _collapse() -> list[Row]:
                      tokens=1_300_000, measures=HEALTH, **{**layer, "penalty": 10.0}))
     rows.append(_row("autopsy", "collapse", "which fault produces the reported symptoms?", "0.5b", "l2a_ft",
                      tokens=1_000_000, measures=Measures(tasks=("perplexity", "autopsy"), limit=500), **layer))
+    rows.append(_row("autopsy-leak-4.4M", "collapse", "what does the leak do in a longer run?", "0.5b", "l2a_ft",
+                     tokens=4_400_000, seed=1, measures=Measures(tasks=("perplexity", "autopsy"), limit=500,
+                                                                 faults=("leak",)), **layer))
     return rows
 
 
@@ -145,12 +148,12 @@ def _frontier() -> list[Row]:
         rows.append(_row(f"repair-w256-p{penalty:g}-1.5b", "frontier", question, "1.5b", "router_only", window=256,
                          penalty=penalty, router_lr=3e-4, tokens=8_000_000, measures=full))
     long = Measures(tasks=("perplexity", "contexts", "audit", "needle", *BENCHMARKS), contexts=(8_192, 32_768),
-                    needle_lengths=(2_048, 8_192, 32_768), needle_seeds=4, controls=True)
-    for length, batch in LONG.items():
+                    needle_lengths=(2_048, 8_192, 32_768), controls=True)
+    for length, step in LONG.items():
         for window in (256, 1_024):
             rows.append(_row(f"repair-t{length}-w{window}-p0.3", "frontier", "does it hold over long texts?", "0.5b",
-                             "router_only", window=window, penalty=0.3, router_lr=3e-4, seq_len=length,
-                             batch_size=batch, measures=long))
+                             "router_only", window=window, penalty=0.3, router_lr=3e-4, seq_len=length, measures=long,
+                             **step))
     rows.append(_row("repair-t8192-w256-p0.5-f0.3-e0.2", "frontier", "everything that keeps the needle at once", "0.5b",
                      "router_only", window=256, penalty=0.5, router_lr=3e-4, seq_len=8_192, batch_size=1, flip=0.3,
                      echo=0.2, measures=long))

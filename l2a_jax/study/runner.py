@@ -129,6 +129,7 @@ def run_rows(rows: Sequence[Row], session: Session, out: Path, *, deadline: floa
     log.info("%d rows: %d to do, %d done, %d not to be run", len(rows), len(waiting),
              sum(row.not_run is None for row in rows) - len(waiting), sum(row.not_run is not None for row in rows))
     speeds: dict[tuple[str, str], float] = {}
+    began = time.time()
     left: list[str] = []
     failed: list[str] = []
     taken: list[Row] = []
@@ -142,6 +143,8 @@ def run_rows(rows: Sequence[Row], session: Session, out: Path, *, deadline: floa
                         taken.append(row)
                 elif is_done(row, out):
                     log.info("%s was done by another process", row.name)
+                elif _failed_since(began, out / f"{row.name}.json"):
+                    log.info("%s failed in another process", row.name)
                 elif deadline - time.monotonic() < planned_seconds(row, speeds):
                     left.append(row.name)
                 else:
@@ -149,6 +152,11 @@ def run_rows(rows: Sequence[Row], session: Session, out: Path, *, deadline: floa
                     _attempt(row, queue[index:], session, out, deadline, keep, speeds, left, failed)
             session.forget_programs([*queue[index + 1 :], *taken])
     return left, failed
+
+
+def _failed_since(began: float, path: Path) -> bool:
+    """Whether another process has tried and failed: what does not fit its device fits ours no better."""
+    return path.exists() and path.stat().st_mtime >= began and read_row(path)["status"] == "failed"
 
 
 def _attempt(row, queue, session, out, deadline, keep, speeds, left, failed) -> None:

@@ -5,6 +5,7 @@ import pytest
 
 from l2a_jax.data.batch import Batch
 from l2a_jax.data.echo import COUNT, SPAN, echo_row, with_echoes
+from l2a_jax.data.mixing import raw_random
 from l2a_jax.errors import UserError
 
 T = 256
@@ -16,23 +17,38 @@ def row_of(*lengths):
     return np.arange(T, dtype=np.int32), np.pad(segments, (0, T - segments.size)).astype(np.int32)
 
 
+def draws(seed):
+    return raw_random(f"test {seed}", 2 * COUNT).reshape(COUNT, 2)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_spans_repeat_what_came_before_in_the_same_document(seed):
-    tokens, segments = row_of(120, 90)
-    heard = echo_row(tokens, segments, np.random.default_rng(seed))
+    tokens, segments = row_of(40, 120, 70)
+    heard = echo_row(tokens, segments, draws(seed))
     assert (heard <= tokens).all() and (tokens == np.arange(T)).all(), "from the past; the input is left alone"
-    np.testing.assert_array_equal(heard[210:], tokens[210:])  # padding
     np.testing.assert_array_equal(segments[heard], segments)
-    assert (heard != tokens).sum() <= COUNT * SPAN
-    whole = echo_row(tokens, None, np.random.default_rng(seed))
-    assert SPAN <= (whole != tokens).sum() <= COUNT * SPAN and (whole <= tokens).all()
+    np.testing.assert_array_equal(heard[230:], tokens[230:])  # padding
+    np.testing.assert_array_equal(heard[:40], tokens[:40])  # a document too short for two spans
+    changed = np.flatnonzero(heard != tokens)
+    assert changed.size in range(SPAN, COUNT * SPAN + 1, SPAN)
+    for span in changed.reshape(-1, SPAN):  # whole, in order, and its first occurrence is still there
+        np.testing.assert_array_equal(np.diff(heard[span]), 1)
+        np.testing.assert_array_equal(heard[heard[span]], heard[span])
+
+
+def test_places_are_drawn_from_all_there_are():
+    tokens, segments = row_of(T)
+    heard = np.array([echo_row(tokens, segments, draws(seed)) for seed in range(200)])
+    assert (heard[:, SPAN:] != tokens[SPAN:]).any(axis=0).all() and (heard[:, :SPAN] == tokens[:SPAN]).all()
+    reached = {int(heard[row, place]) for row, place in zip(*np.nonzero(heard != tokens), strict=True)}
+    assert min(reached) == 0 and max(reached) > T - 2 * SPAN - 10
 
 
 def test_one_echo_by_hand():
     tokens = np.arange(2 * SPAN, dtype=np.int32)  # the only place that is left for it
-    np.testing.assert_array_equal(echo_row(tokens, None, np.random.default_rng(0)), np.tile(tokens[:SPAN], 2))
-    short = np.arange(2 * SPAN - 1, dtype=np.int32)
-    np.testing.assert_array_equal(echo_row(short, None, np.random.default_rng(0)), short)
+    np.testing.assert_array_equal(echo_row(tokens, None, draws(0)), np.tile(tokens[:SPAN], 2))
+    for short in (2 * SPAN - 1, SPAN - 1, 1):
+        np.testing.assert_array_equal(echo_row(tokens[:short], None, draws(0)), tokens[:short])
 
 
 def test_the_target_is_the_next_token_that_is_seen():

@@ -90,7 +90,7 @@ def test_the_report_holds_what_was_run_and_says_what_was_not(folder, tmp_path, c
     assert again in text and "Δ x1.2" in again
     (tmp_path / "replication.json").write_text("{}")
     assert rebuild([str(paths[1])]) == 2 and "is not a study's replication.json" in capsys.readouterr().err
-    for sentence in ("**router_only, 0.5b, diverse**: perplexity x1.2", "100% here, 0-20% reported: **disagrees**",
+    for sentence in ("**router_only, 0.5b, diverse**: perplexity x1.2", "**disagrees**. Needle 100%, 0-20% reported",
                      "rope explains", "**Repair**: 2 rows", "**Needle**: at the baseline's at every"):
         assert sentence in text, sentence
     assert made["together"]["crossed"][2][1][2]["needle"] == 0.3 and "### One factor changed" in text
@@ -114,6 +114,28 @@ def test_differences_are_paired():
     other["evaluations"]["piqa"]["result"] = {"not_finite": "the log-probability of request 3 is nan"}
     found = facts.facts(other, row, one)
     assert found["perplexity_ratio"] is None and found["benchmarks"]["piqa"] is None
+
+
+@pytest.mark.parametrize("task", ("perplexity", "audit", "needle", "hellaswag", "collapse", "task_controls"))
+@pytest.mark.parametrize("result", (None, {"not_finite": "the loss of window 3 is nan"}))
+def test_the_report_stands_whatever_is_missing(folder, tmp_path, task, result):
+    """Rows that are still running, were stopped between two tasks, or have numbers that are not finite."""
+    for path in folder.glob("*.json"):
+        found = json.loads(path.read_text())
+        if found["evaluations"].pop(task, None) is not None and result is not None:
+            found["evaluations"][task] = {"hash": "", "seconds": 1.0, "result": result}
+        write_json(tmp_path / path.name, found)
+    text = report.markdown(report.collect(tmp_path), {})
+    assert ("## What it says so far" in text and "rope explains" in text) or task in ("perplexity", "needle")
+
+
+def test_rows_that_failed_before_anything_was_measured_are_rows(folder, tmp_path):
+    for path in folder.glob("*.json"):
+        found = json.loads(path.read_text())
+        runner_wrote = {**found, "training": {}, "evaluations": {}, "status": "failed", "error": "no memory"}
+        write_json(tmp_path / path.name, {name: value for name, value in runner_wrote.items() if name != "seconds"})
+    assert "failed: no memory" in json.dumps(report.collect(tmp_path)["rows"])
+    assert "## 6. Speed" in report.markdown(report.collect(tmp_path), {})
 
 
 def test_no_figure_without_a_run(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import time
 from types import SimpleNamespace
 
@@ -81,6 +82,12 @@ def test_processes_that_share_a_folder_share_the_rows(session, rows, done, tmp_p
     with runner.claimed(plain, tmp_path):  # as another process would
         assert runner.run_rows([plain], session, tmp_path) == ([], [])
         assert caplog.text.count("plain is run by another process") == 2 and not (tmp_path / "plain.json").exists()
+    caplog.clear()
+    began = time.time()
+    runner._write_failure(tmp_path / "plain.json", plain, "no memory")
+    assert runner._failed_since(began - 1, tmp_path / "plain.json")
+    assert not runner._failed_since(began + 60, tmp_path / "plain.json"), "an earlier run's failure is tried again"
+    os.utime(tmp_path / "plain.json", (began - 60, began - 60))
     assert runner.run_rows([plain], session, tmp_path) == ([], []) and load(tmp_path, "plain")["status"] == "done"
 
 
@@ -141,7 +148,8 @@ def test_no_time_starts_nothing_and_a_limit_between_phases_keeps_what_is_done(se
         return measure(subject, task)
 
     monkeypatch.setattr(runner, "measure", slow)
-    monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: clock[0], perf_counter=time.perf_counter))
+    monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: clock[0], perf_counter=time.perf_counter,
+                                                        time=time.time))
     assert runner.run_rows([rows[0]], session, tmp_path / "some", deadline=0.5) == (["plain"], [])
     found = load(tmp_path / "some", "plain")
     assert found["status"] == "partial" and list(found["evaluations"]) == ["perplexity"]
