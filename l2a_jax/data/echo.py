@@ -3,6 +3,8 @@
 Packed text seldom asks a token to look far back, so a router that is trained on it under a penalty learns that it need
 not: the needle is lost though the perplexity is not. An echo asks for it, with text's own tokens and in no form that a
 test has: after a few tokens of a copied span the rest can be read off its first occurrence, however far back that is.
+The first echo of a row repeats its document's beginning: routers that were trained without lose that part first, even
+those that leave a quarter of all decisions global.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ COUNT = 4
 def echo_row(tokens: Int32[np.ndarray, " T"], segments: Int32[np.ndarray, " T"] | None,
              draws: UInt64[np.ndarray, "COUNT 2"]) -> Int32[np.ndarray, " T"]:
     """The row with up to `COUNT` spans overwritten by earlier spans of the same document: the later place uniform over
-    those with room for both, the earlier one uniform over what lies before it in its document.
+    those with room for both, the earlier one uniform over what lies before it in its document; of the first echo, over
+    the first `SPAN` tokens of it.
 
     `segments` None: the row is one document; 0 is padding. `draws` are random numbers, one pair an echo.
     """
@@ -33,10 +36,11 @@ def echo_row(tokens: Int32[np.ndarray, " T"], segments: Int32[np.ndarray, " T"] 
     starts = starts[(starts - begins[starts] >= SPAN) & (segments[starts] == segments[starts + SPAN - 1])
                     & (segments[starts] != 0)]
     out, free = tokens.copy(), np.ones(tokens.size, bool)
-    for first, second in draws if starts.size else ():
+    for number, (first, second) in enumerate(draws if starts.size else ()):
         later = int(starts[int(first) % starts.size])
         begin = int(begins[later])
-        earlier = begin + int(second) % (later - SPAN - begin + 1)
+        room = later - SPAN - begin
+        earlier = begin + int(second) % (min(room, SPAN - 1 if number == 0 else room) + 1)
         here, there = slice(later, later + SPAN), slice(earlier, earlier + SPAN)
         if free[here].all() and free[there].all():
             out[here], free[here], free[there] = tokens[there], False, False

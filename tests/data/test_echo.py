@@ -40,6 +40,8 @@ def test_places_are_drawn_from_all_there_are():
     tokens, segments = row_of(T)
     heard = np.array([echo_row(tokens, segments, draws(seed)) for seed in range(200)])
     assert (heard[:, SPAN:] != tokens[SPAN:]).any(axis=0).all() and (heard[:, :SPAN] == tokens[:SPAN]).all()
+    first = np.array([echo_row(tokens, segments, draws(seed)[:1]) for seed in range(50)])
+    assert {int(row[row != tokens][0]) for row in first} <= set(range(SPAN)), "the document's beginning"
     reached = {int(heard[row, place]) for row, place in zip(*np.nonzero(heard != tokens), strict=True)}
     assert min(reached) == 0 and max(reached) > T - 2 * SPAN - 10
 
