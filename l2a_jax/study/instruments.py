@@ -56,6 +56,14 @@ def _prunable(subject) -> dict[str, Any]:
     return module.prunable(subject.model, first, rest, **subject.session.passes)
 
 
+def _thresholds(subject) -> dict[str, Any]:
+    """Sparsity, perplexity and needle at lower thresholds than the router was trained with."""
+    module = importlib.import_module("l2a_jax.study.thresholds")
+    windows, scores = subject.audited()
+    options, prepared = subject.session.needles(subject.row)
+    return module.threshold_sweep(subject.model, windows, scores, prepared, options, **subject.session.passes)
+
+
 def _autopsy(subject) -> dict[str, Any]:
     """The row's training with each fault on purpose, and which of the reported symptoms it produces."""
     from l2a_jax import runs
@@ -89,7 +97,7 @@ def _autopsy(subject) -> dict[str, Any]:
 
 
 INSTRUMENTS: dict[str, Instrument] = {"residual": _residual, "flips": _flips, "routed": _routed,
-                                       "prunable": _prunable, "autopsy": _autopsy}
+                                       "prunable": _prunable, "thresholds": _thresholds, "autopsy": _autopsy}
 """By the name that a row's tasks use."""
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from l2a_jax.data.counts import format_count
 from l2a_jax.evaluation import reported, table
-from l2a_jax.study import autopsy, damage, flips, prunable, routed_text
+from l2a_jax.study import autopsy, damage, flips, prunable, routed_text, thresholds
 from l2a_jax.study.answers import answers
 from l2a_jax.study.facts import ALLOWED
 
@@ -43,7 +43,8 @@ def markdown(made: dict[str, Any], figures: dict[str, str]) -> str:
               "trained weights with everything routed, over the audit's windows. What the perplexity gains beyond that "
               "is not routing's but the trained norms'. *random*, *static*, *none*: the controls' perplexity, as a "
               "ratio to the baseline's.", "", *picture("frontier"), *_table(group_of(rows, "frontier"), _FRONTIER),
-              *_aims(group_of(rows, "frontier")), *picture("layers"),
+              *_aims(group_of(rows, "frontier")), *_found(made, "thresholds", thresholds.format_thresholds),
+              *picture("layers"),
               *_found(made, "routed", routed_text.format_routed), *_found(made, "prunable", prunable.format_prunable)]
     lines += ["## 5. Absorption", "", *_table(group_of(rows, "absorption"), _ABSORPTION)]
     lines += ["## 6. Speed and memory as run", "", f"Memory is the compiled step's (arguments and temporaries), to be "

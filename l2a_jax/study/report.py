@@ -21,7 +21,7 @@ from l2a_jax.study.row import Row
 from l2a_jax.study.rows import all_rows
 from l2a_jax.training.metrics import write_json
 
-INSTRUMENTS = ("autopsy", "flips", "routed", "prunable")
+INSTRUMENTS = ("autopsy", "flips", "routed", "prunable", "thresholds")
 """Whose results stand in the report whole."""
 
 

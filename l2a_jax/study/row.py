@@ -144,6 +144,8 @@ class Row:
             "contexts": (m.text, m.contexts, m.context_tokens),
             "needle": (m.needle_lengths, m.needle_depths, m.needle_seeds, m.haystack, m.controls),
             **{name: (m.limit, m.task_data) for name in (*BENCHMARKS, "task_controls")},
+            "thresholds": (m.text, m.context, m.audit_windows, m.needle_lengths, m.needle_depths, m.needle_seeds,
+                           m.haystack),
             **({"autopsy": (m.text, m.context, m.audit_windows, m.faults)} if m.faults else {}),
         }
         return digest([task, parts.get(task, (m.text, m.context, m.audit_windows))])

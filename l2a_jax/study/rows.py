@@ -143,7 +143,7 @@ def _frontier() -> list[Row]:
         label = f"p{penalty:g}" + (f"-f{flip:g}" if flip else "") + "-e0.2"
         rows.append(_row(f"repair-w256-{label}-s0", "frontier", "does text that repeats itself keep the needle?",
                          "0.5b", "router_only", window=256, penalty=penalty, router_lr=3e-4, flip=flip, echo=0.2,
-                         measures=far))
+                         measures=dataclasses.replace(far, tasks=(*far.tasks, "thresholds"))))
     for penalty in (0.1, 0.3, 1.0):
         rows.append(_row(f"repair-w256-p{penalty:g}-1.5b", "frontier", question, "1.5b", "router_only", window=256,
                          penalty=penalty, router_lr=3e-4, tokens=8_000_000, measures=full))
@@ -156,7 +156,7 @@ def _frontier() -> list[Row]:
                              **step))
     rows.append(_row("repair-t8192-w256-p0.5-f0.3-e0.2", "frontier", "everything that keeps the needle at once", "0.5b",
                      "router_only", window=256, penalty=0.5, router_lr=3e-4, seq_len=8_192, batch_size=1, flip=0.3,
-                     echo=0.2, measures=long))
+                     echo=0.2, measures=dataclasses.replace(long, tasks=(*long.tasks, "thresholds"))))
     return rows
 
 
