@@ -6,11 +6,15 @@ An instrument lives in a file of its own and is imported when a row asks for it.
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from l2a_jax.errors import UserError
 
+OWN_TEXT = "l2a_jax.study.damage"
 Instrument = Callable[[Any], dict[str, Any]]
 
 
@@ -41,6 +45,28 @@ def _routed(subject) -> dict[str, Any]:
         picture.draw_routed_text(windows.tokens[0], share, decode, subject.out / f"{subject.row.name}_routed.png",
                                  title=subject.row.name)
     return found
+
+
+def _picture(subject) -> dict[str, Any]:
+    """Which tokens are routed, as a picture that may be shown to anyone: of text of our own, a module of this study."""
+    text = importlib.import_module("l2a_jax.study.routed_text")
+    picture = importlib.import_module("l2a_jax.study.routed_picture")
+    perplexity = importlib.import_module("l2a_jax.evaluation.perplexity")
+    source = inspect.getsource(importlib.import_module(OWN_TEXT))
+    ids = np.asarray(subject.model.tokenizer.encode(source, add_special_tokens=False), np.int32)
+    windows = perplexity.text_windows(ids, subject.row.measures.context, subject.row.measures.context,
+                                      {"name": OWN_TEXT}, limit=1)
+    scores = perplexity.score_windows(subject.model, windows, **subject.session.passes)
+    if scores.decisions is None:
+        raise UserError("picture: this is a plain model, which routes nothing")
+    real = windows.real[0]
+    share = text.routed_share(scores.decisions[:, :1], subject.model.l2a_config.pruned_layers)[0][real]
+    shown = None
+    if subject.out is not None:
+        shown = picture.draw_routed_text(windows.tokens[0][real], share, subject.model.tokenizer.decode,
+                                         subject.out / f"{subject.row.name}_picture.png",
+                                         title=f"{OWN_TEXT} as {subject.row.name} routes it")
+    return {"text": OWN_TEXT, "tokens": int(real.sum()), "shown": shown, "share": float(share.mean())}
 
 
 def _prunable(subject) -> dict[str, Any]:
@@ -96,8 +122,9 @@ def _autopsy(subject) -> dict[str, Any]:
                           stop_tokens=stops, seed=s.seed, batch_tokens=session.passes["batch_tokens"])
 
 
-INSTRUMENTS: dict[str, Instrument] = {"residual": _residual, "flips": _flips, "routed": _routed,
-                                       "prunable": _prunable, "thresholds": _thresholds, "autopsy": _autopsy}
+INSTRUMENTS: dict[str, Instrument] = {
+    "residual": _residual, "flips": _flips, "routed": _routed, "prunable": _prunable, "thresholds": _thresholds,
+    "picture": _picture, "autopsy": _autopsy}
 """By the name that a row's tasks use."""
 
 

@@ -44,7 +44,7 @@ def markdown(made: dict[str, Any], figures: dict[str, str]) -> str:
               "is not routing's but the trained norms'. *random*, *static*, *none*: the controls' perplexity, as a "
               "ratio to the baseline's.", "", *picture("frontier"), *_table(group_of(rows, "frontier"), _FRONTIER),
               *_aims(group_of(rows, "frontier")), *_found(made, "thresholds", thresholds.format_thresholds),
-              *picture("layers"),
+              *picture("layers"), *picture("picture"),
               *_found(made, "routed", routed_text.format_routed), *_found(made, "prunable", prunable.format_prunable)]
     lines += ["## 5. Absorption", "", *_table(group_of(rows, "absorption"), _ABSORPTION)]
     lines += ["## 6. Speed and memory as run", "", f"Memory is the compiled step's (arguments and temporaries), to be "

@@ -6,6 +6,7 @@ Every table is of declared rows: one without a file says "not run" and why, and 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,10 @@ def write(folder: Path, out: Path, rows: Sequence[Row] | None = None) -> list[Pa
     try:
         out.mkdir(parents=True, exist_ok=True)
         figures = {name: f"replication_{name}.png" for name, drawn in _figures(made, out).items() if drawn}
+        for picture in sorted(folder.glob("*_picture.png"))[:1]:
+            if not picture.is_relative_to(out):
+                picture = Path(shutil.copyfile(picture, out / picture.name))
+            figures["picture"] = picture.relative_to(out).as_posix()
         made["figures"] = figures
         paths = [out / "replication.md", out / "replication.json"]
         write_json(paths[1], made)

@@ -139,11 +139,12 @@ def _frontier() -> list[Row]:
     for penalty in (0.3, 0.5, 0.8):
         rows.append(_row(f"repair-w256-p{penalty:g}-f0.3-s0", "frontier", "do inverted decisions keep the needle?",
                          "0.5b", "router_only", window=256, penalty=penalty, router_lr=3e-4, flip=0.3, measures=far))
+    asked = dataclasses.replace(far, tasks=(*far.tasks, "thresholds", "picture"))
     for penalty, flip in ((0.3, 0.0), (0.5, 0.0), (0.5, 0.3)):
         label = f"p{penalty:g}" + (f"-f{flip:g}" if flip else "") + "-e0.2"
         rows.append(_row(f"repair-w256-{label}-s0", "frontier", "does text that repeats itself keep the needle?",
                          "0.5b", "router_only", window=256, penalty=penalty, router_lr=3e-4, flip=flip, echo=0.2,
-                         measures=dataclasses.replace(far, tasks=(*far.tasks, "thresholds"))))
+                         measures=asked))
     for penalty in (0.1, 0.3, 1.0):
         rows.append(_row(f"repair-w256-p{penalty:g}-1.5b", "frontier", question, "1.5b", "router_only", window=256,
                          penalty=penalty, router_lr=3e-4, tokens=8_000_000, measures=full))

@@ -15,7 +15,7 @@ from l2a_jax.errors import UserError
 from l2a_jax.evaluation import needle
 from l2a_jax.evaluation.perplexity import score_windows
 from l2a_jax.study import report, runner, trained
-from l2a_jax.study.measures import Subject
+from l2a_jax.study.measures import Subject, measure
 from l2a_jax.weights.pretrained import TINY, load_pretrained
 from tests.study.conftest import QUICK, make_row
 
@@ -89,6 +89,20 @@ def test_processes_that_share_a_folder_share_the_rows(session, rows, done, tmp_p
     assert not runner._failed_since(began + 60, tmp_path / "plain.json"), "an earlier run's failure is tried again"
     os.utime(tmp_path / "plain.json", (began - 60, began - 60))
     assert runner.run_rows([plain], session, tmp_path) == ([], []) and load(tmp_path, "plain")["status"] == "done"
+
+
+def test_the_picture_is_of_our_own_text(session, rows, done, tmp_path):
+    params = trained.load_masters(session, rows[1], done / "one.npz")
+    found = measure(Subject(session, rows[1], params, [], tmp_path), "picture")
+    assert found["text"] == "l2a_jax.study.damage" and 0 < found["shown"] <= found["tokens"] <= 128
+    assert (tmp_path / "one_picture.png").stat().st_size > 2_000 and 0 <= found["share"] <= 1
+    out = tmp_path / "report"
+    for path in done.glob("*.json"):
+        found = json.loads(path.read_text())
+        (tmp_path / path.name).write_text(json.dumps(found))
+    declared = [row for row in rows if row.name != "broken"]
+    made = report.write(tmp_path, out, declared)
+    assert out / "one_picture.png" in made and "![picture](one_picture.png)" in (out / "replication.md").read_text()
 
 
 def test_rows_that_differ_in_numbers_share_a_program(session, rows, done, compiled):
