@@ -125,7 +125,8 @@ def _frontier() -> list[Row]:
                     needle_lengths=(2_048, 8_192), controls=True)
     rows = []
     for window in (128, 256, 512, 1_024):
-        penalties = (0.05, 0.1, 0.3, 0.5, 1.0, 2.0) if window == 256 else (0.1, 0.3, 1.0)
+        # Without a penalty: what the trained norms do alone, the control of every gain.
+        penalties = (0.0, 0.05, 0.1, 0.3, 0.5, 1.0, 2.0) if window == 256 else (0.1, 0.3, 1.0)
         for penalty in penalties:
             for seed in (0, 1, 2) if window == 256 and penalty in (0.3, 0.5) else (0,):
                 rows.append(_row(f"repair-w{window}-p{penalty:g}-s{seed}", "frontier", question, "0.5b",
