@@ -31,7 +31,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=pathlib.Path, help="folder for ROW.json")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="stop cleanly after so long")
     parser.add_argument("--limit", type=int, help="the first so many items of every benchmark")
-    parser.add_argument("--shard", metavar="I/N", help="only the I-th of N parts of about the same work")
     parser.add_argument("--keep", action="store_true", help="keep what was trained whatever its size (ROW.npz)")
     parser.add_argument("--list", action="store_true", help="say which rows there are, and which are done in --out")
     parser.add_argument("--dry-run", action="store_true", help="say what would be run, with every command, and stop")
@@ -81,8 +80,6 @@ def main(arguments: list[str] | None = None) -> int:
             jax.config.update("jax_compilation_cache_dir", str(flags.compiled.absolute()))
         session = Session(models, _needed(flags.data_dir, "--data-dir"), backend=flags.backend, compile_ahead=ahead)
         rows = [row.with_limit(flags.limit) for row in with_baselines(rows)]
-        if flags.shard is not None:
-            rows = runner.shard(rows, *_shard(flags.shard))
         if flags.dry_run:
             print(runner.dry_run(rows, session))
             return 0
@@ -112,15 +109,6 @@ def _needed(path: pathlib.Path | None, flag: str) -> pathlib.Path:
     if path is None:
         raise UserError(f"{flag} is needed; see --help")
     return path
-
-
-def _shard(text: str) -> tuple[int, int]:
-    from l2a_jax.errors import UserError
-
-    index, _, count = text.partition("/")
-    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
-        raise UserError(f"--shard is {text!r}; expected I/N such as 1/2")
-    return int(index), int(count)
 
 
 if __name__ == "__main__":

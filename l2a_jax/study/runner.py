@@ -56,21 +56,6 @@ def order(rows: Sequence[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: place[row.program])
 
 
-def shard(rows: Sequence[Row], index: int, count: int) -> list[Row]:
-    """The `index`-th (from 1) of `count` parts with about the same work, no program in two of them."""
-    groups: dict[tuple, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row.program, []).append(row)
-    parts: list[list[Row]] = [[] for _ in range(count)]
-    loads = [0.0] * count
-    for group in sorted(groups.values(), key=lambda group: -sum(map(planned_seconds, group))):
-        lightest = loads.index(min(loads))
-        parts[lightest] += group
-        loads[lightest] += sum(map(planned_seconds, group))
-    mine = {row.name for row in parts[index - 1]}
-    return [row for row in rows if row.name in mine]
-
-
 def planned_seconds(row: Row, speeds: dict[tuple[str, str], float] | None = None) -> float:
     """How long the row is expected to take; `speeds` are measured tokens a second by (size, regime)."""
     if row.regime == "baseline":

@@ -138,5 +138,3 @@ def test_the_command_lists_and_refuses(capsys):
     assert len(capsys.readouterr().out.splitlines()) == 18
     assert main(["--rows", "nope"]) == 2 and "no row 'nope'" in capsys.readouterr().err
     assert main(["--group", "damage"]) == 2 and "--data-dir is needed" in capsys.readouterr().err
-    assert main(["--group", "damage", "--data-dir", ".", "--shard", "3/2"]) == 2
-    assert "expected I/N" in capsys.readouterr().err

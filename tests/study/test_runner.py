@@ -205,11 +205,3 @@ def test_what_cannot_run_fails_alone(session, rows, tmp_path):
     (tmp_path / "plain.json").write_text("{}")
     with pytest.raises(UserError, match="not the file of a row"):
         runner.run_rows([rows[0]], session, tmp_path)
-
-
-def test_shards_share_the_work_and_no_program(rows):
-    several = [*rows, OTHER]
-    parts = [runner.shard(several, index, 2) for index in (1, 2)]
-    assert sorted(row.name for part in parts for row in part) == sorted(row.name for row in several)
-    keys = [{row.program for row in part} for part in parts]
-    assert not keys[0] & keys[1] and all(parts)
