@@ -53,7 +53,7 @@ def with_echoes(batch: Batch, rows: range, share: float, seed: int) -> Batch:
     tokens, targets = batch.tokens.copy(), batch.targets.copy()
     for b, row in enumerate(rows):
         chance, *draws = raw_random(f"echo {seed} {row}", 1 + 2 * COUNT)
-        if int(chance >> np.uint64(11)) / 2.0**53 >= share:
+        if int(chance) >= share * 2.0**64:
             continue
         segments = None if batch.segment_ids is None else batch.segment_ids[b]
         tokens[b] = echo_row(batch.tokens[b], segments, np.array(draws).reshape(COUNT, 2))

@@ -1,6 +1,6 @@
 """The report's first page: what the rows that were run say to each question, every number taken from them.
 
-A sentence appears once its rows exist; words of judgement ("agrees", "holds") follow rules that stand here.
+A sentence appears once its rows exist; words of judgement ("agrees", "helps") follow rules that stand here.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _window(rows) -> list[str]:
 
 def _collapse(rows) -> list[str]:
     low = [row for row in rows if row["regime"] in ("l2a_ft", "full_ft") and row["group"] in ("main", "collapse")
-           and "autopsy" not in row["name"] and (row["tokens_per_trained_parameter"] or 1) < 1]
+           and (row["tokens_per_trained_parameter"] or 1) < 1]
     plain = [row for row in low if not any(name in row["settings"] for name in CHANGED)
              and row["settings"].get("penalty", 0) <= 1]
     if not any(map(_measured, plain)):
@@ -144,7 +144,7 @@ def _repair(rows) -> list[str]:
     best = max(some, key=lambda row: row["sparsity"])
     others = {name: value for name, value in best["audit"]["ratio"].items() if name in ("random", "static", "none")}
     asked = [[row["aim"][task] for task in ("hellaswag", "piqa", "arc_challenge")] for row in some]
-    asked = [answers for answers in asked if None not in answers]
+    asked = [reached for reached in asked if None not in reached]
     return [f"**Repair**: {len(some)} rows leave at least 90 % unrouted at or below the baseline's perplexity; "
             f"{sum(map(all, asked))} of the {len(asked)} that were asked exclude a loss beyond the aim's bounds on the "
             f"three benchmarks. The sparsest, `{best['name']}`: {best['sparsity']:.1%} unrouted, x{_ratio(best):.3f} ("

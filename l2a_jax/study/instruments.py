@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 
 from l2a_jax.errors import UserError
+from l2a_jax.evaluation import perplexity
 
 OWN_TEXT = "l2a_jax.study.damage"
+"""A module whose source is the text of the picture."""
 Instrument = Callable[[Any], dict[str, Any]]
 
 
@@ -51,7 +53,6 @@ def _picture(subject) -> dict[str, Any]:
     """Which tokens are routed, as a picture that may be shown to anyone: of text of our own, a module of this study."""
     text = importlib.import_module("l2a_jax.study.routed_text")
     picture = importlib.import_module("l2a_jax.study.routed_picture")
-    perplexity = importlib.import_module("l2a_jax.evaluation.perplexity")
     source = inspect.getsource(importlib.import_module(OWN_TEXT))
     ids = np.asarray(subject.model.tokenizer.encode(source, add_special_tokens=False), np.int32)
     windows = perplexity.text_windows(ids, subject.row.measures.context, subject.row.measures.context,

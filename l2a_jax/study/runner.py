@@ -134,7 +134,11 @@ def run_rows(rows: Sequence[Row], session: Session, out: Path, *, deadline: floa
                     left.append(row.name)
                 else:
                     log.info("[%d/%d] %s (%s)", index + 1, len(queue), row.name, row.question)
-                    _attempt(row, queue[index:], session, out, deadline, keep, speeds, left, failed)
+                    ended, speed = _attempt(row, queue[index:], session, out, deadline, keep)
+                    if ended != "done":
+                        {"left": left, "failed": failed}[ended].append(row.name)
+                    elif speed:
+                        speeds[row.size, row.regime] = speed
             session.forget_programs([*queue[index + 1 :], *taken])
     return left, failed
 
@@ -144,22 +148,20 @@ def _failed_since(began: float, path: Path) -> bool:
     return path.exists() and path.stat().st_mtime >= began and read_row(path)["status"] == "failed"
 
 
-def _attempt(row, queue, session, out, deadline, keep, speeds, left, failed) -> None:
-    """Run one row and say how it ended: its measured speed, or its name among those left or failed."""
+def _attempt(row: Row, coming: Sequence[Row], session: Session, out: Path, deadline: float,
+             keep: bool) -> tuple[str, float | None]:
+    """Run one row, the first of those `coming`: how it ended (done, left, failed), and its tokens a second."""
     try:
-        session.compile_ahead(queue[:3])
-        found = _run_row(row, session, out, deadline, keep)
-        speed = found["training"].get("tokens_per_second_median")
-        if speed:
-            speeds[row.size, row.regime] = speed
+        session.compile_ahead(coming[:3])
+        return "done", _run_row(row, session, out, deadline, keep)["training"].get("tokens_per_second_median")
     except OutOfTime:
-        left.append(row.name)
+        return "left", None
     except Stopped as stopped:
         raise KeyboardInterrupt from stopped
     except (UserError, jax.errors.JaxRuntimeError) as error:  # the device's own errors, memory above all, too
         log.error("%s failed: %s", row.name, error)
-        failed.append(row.name)
         _write_failure(out / f"{row.name}.json", row, str(error))
+        return "failed", None
 
 
 def _run_row(row: Row, session: Session, out: Path, deadline: float, keep: bool) -> dict[str, Any]:

@@ -87,6 +87,9 @@ def test_processes_that_share_a_folder_share_the_rows(session, rows, done, tmp_p
     runner._write_failure(tmp_path / "plain.json", plain, "no memory")
     assert runner._failed_since(began - 1, tmp_path / "plain.json")
     assert not runner._failed_since(began + 60, tmp_path / "plain.json"), "an earlier run's failure is tried again"
+    os.utime(tmp_path / "plain.json", (began + 60, began + 60))  # while this process runs
+    assert runner.run_rows([plain], session, tmp_path) == ([], []) and "plain failed in another" in caplog.text
+    assert load(tmp_path, "plain")["status"] == "failed"
     os.utime(tmp_path / "plain.json", (began - 60, began - 60))
     assert runner.run_rows([plain], session, tmp_path) == ([], []) and load(tmp_path, "plain")["status"] == "done"
 
