@@ -45,7 +45,7 @@ def _main() -> list[Row]:
                               contexts=(8_192, 32_768), needle_lengths=(2_048, 8_192, 32_768))
         rows.append(_row(BASELINE[size], "main", "what everything is compared with", size, "baseline",
                          measures=everything))
-        tokens = 12_000_000 if size == "0.5b" else 8_000_000
+        tokens = 12_000_000 if size == "0.5b" else 4_000_000
         for data, mixture in ((DIVERSE, "diverse"), (WIKITEXT, "wikitext")):
             for regime in ("router_only", "l2a_ft", "full_ft"):
                 rows.append(_row(f"{regime}-{mixture}-{size}", "main", question, size, regime, data=data,
@@ -141,10 +141,11 @@ def _frontier() -> list[Row]:
         rows.append(_row(f"repair-w256-p{penalty:g}-f0.3-s0", "frontier", "do inverted decisions keep the needle?",
                          "0.5b", "router_only", window=256, penalty=penalty, router_lr=3e-4, flip=0.3, measures=far))
     asked = dataclasses.replace(far, tasks=(*far.tasks, "thresholds", "picture"))
-    for penalty, flip in ((0.3, 0.0), (0.5, 0.0), (0.5, 0.3)):
-        label = f"p{penalty:g}" + (f"-f{flip:g}" if flip else "") + "-e0.2"
-        rows.append(_row(f"repair-w256-{label}-s0", "frontier", "does text that repeats itself keep the needle?",
-                         "0.5b", "router_only", window=256, penalty=penalty, router_lr=3e-4, flip=flip, echo=0.2,
+    for window, penalty, flip, echo in ((256, 0.3, 0.0, 0.2), (256, 0.5, 0.0, 0.2), (256, 0.5, 0.3, 0.2),
+                                        (512, 0.2, 0.3, 0.5), (1_024, 0.1, 0.3, 0.5)):
+        label = f"w{window}-p{penalty:g}" + (f"-f{flip:g}" if flip else "") + f"-e{echo:g}"
+        rows.append(_row(f"repair-{label}-s0", "frontier", "does text that repeats itself keep the needle?",
+                         "0.5b", "router_only", window=window, penalty=penalty, router_lr=3e-4, flip=flip, echo=echo,
                          measures=asked))
     for penalty in (0.1, 0.3, 1.0):
         rows.append(_row(f"repair-w256-p{penalty:g}-1.5b", "frontier", question, "1.5b", "router_only", window=256,
@@ -156,9 +157,14 @@ def _frontier() -> list[Row]:
             rows.append(_row(f"repair-t{length}-w{window}-p0.3", "frontier", "does it hold over long texts?", "0.5b",
                              "router_only", window=window, penalty=0.3, router_lr=3e-4, seq_len=length, measures=long,
                              **step))
-    rows.append(_row("repair-t8192-w256-p0.5-f0.3-e0.2", "frontier", "everything that keeps the needle at once", "0.5b",
-                     "router_only", window=256, penalty=0.5, router_lr=3e-4, seq_len=8_192, batch_size=1, flip=0.3,
-                     echo=0.2, measures=dataclasses.replace(long, tasks=(*long.tasks, "thresholds"))))
+    # An echo is a number a row, so that longer rows need a greater share of them for as many a token.
+    everything = dataclasses.replace(long, tasks=(*long.tasks, "thresholds"))
+    for length, window, penalty, echo in ((8_192, 256, 0.5, 0.2), (8_192, 256, 0.3, 1.0), (8_192, 512, 0.2, 1.0),
+                                          (8_192, 1_024, 0.1, 1.0), (32_768, 1_024, 0.1, 1.0)):
+        rows.append(_row(f"repair-t{length}-w{window}-p{penalty:g}-f0.3-e{echo:g}", "frontier",
+                         "everything that keeps the needle at once", "0.5b", "router_only", window=window,
+                         penalty=penalty, router_lr=3e-4, seq_len=length, flip=0.3, echo=echo, measures=everything,
+                         **LONG[length]))
     return rows
 
 
