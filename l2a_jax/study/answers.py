@@ -5,9 +5,11 @@ A sentence appears once its rows exist; words of judgement ("agrees", "helps") f
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from l2a_jax.evaluation import reported
+from l2a_jax.study import damage
 
 Fact = dict[str, Any]
 AGREES = 1.25
@@ -16,13 +18,16 @@ NEUTRAL = 1.05
 """A perplexity up to this times the baseline's is near-neutral; the study's own near-neutral row has no baseline."""
 CHANGED = ("lr", "master_dtype")
 """Settings that a row of the collapse sweep changes on purpose; `penalty` too, above 1."""
+LEVERS = {"seq_len": "longer rows", "flip": "inverted decisions", "echo": "echoes"}
+"""What training may do to keep the needle, by setting."""
 
 
 def answers(made: dict[str, Any]) -> list[str]:
     """Markdown list items, in the order of the report's sections."""
     rows = [row for row in made["rows"] if "device" in row]
     parts = (_main(rows), _window(rows), _collapse(rows), _autopsy(made["instruments"]["autopsy"]),
-             _damage(made["damage"]), _noise(rows), _repair(rows), _needle(rows), _absorption(rows))
+             _damage(made["damage"]), _together(made["together"]["crossed"]), _noise(rows), _repair(rows),
+             _needle(rows), _kept(rows), _aim(rows), _absorption(rows))
     return [f"- {sentence}" for part in parts for sentence in part]
 
 
@@ -124,6 +129,18 @@ def _damage(analyses) -> list[str]:
     return out
 
 
+def _together(crossed) -> list[str]:
+    """The combinations of topology, sinks and window that cost more than near-neutral."""
+    cells = [(f"{name}, window {window:,}", value) for name, values in crossed
+             for window, value in zip(damage.FACTORS["window"], values, strict=True) if value is not None]
+    harmful = sorted(((value["ratio"], name) for name, value in cells if value["ratio"] > NEUTRAL), reverse=True)
+    if len(cells) < 2:
+        return []
+    return [f"**Topology, sinks and window together**: of {len(cells)} combinations that were run, {len(harmful)} cost "
+            f"more than x{NEUTRAL}" + (": " + "; ".join(f"{name} x{ratio:.2f}" for ratio, name in harmful)
+                                       if harmful else "") + "."]
+
+
 def _noise(rows) -> list[str]:
     some = sorted((row for row in filter(_measured, rows) if row["group"] == "noise"),
                   key=lambda row: row["settings"]["flip"])
@@ -165,6 +182,49 @@ def _needle(rows) -> list[str]:
                        best["needle"]["lengths"].items())
     return ["**Needle**: no row of the repair with 90 % unrouted at or below the baseline's perplexity keeps it at "
             f"every depth; the best in 8,192 tokens, `{best['name']}`, finds {listed}. The aim is **not reached**."]
+
+
+def _kept(rows) -> list[str]:
+    """What training on longer rows, inverted decisions and echoes each do to the needle, by pairs of rows."""
+    some = [row for row in rows if row["group"] == "frontier" and row["needle"]]
+    said = []
+    for lever, name in LEVERS.items():
+        found: dict[int, list[int]] = {}
+        for one, other in itertools.permutations(some, 2):
+            levels = [row["settings"].get(lever) or 0 for row in (one, other)]
+            shared = set(one["needle"]["lengths"]) & set(other["needle"]["lengths"])
+            if levels[0] < levels[1] and shared and _rest(one, lever) == _rest(other, lever):
+                length = max(shared, key=int)
+                before, after = (row["needle"]["lengths"][length]["exact_match"] for row in (one, other))
+                found.setdefault(int(length), []).append(round(100 * (after - before)))
+        said += [f"{name} {', '.join(f'{points:+d}' for points in sorted(changes))} in {length:,} tokens"
+                 for length, changes in sorted(found.items())]
+    return [f"**What keeps the needle**, in points, over pairs of rows that differ in nothing else: {'; '.join(said)}."
+            ] if said else []
+
+
+def _rest(row: Fact, lever: str) -> dict[str, Any]:
+    """What has to be equal: everything but the lever, and what comes with longer rows."""
+    leave = {lever, *(("batch_size", "remat") if lever == "seq_len" else ())}
+    return {"size": row["size"], **{name: value for name, value in row["settings"].items()
+                                    if value and name not in leave}}
+
+
+def _aim(rows) -> list[str]:
+    """Rows that meet every condition of the repair's aim, and those that meet it in longer contexts too."""
+    asked = [row for row in rows if row["group"] == "frontier"
+             and None not in [value for name, value in row["aim"].items() if name != "longer contexts"]]
+    met = [row for row in asked if all(value for name, value in row["aim"].items() if name != "longer contexts")]
+    if not met:
+        return []
+    out = (f"**The aim is reached** over contexts of 2,048 by {len(met)} of {len(asked)} rows: "
+           + ", ".join(f"`{row['name']}` ({row['sparsity']:.1%} unrouted, x{_ratio(row):.3f})" for row in met) + ".")
+    for row in met:
+        if row["aim"]["longer contexts"]:
+            out += f" In longer contexts too by `{row['name']}`: " + ", ".join(
+                f"{entry['sparsity']:.1%} unrouted at x{entry['ratio']:.3f} in {int(context):,} tokens"
+                for context, entry in row["contexts"].items()) + "."
+    return [out]
 
 
 def _absorption(rows) -> list[str]:

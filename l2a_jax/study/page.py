@@ -7,6 +7,7 @@ from typing import Any
 
 from l2a_jax.data.counts import format_count
 from l2a_jax.evaluation import reported, table
+from l2a_jax.presets import Settings
 from l2a_jax.study import autopsy, damage, flips, prunable, routed_text, thresholds
 from l2a_jax.study.answers import answers
 from l2a_jax.study.facts import ALLOWED
@@ -66,8 +67,10 @@ def _about(run, rows) -> list[str]:
     devices = sorted({row["device"] for row in run})
     versions = sorted({f"jax {row['versions']['jax']}, Python {row['versions']['python']}" for row in run})
     dates = sorted(row["date"][:10] for row in run)
-    return [f"{len(run)} of {len(rows)} declared rows were run, {dates[0]} to {dates[-1]}, on {'; '.join(devices)} "
-            f"({'; '.join(versions)}).",
+    part = [row["name"] for row in run if row["status"] != "done"]
+    return [f"{len(run) - len(part)} of {len(rows)} declared rows were run"
+            + (f" ({', '.join(part)} in part)" if part else "")
+            + f", {dates[0]} to {dates[-1]}, on {'; '.join(devices)} ({'; '.join(versions)}).",
             "", f"*Reported*: {reported.SOURCE}. Differences are paired over the same windows or items; brackets are "
             "95 % intervals. Perplexity is of WikiText-2 test, which no mixture called diverse was trained on."]
 
@@ -155,6 +158,18 @@ def _cost(row) -> str:
     return f"{-audit['worse']['all']:+.3f} [{-high:+.3f}, {-low:+.3f}]"
 
 
+def _trained_on(row) -> str:
+    """Tokens of a row, and what training did to keep the needle."""
+    flip, echo = (row["settings"].get(name) for name in ("flip", "echo"))
+    return (f"{row['settings'].get('seq_len', Settings.seq_len):,}" + (f", {flip:.0%} inverted" if flip else "")
+            + (f", echoes {echo:.0%}" if echo else ""))
+
+
+def _contexts(row) -> str:
+    return "<br>".join(f"{int(context):,}: x{entry['ratio']:.3f}, {_number(entry['sparsity'], '{:.1%}')}"
+                       for context, entry in row["contexts"].items() if entry is not None) or "-"
+
+
 def _broken(row) -> str:
     return "finite" if not row["non_finite"] else f"not finite at step {row['non_finite']['step']}"
 
@@ -179,13 +194,14 @@ _NOISE = {"flipped in training": lambda row: _number(row["settings"].get("flip")
           "perplexity": lambda row: _ratio(row["perplexity_ratio"]),
           "not routed": lambda row: _number(row["sparsity"], "{:.1%}"), "routing costs, nats": _cost,
           "random": _control("random"), "needle": _needle}
-_FRONTIER = {"window": lambda row: str(row["settings"]["window"]),
+_FRONTIER = {"trained on": _trained_on, "window": lambda row: str(row["settings"]["window"]),
              "penalty": lambda row: str(row["settings"]["penalty"]),
              "not routed": lambda row: _number(row["sparsity"], "{:.1%}"),
              "perplexity": lambda row: _ratio(row["perplexity_ratio"]), "routing costs, nats": _cost,
              "random": _control("random"),
              "static": _control("static"), "none": _control("none"), "HellaSwag": _points("hellaswag"),
-             "PIQA": _points("piqa"), "ARC-C": _points("arc_challenge"), "needle": _needle}
+             "PIQA": _points("piqa"), "ARC-C": _points("arc_challenge"), "needle": _needle,
+             "longer contexts": _contexts}
 
 
 def _absorbed(when, key):
@@ -280,7 +296,8 @@ def _aims(rows) -> list[str]:
     names = list(rows[0]["aim"])
     bounds = ", ".join(f"{points:g} on {task}" for task, points in ALLOWED.items())
     lines = ["The aim: at least 90 % not routed, perplexity at or below the baseline's, paired intervals that exclude "
-             f"a loss above {bounds} points, needle at the baseline's at every depth.", "",
+             f"a loss above {bounds} points, needle at the baseline's at every depth. *longer contexts*: sparsity and "
+             "perplexity in 8,192 and 32,768 tokens too; in 2,048 a window of 1,024 covers half by itself.", "",
              "| row | " + " | ".join(names) + " | all |", "|" + "---|" * (len(names) + 2)]
     shown = {None: "-", True: "yes", False: "no"}
     for row in rows:

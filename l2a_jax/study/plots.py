@@ -2,60 +2,64 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from l2a_jax.study.facts import SPARSITY
 
 Fact = dict[str, Any]
 COLOURS = {"router_only": "tab:blue", "l2a_ft": "tab:orange", "full_ft": "tab:red", "router_strict": "tab:cyan"}
 
 
 def frontier(rows: Sequence[Fact], path: Path) -> bool:
-    """Sparsity against perplexity, needle and benchmarks, with the controls at the same rates."""
+    """Decisions routed against perplexity, needle and benchmarks, with the controls at the same rates."""
     rows = [row for row in rows if row.get("sparsity") is not None and row["perplexity_ratio"] is not None]
     if not rows:
         return False
 
     def draw(plt):
-        figure, axes = plt.subplots(1, 3, figsize=(16, 4.6), constrained_layout=True)
+        lengths = _needle_lengths(rows)
+        figure, axes = plt.subplots(1, 2 + len(lengths), figsize=(5 * (2 + len(lengths)), 4.6), constrained_layout=True)
         windows = sorted({row["settings"]["window"] for row in rows})
-        shades = {window: plt.cm.viridis(i / max(len(windows) - 1, 1)) for i, window in enumerate(windows)}
+        shades = {window: plt.cm.plasma(i / len(windows)) for i, window in enumerate(windows)}
         marks = {"0.5b": "o", "1.5b": "s", "3b": "D"}
-        length = _common_length(rows)
         for row in rows:
-            x, ratio = 100 * row["sparsity"], row["perplexity_ratio"]
-            style = {"color": shades[row["settings"]["window"]], "marker": marks[row["size"]], "ls": "none", "ms": 6,
-                     "mfc": "none" if _helped(row) else shades[row["settings"]["window"]]}
+            x, ratio, shade = 100 * (1 - row["sparsity"]), row["perplexity_ratio"], shades[row["settings"]["window"]]
+            style = {"color": shade, "marker": marks[row["size"]], "ls": "none", "ms": 6,
+                     "mfc": "none" if _helped(row) else shade}
             low, high = ratio["ratio_95"]
             axes[0].errorbar(x, ratio["ratio"], [[ratio["ratio"] - low], [high - ratio["ratio"]]], **style)
-            for name, control in (("random", "x"), ("static", "+")):
-                value = ((row["audit"] or {}).get("ratio") or {}).get(name)
-                if value is not None:
-                    axes[0].plot(x, value, color=style["color"], marker=control, ls="none")
-            needle = None if row["needle"] is None else row["needle"]["lengths"].get(length)
-            if needle is not None:
-                axes[1].plot(x, 100 * needle["exact_match"], **style)
-                for name, control in (("random", "x"), ("static", "+")):
-                    if name in needle["controls"]:
-                        axes[1].plot(x, 100 * needle["controls"][name], color=style["color"], marker=control, ls="none")
+            _controls(axes[0], x, (row["audit"] or {}).get("ratio") or {}, shade)
+            for axis, length in zip(axes[1:], lengths, strict=False):
+                if row["needle"] is not None and length in row["needle"]["lengths"]:
+                    entry = row["needle"]["lengths"][length]
+                    axis.plot(x, 100 * entry["exact_match"], **style)
+                    _controls(axis, x, {name: 100 * value for name, value in entry["controls"].items()}, shade)
             differences = [entry["difference"] for entry in row["benchmarks"].values()
                            if entry is not None and entry["difference"] is not None]
             if differences:
                 mean = sum(one["points"] for one in differences) / len(differences)
                 spread = sum(((one["points_95"][1] - one["points_95"][0]) / 2) ** 2
                              for one in differences) ** 0.5 / len(differences)
-                axes[2].errorbar(x, mean, spread, **style)
-                for name, control in (("random", "x"), ("static", "+")):
-                    worse = [one[name]["points"] for one in (row["task_controls"] or {}).values()
-                             if not one.get("window_covers")]
-                    if worse:
-                        axes[2].plot(x, mean + sum(worse) / len(worse), color=style["color"], marker=control, ls="none")
+                axes[-1].errorbar(x, mean, spread, elinewidth=0.4, **style)
+                worse = {name: [one[name]["points"] for one in (row["task_controls"] or {}).values()
+                                if not one.get("window_covers")] for name in CONTROLS}
+                _controls(axes[-1], x, {name: mean + sum(points) / len(points) for name, points in worse.items()
+                                        if points}, shade)
         axes[0].axhline(1, color="grey", lw=0.8)
-        axes[0].set(title="perplexity / baseline's", xlabel="decisions not routed, %")
-        axes[1].set(title="needle found, %" + (f", in {int(length):,} tokens" if length else ""),
-                    xlabel="decisions not routed, %", ylim=(-3, 103))
-        axes[2].axhline(0, color="grey", lw=0.8)
-        axes[2].set(title="benchmarks, mean difference in points", xlabel="decisions not routed, %")
+        axes[0].set(title="perplexity / baseline's")
+        for axis, length in zip(axes[1:], lengths, strict=False):
+            axis.set(title=f"needle found, %, in {int(length):,} tokens", ylim=(-3, 103))
+        axes[-1].axhline(0, color="grey", lw=0.8)
+        axes[-1].set(title="benchmarks, mean difference in points")
+        for axis in axes:  # sparser to the right, where most of the rows are
+            axis.set(xscale="log", xlabel="decisions routed, %")
+            axis.invert_xaxis()
+            axis.axvline(100 * (1 - SPARSITY), color="grey", lw=0.8, ls="--")
+            axis.set_xticks((1, 2, 5, 10, 20, 50), labels=("1", "2", "5", "10", "20", "50"))
+            axis.set_xticks((), minor=True)
         for window, shade in shades.items():
             axes[0].plot([], [], color=shade, marker="o", ls="none", label=f"window {window}")
         for size in sorted({row["size"] for row in rows}):
@@ -64,10 +68,19 @@ def frontier(rows: Sequence[Fact], path: Path) -> bool:
             axes[0].plot([], [], color="black", marker="o", mfc="none", ls="none", label="trained with flips or echoes")
         axes[0].plot([], [], color="black", marker="x", ls="none", label="random, same rates")
         axes[0].plot([], [], color="black", marker="+", ls="none", label="static layers, same density")
-        axes[0].legend(fontsize=8)
+        figure.legend(loc="outside lower center", ncols=10, fontsize=8)
         return figure
 
     return _save(draw, path)
+
+
+CONTROLS = {"random": "x", "static": "+"}
+
+
+def _controls(axis, x: float, values: Mapping[str, float], shade) -> None:
+    for name, mark in CONTROLS.items():
+        if name in values:
+            axis.plot(x, values[name], color=shade, marker=mark, ls="none")
 
 
 def collapse(rows: Sequence[Fact], path: Path) -> bool:
@@ -170,10 +183,10 @@ def layers(rows: Sequence[Fact], path: Path) -> bool:
     return _save(draw, path)
 
 
-def _common_length(rows: Sequence[Fact]) -> str | None:
-    """The longest context that the needle was looked for in by every row that looked for it."""
-    lengths = [set(row["needle"]["lengths"]) for row in rows if row["needle"] is not None]
-    return max(set.intersection(*lengths), key=int, default=None) if lengths else None
+def _needle_lengths(rows: Sequence[Fact]) -> list[str]:
+    """The two longest contexts that the needle was looked for in by at least two rows."""
+    lengths = Counter(length for row in rows if row["needle"] is not None for length in row["needle"]["lengths"])
+    return sorted((length for length, count in lengths.items() if count > 1), key=int)[-2:]
 
 
 def _helped(row: Fact) -> bool:

@@ -157,14 +157,20 @@ def _frontier() -> list[Row]:
             rows.append(_row(f"repair-t{length}-w{window}-p0.3", "frontier", "does it hold over long texts?", "0.5b",
                              "router_only", window=window, penalty=0.3, router_lr=3e-4, seq_len=length, measures=long,
                              **step))
-    # An echo is a number a row, so that longer rows need a greater share of them for as many a token.
+    # An echo is a number a row, so that longer rows need a greater share of them for as many a token. The penalties
+    # beyond the first at a window, and the seeds, were added after the first rows had been seen.
     everything = dataclasses.replace(long, tasks=(*long.tasks, "thresholds"))
-    for length, window, penalty, echo in ((8_192, 256, 0.5, 0.2), (8_192, 256, 0.3, 1.0), (8_192, 512, 0.2, 1.0),
-                                          (8_192, 1_024, 0.1, 1.0), (32_768, 1_024, 0.1, 1.0)):
-        rows.append(_row(f"repair-t{length}-w{window}-p{penalty:g}-f0.3-e{echo:g}", "frontier",
-                         "everything that keeps the needle at once", "0.5b", "router_only", window=window,
-                         penalty=penalty, router_lr=3e-4, seq_len=length, flip=0.3, echo=echo, measures=everything,
-                         **LONG[length]))
+    explained = dataclasses.replace(everything, tasks=(*everything.tasks, *learned.tasks[2:], "picture"))
+    for length, window, penalty, echo, seeds in (
+            (8_192, 256, 0.5, 0.2, 1), (8_192, 256, 0.3, 1.0, 1), (8_192, 256, 0.6, 1.0, 1), (8_192, 512, 0.2, 1.0, 1),
+            (8_192, 1_024, 0.1, 1.0, 1), (8_192, 1_024, 0.2, 1.0, 3), (8_192, 1_024, 0.5, 1.0, 3),
+            (32_768, 1_024, 0.1, 1.0, 1), (32_768, 1_024, 0.2, 1.0, 1)):
+        for seed in range(seeds):
+            rows.append(_row(f"repair-t{length}-w{window}-p{penalty:g}-f0.3-e{echo:g}" + (f"-s{seed}" if seed else ""),
+                             "frontier", "everything that keeps the needle at once", "0.5b", "router_only",
+                             window=window, penalty=penalty, router_lr=3e-4, seq_len=length, flip=0.3, echo=echo,
+                             seed=seed, measures=explained if (penalty, seed) == (0.5, 1) else everything,
+                             **LONG[length]))
     return rows
 
 

@@ -37,6 +37,8 @@ def fabricate(row, nats=0.0, sparsity=0.9, needle=10, bits="1100110011", seed=0,
                    "lengths": {"2048": {"exact_match": needle / 10, "exact_match_95": [0.1, 0.9], "n": 10,
                                         "correct": needle, "by_depth": [needle / 10] * 2, "log_probability": -1.0,
                                         "controls": {"random": {"exact_match": 0.2}, "static": {"exact_match": 0.1}}}}},
+        "contexts": {"8192": {"perplexity": 10.0, "tokens": 2000, "text": {**text, "context": 200}, "window_nll": nll,
+                              "window_tokens": WINDOWS, "sparsity": 2 * sparsity - 1}},
         "collapse": {"verdict": "healthy"},
         "residual": {"relative_l2": [0.0, 0.1, 0.2]},
         **{task: {"acc": bits.count("1") / 10, "acc_95": [0.2, 0.8], "acc_norm": 0.5, "n": 10,
@@ -55,9 +57,14 @@ def fabricate(row, nats=0.0, sparsity=0.9, needle=10, bits="1100110011", seed=0,
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rows")
-    for row in choose(("baseline-0.5b", "router_only-diverse-0.5b", "repair-w256-p0.3-s0", "repair-w256-p1-s0")):
+    for row in choose(("baseline-0.5b", "router_only-diverse-0.5b", "repair-w256-p0.3-s0", "repair-w256-p1-s0",
+                       "repair-t8192-w1024-p0.2-f0.3-e1")):
         write_json(folder / f"{row.name}.json", fabricate(
             row, {"baseline-0.5b": 0.0, "router_only-diverse-0.5b": 0.2}.get(row.name, -0.05)))
+    for name, needle in (("repair-w256-p0.3-f0.3-s0", 8), ("repair-w256-p0.5-f0.3-s0", 5), ("repair-w256-p0.5-s0", 3)):
+        write_json(folder / f"{name}.json", fabricate(*choose((name,)), needle=needle, sparsity=0.8))
+    sparse = choose(("repair-t8192-w1024-p0.5-f0.3-e1",))[0]
+    write_json(folder / f"{sparse.name}.json", {**fabricate(sparse, -0.02, sparsity=0.98), "status": "partial"})
     broken = choose(("l2a_ft-0.44M-s0",))[0]
     write_json(folder / f"{broken.name}.json", fabricate(broken, non_finite={"step": 7, "loss": float("nan"),
                                                                              "where": "layer 3"}))
@@ -83,7 +90,10 @@ def test_the_report_holds_what_was_run_and_says_what_was_not(folder, tmp_path, c
     rows = {row["name"]: row for row in made["rows"]}
     assert rows["repair-w256-p0.3-s0"]["aim"] == {
         "few parameters": True, "sparsity": True, "perplexity": True, "hellaswag": True, "piqa": True,
-        "arc_challenge": True, "needle": True}
+        "arc_challenge": True, "needle": True, "longer contexts": None}
+    assert rows["repair-t8192-w1024-p0.2-f0.3-e1"]["aim"]["longer contexts"] is False, "80 % in 8,192 tokens"
+    assert " (repair-t8192-w1024-p0.5-f0.3-e1 in part)" in text and ", 96.0% |\n" in text
+    assert "8,192, 30% inverted, echoes 100%" in text
     assert rows["router_only-diverse-0.5b"]["aim"]["perplexity"] is False
     assert rebuild([str(paths[1])]) == 0  # the main table, from the JSON alone
     again = capsys.readouterr().out.removeprefix("## 0.5b\n\n")
@@ -91,7 +101,11 @@ def test_the_report_holds_what_was_run_and_says_what_was_not(folder, tmp_path, c
     (tmp_path / "replication.json").write_text("{}")
     assert rebuild([str(paths[1])]) == 2 and "is not a study's replication.json" in capsys.readouterr().err
     for sentence in ("**router_only, 0.5b, diverse**: perplexity x1.2", "**disagrees**. Needle 100%, 0-20% reported",
-                     "rope explains", "**Repair**: 2 rows", "**Needle**: at the baseline's at every"):
+                     "rope explains", "**Repair**: 4 rows", "**Needle**: at the baseline's at every",
+                     "inverted decisions -20, +20 in 2,048 tokens.",
+                     "**The aim is reached** over contexts of 2,048 by 4 of 7 rows",
+                     "In longer contexts too by `repair-t8192-w1024-p0.5-f0.3-e1`: 96.0% unrouted",
+                     "of 3 combinations that were run, 2 cost more than x1.05: sequential, "):
         assert sentence in text, sentence
     assert made["together"]["crossed"][2][1][2]["needle"] == 0.3 and "### One factor changed" in text
     term = made["damage"]["nats a token above the baseline"]["main_effects"]["terms"]["rope"]["levels"]["linear:5"]
