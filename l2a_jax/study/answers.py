@@ -68,8 +68,8 @@ def _window(rows) -> list[str]:
             listed = "; ".join(f"window {window:,}: x{_ratio(some[window]):.3f}, needle {_found(some[window])}"
                                for window in sorted(some, reverse=True))
             whole, small = _ratio(some[max(some)]), _ratio(some[min(some)])
-            out.append(f"**Scale or window?** `router_only` at {size} over contexts of 2,048, all else equal: {listed}."
-                       + (" A near-neutral row needs no larger model, only window = context."
+            out.append(f"**Scale or window?** `router_only` at {size} over contexts of 2,048, else equal: {listed}."
+                       + (" At this size window = context is enough for a near-neutral row."
                           if whole <= NEUTRAL < small and max(some) == 2_048 else ""))
     return out
 
@@ -83,13 +83,16 @@ def _collapse(rows) -> list[str]:
         return []
     finite = [row for row in plain if not row["non_finite"] and _measured(row)]
     tokens = [row["tokens_per_trained_parameter"] for row in plain]
-    ratios = [_ratio(row) for row in finite]
     out = (f"**Below one token a trained parameter** ({min(tokens):.3g} to {max(tokens):.2g}; l2a_ft and full_ft at "
-           f"ordinary settings): {len(finite)} of {len(plain)} runs stayed finite"
-           + (f", perplexity x{min(ratios):.2f} to x{max(ratios):.2f}." if ratios else "."))
-    lost = [row for row in plain if row["needle"] is not None and row["needle"]["exact_match"] <= 0.2]
+           f"ordinary settings): {len(finite)} of {len(plain)} runs stayed finite")
+    for data in dict.fromkeys(row["data"] for row in finite):
+        ratios = [_ratio(row) for row in finite if row["data"] == data]
+        out += f", trained on {data} at perplexity x{min(ratios):.2f} to x{max(ratios):.2f}"
+    asked = [row for row in plain if row["needle"] is not None]
+    lost = [row for row in asked if row["needle"]["exact_match"] <= 0.2]
+    out += "."
     if lost:
-        out += (f" {len(lost)} of them have lost the needle, all with at most "
+        out += (f" {len(lost)} of the {len(asked)} that were asked have lost the needle, all with at most "
                 f"{max(row['tokens_seen'] for row in lost) / 1e6:.2g}M tokens.")
     odd = [row for row in low if row["verdict"] not in (None, "healthy")]
     if odd:
@@ -102,15 +105,20 @@ def _collapse(rows) -> list[str]:
 def _autopsy(found) -> list[str]:
     out = []
     for name, report in found.items():
-        counted = [(sum(value is True for value in row["symptoms"].values()), row) for row in report["rows"]]
+        rows = {row["fault"]: {symptom for symptom, value in row["symptoms"].items() if value is True}
+                for row in report["rows"]}
         total = len(report["rows"][0]["symptoms"])
         tried = len({row["settings"]["name"] for row in report["rows"] if "settings" in row} - {"none"})
-        most = max(count for count, _ in counted)
-        faults = ", ".join(row["fault"] for count, row in counted if count == most)
-        missing = sorted({symptom for count, row in counted if count == most
-                          for symptom, value in row["symptoms"].items() if value is not True})
+        most = max(map(len, rows.values()))
+        faults = ", ".join(fault for fault, symptoms in rows.items() if len(symptoms) == most)
+        never = [symptom for symptom in report["rows"][0]["symptoms"] if all(
+            symptom not in symptoms for symptoms in rows.values() if len(symptoms) == most)]
         out.append(f"**Autopsy** (`{name}`, {tried} fault{'s' * (tried != 1)} tried): {most} of the {total} reported "
-                   f"symptoms at once, from {faults}" + (f" (without: {', '.join(missing)})" if missing else "") + ".")
+                   f"symptoms at once, from {faults}"
+                   + (f"; without a fault the run shows {', '.join(sorted(rows['none']))}" if rows.get("none") else "")
+                   + "." + "".join(f" Missing: {symptom}, which comes from " + (", ".join(
+                       fault for fault, symptoms in rows.items() if symptom in symptoms) or "none") + "."
+                       for symptom in never))
     return out
 
 
@@ -150,7 +158,8 @@ def _noise(rows) -> list[str]:
     (low, high), (their_low, their_high) = (row["perplexity_ratio"]["ratio_95"] for row in (last, first))
     said = "damages training" if low > their_high else "helps training" if high < their_low else "changes little"
     return [f"**Noise in the decisions** {said}: perplexity x{_ratio(first):.3f} without, x{_ratio(last):.3f} with "
-            f"{last['settings']['flip']:.0%} inverted; needle {_found(first)} and {_found(last)}."]
+            f"{last['settings']['flip']:.0%} inverted; needle {_found(first)} and {_found(last)}; unrouted "
+            f"{first['sparsity']:.1%} and {last['sparsity']:.1%}, which is part of it. One seed each."]
 
 
 def _repair(rows) -> list[str]:
@@ -165,7 +174,7 @@ def _repair(rows) -> list[str]:
     return [f"**Repair**: {len(some)} rows leave at least 90 % unrouted at or below the baseline's perplexity; "
             f"{sum(map(all, asked))} of the {len(asked)} that were asked exclude a loss beyond the aim's bounds on the "
             f"three benchmarks. The sparsest, `{best['name']}`: {best['sparsity']:.1%} unrouted, x{_ratio(best):.3f} ("
-            + ", ".join(f"{name} x{value:.3f}" for name, value in others.items()) + ")."]
+            + ", ".join(f"{name} x{value:.3f}" for name, value in others.items()) + f"), needle {_found(best)}."]
 
 
 def _needle(rows) -> list[str]:
@@ -189,18 +198,19 @@ def _kept(rows) -> list[str]:
     some = [row for row in rows if row["group"] == "frontier" and row["needle"]]
     said = []
     for lever, name in LEVERS.items():
-        found: dict[int, list[int]] = {}
+        found: dict[int, list[float]] = {}
         for one, other in itertools.permutations(some, 2):
             levels = [row["settings"].get(lever) or 0 for row in (one, other)]
-            shared = set(one["needle"]["lengths"]) & set(other["needle"]["lengths"])
-            if levels[0] < levels[1] and shared and _rest(one, lever) == _rest(other, lever):
-                length = max(shared, key=int)
-                before, after = (row["needle"]["lengths"][length]["exact_match"] for row in (one, other))
-                found.setdefault(int(length), []).append(round(100 * (after - before)))
-        said += [f"{name} {', '.join(f'{points:+d}' for points in sorted(changes))} in {length:,} tokens"
-                 for length, changes in sorted(found.items())]
-    return [f"**What keeps the needle**, in points, over pairs of rows that differ in nothing else: {'; '.join(said)}."
-            ] if said else []
+            if levels[0] < levels[1] and _rest(one, lever) == _rest(other, lever):
+                before, after = (row["needle"]["lengths"] for row in (one, other))
+                for length in set(before) & set(after):
+                    found.setdefault(int(length), []).append(
+                        100 * (after[length]["exact_match"] - before[length]["exact_match"]))
+        if found:
+            said.append(f"{name} " + ", ".join(f"{' '.join(f'{points:+g}' for points in sorted(changes))} in {length:,}"
+                                               for length, changes in sorted(found.items())))
+    return ["**The needle, in points**, over pairs of rows whose settings differ in one thing (what they leave "
+            f"unrouted differs with it): {'; '.join(said)} tokens."] if said else []
 
 
 def _rest(row: Fact, lever: str) -> dict[str, Any]:
@@ -211,20 +221,30 @@ def _rest(row: Fact, lever: str) -> dict[str, Any]:
 
 
 def _aim(rows) -> list[str]:
-    """Rows that meet every condition of the repair's aim, and those that meet it in longer contexts too."""
-    asked = [row for row in rows if row["group"] == "frontier"
-             and None not in [value for name, value in row["aim"].items() if name != "longer contexts"]]
-    met = [row for row in asked if all(value for name, value in row["aim"].items() if name != "longer contexts")]
-    if not met:
+    """Rows that meet every condition of the repair's aim: in longer contexts too, in 2,048 tokens alone, or but for one
+    prompt of the needle."""
+    some = [(row, {name for name, value in row["aim"].items() if value is False}) for row in rows
+            if row["group"] == "frontier" and None not in row["aim"].values()]
+    if not some:
         return []
-    out = (f"**The aim is reached** over contexts of 2,048 by {len(met)} of {len(asked)} rows: "
-           + ", ".join(f"`{row['name']}` ({row['sparsity']:.1%} unrouted, x{_ratio(row):.3f})" for row in met) + ".")
-    for row in met:
-        if row["aim"]["longer contexts"]:
-            out += f" In longer contexts too by `{row['name']}`: " + ", ".join(
-                f"{entry['sparsity']:.1%} unrouted at x{entry['ratio']:.3f} in {int(context):,} tokens"
-                for context, entry in row["contexts"].items()) + "."
-    return [out]
+    whole = [row for row, missed in some if not missed]
+    short = [row["name"] for row, missed in some if missed == {"longer contexts"}]
+    nearly = [row for row, missed in some if missed == {"needle"} and _missed(row) == 1]
+    said = [f"**The aim**, in every context to {max(int(context) for row, _ in some for context in row['contexts']):,} "
+            f"tokens, of {len(some)} rows that were asked: " + ("; ".join(map(_reached, whole)) or "reached by none")]
+    said += [f"in 2,048 tokens alone by {', '.join(f'`{name}`' for name in short)}"] if short else []
+    said += [f"but for one prompt of the needle by {'; '.join(map(_reached, nearly))}"] if nearly else []
+    return ["; ".join(said) + "."]
+
+
+def _missed(row: Fact) -> int:
+    return sum(entry["n"] - entry["correct"] for entry in row["needle"]["lengths"].values())
+
+
+def _reached(row: Fact) -> str:
+    longer = ", ".join(f"{entry['sparsity']:.1%} at x{entry['ratio']:.3f} in {int(context):,}"
+                       for context, entry in row["contexts"].items())
+    return f"`{row['name']}` ({row['sparsity']:.1%} unrouted at x{_ratio(row):.3f} in 2,048 tokens, {longer})"
 
 
 def _absorption(rows) -> list[str]:
@@ -233,7 +253,11 @@ def _absorption(rows) -> list[str]:
     out = []
     for row in some:
         before, after = (row["absorption"][when]["carried"] for when in ("before", "after"))
-        out.append(f"**Absorption** (`{row['name']}`): of what global attention gives, the router's choice of tokens "
-                   f"carries {before:.2f} before attention is trained and {after:.2f} after: "
-                   + ("not absorbed." if after >= before / 2 else "absorbed."))
+        audit = (row["audit"] or {}).get("worse", {})
+        out.append(f"**Absorption** (`{row['name']}`): of what global attention gives, the router's choice carries "
+                   f"{before:.2f} beyond random tokens at its rates when it decides for the weights before l2a_ft, "
+                   f"{after:.2f} for those after: "
+                   + ("not absorbed, at least half is left." if after >= before / 2 else "absorbed.")
+                   + (f" Beyond a static choice of layers it carries {audit['static'] / audit['none']:.2f} after."
+                      if audit.get("none") and "static" in audit else ""))
     return out

@@ -86,6 +86,7 @@ def facts(found: dict[str, Any] | None, row: Row, base: dict[str, Any] | None) -
     out |= {
         "device": found["environment"]["device"], "date": found["environment"]["date"],
         "versions": found["environment"]["versions"], "seconds": found.get("seconds"),
+        "source_hash": training.get("source_hash"),
         "perplexity": None if perplexity is None else perplexity["perplexity"],
         "perplexity_95": None if perplexity is None else perplexity["perplexity_95"],
         "perplexity_ratio": perplexity_ratio(found, base),
@@ -149,6 +150,7 @@ def _needle(needle, base) -> dict[str, Any] | None:
         lengths[length] = {key: entry[key] for key in ("exact_match", "exact_match_95", "n", "correct", "by_depth",
                                                        "log_probability")}
         lengths[length]["controls"] = {name: one["exact_match"] for name, one in entry.get("controls", {}).items()}
+        lengths[length]["sparsity"] = entry.get("sparsity")
         if other is not None and other["n"] == entry["n"]:
             lengths[length] |= {"baseline": other["exact_match"], "baseline_by_depth": other["by_depth"]}
     compared = [entry for entry in lengths.values() if "baseline" in entry]

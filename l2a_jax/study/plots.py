@@ -35,8 +35,9 @@ def frontier(rows: Sequence[Fact], path: Path) -> bool:
             for axis, length in zip(axes[1:], lengths, strict=False):
                 if row["needle"] is not None and length in row["needle"]["lengths"]:
                     entry = row["needle"]["lengths"][length]
-                    axis.plot(x, 100 * entry["exact_match"], **style)
-                    _controls(axis, x, {name: 100 * value for name, value in entry["controls"].items()}, shade)
+                    there = 100 * (1 - (entry["sparsity"] or row["sparsity"]))  # what is routed in those prompts
+                    axis.plot(there, 100 * entry["exact_match"], **style)
+                    _controls(axis, there, {name: 100 * value for name, value in entry["controls"].items()}, shade)
             differences = [entry["difference"] for entry in row["benchmarks"].values()
                            if entry is not None and entry["difference"] is not None]
             if differences:

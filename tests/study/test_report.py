@@ -36,7 +36,9 @@ def fabricate(row, nats=0.0, sparsity=0.9, needle=10, bits="1100110011", seed=0,
         "needle": {"exact_match": needle / 10, "exact_match_95": [0.1, 0.9], "n": 10, "correct": needle,
                    "lengths": {"2048": {"exact_match": needle / 10, "exact_match_95": [0.1, 0.9], "n": 10,
                                         "correct": needle, "by_depth": [needle / 10] * 2, "log_probability": -1.0,
-                                        "controls": {"random": {"exact_match": 0.2}, "static": {"exact_match": 0.1}}}}},
+                                        "sparsity": 0.95, "controls": {
+                                            name: {"exact_match": value} for name, value in (
+                                                ("random", 0.2), ("static", 0.1), ("none", 0.0))}}}},
         "contexts": {"8192": {"perplexity": 10.0, "tokens": 2000, "text": {**text, "context": 200}, "window_nll": nll,
                               "window_tokens": WINDOWS, "sparsity": 2 * sparsity - 1}},
         "collapse": {"verdict": "healthy"},
@@ -102,9 +104,9 @@ def test_the_report_holds_what_was_run_and_says_what_was_not(folder, tmp_path, c
     assert rebuild([str(paths[1])]) == 2 and "is not a study's replication.json" in capsys.readouterr().err
     for sentence in ("**router_only, 0.5b, diverse**: perplexity x1.2", "**disagrees**. Needle 100%, 0-20% reported",
                      "rope explains", "**Repair**: 4 rows", "**Needle**: at the baseline's at every",
-                     "inverted decisions -20, +20 in 2,048 tokens.",
-                     "**The aim is reached** over contexts of 2,048 by 4 of 7 rows",
-                     "In longer contexts too by `repair-t8192-w1024-p0.5-f0.3-e1`: 96.0% unrouted",
+                     "inverted decisions -20 +20 in 2,048 tokens.", "100 / 10 / 20 / 0 % (95.0%)",
+                     "tokens, of 2 rows that were asked: `repair-t8192-w1024-p0.5-f0.3-e1` (98.0% unrouted at x0.",
+                     " in 8,192); in 2,048 tokens alone by `repair-t8192-w1024-p0.2-f0.3",
                      "of 3 combinations that were run, 2 cost more than x1.05: sequential, "):
         assert sentence in text, sentence
     assert made["together"]["crossed"][2][1][2]["needle"] == 0.3 and "### One factor changed" in text
