@@ -81,6 +81,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "penalty": 0.3, "penalty_warmup": 0.05, "penalty_ramp": 0.45, "lr": 5e-5, "router_lr": 3e-4,
         "weight_decay": 0.0,
     },
+    # What kept the needle to 32,768 tokens with nine tenths of the decisions local (eval/results/replication.md).
+    "repair-far": {
+        "topology": "parallel", "share_attention": True, "sinks": 4, "window": 1_024, "rope": "none", "leakage": 1.0,
+        "penalty": 0.5, "penalty_warmup": 0.05, "penalty_ramp": 0.45, "lr": 5e-5, "router_lr": 3e-4,
+        "weight_decay": 0.0, "seq_len": 8_192, "batch_size": 1, "grad_accum": 1, "flip": 0.3, "echo": 1.0,
+    },
     # The consumer-scale operating points: one 24 GB card, 12M (0.5B) or 8M tokens, 8,192 tokens a step.
     "0.5b-24gb": {"model": "Qwen/Qwen2.5-0.5B", "tokens": 12_000_000, "seq_len": 2_048, "batch_size": 4,
                   "grad_accum": 1},

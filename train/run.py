@@ -18,7 +18,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--regime", help="baseline, router_strict, router_only, l2a_ft, l2a_paper, full_ft, pretrain")
     parser.add_argument("--resume", type=pathlib.Path, metavar="RUN_DIR", help="continue this run, bit for bit")
     parser.add_argument("--run-dir", type=pathlib.Path, help="new folder for the run (default: runs/REGIME-TIME)")
-    parser.add_argument("--preset", nargs="+", help="paper, repair, 0.5b-24gb, 1.5b-24gb, 3b-24gb; flags override")
+    parser.add_argument("--preset", nargs="+",
+                        help="paper, repair, repair-far, 0.5b-24gb, 1.5b-24gb, 3b-24gb; flags override")
     parser.add_argument("--model", help="hub id, folder, run folder or .gguf file")
     parser.add_argument("--data", nargs="+", help="wikitext, diverse, RECIPE=DIR, files, folders or globs")
     parser.add_argument("--steps", type=int, help="optimiser steps")

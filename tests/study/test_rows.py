@@ -119,6 +119,12 @@ def test_a_setting_that_came_later_leaves_the_hash_of_rows_that_do_not_use_it():
     assert same.training_hash == row.training_hash == "f144d1783d74" != other.training_hash
 
 
+def test_the_preset_that_keeps_the_needle_is_the_row_that_was_run():
+    row = choose(("repair-t8192-w1024-p0.5-f0.3-e1",))[0].settings()
+    preset = presets.resolve("router_only", {"model": row.model, "data": row.data}, ("0.5b-24gb", "repair-far"))
+    assert dataclasses.replace(preset, preset=(), given=()) == dataclasses.replace(row, preset=(), given=())
+
+
 def test_choosing():
     assert [row.name for row in choose(("baseline-0.5b",))] == ["baseline-0.5b"]
     assert len(choose(groups=("damage", "absorption"))) == 20 and len(choose()) == len(all_rows())
