@@ -86,6 +86,8 @@ def facts(found: dict[str, Any] | None, row: Row, base: dict[str, Any] | None) -
     out |= {
         "device": found["environment"]["device"], "date": found["environment"]["date"],
         "versions": found["environment"]["versions"], "seconds": found.get("seconds"),
+        "elsewhere": {task: entry["environment"]["device"] for task, entry in found["evaluations"].items()
+                      if "environment" in entry},
         "source_hash": training.get("source_hash"),
         "perplexity": None if perplexity is None else perplexity["perplexity"],
         "perplexity_95": None if perplexity is None else perplexity["perplexity_95"],

@@ -77,11 +77,13 @@ def _about(run, rows) -> list[str]:
     versions = sorted({f"jax {row['versions']['jax']}, Python {row['versions']['python']}" for row in run})
     dates = sorted(row["date"][:10] for row in run)
     part = [row["name"] for row in run if row["status"] != "done"]
+    elsewhere = [f"{row['name']}: {task} on {device}" for row in run for task, device in row["elsewhere"].items()]
     hashes = sorted({(row["size"], row["source_hash"][:12]) for row in run if row["source_hash"]})
     weights = "; ".join(f"{size} {WEIGHTS.get(name, '')} ({name})" for size, name in hashes)
     return [f"{len(run) - len(part)} of {len(rows)} declared rows were run"
             + (f" ({', '.join(part)} in part)" if part else "")
-            + f", {dates[0]} to {dates[-1]}, on {'; '.join(devices)} ({'; '.join(versions)}).",
+            + f", {dates[0]} to {dates[-1]}, on {'; '.join(devices)} ({'; '.join(versions)})."
+            + (f" Measured elsewhere than trained: {'; '.join(elsewhere)}." if elsewhere else ""),
             "", f"Weights: {weights}. Training adapts them to other text than they were made for, which alone gains on "
             "WikiText: hold a ratio below 1 against the same weights with everything routed.", "",
             f"*Reported*: {reported.SOURCE}. Its layer, window, penalty and texts were not published: rows of the main "

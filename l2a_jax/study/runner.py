@@ -171,13 +171,13 @@ def _run_row(row: Row, session: Session, out: Path, deadline: float, keep: bool)
         old = None
     if old is not None and (row.regime == "baseline" or kept.exists()):
         params = session.base(row.size).params if row.regime == "baseline" else load_masters(session, row, kept)
-        found = {**_head(row), "training": old["training"], "evaluations": _current(row, old)}
+        found = {**_head(row, old["environment"]), "training": old["training"], "evaluations": _current(row, old)}
         records = old["training"].get("curve", [])
     else:
         kept.unlink(missing_ok=True)
         trained = train_row(session, row)
         params, records = trained.params, trained.records
-        found = {**_head(row), "training": trained.report, "evaluations": {}}
+        found = {**_head(row, environment()), "training": trained.report, "evaluations": {}}
         if trained.masters and (keep or tree_bytes(trained.masters) <= KEEP_BYTES):
             save_masters(trained.masters, kept)
         del trained
@@ -190,10 +190,11 @@ def _run_row(row: Row, session: Session, out: Path, deadline: float, keep: bool)
         began = time.perf_counter()
         result = measure(subject, task)
         seconds = time.perf_counter() - began
-        found["evaluations"][task] = {"hash": row.task_hash(task), "seconds": round(seconds, 2), "result": result}
+        found["evaluations"][task] = {"hash": row.task_hash(task), "seconds": round(seconds, 2), "result": result,
+                                      **_elsewhere(found["environment"])}
         log.info("%s: %s in %.1f s", row.name, task, seconds)
         _write(path, found, "partial")
-    found["training"].setdefault("memory", {})["process_peak_after_gb"] = metrics.peak_memory_gb()
+    found["training"].setdefault("memory", {}).setdefault("process_peak_after_gb", metrics.peak_memory_gb())
     _write(path, found, "done")
     return found
 
@@ -208,18 +209,28 @@ def _missing(row: Row, found: dict[str, Any]) -> list[str]:
     return [task for task in row.measures.tasks if task not in have or not row.accepts(task, have[task]["hash"])]
 
 
-def _head(row: Row) -> dict[str, Any]:
+def environment() -> dict[str, Any]:
+    """Date, device and versions of what runs here."""
     packages = ("jax", "jaxlib", "flax", "optax", "numpy", "tokenizers", "lm_eval")
+    return {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
+            "versions": {"python": platform.python_version(), "l2a_jax": __version__,
+                         **{name: metadata.version(name) for name in packages}}}
+
+
+def _elsewhere(trained: dict[str, Any]) -> dict[str, Any]:
+    """The environment of an evaluation that is not the one that the row was trained in."""
+    here = environment()
+    return {} if all(here[name] == trained[name] for name in ("device", "versions")) else {"environment": here}
+
+
+def _head(row: Row, where: dict[str, Any]) -> dict[str, Any]:
     return {
         "format": FORMAT, "name": row.name, "group": row.group, "question": row.question, "size": row.size,
         "regime": row.regime, "given": dict(row.given), "data": list(row.data), "baseline": row.baseline,
         "factors": dict(row.factors), "measures": dataclasses.asdict(row.measures),
         "training_hash": row.training_hash, "settings": _portable(row), "commands": row.commands(),
-        "environment": {
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
-            "versions": {"python": platform.python_version(), "l2a_jax": __version__,
-                         **{name: metadata.version(name) for name in packages}}},
+        "environment": where,
     }
 
 
@@ -238,7 +249,7 @@ def _write_failure(path: Path, row: Row, error: str) -> None:
     """What the row had before it failed stays, and can be continued."""
     old = read_row(path)
     if old is None or old["training_hash"] != row.training_hash:
-        old = {**_head(row), "training": {}, "evaluations": {}}
+        old = {**_head(row, environment()), "training": {}, "evaluations": {}}
     metrics.write_json(path, {**old, "status": "failed", "error": error})
 
 

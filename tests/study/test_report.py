@@ -47,7 +47,7 @@ def fabricate(row, nats=0.0, sparsity=0.9, needle=10, bits="1100110011", seed=0,
                   "source": f"{task}.jsonl", "acc_bits": bits, "acc_norm_bits": bits}
            for task in ("hellaswag", "piqa", "arc_challenge")},
     }
-    head = runner._head(row)
+    head = runner._head(row, runner.environment())
     return {**head, "status": "done", "seconds": {"train": 10.0},
             "training": {"trained_parameters": 43_008, "tokens_seen": 4_000_000, "tokens_per_trained_parameter": 93.0,
                          "tokens_per_second_median": 1e5, "loss_last_5_percent": 2.0, "held_out_loss": 2.1,

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import time
 from types import SimpleNamespace
 
@@ -92,6 +93,22 @@ def test_processes_that_share_a_folder_share_the_rows(session, rows, done, tmp_p
     assert load(tmp_path, "plain")["status"] == "failed"
     os.utime(tmp_path / "plain.json", (began - 60, began - 60))
     assert runner.run_rows([plain], session, tmp_path) == ([], []) and load(tmp_path, "plain")["status"] == "done"
+
+
+def test_a_measurement_says_where_it_was_made_when_not_where_the_row_was_trained(session, rows, done, tmp_path):
+    row, found = rows[1], load(done, "one")
+    found["environment"]["device"] = "1 x another card"
+    del found["evaluations"]["audit"]
+    (tmp_path / "one.json").write_text(json.dumps(found))
+    shutil.copy(done / "one.npz", tmp_path)
+    assert runner.run_rows([row], session, tmp_path) == ([], [])
+    again = load(tmp_path, "one")
+    assert again["environment"] == found["environment"] and again["training"] == found["training"]
+    assert again["evaluations"]["audit"]["environment"]["device"] == runner.environment()["device"]
+    assert [task for task, entry in again["evaluations"].items() if "environment" in entry] == ["audit"]
+    report.write(tmp_path, tmp_path, [row])
+    said = f"Measured elsewhere than trained: one: audit on {runner.environment()['device']}."
+    assert said in (tmp_path / "replication.md").read_text()
 
 
 def test_the_picture_is_of_our_own_text(session, rows, done, tmp_path):
