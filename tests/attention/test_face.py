@@ -53,7 +53,7 @@ def test_auto_says_what_it_picked_and_why(caplog):
 
 
 @pytest.mark.parametrize("operation, width, window, first", [
-    ("full", 64, None, "cudnn"), ("local", 64, 1_024, "pallas"), ("local", 64, 4_096, "cudnn"),
+    ("full", 64, None, "cudnn"), ("local", 64, 2_047, "pallas"), ("local", 64, 2_048, "cudnn"),
     ("local", 128, 512, "cudnn"), ("routed", 64, None, "pallas"),
 ])
 def test_hopper_takes_what_measured_faster(monkeypatch, operation, width, window, first):
