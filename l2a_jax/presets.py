@@ -69,24 +69,21 @@ class Settings:
     given: tuple[str, ...] = ()  # the flags that were spelled out; a routed source's own layer yields only to these
 
 
+# Function-preserving at the start, sinks kept, both paths computed: what made router-only training lossless.
+REPAIR: dict[str, Any] = {
+    "topology": "parallel", "share_attention": True, "sinks": 4, "window": 256, "rope": "none", "leakage": 1.0,
+    "penalty": 0.3, "penalty_warmup": 0.05, "penalty_ramp": 0.45, "lr": 5e-5, "router_lr": 3e-4, "weight_decay": 0.0,
+}
 PRESETS: dict[str, dict[str, Any]] = {
     # The authors' release: L2A's own layer and schedule (lambda reaches its maximum at the last step).
     "paper": {
         "topology": "sequential", "share_attention": False, "sinks": 0, "rope": "theta:5", "leakage": 0.1,
         "penalty": 1.31e-3, "penalty_warmup": 209 / 3973, "penalty_ramp": 1 - 209 / 3973, "lr": 5e-5,
     },
-    # Function-preserving at the start, sinks kept, both paths computed: what made router-only training lossless.
-    "repair": {
-        "topology": "parallel", "share_attention": True, "sinks": 4, "window": 256, "rope": "none", "leakage": 1.0,
-        "penalty": 0.3, "penalty_warmup": 0.05, "penalty_ramp": 0.45, "lr": 5e-5, "router_lr": 3e-4,
-        "weight_decay": 0.0,
-    },
+    "repair": REPAIR,
     # What kept the needle to 32,768 tokens with nine tenths of the decisions local (eval/results/replication.md).
-    "repair-far": {
-        "topology": "parallel", "share_attention": True, "sinks": 4, "window": 1_024, "rope": "none", "leakage": 1.0,
-        "penalty": 0.5, "penalty_warmup": 0.05, "penalty_ramp": 0.45, "lr": 5e-5, "router_lr": 3e-4,
-        "weight_decay": 0.0, "seq_len": 8_192, "batch_size": 1, "grad_accum": 1, "flip": 0.3, "echo": 1.0,
-    },
+    "repair-far": {**REPAIR, "window": 1_024, "penalty": 0.5, "seq_len": 8_192, "batch_size": 1, "grad_accum": 1,
+                   "flip": 0.3, "echo": 1.0},
     # The consumer-scale operating points: one 24 GB card, 12M (0.5B) or 8M tokens, 8,192 tokens a step.
     "0.5b-24gb": {"model": "Qwen/Qwen2.5-0.5B", "tokens": 12_000_000, "seq_len": 2_048, "batch_size": 4,
                   "grad_accum": 1},
@@ -101,7 +98,7 @@ REGIME_PRESET = {"router_strict": "repair", "router_only": "repair", "l2a_ft": "
 
 # The embedded demo: `repair`'s layer at the size of the packaged model, on the synthetic recall corpus.
 DEMO = {
-    **PRESETS["repair"], "window": 12, "penalty": 0.2, "seq_len": 128, "batch_size": 16, "steps": 200, "tokens": None,
+    **REPAIR, "window": 12, "penalty": 0.2, "seq_len": 128, "batch_size": 16, "steps": 200, "tokens": None,
     "lr": 3e-4, "router_lr": 1e-2, "save_every": 50, "eval_every": 50, "eval_batches": 2, "remat": "none",
 }
 RECALL_EMPHASIS = 4.0

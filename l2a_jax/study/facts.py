@@ -94,7 +94,7 @@ def facts(found: dict[str, Any] | None, row: Row, base: dict[str, Any] | None) -
         "perplexity_ratio": perplexity_ratio(found, base),
         "sparsity": None if perplexity is None else perplexity.get("sparsity"),
         "sparsity_per_layer": None if perplexity is None else perplexity.get("sparsity_per_layer"),
-        "contexts": {context: _context(found, base, context) for context in (result(found, "contexts") or {})},
+        "contexts": _contexts(found, base),
         "audit": _audit(audit, perplexity_ratio(found, base)), "needle": _needle(needle, result(base, "needle")),
         "verdict": None if collapse is None else collapse["verdict"],
         "benchmarks": {task: _benchmark(found, base, task) for task in BENCHMARKS},
@@ -119,16 +119,17 @@ def aim(fact: dict[str, Any]) -> dict[str, bool | None]:
         reached[task] = None if difference is None else difference["points_95"][0] >= -allowed
     needle = fact["needle"]
     reached["needle"] = None if needle is None or needle["at_least_baseline"] is None else needle["at_least_baseline"]
-    longer = [entry for entry in fact["contexts"].values() if entry is not None]
-    reached["longer contexts"] = all(entry["ratio"] <= 1 and (entry["sparsity"] or 0) >= SPARSITY
+    longer = fact["contexts"].values()
+    reached["longer contexts"] = all(entry["ratio"] <= 1 and entry["sparsity"] >= SPARSITY
                                      for entry in longer) if longer else None
     return reached
 
 
-def _context(found, base, context) -> dict[str, Any] | None:
-    """The perplexity ratio in windows of another length, and how much was not routed there."""
-    ratio = perplexity_ratio(found, base, "contexts", context)
-    return None if ratio is None else {**ratio, "sparsity": result(found, "contexts")[context].get("sparsity")}
+def _contexts(found, base) -> dict[str, dict[str, Any]]:
+    """Of a routed row, by window length: the perplexity ratio and what was not routed, where the baseline has both."""
+    mine = {context: one for context, one in (result(found, "contexts") or {}).items() if "sparsity" in one}
+    ratios = {context: perplexity_ratio(found, base, "contexts", context) for context in mine}
+    return {context: {**ratio, "sparsity": mine[context]["sparsity"]} for context, ratio in ratios.items() if ratio}
 
 
 def _audit(audit, ratio) -> dict[str, Any] | None:

@@ -79,13 +79,13 @@ def _about(run, rows) -> list[str]:
     part = [row["name"] for row in run if row["status"] != "done"]
     elsewhere = [f"{row['name']}: {task} on {device}" for row in run for task, device in row["elsewhere"].items()]
     hashes = sorted({(row["size"], row["source_hash"][:12]) for row in run if row["source_hash"]})
-    weights = "; ".join(f"{size} {WEIGHTS.get(name, '')} ({name})" for size, name in hashes)
+    weights = "; ".join(f"{size} {WEIGHTS.get(name, 'unknown')} ({name})" for size, name in hashes)
     return [f"{len(run) - len(part)} of {len(rows)} declared rows were run"
             + (f" ({', '.join(part)} in part)" if part else "")
             + f", {dates[0]} to {dates[-1]}, on {'; '.join(devices)} ({'; '.join(versions)})."
             + (f" Measured elsewhere than trained: {'; '.join(elsewhere)}." if elsewhere else ""),
-            "", f"Weights: {weights}. Training adapts them to other text than they were made for, which alone gains on "
-            "WikiText: hold a ratio below 1 against the same weights with everything routed.", "",
+            "", f"Weights, by hash: {weights}. Training adapts them to other text than they were made for, which alone "
+            "gains on WikiText: hold a ratio below 1 against the same weights with everything routed.", "",
             f"*Reported*: {reported.SOURCE}. Its layer, window, penalty and texts were not published: rows of the main "
             f"table take its likely choices, *agrees* means within a factor of {AGREES:g}. Differences are paired over "
             "the same windows or items; brackets are 95 % intervals over those, not over seeds of training. Perplexity "
@@ -185,7 +185,18 @@ def _trained_on(row) -> str:
 
 def _contexts(row) -> str:
     return "<br>".join(f"{int(context):,}: x{entry['ratio']:.3f}, {_number(entry['sparsity'], '{:.1%}')}"
-                       for context, entry in row["contexts"].items() if entry is not None) or "-"
+                       for context, entry in row["contexts"].items()) or "-"
+
+
+def _beside_controls(length):
+    def show(row):
+        entry = row["needle"]["lengths"].get(length)
+        if entry is None or not entry["controls"]:
+            return "-"
+        found = [entry["exact_match"], *(entry["controls"][name] for name in ("static", "random", "none"))]
+        return " / ".join(f"{100 * value:g}" for value in found) + f" % ({_number(entry['sparsity'], '{:.1%}')})"
+
+    return show
 
 
 def _broken(row) -> str:
@@ -212,17 +223,6 @@ _NOISE = {"flipped in training": lambda row: _number(row["settings"].get("flip")
           "perplexity": lambda row: _ratio(row["perplexity_ratio"]),
           "not routed": lambda row: _number(row["sparsity"], "{:.1%}"), "routing costs, nats": _cost,
           "random": _control("random"), "needle": _needle}
-def _beside_controls(length):
-    def show(row):
-        entry = row["needle"]["lengths"].get(length)
-        if entry is None or not entry["controls"]:
-            return "-"
-        found = [entry["exact_match"], *(entry["controls"][name] for name in ("static", "random", "none"))]
-        return " / ".join(f"{100 * value:g}" for value in found) + f" % ({_number(entry['sparsity'], '{:.1%}')})"
-
-    return show
-
-
 _NEEDLE = {f"in {int(length):,} tokens": _beside_controls(length) for length in ("2048", "8192", "32768")}
 _FRONTIER = {"trained on": _trained_on, "window": lambda row: str(row["settings"]["window"]),
              "penalty": lambda row: str(row["settings"]["penalty"]),

@@ -26,7 +26,7 @@ def frontier(rows: Sequence[Fact], path: Path) -> bool:
         shades = {window: plt.cm.plasma(i / len(windows)) for i, window in enumerate(windows)}
         marks = {"0.5b": "o", "1.5b": "s", "3b": "D"}
         for row in rows:
-            x, ratio, shade = 100 * (1 - row["sparsity"]), row["perplexity_ratio"], shades[row["settings"]["window"]]
+            x, ratio, shade = _routed(row["sparsity"]), row["perplexity_ratio"], shades[row["settings"]["window"]]
             style = {"color": shade, "marker": marks[row["size"]], "ls": "none", "ms": 6,
                      "mfc": "none" if _helped(row) else shade}
             low, high = ratio["ratio_95"]
@@ -35,7 +35,7 @@ def frontier(rows: Sequence[Fact], path: Path) -> bool:
             for axis, length in zip(axes[1:], lengths, strict=False):
                 if row["needle"] is not None and length in row["needle"]["lengths"]:
                     entry = row["needle"]["lengths"][length]
-                    there = 100 * (1 - (entry["sparsity"] or row["sparsity"]))  # what is routed in those prompts
+                    there = _routed(entry["sparsity"])  # in those prompts
                     axis.plot(there, 100 * entry["exact_match"], **style)
                     _controls(axis, there, {name: 100 * value for name, value in entry["controls"].items()}, shade)
             differences = [entry["difference"] for entry in row["benchmarks"].values()
@@ -76,6 +76,11 @@ def frontier(rows: Sequence[Fact], path: Path) -> bool:
 
 
 CONTROLS = {"random": "x", "static": "+"}
+
+
+def _routed(sparsity: float) -> float:
+    """Percent of the decisions that are routed, for a logarithmic axis: none at all stands at 0.1."""
+    return max(100 * (1 - sparsity), 0.1)
 
 
 def _controls(axis, x: float, values: Mapping[str, float], shade) -> None:

@@ -65,6 +65,9 @@ def folder(tmp_path_factory):
             row, {"baseline-0.5b": 0.0, "router_only-diverse-0.5b": 0.2}.get(row.name, -0.05)))
     for name, needle in (("repair-w256-p0.3-f0.3-s0", 8), ("repair-w256-p0.5-f0.3-s0", 5), ("repair-w256-p0.5-s0", 3)):
         write_json(folder / f"{name}.json", fabricate(*choose((name,)), needle=needle, sparsity=0.8))
+    nearly = choose(("repair-t8192-w1024-p0.3",))[0]  # one prompt of ten is missed
+    write_json(folder / f"{nearly.name}.json", fabricate(nearly, -0.05, needle=9, sparsity=0.98,
+                                                         source_hash="2a9129527b8b5f59"))
     sparse = choose(("repair-t8192-w1024-p0.5-f0.3-e1",))[0]
     write_json(folder / f"{sparse.name}.json", {**fabricate(sparse, -0.02, sparsity=0.98), "status": "partial"})
     broken = choose(("l2a_ft-0.44M-s0",))[0]
@@ -103,10 +106,12 @@ def test_the_report_holds_what_was_run_and_says_what_was_not(folder, tmp_path, c
     (tmp_path / "replication.json").write_text("{}")
     assert rebuild([str(paths[1])]) == 2 and "is not a study's replication.json" in capsys.readouterr().err
     for sentence in ("**router_only, 0.5b, diverse**: perplexity x1.2", "**disagrees**. Needle 100%, 0-20% reported",
-                     "rope explains", "**Repair**: 4 rows", "**Needle**: at the baseline's at every",
+                     "rope explains", "**Repair**: 5 rows", "**Needle**: at the baseline's at every",
                      "inverted decisions -20 +20 in 2,048 tokens.", "100 / 10 / 20 / 0 % (95.0%)",
-                     "tokens, of 2 rows that were asked: `repair-t8192-w1024-p0.5-f0.3-e1` (98.0% unrouted at x0.",
+                     "tokens, of 3 rows that were asked: `repair-t8192-w1024-p0.5-f0.3-e1` (98.0% unrouted at x0.",
                      " in 8,192); in 2,048 tokens alone by `repair-t8192-w1024-p0.2-f0.3",
+                     "; but for one prompt of the needle by `repair-t8192-w1024-p0.3` (98.0% unrouted at x0.95",
+                     "Weights, by hash: 0.5b Qwen2.5-Coder-0.5B-Instruct, 4-bit",
                      "of 3 combinations that were run, 2 cost more than x1.05: sequential, "):
         assert sentence in text, sentence
     assert made["together"]["crossed"][2][1][2]["needle"] == 0.3 and "### One factor changed" in text
