@@ -24,7 +24,8 @@ CASES = [
     SpeedCase("local", 16_384, window=4_096), SpeedCase("local", 16_384, window=14_336), SpeedCase("full", 16_384),
     SpeedCase("routed", 32_768, rate=0.2), SpeedCase("routed", 32_768, rate=0.05),
     SpeedCase("local", 32_768, width=128, window=1_024), SpeedCase("local", 4_096, width=128, batch=8, window=512),
-    SpeedCase("local", 16_384, width=128, window=4_096), SpeedCase("full", 16_384, width=128),
+    SpeedCase("local", 16_384, width=128, window=2_048), SpeedCase("local", 16_384, width=128, window=4_096),
+    SpeedCase("full", 16_384, width=128),
     SpeedCase("routed", 32_768, width=128, rate=0.2), SpeedCase("routed", 32_768, width=128, rate=0.05),
 ]
 _TILES = {  # (kernel, head width): (rows, keys, warps)
