@@ -116,9 +116,9 @@ def _autopsy(found) -> list[str]:
         out.append(f"**Autopsy** (`{name}`, {tried} fault{'s' * (tried != 1)} tried): {most} of the {total} reported "
                    f"symptoms at once, from {faults}"
                    + (f"; without a fault the run shows {', '.join(sorted(rows['none']))}" if rows.get("none") else "")
-                   + "." + "".join(f" Missing: {symptom}, which comes from " + (", ".join(
-                       fault for fault, symptoms in rows.items() if symptom in symptoms) or "none") + "."
-                       for symptom in never))
+                   + "." + "".join(f" Missing: {symptom}, which " + (f"comes from {', '.join(causes)}." if (
+                       causes := [fault for fault, symptoms in rows.items() if symptom in symptoms])
+                       else "none of them gives.") for symptom in never))
     return out
 
 

@@ -23,6 +23,8 @@ def test_what_a_run_without_a_fault_shows_is_not_the_faults():
     sentence, = answers._autopsy({"autopsy": {"rows": rows}})
     assert sentence == ("**Autopsy** (`autopsy`, 2 faults tried): 3 of the 4 reported symptoms at once, from NaN; "
                         "without a fault the run shows needle lost. Missing: bad perplexity, which comes from leak.")
+    sentence, = answers._autopsy({"autopsy": {"rows": rows[:2]}})
+    assert sentence.endswith("Missing: bad perplexity, which none of them gives.")
 
 
 def test_a_collapse_counts_what_was_asked_and_keeps_mixtures_apart():
