@@ -29,9 +29,9 @@ CASES = [
     SpeedCase("routed", 32_768, width=128, rate=0.2), SpeedCase("routed", 32_768, width=128, rate=0.05),
 ]
 _TILES = {  # (kernel, head width): (rows, keys, warps)
-    ("forward", 64): [(64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8)],
-    ("backward_q", 64): [(64, 64, 4), (64, 128, 4), (128, 64, 4)],
-    ("backward_kv", 64): [(32, 64, 4), (64, 64, 4), (64, 128, 8)],
+    ("forward", 64): [(64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8)],
+    ("backward_q", 64): [(64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 8)],
+    ("backward_kv", 64): [(32, 64, 4), (64, 64, 4), (64, 128, 8), (128, 64, 8)],
     ("forward", 128): [(64, 32, 4), (64, 64, 4), (64, 128, 4), (64, 128, 8), (128, 64, 8), (128, 128, 8)],
     ("backward_q", 128): [(64, 32, 4), (64, 64, 4), (64, 64, 8), (64, 128, 8), (128, 32, 8), (128, 64, 8)],
     ("backward_kv", 128): [(32, 64, 4), (64, 64, 4), (32, 64, 8), (64, 64, 8), (128, 64, 8), (32, 128, 8),
@@ -46,7 +46,8 @@ def candidates(kernel: str, width: int) -> list[Block]:
     found = [Block(*tile, stages) for tile, stages in product(tiles, (2, 3))]
     if kernel == "forward":
         found += [Block(*tile, 3, flat=True) for tile in tiles]
-        found += [Block(64, 64, 4, 2, flat=True), Block(64, 64 if width == 64 else 32, 4, 4, flat=True)]
+        found += [Block(64, 64, 4, 2, flat=True), Block(64, 64 if width == 64 else 32, 4, 4, flat=True),
+                  Block(128, 64, 8, 4)]
     return found
 
 

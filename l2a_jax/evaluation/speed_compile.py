@@ -108,7 +108,7 @@ def compile_kernel(kernel: dict, arch: str) -> dict:
         ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
         report = subprocess.run(
             [os.fspath(ptxas), "-v", f"-arch={arch}{'a' if capability == 90 else ''}", os.fspath(ptx), "-o",
-             os.devnull], capture_output=True, text=True, check=True).stderr
+             os.fspath(ptx.with_suffix(".cubin"))], capture_output=True, text=True, check=True).stderr
     registers, spills = re.search(r"Used (\d+) registers", report), re.search(r"(\d+) bytes spill stores", report)
     return {"registers": int(registers[1]), "spilled_bytes": int(spills[1]), "shared_bytes": compiled.metadata.shared}
 

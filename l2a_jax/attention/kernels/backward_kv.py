@@ -36,7 +36,7 @@ def backward_kv(spec: Spec, block: Block, q, k, v, plan: Plan, lse, delta, d_out
     parts = parts_of(spec, block, batch)
     shapes = [jax.ShapeDtypeStruct((parts, *x.shape), jnp.float32 if parts > 1 else x.dtype) for x in (k, v)]
     shares = pl.pallas_call(
-        functools.partial(_kernel, spec=spec, block=block, parts=parts),
+        functools.partial(_kernel, spec=spec, block=block, parts=parts, interpret=interpret),
         out_shape=shapes,
         grid=(spec.kv_heads, pl.cdiv(spec.length, block.keys) * parts, batch),
         compiler_params=plt.CompilerParams(num_warps=block.num_warps, num_stages=block.num_stages),
@@ -48,7 +48,7 @@ def backward_kv(spec: Spec, block: Block, q, k, v, plan: Plan, lse, delta, d_out
 
 
 def _kernel(q_ref, k_ref, v_ref, lse_ref, delta_ref, d_out_ref, tables, d_k_ref, d_v_ref, *, spec: Spec, block: Block,
-            parts: int):
+            parts: int, interpret: bool):
     ranges, plan = tables
     kv_head, program, batch = (pl.program_id(i) for i in range(3))
     block_number, part = jax.lax.div(program, parts), jax.lax.rem(program, parts)
@@ -78,7 +78,7 @@ def _kernel(q_ref, k_ref, v_ref, lse_ref, delta_ref, d_out_ref, tables, d_k_ref,
 
         d_keys, d_values = carry
         scores = t.hide(t.dot(keys, query, trans_b=True), visible, edge)
-        weights = jnp.exp2(scores * scale - lse[None, :])
+        weights = t.weigh(scores, scale, lse[None, :], interpret)
         d_values += t.dot(weights.astype(d_out.dtype), d_out)
         d_weights = t.dot(values, d_out, trans_b=True)
         d_scores = weights * (d_weights - delta[None, :])

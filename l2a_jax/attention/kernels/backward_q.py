@@ -27,7 +27,7 @@ def backward_q(spec: Spec, block: Block, q, k, v, plan: Plan, out, lse, d_out, *
         shapes += [jax.ShapeDtypeStruct(in_order, q.dtype), jax.ShapeDtypeStruct(in_order, d_out.dtype)]
     blank = jnp.zeros_like(q) if spec.kind == "routed" else None
     outputs = pl.pallas_call(
-        functools.partial(_kernel, spec=spec, block=block, room=room),
+        functools.partial(_kernel, spec=spec, block=block, room=room, interpret=interpret),
         out_shape=shapes + (split.part_shapes(spec, block, batch)[:1] if room else []),
         grid=(spec.heads, max(pl.cdiv(spec.rows, block.rows), room), batch),
         input_output_aliases={0: 0} if blank is not None else {},
@@ -44,11 +44,11 @@ def backward_q(spec: Spec, block: Block, q, k, v, plan: Plan, out, lse, d_out, *
     return d_q, delta, row_q, row_d_out
 
 
-def _kernel(blank, *refs, spec: Spec, block: Block, room: int):
+def _kernel(blank, *refs, spec: Spec, block: Block, room: int, interpret: bool):
     del blank
     plan = refs[3]
     head, number, batch = (pl.program_id(i) for i in range(3))
-    run = functools.partial(_tile, *refs, spec=spec, block=block)
+    run = functools.partial(_tile, *refs, spec=spec, block=block, interpret=interpret)
     if plan.count is None:
         run(at=(batch, (pl.num_programs(1) - 1 - number) * block.rows, head), count=spec.rows)  # longest first
         return
@@ -62,7 +62,7 @@ def _kernel(blank, *refs, spec: Spec, block: Block, room: int):
 
 
 def _tile(q_ref, k_ref, v_ref, plan, out_ref, lse_ref, d_out_ref, d_q_ref, delta_ref, *more, spec, block, at, count,
-          share=None):
+          interpret, share=None):
     batch, start, head = at
     kv_head = head // spec.group_size
     here = pl.ds(start, block.rows)
@@ -90,7 +90,7 @@ def _tile(q_ref, k_ref, v_ref, plan, out_ref, lse_ref, d_out_ref, d_q_ref, delta
     def visit(key, size, limit, d_query, hide):
         keys = t.load_tokens(k_ref, batch, key, size, kv_head, limit)
         scores = hide(t.dot(query, keys, trans_b=True))
-        weights = jnp.exp2(scores * scale - lse[:, None])
+        weights = t.weigh(scores, scale, lse[:, None], interpret)
         values = t.load_tokens(v_ref, batch, key, size, kv_head, limit)
         d_weights = t.dot(d_out, values, trans_b=True)
         d_scores = weights * (d_weights - delta[:, None])

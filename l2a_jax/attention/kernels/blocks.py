@@ -4,9 +4,10 @@ The sm_90 rows were chosen by `python eval/speed.py --blocks` on an H100 and an 
 were chosen without the card, by `python eval/speed.py --compile`: no spilled registers, and well inside its shared
 memory; they have not been timed.
 A "window" call walks over few blocks per tile, a "whole" call (full, mixed) over many; a "long" window (from `LONG` on)
-and a "routed" call take the row of whole calls where they have none of their own. At head width 64 the bound `LONG` was
-timed on an H100 for windows from 512 to 15,360: from 1,024 on the row of whole calls was ahead of that of windows by 1
-to 7 % with a backward pass; at 128 the bound is a choice, and on sm_89 neither is timed.
+and a "routed" call take the row of whole calls where they have none of their own. The bounds `LONG` were timed on an
+H100: at head width 64 for windows from 512 to 15,360, where from 1,024 on the row of whole calls was ahead of that of
+windows by 1 to 7 % with a backward pass; at 128 the row of windows is ahead by 3 % at 1,024, that of long ones by 3 %
+at 2,048. On sm_89 neither is timed.
 """
 
 from __future__ import annotations
@@ -35,8 +36,12 @@ _HALF = {
                              "backward_kv": Block(64, 64, 4, 3), "sinks": _SINKS},
     ("sm_90", 128, "window"): {"forward": Block(64, 64, 4, 2, flat=True), "backward_q": Block(64, 64, 4, 2),
                                "backward_kv": Block(64, 64, 4, 2), "sinks": _SINKS},
-    ("sm_90", 128, "whole"): {"forward": Block(128, 128, 8, 3), "backward_q": Block(128, 64, 8, 3),
-                              "backward_kv": Block(64, 128, 8, 3), "sinks": _SINKS},
+    ("sm_90", 128, "long"): {"forward": Block(128, 128, 8, 3, flat=True), "backward_q": Block(128, 64, 8, 3),
+                             "backward_kv": Block(64, 64, 4, 2), "sinks": _SINKS},
+    ("sm_90", 128, "routed"): {"forward": Block(128, 128, 8, 3), "backward_q": Block(128, 64, 8, 3),
+                               "backward_kv": Block(64, 64, 4, 2), "sinks": _SINKS},
+    ("sm_90", 128, "whole"): {"forward": Block(128, 128, 8, 3), "backward_q": Block(64, 64, 4, 2),
+                              "backward_kv": Block(64, 64, 4, 2), "sinks": _SINKS},
     ("sm_89", 64, "window"): {"forward": Block(64, 64, 4, 3), "backward_q": Block(64, 64, 4, 2),
                               "backward_kv": Block(64, 64, 4, 2), "sinks": _SINKS},
     ("sm_89", 64, "whole"): {"forward": Block(128, 64, 8, 2), "backward_q": Block(64, 64, 4, 2),

@@ -26,7 +26,7 @@ def forward(spec: Spec, block: Block, q, k, v, plan: Plan, *, interpret: bool):
     # Only routed calls leave rows unwritten: these start as zeros.
     blank = jnp.zeros_like(q) if spec.kind == "routed" else None
     out, lse, *parts = pl.pallas_call(
-        functools.partial(_kernel, spec=spec, block=block, room=room),
+        functools.partial(_kernel, spec=spec, block=block, room=room, interpret=interpret),
         out_shape=shapes + (split.part_shapes(spec, block, batch) if room else []),
         grid=(spec.heads, max(pl.cdiv(spec.rows, block.rows), room), batch),
         input_output_aliases={0: 0} if blank is not None else {},
@@ -39,11 +39,11 @@ def forward(spec: Spec, block: Block, q, k, v, plan: Plan, *, interpret: bool):
     return out, lse
 
 
-def _kernel(blank, *refs, spec: Spec, block: Block, room: int):
+def _kernel(blank, *refs, spec: Spec, block: Block, room: int, interpret: bool):
     del blank
     plan = refs[3]
     head, number, batch = (pl.program_id(i) for i in range(3))
-    run = functools.partial(_tile, *refs, spec=spec, block=block)
+    run = functools.partial(_tile, *refs, spec=spec, block=block, interpret=interpret)
     if plan.count is None:
         # The last rows see the most keys: they start first, so that no long program is left at the end.
         run(at=(batch, (pl.num_programs(1) - 1 - number) * block.rows, head), count=spec.rows)
@@ -57,7 +57,7 @@ def _kernel(blank, *refs, spec: Spec, block: Block, room: int):
     pl.when(is_work)(lambda: run(at=(batch, tile * block.rows, head), count=count, share=(number, part, parts)))
 
 
-def _tile(q_ref, k_ref, v_ref, plan, out_ref, lse_ref, *part_refs, spec, block, at, count, share=None):
+def _tile(q_ref, k_ref, v_ref, plan, out_ref, lse_ref, *part_refs, spec, block, at, count, interpret, share=None):
     batch, start, head = at
     kv_head = head // spec.group_size
     here = pl.ds(start, block.rows)
@@ -75,7 +75,7 @@ def _tile(q_ref, k_ref, v_ref, plan, out_ref, lse_ref, *part_refs, spec, block, 
         keys = t.load_tokens(k_ref, batch, key, size, kv_head, limit)
         scores = hide(t.dot(query, keys, trans_b=True))
         new_top = jnp.maximum(top, jnp.max(scores, axis=1) * scale)
-        weights = jnp.exp2(scores * scale - new_top[:, None])
+        weights = t.weigh(scores, scale, new_top[:, None], interpret)
         shrink = jnp.exp2(top - new_top)
         total = total * shrink + jnp.sum(weights, axis=1)
         values = t.load_tokens(v_ref, batch, key, size, kv_head, limit)

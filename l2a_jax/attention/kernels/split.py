@@ -59,7 +59,7 @@ def join(spec: Spec, block: Block, plan: Plan, whole, lse, part_values, part_lse
         out_shape=(jax.ShapeDtypeStruct(whole.shape, whole.dtype), jax.ShapeDtypeStruct(lse.shape, lse.dtype)),
         grid=(spec.heads, max(room // 2, 1), batch),
         input_output_aliases={0: 0, 1: 1},
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=8, num_stages=1),
         interpret=interpret,
         name="l2a_attention_join",
     )(whole, lse, part_values, part_lse, plan.index, plan.count)

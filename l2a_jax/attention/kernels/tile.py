@@ -6,6 +6,7 @@ weights vanish without a mask, in the backward pass too.
 
 from __future__ import annotations
 
+import struct
 from typing import NamedTuple
 
 import jax
@@ -17,7 +18,9 @@ from l2a_jax.attention.kernels.plan import Plan, Spec
 from l2a_jax.attention.rows import Rows
 
 LOG2_E = 1.4426950408889634
-FLOOR = -1e30  # finite: a block without visible keys leaves no NaN, and the first visible key wipes its trace
+# Finite: a block without visible keys leaves no NaN, and the first visible key wipes its trace. A power of two, so that
+# its product with the scale is exact: a fused exp2(FLOOR * scale - FLOOR * scale) is 1, not infinity.
+FLOOR = -(2.0**100)
 DEAD = 1e30
 FAR = 2**30
 
@@ -91,7 +94,7 @@ def key_bounds(limits: Limits, keys: int):
 
 def sweep(bounds, step, carry, *, flat: bool, bounded_below: bool):
     """carry = step(block, carry, edge) for the blocks of `bounds`, in order; `edge` says whether a mask is due."""
-    begin, full_begin, full_end, end = bounds
+    begin, full_begin, full_end, end = (uniform(bound) for bound in bounds)
     if flat:
         return jax.lax.fori_loop(
             begin, end, lambda i, carry: step(i, carry, (i < full_begin) | (i >= full_end)), carry)
@@ -101,11 +104,20 @@ def sweep(bounds, step, carry, *, flat: bool, bounded_below: bool):
     return jax.lax.fori_loop(full_end, end, lambda i, carry: step(i, carry, True), carry)
 
 
+def uniform(number):
+    """`number`, in a form that tells the compiler that all threads agree on it: the maximum over a warp.
+
+    Bounds that come from memory or from a reduction over the tile hide that. The loop then counts in ordinary
+    registers, and moves two of them to the matrix unit's before every product (33 moves a step of a routed call).
+    """
+    return jnp.max(jnp.full((32,), number))
+
+
 def sink_sweep(spec: Spec, limits: Limits, step, carry):
     """carry = step(first_key, carry) for blocks of `sink_block(spec)` keys that cover every sink of the tile."""
     keys = sink_block(spec)
     if not spec.segmented:
-        count = (jnp.max(limits.sink_high) + keys - 1) // keys
+        count = uniform((jnp.max(limits.sink_high) + keys - 1) // keys)
         return jax.lax.fori_loop(0, count, lambda i, carry: step(i * keys, carry), carry)
 
     def following(key):  # the first sink of any row at or after `key`
@@ -122,6 +134,22 @@ def sink_sweep(spec: Spec, limits: Limits, step, carry):
 def sink_block(spec: Spec) -> int:
     """Sinks visited at a time: a power of two that the matrix unit accepts."""
     return min(64, max(16, pl.next_power_of_2(spec.sinks)))
+
+
+def weigh(scores, scale: float, shift, interpret: bool):
+    """exp2(scores * scale - shift), by one fused multiply-add and one exponential.
+
+    XLA neither fuses the product with the difference nor lets exp2 drop subnormal results, which would take eight
+    instructions a score; interpret mode has no rule for assembly.
+    """
+    if interpret:
+        return jnp.exp2(scores * scale - shift)
+    factor = struct.pack(">f", scale).hex()
+    result, = plt.elementwise_inline_asm(
+        f"fma.rn.f32 $0, $1, 0f{factor}, $2; ex2.approx.ftz.f32 $0, $0;", constraints="=f,f,f", pack=1,
+        args=(scores, jnp.broadcast_to(-shift, scores.shape)),
+        result_shape_dtypes=[jax.ShapeDtypeStruct(scores.shape, jnp.float32)])
+    return result
 
 
 def hide(scores, visible, edge):
