@@ -1,13 +1,12 @@
 """Tile sizes by (architecture, head width, kind of loop) and kernel, and the shared memory that each needs.
 
-The sm_90 rows were chosen by `python eval/speed.py --blocks` on an H100 and an H200. The sm_89 rows (RTX 4090, L40)
-were chosen without the card, by `python eval/speed.py --compile`: no spilled registers, and well inside its shared
-memory; they have not been timed.
+The sm_90 rows were chosen by `python eval/speed.py --blocks` on an H100 (`eval/results/blocks.json`), by the least mean
+of time over best time among a row's cases. The sm_89 rows (RTX 4090, L40) were chosen without the card, by `python
+eval/speed.py --compile`: no spilled registers, and well inside its shared memory; they have not been timed.
 A "window" call walks over few blocks per tile, a "whole" call (full, mixed) over many; a "long" window (from `LONG` on)
-and a "routed" call take the row of whole calls where they have none of their own. The bounds `LONG` were timed on an
-H100: at head width 64 for windows from 512 to 15,360, where from 1,024 on the row of whole calls was ahead of that of
-windows by 1 to 7 % with a backward pass; at 128 the row of windows is ahead by 3 % at 1,024, that of long ones by 3 %
-at 2,048. On sm_89 neither is timed.
+and a "routed" call take the row of whole calls where they have none of their own. The bounds `LONG` follow from the
+same sweep, with a backward pass: at head width 64 the row of windows is ahead by 10 % at 512 and that of long ones by
+8 % at 1,024; at 128 the former by 2 % at 1,024, neither at 2,048, the latter by 4 % at 4,096.
 """
 
 from __future__ import annotations
@@ -28,19 +27,21 @@ KERNELS = ("forward", "backward_q", "backward_kv", "sinks")
 
 _SINKS = Block(64, 0, 4, 1)
 _HALF = {
-    ("sm_90", 64, "window"): {"forward": Block(64, 64, 4, 3, flat=True), "backward_q": Block(64, 64, 4, 2),
+    ("sm_90", 64, "window"): {"forward": Block(64, 64, 4, 3, flat=True), "backward_q": Block(64, 64, 4, 3),
                               "backward_kv": Block(64, 64, 4, 2), "sinks": _SINKS},
-    ("sm_90", 64, "long"): {"forward": Block(64, 64, 4, 2), "backward_q": Block(64, 64, 4, 2),
+    ("sm_90", 64, "long"): {"forward": Block(128, 64, 4, 3), "backward_q": Block(128, 64, 4, 3),
                             "backward_kv": Block(64, 64, 4, 3), "sinks": _SINKS},
-    ("sm_90", 64, "whole"): {"forward": Block(64, 64, 4, 3, flat=True), "backward_q": Block(64, 64, 4, 3),
+    ("sm_90", 64, "routed"): {"forward": Block(64, 128, 4, 2), "backward_q": Block(64, 128, 4, 3),
+                              "backward_kv": Block(64, 64, 4, 3), "sinks": _SINKS},
+    ("sm_90", 64, "whole"): {"forward": Block(128, 64, 8, 3), "backward_q": Block(128, 64, 4, 3),
                              "backward_kv": Block(64, 64, 4, 3), "sinks": _SINKS},
-    ("sm_90", 128, "window"): {"forward": Block(64, 64, 4, 2, flat=True), "backward_q": Block(64, 64, 4, 2),
+    ("sm_90", 128, "window"): {"forward": Block(64, 64, 4, 3, flat=True), "backward_q": Block(64, 32, 4, 2),
                                "backward_kv": Block(64, 64, 4, 2), "sinks": _SINKS},
-    ("sm_90", 128, "long"): {"forward": Block(128, 128, 8, 3, flat=True), "backward_q": Block(128, 64, 8, 3),
+    ("sm_90", 128, "long"): {"forward": Block(128, 128, 8, 3), "backward_q": Block(128, 64, 8, 3),
                              "backward_kv": Block(64, 64, 4, 2), "sinks": _SINKS},
     ("sm_90", 128, "routed"): {"forward": Block(128, 128, 8, 3), "backward_q": Block(128, 64, 8, 3),
                                "backward_kv": Block(64, 64, 4, 2), "sinks": _SINKS},
-    ("sm_90", 128, "whole"): {"forward": Block(128, 128, 8, 3), "backward_q": Block(64, 64, 4, 2),
+    ("sm_90", 128, "whole"): {"forward": Block(128, 64, 8, 3), "backward_q": Block(128, 64, 8, 3),
                               "backward_kv": Block(64, 64, 4, 2), "sinks": _SINKS},
     ("sm_89", 64, "window"): {"forward": Block(64, 64, 4, 3), "backward_q": Block(64, 64, 4, 2),
                               "backward_kv": Block(64, 64, 4, 2), "sinks": _SINKS},
