@@ -1,8 +1,9 @@
 """Tile sizes by (architecture, head width, kind of loop) and kernel, and the shared memory that each needs.
 
 The sm_90 rows were chosen by `python eval/speed.py --blocks` on an H100 (`eval/results/blocks.json`), by the least mean
-of time over best time among a row's cases. The sm_89 rows (RTX 4090, L40) were chosen without the card, by `python
-eval/speed.py --compile`: no spilled registers, and well inside its shared memory; they have not been timed.
+of time over best time among a row's cases (for "whole" full attention alone; sinks are not swept). The sm_89 rows (RTX
+4090, L40) were chosen without the card, by `python eval/speed.py --compile`: no spilled registers, and well inside its
+shared memory; they have not been timed.
 A "window" call walks over few blocks per tile, a "whole" call (full, mixed) over many; a "long" window (from `LONG` on)
 and a "routed" call take the row of whole calls where they have none of their own. The bounds `LONG` follow from the
 same sweep, with a backward pass: at head width 64 the row of windows is ahead by 10 % at 512 and that of long ones by
@@ -43,7 +44,7 @@ _HALF = {
                                "backward_kv": Block(64, 64, 4, 2), "sinks": _SINKS},
     ("sm_90", 128, "whole"): {"forward": Block(128, 64, 8, 3), "backward_q": Block(128, 64, 8, 3),
                               "backward_kv": Block(64, 64, 4, 2), "sinks": _SINKS},
-    ("sm_89", 64, "window"): {"forward": Block(64, 64, 4, 3), "backward_q": Block(64, 64, 4, 2),
+    ("sm_89", 64, "window"): {"forward": Block(64, 64, 4, 3, flat=True), "backward_q": Block(64, 64, 4, 2),
                               "backward_kv": Block(64, 64, 4, 2), "sinks": _SINKS},
     ("sm_89", 64, "whole"): {"forward": Block(128, 64, 8, 2), "backward_q": Block(64, 64, 4, 2),
                              "backward_kv": Block(32, 64, 4, 2), "sinks": _SINKS},
