@@ -44,7 +44,7 @@ _HALF = {
                                "backward_kv": Block(64, 64, 4, 2), "sinks": _SINKS},
     ("sm_90", 128, "whole"): {"forward": Block(128, 64, 8, 3), "backward_q": Block(128, 64, 8, 3),
                               "backward_kv": Block(64, 64, 4, 2), "sinks": _SINKS},
-    ("sm_89", 64, "window"): {"forward": Block(64, 64, 4, 3, flat=True), "backward_q": Block(64, 64, 4, 2),
+    ("sm_89", 64, "window"): {"forward": Block(128, 64, 8, 2), "backward_q": Block(64, 64, 4, 2),
                               "backward_kv": Block(64, 64, 4, 2), "sinks": _SINKS},
     ("sm_89", 64, "whole"): {"forward": Block(128, 64, 8, 2), "backward_q": Block(64, 64, 4, 2),
                              "backward_kv": Block(32, 64, 4, 2), "sinks": _SINKS},

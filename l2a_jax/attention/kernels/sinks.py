@@ -30,7 +30,7 @@ def add_sink_gradients(spec: Spec, block: Block, d_k, d_v, q, k, v, rows: Rows |
     origin = None if rows is None else _origins(rows, chunk, chunks)
     share = jax.ShapeDtypeStruct((batch, chunks, spec.kv_heads, _padded(spec), spec.width), jnp.float32)
     shares = pl.pallas_call(
-        functools.partial(_kernel, spec=spec, chunk=chunk),
+        functools.partial(_kernel, spec=spec, chunk=chunk, interpret=interpret),
         out_shape=(share, share),
         grid=(spec.kv_heads, chunks, batch),
         compiler_params=plt.CompilerParams(num_warps=block.num_warps, num_stages=block.num_stages),
@@ -68,7 +68,8 @@ def _origins(rows: Rows, chunk: int, chunks: int) -> Int[Array, "B C"]:
     return first.reshape(-1, chunks, chunk).min(-1)
 
 
-def _kernel(q_ref, k_ref, v_ref, lse_ref, delta_ref, d_out_ref, tables, d_k_ref, d_v_ref, *, spec: Spec, chunk: int):
+def _kernel(q_ref, k_ref, v_ref, lse_ref, delta_ref, d_out_ref, tables, d_k_ref, d_v_ref, *, spec: Spec, chunk: int,
+            interpret: bool):
     kv_head, number, batch = (pl.program_id(i) for i in range(3))
     size = max(16, pl.next_power_of_2(chunk))  # a window below 16 leaves rows unused
     start = number * chunk
@@ -98,8 +99,8 @@ def _kernel(q_ref, k_ref, v_ref, lse_ref, delta_ref, d_out_ref, tables, d_k_ref,
                         for ref in (q_ref, d_out_ref))
         lse = plt.load(lse_ref.at[batch, head, here], mask=inside, other=t.DEAD)
         delta = plt.load(delta_ref.at[batch, head, here], mask=inside, other=0.0)
-        scores = jnp.where(visible, t.dot(keys, query, trans_b=True) * scale, t.FLOOR)
-        weights = jnp.exp2(scores - lse[None, :])
+        scores = jnp.where(visible, t.dot(keys, query, trans_b=True), t.FLOOR)
+        weights = t.weigh(scores, scale, lse[None, :], interpret)
         d_scores = weights * (t.dot(values, d_out, trans_b=True) - delta[None, :])
         return (d_keys + t.dot(d_scores.astype(query.dtype), query),
                 d_values + t.dot(weights.astype(d_out.dtype), d_out))

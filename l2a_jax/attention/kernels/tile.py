@@ -140,7 +140,8 @@ def weigh(scores, scale: float, shift, interpret: bool):
     """exp2(scores * scale - shift), by one fused multiply-add and one exponential.
 
     XLA neither fuses the product with the difference nor lets exp2 drop subnormal results, which would take eight
-    instructions a score; interpret mode has no rule for assembly.
+    instructions a score; interpret mode has no rule for assembly. The product is not rounded but `shift` is: sound for
+    |scores * scale| up to 2^28, where half a unit in the last place is a factor of 2^16.
     """
     if interpret:
         return jnp.exp2(scores * scale - shift)

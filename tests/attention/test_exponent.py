@@ -1,0 +1,111 @@
+"""What the fused exponent must keep: large scores, the floor, what is not finite; and every row of the block table."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import struct
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import Case, value_and_gradients
+from test_backends import assert_close, few_programs  # noqa: F401  (a fixture)
+
+from l2a_jax.attention import pallas
+from l2a_jax.attention.kernels import blocks, tile
+from l2a_jax.evaluation.speed_compile import example, lower_for_cuda, triton_kernels
+
+
+def on_both(cases, interpreted):
+    """The kernels in interpret mode for a few cases, compiled for all."""
+    return [*(("pallas_interpret", case) for case in interpreted),
+            *(pytest.param("pallas", case, marks=pytest.mark.gpu, id=f"pallas-{case}") for case in cases)]
+
+
+@pytest.mark.parametrize("width", blocks.WIDTHS)
+def test_the_floor_times_the_scale_is_exact(width):
+    """Else exp2(floor * scale - floor * scale), fused, is infinity or 0 and not 1."""
+    scale = np.float32(width**-0.5 * tile.LOG2_E)
+    assert float(np.float32(tile.FLOOR) * scale) == tile.FLOOR * float(scale)
+
+
+@pytest.mark.parametrize("width", blocks.WIDTHS)
+@pytest.mark.parametrize("loop", blocks.LOOPS)
+def test_every_score_goes_through_the_fused_exponent(loop, width):
+    function, shapes = example(loop, width, "sm_90")
+    assembly = f"fma.rn.f32 $0, $1, 0f{struct.pack('>f', width**-0.5 * tile.LOG2_E).hex()}, $2; ex2.approx.ftz.f32"
+    for kernel in triton_kernels(lower_for_cuda(function, *shapes)):
+        lines = [line for line in kernel["code"].splitlines() if "elementwise_inline_asm" in line]
+        assert all(assembly in line for line in lines)
+        assert bool(lines) == (kernel["name"] != "l2a_attention_join")
+
+
+SHIFTED = (
+    Case("full", length=67, width=16, heads=2, kv_heads=1), Case("full", length=131, width=32),
+    Case("local", length=131, window=9, sinks=4), Case("routed", length=131, rate=0.2),
+    Case("local", length=67, window=9, sinks=3, width=128, heads=2, kv_heads=1),
+    Case("mixed", length=131, rate=0.3, window=9, sinks=4),
+)
+
+
+@pytest.mark.parametrize("sign", (1, -1))
+@pytest.mark.parametrize("root, tolerance", ((2**6, 1e-4), (2**10, 2e-2)))  # all scores are about +-root^2
+@pytest.mark.parametrize("backend, case", on_both(SHIFTED, SHIFTED[2:3]), ids=str)
+def test_a_number_added_to_all_scores_changes_nothing(backend, case, root, tolerance, sign):
+    """The rows to float32's accuracy, since the product with the scale is not rounded; the gradients as well as a
+    log-sum-exp of that size, in float32, tells the weights."""
+    q, k, v, cotangent, options = case.inputs()
+    q, k = (jnp.round(2 * x).at[..., 0].set(0.0) / 2 for x in (q, k))  # so that any order of sums is exact
+    expected = value_and_gradients(case, "reference", q, k, v, cotangent, options)
+    far = q.at[..., 0].set(root), k.at[..., 0].set(sign * root)
+    actual = value_and_gradients(case, backend, *far, v, cotangent, options)
+    actual, expected = ([out, d_q[..., 1:], d_k[..., 1:], d_v] for out, d_q, d_k, d_v in (actual, expected))
+    assert_close(actual, expected, tolerance)
+    error = np.linalg.norm(actual[0] - expected[0]) / np.linalg.norm(expected[0])
+    assert error < (3e-6 if backend == "pallas" else tolerance)  # interpret mode rounds the product
+
+
+BROKEN = (Case("full", length=40, batch=1), Case("local", length=40, batch=1, window=7, sinks=2),
+          Case("routed", length=40, batch=1, rate=0.5), Case("mixed", length=40, batch=1, rate=0.3, window=7, sinks=2))
+
+
+@pytest.mark.parametrize("value", (float("nan"), float("inf")))
+@pytest.mark.parametrize("backend, case", on_both(BROKEN, BROKEN[1:2]), ids=str)
+def test_what_is_not_finite_reaches_the_rows_that_see_it_and_no_others(backend, case, value):
+    """The kernels' maximum ignores a NaN: it is the exponent that must pass it on."""
+    q, k, v, _, options = case.inputs()
+    for inputs in ((q.at[0, 30, 1, 3].set(value), k, v), (q, k.at[0, 1, 0, 3].set(value), v)):
+        actual, expected = (np.isfinite(case.call(name, *inputs, options)).all(-1) for name in (backend, "reference"))
+        np.testing.assert_array_equal(actual, expected)
+
+
+TABLE = {
+    "window": Case("local", length=1_100, batch=1, window=300, sinks=20),
+    "long": Case("local", length=1_100, batch=1, window=300, sinks=4),
+    "routed": Case("routed", length=1_300, batch=1, rate=0.3),
+    "whole": Case("mixed", length=1_100, batch=1, rate=0.2, window=200, sinks=4),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float16), ids=("bfloat16", "float16"))
+@pytest.mark.parametrize("width", blocks.WIDTHS)
+@pytest.mark.parametrize("arch, loop", [(arch, loop) for arch in blocks.SHARED_MEMORY for loop in blocks.LOOPS])
+def test_every_row_of_the_table_on_the_device(arch, loop, width, dtype):
+    """At a length that a test can afford, whatever row such a call would take by itself."""
+    if arch == "sm_90" and blocks.capability() < 9:
+        pytest.skip("tiles for Hopper do not fit an Ada card")
+    case = dataclasses.replace(TABLE[loop], width=width)
+    q, k, v, cotangent, options = case.inputs(dtype=dtype)
+    exact = [x.astype(jnp.float32) for x in (q, k, v, cotangent)]
+    call = functools.partial(getattr(pallas, case.operation), table=blocks.table(arch, width, 2, loop), **options)
+
+    @jax.jit
+    def run(q, k, v, cotangent):
+        out, pull = jax.vjp(call, q, k, v)
+        return (out, *pull(cotangent))
+
+    actual = [x.astype(jnp.float32) for x in run(q, k, v, cotangent)]
+    assert_close(actual, value_and_gradients(case, "reference", *exact, options), 1e-2)
