@@ -41,7 +41,7 @@ KERNELS = ("forward", "backward_q", "backward_kv")
 
 
 def candidates(kernel: str, width: int) -> list[Block]:
-    """Every tile with every depth of the load pipeline; one loop in place of three for the forward pass."""
+    """Every tile with every depth of the load pipeline; one loop in place of two for the forward pass."""
     tiles = _TILES[kernel, width]
     found = [Block(*tile, stages) for tile, stages in product(tiles, (2, 3))]
     if kernel == "forward":

@@ -97,18 +97,23 @@ def _kernel(q_ref, k_ref, v_ref, lse_ref, delta_ref, d_out_ref, tables, d_k_ref,
 
 
 def _over_heads(spec, first_head, bounds, visit, carry, part, parts):
-    """Edge tiles of all heads, then interior tiles of all heads, then the other edge: three loops in all, so that the
-    pipeline of loads is filled three times and not three times per head. A part takes its share of each loop."""
+    """Interior tiles of all heads, then the tiles of both edges of all heads: two loops in all, so that the pipeline of
+    loads is filled twice and not twice per head. A part takes its share of each loop."""
     begin, full_begin, full_end, end = bounds
-    for first, last, edge in ((begin, full_begin, True), (full_begin, full_end, False), (full_end, end, True)):
+    interior = full_end - full_begin
+
+    def skip(i):  # the number of an edge tile, counted without the interior
+        return begin + i + jnp.where(begin + i < full_begin, 0, interior)
+
+    for count, tile, edge in ((interior, lambda i: full_begin + i, False), (end - begin - interior, skip, True)):
         # The load pipeline divides before it knows whether there is a first step. A division by zero there is
         # undefined: the compiler then takes it that there is one, and loads from wherever the quotient points.
-        tiles = jnp.maximum(last - first, 1)
+        tiles = jnp.maximum(count, 1)
 
-        def step(i, carry, first=first, tiles=tiles, edge=edge):
-            return visit(first_head + jax.lax.div(i, tiles), first + jax.lax.rem(i, tiles), carry, edge)
+        def step(i, carry, tiles=tiles, tile=tile, edge=edge):
+            return visit(first_head + jax.lax.div(i, tiles), tile(jax.lax.rem(i, tiles)), carry, edge)
 
-        total = (last - first) * spec.group_size
+        total = count * spec.group_size
         carry = jax.lax.fori_loop(total * part // parts, total * (part + 1) // parts, step, carry)
     return carry
 

@@ -65,8 +65,8 @@ class Spec:
 class Block:
     """Tile sizes of one kernel: `rows` x `keys` scores at a time.
 
-    `flat`: one loop, masked throughout (the compiler turns the branch into selects), in place of three loops of which
-    the middle one has no mask: fewer registers and one filling of the load pipeline, against more arithmetic.
+    `flat`: one loop, masked throughout (the compiler turns the branch into selects), in place of two of which the first
+    has no mask: fewer registers and one filling of the load pipeline, against more arithmetic.
     """
 
     rows: int

@@ -93,15 +93,19 @@ def key_bounds(limits: Limits, keys: int):
 
 
 def sweep(bounds, step, carry, *, flat: bool, bounded_below: bool):
-    """carry = step(block, carry, edge) for the blocks of `bounds`, in order; `edge` says whether a mask is due."""
+    """carry = step(block, carry, edge) for the blocks of `bounds`; `edge` says whether a mask is due.
+
+    Blocks without a mask come first, then both edges in one loop: every loop fills the pipeline of loads anew.
+    """
     begin, full_begin, full_end, end = (uniform(bound) for bound in bounds)
     if flat:
         return jax.lax.fori_loop(
             begin, end, lambda i, carry: step(i, carry, (i < full_begin) | (i >= full_end)), carry)
-    if bounded_below:
-        carry = jax.lax.fori_loop(begin, full_begin, lambda i, carry: step(i, carry, True), carry)
     carry = jax.lax.fori_loop(full_begin, full_end, lambda i, carry: step(i, carry, False), carry)
-    return jax.lax.fori_loop(full_end, end, lambda i, carry: step(i, carry, True), carry)
+    if not bounded_below:
+        return jax.lax.fori_loop(full_end, end, lambda i, carry: step(i, carry, True), carry)
+    return jax.lax.fori_loop(begin, end - (full_end - full_begin), lambda i, carry: step(
+        jnp.where(i < full_begin, i, i + (full_end - full_begin)), carry, True), carry)
 
 
 def uniform(number):
