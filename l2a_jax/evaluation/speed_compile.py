@@ -1,7 +1,8 @@
 """Compile every kernel of the block table for a GPU that is not there, and report what it needs.
 
 Needs the `triton` package (its compiler takes the kernels' Triton IR as JAX emits it) and its `ptxas`. XLA compiles
-with its own copy of Triton, so registers may differ by a few; shared memory and spills are the point.
+with its own copy of Triton, whose loops differ (it fuses less, for one), and registers by up to thirty; shared memory
+and spills are the point.
 """
 
 from __future__ import annotations

@@ -2,12 +2,12 @@
 
 The sm_90 rows were chosen by `python eval/speed.py --blocks` on an H100 (`eval/results/blocks.json`), by the least mean
 of time over best time among a row's cases (for "whole" full attention alone; sinks are not swept). The sm_89 rows (RTX
-4090, L40) were chosen without the card, by `python eval/speed.py --compile`: no spilled registers, and well inside its
-shared memory; they have not been timed.
-A "window" call walks over few blocks per tile, a "whole" call (full, mixed) over many; a "long" window (from `LONG` on)
-and a "routed" call take the row of whole calls where they have none of their own. The bounds `LONG` follow from the
-same sweep, with a backward pass: at head width 64 the row of windows is ahead by 10 % at 512 and that of long ones by
-8 % at 1,024; at 128 the former by 2 % at 1,024, neither at 2,048, the latter by 4 % at 4,096.
+4090, L40) were chosen without the card: no spilled registers, neither by `python eval/speed.py --compile` nor by XLA
+0.11.2's own compiler for that target, and well inside its shared memory; they have not been timed.
+A "window" call walks over few blocks per tile, a "whole" call (full, mixed) over many; a kind of loop without a row of
+its own takes that of whole calls. The bounds `LONG` follow from the same sweep, with a backward pass: at head width 64
+the row of windows is ahead by 10 % at 512 and that of long ones by 8 % at 1,024; at 128 the former by 2 % at 1,024,
+neither at 2,048, the latter by 4 % at 4,096.
 """
 
 from __future__ import annotations
@@ -44,17 +44,14 @@ _HALF = {
                                "backward_kv": Block(64, 64, 4, 2), "sinks": _SINKS},
     ("sm_90", 128, "whole"): {"forward": Block(128, 64, 8, 3), "backward_q": Block(128, 64, 8, 3),
                               "backward_kv": Block(64, 64, 4, 2), "sinks": _SINKS},
-    ("sm_89", 64, "window"): {"forward": Block(128, 64, 8, 2), "backward_q": Block(64, 64, 4, 2),
-                              "backward_kv": Block(64, 64, 4, 2), "sinks": _SINKS},
     ("sm_89", 64, "whole"): {"forward": Block(128, 64, 8, 2), "backward_q": Block(64, 64, 4, 2),
                              "backward_kv": Block(32, 64, 4, 2), "sinks": _SINKS},
     ("sm_89", 128, "window"): {"forward": Block(64, 64, 4, 2), "backward_q": Block(64, 32, 4, 2),
                                "backward_kv": Block(32, 64, 4, 2), "sinks": _SINKS},
+    ("sm_89", 128, "long"): {"forward": Block(128, 32, 8, 2), "backward_q": Block(64, 32, 4, 2),
+                             "backward_kv": Block(32, 64, 4, 2), "sinks": _SINKS},
     ("sm_89", 128, "whole"): {"forward": Block(64, 32, 4, 2), "backward_q": Block(64, 32, 4, 2),
                               "backward_kv": Block(32, 64, 4, 2), "sinks": _SINKS},
-    # A whole call's forward pass may be a mixed one's, which needs more registers.
-    ("sm_89", 128, "routed"): {"forward": Block(64, 64, 4, 2), "backward_q": Block(64, 32, 4, 2),
-                               "backward_kv": Block(32, 64, 4, 2), "sinks": _SINKS},
 }
 # float32 is for checking, not for speed: its products are exact, not tf32.
 _SINGLE = {"forward": Block(32, 32, 4, 1), "backward_q": Block(32, 32, 4, 1), "backward_kv": Block(32, 32, 4, 1),
