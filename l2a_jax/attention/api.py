@@ -60,9 +60,9 @@ def why_not(backend: str, call: Call) -> str | None:
 
 
 def _order(call: Call, platform: str) -> tuple[str, ...]:
-    """The device's list, with cuDNN first where it measured faster than our kernels on a Hopper GPU
-    (eval/results/speed.md, speed_windows.md): dense calls, windows at head width 128, and windows of 2,048 keys and
-    more. Elsewhere ours are ahead, or alone."""
+    """The device's list, with cuDNN first where it measured faster than our kernels on a Hopper GPU, forward or with
+    the backward pass (eval/results/speed.md, speed_windows.md): dense calls, windows at head width 128, and windows of
+    2,048 keys and more. Elsewhere ours are ahead, or alone."""
     order = AUTO.get(platform, ("xla", "reference"))
     wide = call.width == 128 or (call.window or 0) >= 2_048
     faster = call.operation == "full" or (call.operation == "local" and wide)

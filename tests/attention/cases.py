@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from l2a_jax import attention
 
@@ -67,6 +68,11 @@ class Case:
     def call(self, backend, q, k, v, options):
         """The face's answer to this case."""
         return getattr(attention, self.operation)(q, k, v, backend=backend, **options)
+
+
+def on_gpu(cases) -> list:
+    """The cases with the kernels as they are compiled, for a parametrised (backend, case)."""
+    return [pytest.param("pallas", case, marks=pytest.mark.gpu, id=f"pallas-{case}") for case in cases]
 
 
 def compiled(case: Case, backend: str, options):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES, Case, compiled, value_and_gradients
+from cases import CASES, Case, compiled, on_gpu, value_and_gradients
 
 from l2a_jax.attention import reference, xla
 from l2a_jax.attention.kernels import split
@@ -69,7 +69,7 @@ def assert_close(actual, expected, tolerance):
 INTERPRETED = [case for i, case in enumerate(CASES) if i not in (0, 3, 5, 6, 16, 18, 20, 21, 22)]
 SUITE = [
     *itertools.product(("xla", "cudnn"), CASES), *itertools.product(("xla_chunked",), CASES[1::4]),
-    *(pytest.param("pallas", case, marks=pytest.mark.gpu, id=f"pallas-{case}") for case in CASES),
+    *on_gpu(CASES),
     *itertools.product(("pallas_interpret",), INTERPRETED),
 ]
 
@@ -104,7 +104,7 @@ PROBES = (
 
 @pytest.mark.parametrize("backend, case", [
     *itertools.product(("xla",), PROBES), *itertools.product(("pallas_interpret",), PROBES[4:]),
-    *(pytest.param("pallas", case, marks=pytest.mark.gpu, id=f"pallas-{case}") for case in PROBES),
+    *on_gpu(PROBES),
 ], ids=str, indirect=("backend",))
 def test_a_changed_token_is_seen_exactly_where_the_mask_allows_it(backend, case):
     """Perturb the key and value of one token: only rows that may see it change, and those all do."""
