@@ -50,6 +50,8 @@ def main() -> None:
                             not (arguments.no_torch or arguments.large))
         return
     if arguments.profile:
+        # Kernels that are launched as one graph do not say where they come from.
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
         from l2a_jax.evaluation import speed_profile, speed_training
 
         speed_profile.main(speed_training.StepCase(arguments.profile))

@@ -1,7 +1,7 @@
 """Speed of attention beside every peer that is installed, in one run: JSON, and a markdown table.
 
-Ours: the Pallas kernels. Peers: cuDNN through JAX, tokamax, PyTorch's SDPA and compiled flex_attention; a routed call,
-which no peer has, stands beside dense attention over the same length.
+Ours: the Pallas kernels. Peers: cuDNN through JAX, tokamax, PyTorch's SDPA and compiled flex_attention; routed and mixed
+calls, which no peer has, stand beside dense attention over the same length.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ def ours(case: SpeedCase, backend: str):
     def call(q, k, v, decisions):
         if case.operation == "routed":
             return attention.routed(q, k, v, decisions, backend=backend)
+        if case.operation == "mixed":
+            return attention.mixed(q, k, v, decisions, window=case.window, backend=backend)
         if case.operation == "local":
             return attention.local(q, k, v, window=case.window, backend=backend)
         return attention.full(q, k, v, backend=backend)
@@ -42,10 +44,11 @@ def ours(case: SpeedCase, backend: str):
 
 
 def jax_peers(case: SpeedCase) -> dict:
-    """name -> f(q, k, v, decisions) for the JAX libraries at hand. Beside a routed call they are dense."""
+    """name -> f(q, k, v, decisions) for the JAX libraries at hand. Beside a routed or mixed call they are dense."""
+    if case.rate is not None:
+        case = SpeedCase("full", case.length, case.width, case.batch)
     window = None if case.window is None else (case.window - 1, 0)
-    dense = SpeedCase("full", case.length, case.width, case.batch) if case.operation == "routed" else case
-    peers = {"cuDNN": ours(dense, "cudnn")}
+    peers = {"cuDNN": ours(case, "cudnn")}
     try:
         import tokamax
     except ImportError:
@@ -165,8 +168,8 @@ def markdown(result: dict) -> str:
         f"{result['date']}, {result['device']}, bfloat16, {versions}. Medians in ms of `{result['command']}`; random "
         f"inputs, several sets in turn. Matrix product 8,192^3 bfloat16: {ceiling:.0f} TFLOP/s, the ceiling of the "
         "last column. Operations are counted for visible pairs only, a backward pass as 2.5 forward passes. Beside "
-        "routed calls the peers compute dense attention; *authors* is the L2A release's kernel as measured before on "
-        "an H100, not in this run.", "",
+        "routed and mixed calls the peers compute dense attention; *authors* is the L2A release's kernel as measured "
+        "before on an H100, not in this run.", "",
         "| case | pass | l2a_jax | peers | ratio to the best peer | authors | must / aim | TFLOP/s | of ceiling |",
         "|---|---|---|---|---|---|---|---|---|",
     ]

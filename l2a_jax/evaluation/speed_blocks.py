@@ -23,10 +23,15 @@ CASES = [
     SpeedCase("local", 32_768, window=1_024), SpeedCase("local", 4_096, batch=8, window=512),
     SpeedCase("local", 16_384, window=4_096), SpeedCase("local", 16_384, window=14_336), SpeedCase("full", 16_384),
     SpeedCase("routed", 32_768, rate=0.2), SpeedCase("routed", 32_768, rate=0.05),
+    SpeedCase("mixed", 32_768, rate=0.2, window=1_024), SpeedCase("mixed", 32_768, rate=0.05, window=256),
+    SpeedCase("mixed", 2_048, batch=4, rate=0.5, window=512),
     SpeedCase("local", 32_768, width=128, window=1_024), SpeedCase("local", 4_096, width=128, batch=8, window=512),
     SpeedCase("local", 16_384, width=128, window=2_048), SpeedCase("local", 16_384, width=128, window=4_096),
     SpeedCase("full", 16_384, width=128),
     SpeedCase("routed", 32_768, width=128, rate=0.2), SpeedCase("routed", 32_768, width=128, rate=0.05),
+    SpeedCase("mixed", 32_768, width=128, rate=0.2, window=1_024),
+    SpeedCase("mixed", 32_768, width=128, rate=0.05, window=256),
+    SpeedCase("mixed", 2_048, width=128, batch=4, rate=0.5, window=512),
 ]
 _TILES = {  # (kernel, head width): (rows, keys, warps)
     ("forward", 64): [(64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8)],
@@ -54,7 +59,7 @@ def candidates(kernel: str, width: int) -> list[Block]:
 def _functions(case: SpeedCase):
     """kernel -> f(block) -> function of the inputs that `_prepare` made."""
     heads, kv_heads = HEADS[case.width]
-    spec = Spec("routed" if case.rate else "all", case.length, heads, kv_heads, case.width, case.window)
+    spec = Spec("all" if case.rate is None else case.operation, case.length, heads, kv_heads, case.width, case.window)
 
     def plan(decisions):
         return make_plan(spec, case.batch, decisions, None)

@@ -32,11 +32,12 @@ class SpeedCase:
     def name(self) -> str:
         """Operation, size, and option, as in the tables."""
         heads = "/".join(map(str, (*HEADS[self.width], self.width)))
-        option = f" W={self.window:,}" if self.window else f" {self.rate:.0%}" if self.rate else ""
-        return f"{self.operation} {self.batch} x {self.length:,}{option}, {heads}"
+        rate = "" if self.rate is None else f" {self.rate:.0%}"
+        window = "" if self.window is None else f" W={self.window:,}"
+        return f"{self.operation} {self.batch} x {self.length:,}{rate}{window}, {heads}"
 
     def inputs(self, count: int) -> list[tuple]:
-        """`count` sets of bfloat16 (q, k, v, cotangent, decisions); decisions are None but for routed calls."""
+        """`count` sets of bfloat16 (q, k, v, cotangent, decisions); decisions are None without a `rate`."""
         heads, kv_heads = HEADS[self.width]
 
         @jax.jit
@@ -57,10 +58,10 @@ class SpeedCase:
 
     def teraflops(self, backward: bool) -> float:
         """10^12 operations: 4 N H for each visible (query, key) pair, and 2.5 times that for a backward pass."""
-        seen = np.arange(1, self.length + 1, dtype=np.float64)
-        if self.window is not None:
-            seen = np.minimum(seen, self.window)
-        pairs = self.batch * seen.sum() * (1.0 if self.rate is None else self.rate)
+        everything = np.arange(1, self.length + 1, dtype=np.float64)
+        near = 0.0 if self.window is None else np.minimum(everything, self.window).sum()
+        far = everything.sum() * (self.rate if self.rate is not None else float(self.window is None))
+        pairs = self.batch * (far + near * (1.0 - (self.rate or 0.0)))
         return 4 * HEADS[self.width][0] * self.width * pairs * (3.5 if backward else 1.0) / 1e12
 
 
@@ -73,6 +74,7 @@ def standard_cases() -> list[SpeedCase]:
         SpeedCase("routed", 32_768, rate=0.2, must=(1.6, 6.0), aim=(1.1, 4.0), authors=(2.32, 7.71)),
         SpeedCase("routed", 32_768, rate=0.05, must=(None, 1.8), aim=(None, 1.2), authors=(1.45, 3.46)),
         SpeedCase("routed", 131_072, rate=0.2, must=(None, 88.0), aim=(None, 60.0), authors=(18.7, 91.9)),
+        SpeedCase("mixed", 32_768, rate=0.2, window=1_024),
         SpeedCase("full", 8_192),
         SpeedCase("full", 32_768),
     ]
@@ -83,6 +85,7 @@ def standard_cases() -> list[SpeedCase]:
         SpeedCase("routed", 32_768, width=128, rate=0.2, authors=(2.65, 10.0)),
         SpeedCase("routed", 32_768, width=128, rate=0.05),
         SpeedCase("routed", 131_072, width=128, rate=0.2, authors=(29.3, 122.0)),
+        SpeedCase("mixed", 32_768, width=128, rate=0.2, window=1_024),
         SpeedCase("full", 32_768, width=128),
     ]
     return cases + wide

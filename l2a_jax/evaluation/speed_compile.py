@@ -43,11 +43,13 @@ def example(loop: str, width: int, arch: str):
         if loop in ("window", "long"):
             window = 512 if loop == "window" else 2_048
             call = lambda q, k, v: pallas.local(q, k, v, window=window, sinks=4, table=rows)  # noqa: E731
-        elif loop == "whole":
+        elif loop == "mixed":
             call = lambda q, k, v: pallas.mixed(  # noqa: E731
                 q, k, v, decisions, window=512, sinks=4, table=rows)
-        else:
+        elif loop == "routed":
             call = lambda q, k, v: pallas.routed(q, k, v, decisions, table=rows)  # noqa: E731
+        else:
+            call = lambda q, k, v: pallas.full(q, k, v, table=rows)  # noqa: E731
         out, pull = jax.vjp(call, q, k, v)
         return out, pull(cotangent)
 

@@ -39,8 +39,7 @@ def backward_q(spec: Spec, block: Block, q, k, v, plan: Plan, out, lse, d_out, *
         return (*outputs, None, None)
     d_q, delta, row_q, row_d_out, *parts = outputs
     if room > 1:
-        d_q, delta = split.join(
-            spec, block, plan, d_q, delta, *parts, None, weighted=False, interpret=interpret)
+        d_q, delta = split.join(spec, block, plan, d_q, delta, *parts, interpret=interpret)
     return d_q, delta, row_q, row_d_out
 
 

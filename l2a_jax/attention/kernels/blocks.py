@@ -4,10 +4,10 @@ The sm_90 rows were chosen by `python eval/speed.py --blocks` on an H100 (`eval/
 of time over best time among a row's cases (for "whole" full attention alone; sinks are not swept). The sm_89 rows (RTX
 4090, L40) were chosen without the card: no spilled registers, neither by `python eval/speed.py --compile` nor by XLA
 0.11.2's own compiler for that target, and well inside its shared memory; they have not been timed.
-A "window" call walks over few blocks per tile, a "whole" call (full, mixed) over many; a kind of loop without a row of
-its own takes that of whole calls. The bounds `LONG` follow from the same sweep, with a backward pass: at head width 64
-the row of windows is ahead by 10 % at 512 and that of long ones by 8 % at 1,024; at 128 the former by 2 % at 1,024,
-neither at 2,048, the latter by 4 % at 4,096.
+A "window" call walks over few blocks per tile, a "whole" (full) one over many, a "mixed" one does both; a kind of loop
+without a row of its own takes that of whole calls. The bounds `LONG` follow from the same sweep, with a backward pass:
+at head width 64 the row of windows is ahead by 9 % at 512 and that of long ones by 2 % at 1,024; at 128 the former by
+5 % at 1,024, the latter by 2 % at 2,048 and by 4 % at 4,096.
 """
 
 from __future__ import annotations
@@ -23,17 +23,19 @@ from l2a_jax.attention.kernels.plan import Block, Spec
 WIDTHS = (16, 32, 64, 128)  # head widths that the kernels take
 SHARED_MEMORY = {"sm_89": 101_376, "sm_90": 232_448}  # bytes that one program may have (opt-in limits)
 LONG = {64: 1_024, 128: 2_048}  # windows, by head width
-LOOPS = ("window", "long", "routed", "whole")
+LOOPS = ("window", "long", "routed", "mixed", "whole")
 KERNELS = ("forward", "backward_q", "backward_kv", "sinks")
 
 _SINKS = Block(64, 0, 4, 1)
 _HALF = {
-    ("sm_90", 64, "window"): {"forward": Block(64, 64, 4, 3, flat=True), "backward_q": Block(64, 64, 4, 3),
+    ("sm_90", 64, "window"): {"forward": Block(64, 64, 4, 3, flat=True), "backward_q": Block(64, 64, 4, 2),
                               "backward_kv": Block(64, 64, 4, 2), "sinks": _SINKS},
-    ("sm_90", 64, "long"): {"forward": Block(128, 64, 4, 3), "backward_q": Block(128, 64, 4, 3),
+    ("sm_90", 64, "long"): {"forward": Block(64, 64, 4, 3), "backward_q": Block(128, 64, 4, 3),
                             "backward_kv": Block(64, 64, 4, 3), "sinks": _SINKS},
     ("sm_90", 64, "routed"): {"forward": Block(64, 128, 4, 2), "backward_q": Block(64, 128, 4, 3),
                               "backward_kv": Block(64, 64, 4, 3), "sinks": _SINKS},
+    ("sm_90", 64, "mixed"): {"forward": Block(64, 128, 4, 2), "backward_q": Block(64, 64, 4, 3),
+                             "backward_kv": Block(64, 64, 4, 2), "sinks": _SINKS},
     ("sm_90", 64, "whole"): {"forward": Block(128, 64, 8, 3), "backward_q": Block(128, 64, 4, 3),
                              "backward_kv": Block(64, 64, 4, 3), "sinks": _SINKS},
     ("sm_90", 128, "window"): {"forward": Block(64, 64, 4, 3, flat=True), "backward_q": Block(64, 32, 4, 2),
@@ -42,7 +44,9 @@ _HALF = {
                              "backward_kv": Block(64, 64, 4, 2), "sinks": _SINKS},
     ("sm_90", 128, "routed"): {"forward": Block(128, 128, 8, 3), "backward_q": Block(128, 64, 8, 3),
                                "backward_kv": Block(64, 64, 4, 2), "sinks": _SINKS},
-    ("sm_90", 128, "whole"): {"forward": Block(128, 64, 8, 3), "backward_q": Block(128, 64, 8, 3),
+    ("sm_90", 128, "mixed"): {"forward": Block(64, 64, 4, 3), "backward_q": Block(128, 64, 8, 3),
+                              "backward_kv": Block(64, 64, 4, 2), "sinks": _SINKS},
+    ("sm_90", 128, "whole"): {"forward": Block(128, 128, 8, 3, flat=True), "backward_q": Block(128, 64, 8, 3),
                               "backward_kv": Block(64, 64, 4, 2), "sinks": _SINKS},
     ("sm_89", 64, "whole"): {"forward": Block(128, 64, 8, 2), "backward_q": Block(64, 64, 4, 2),
                              "backward_kv": Block(32, 64, 4, 2), "sinks": _SINKS},
@@ -70,9 +74,9 @@ def table(arch: str, width: int, itemsize: int, loop: str) -> dict[str, Block]:
 
 def loop_of(spec: Spec) -> str:
     """Which kind of loop a call runs."""
-    if spec.kind == "routed":
-        return "routed"
-    if spec.kind == "mixed" or spec.window is None:
+    if spec.kind != "all":
+        return spec.kind
+    if spec.window is None:
         return "whole"
     return "window" if spec.window < LONG[64 if spec.width <= 64 else 128] else "long"
 

@@ -48,13 +48,12 @@ def decode(q, k, v, k_cache, v_cache, layer: int, reads, *, sinks: int, write: b
     reads = tuple(field.astype(jnp.int32) for field in reads)
     part_shape = (batch, kv_heads, places, padded)
     options = {"layer": layer, "sinks": sinks, "group": heads // kv_heads, "places": places, "block": block}
-    parts, lse, *caches = pl.pallas_call(
+    parts, tops, totals, *caches = pl.pallas_call(
         functools.partial(_kernel, write=write, **options),
-        out_shape=[jax.ShapeDtypeStruct((*part_shape, width), jnp.float32),
-                   jax.ShapeDtypeStruct(part_shape, jnp.float32)]
+        out_shape=[jax.ShapeDtypeStruct((*part_shape, *size), jnp.float32) for size in ((width,), (), ())]
         + [jax.ShapeDtypeStruct(store.shape, store.dtype) for store in (k_cache, v_cache) if write],
         grid=(places, kv_heads, batch),
-        input_output_aliases={3: 2, 4: 3} if write else {},
+        input_output_aliases={3: 3, 4: 4} if write else {},
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=3),
         interpret=interpret,
         name="l2a_decode",
@@ -66,12 +65,12 @@ def decode(q, k, v, k_cache, v_cache, layer: int, reads, *, sinks: int, write: b
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="l2a_decode_join",
-    )(parts, lse, *reads)
+    )(parts, tops, totals, *reads)
     return rows, *(caches or (k_cache, v_cache))
 
 
-def _kernel(q_ref, k_ref, v_ref, k_cache, v_cache, begin_ref, end_ref, slot_ref, seen_ref, part_ref, lse_ref, *stores,
-            layer, sinks, group, places, block, write):
+def _kernel(q_ref, k_ref, v_ref, k_cache, v_cache, begin_ref, end_ref, slot_ref, seen_ref, part_ref, top_ref,
+            total_ref, *stores, layer, sinks, group, places, block, write):
     part, kv_head, batch = (pl.program_id(i) for i in range(3))
     begin, end, slot = (ref[batch] for ref in (begin_ref, end_ref, slot_ref))
     each, parts = share(begin, end, places, block)
@@ -86,7 +85,7 @@ def _kernel(q_ref, k_ref, v_ref, k_cache, v_cache, begin_ref, end_ref, slot_ref,
     @pl.when((part < parts) & (seen_ref[batch] != 0))
     def _():
         width = q_ref.shape[2]
-        padded = lse_ref.shape[3]
+        padded = top_ref.shape[3]
         lane = jnp.arange(padded)
         scale = width**-0.5 * t.LOG2_E
         query = plt.load(q_ref.at[batch, pl.ds(kv_head * group, padded), :], mask=(lane < group)[:, None], other=0.0)
@@ -120,21 +119,23 @@ def _kernel(q_ref, k_ref, v_ref, k_cache, v_cache, begin_ref, end_ref, slot_ref,
         high = jnp.minimum(low + each, end)
         blocks = jnp.maximum(high - low + block - 1, 0) // block
         top, total, out = jax.lax.fori_loop(0, blocks, lambda i, c: visit(low + i * block, block, high, c), carry)
-        some = total > 0
-        total = jnp.where(some, total, 1.0)
-        part_ref[batch, kv_head, part, :, :] = out / total[:, None]
-        lse_ref[batch, kv_head, part, :] = jnp.where(some, top + jnp.log2(total), t.FLOOR)
+        part_ref[batch, kv_head, part, :, :] = out
+        top_ref[batch, kv_head, part, :] = top
+        total_ref[batch, kv_head, part, :] = total
 
 
-def _join(part_ref, lse_ref, begin_ref, end_ref, slot_ref, seen_ref, out_ref, *, group, places, block):
-    """Parts of one query head joined by their log-sum-exps; all of them are loaded at once."""
+def _join(part_ref, top_ref, total_ref, begin_ref, end_ref, slot_ref, seen_ref, out_ref, *, group, places, block):
+    """Parts of one query head, joined by their maxima and sums (see `split.join`); all of them are loaded at once."""
     head, batch = pl.program_id(0), pl.program_id(1)
     kv_head, member = jax.lax.div(head, group), jax.lax.rem(head, group)
     _, parts = share(begin_ref[batch], end_ref[batch], places, block)
-    real = (jnp.arange(places) < parts) & (seen_ref[batch] != 0)
-    lse = plt.load(lse_ref.at[batch, kv_head, pl.ds(0, places), member], mask=real, other=t.FLOOR)
-    values = plt.load(part_ref.at[batch, kv_head, pl.ds(0, places), member, :], mask=real[:, None], other=0.0)
-    weights = jnp.where(real, jnp.exp2(lse - jnp.max(lse)), 0.0)
-    total = jnp.sum(weights)
-    rows = jnp.sum(values * weights[:, None], axis=0) / jnp.where(total > 0, total, 1.0)
+    seen = seen_ref[batch] != 0
+    real = (jnp.arange(places) < parts) & seen
+    part = pl.ds(0, places)
+    tops = plt.load(top_ref.at[batch, kv_head, part, member], mask=real, other=t.FLOOR)
+    totals = plt.load(total_ref.at[batch, kv_head, part, member], mask=real, other=0.0)
+    values = plt.load(part_ref.at[batch, kv_head, part, member, :], mask=real[:, None], other=0.0)
+    weights = jnp.where(real, jnp.exp2(tops - jnp.max(tops)), 0.0)
+    total = jnp.sum(totals * weights)
+    rows = jnp.sum(values * weights[:, None], axis=0) / jnp.where(seen, total, 1.0)
     out_ref[batch, head, :] = rows.astype(out_ref.dtype)

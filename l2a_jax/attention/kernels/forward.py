@@ -35,7 +35,7 @@ def forward(spec: Spec, block: Block, q, k, v, plan: Plan, *, interpret: bool):
         name="l2a_attention_forward",
     )(blank, q, k, v, plan.for_rows)
     if room > 1:
-        out, lse = split.join(spec, block, plan, out, lse, *parts, weighted=True, interpret=interpret)
+        out, lse = split.join(spec, block, plan, out, lse, *parts, interpret=interpret)
     return out, lse
 
 
@@ -106,14 +106,13 @@ def _tile(q_ref, k_ref, v_ref, plan, out_ref, lse_ref, *part_refs, spec, block, 
         bounds = split.part_bounds(bounds, *share[1:])
     top, total, out = t.sweep(bounds, step, carry, flat=block.flat, bounded_below=spec.bounded_below)
 
-    alive = limits.high >= 0
-    total = jnp.where(alive & (total > 0), total, 1.0)  # a part of a shared tile may have no keys at all
-    out = jnp.where(alive[:, None], out / total[:, None], 0.0)
-    lse = jnp.where(alive, top + jnp.log2(total), t.DEAD)
-
     def store_whole():
+        alive = limits.high >= 0
+        safe = jnp.where(alive, total, 1.0)
+        rows = jnp.where(alive[:, None], out / safe[:, None], 0.0)
+        lse = jnp.where(alive, top + jnp.log2(safe), t.DEAD)
         view = out_ref.at[batch, here, head, :] if plan.index is None else t.gathered(out_ref, batch, tokens, head)
-        plt.store(view, out.astype(out_ref.dtype), mask=exist[:, None])
+        plt.store(view, rows.astype(out_ref.dtype), mask=exist[:, None])
         plt.store(lse_ref.at[batch, head, here], lse, mask=start + jnp.arange(block.rows) < spec.rows)
 
     if share is None:
@@ -126,4 +125,5 @@ def _tile(q_ref, k_ref, v_ref, plan, out_ref, lse_ref, *part_refs, spec, block, 
     def _():
         place = pl.ds(number * block.rows, block.rows)
         part_refs[0][batch, head, place, :] = out
-        part_refs[1][batch, head, place] = lse
+        for ref, value in zip(part_refs[1:], (top, total), strict=True):
+            ref[batch, head, place] = value

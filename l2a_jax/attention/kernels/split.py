@@ -27,9 +27,10 @@ def places(spec: Spec, block: Block, batch: int) -> int:
 
 
 def part_shapes(spec: Spec, block: Block, batch: int) -> list[jax.ShapeDtypeStruct]:
-    """Room for the shares: values [B, N, places * rows, H] and log-sum-exps [B, N, places * rows]."""
+    """Room for the shares: values [B, N, places * rows, H], and of forward ones the maxima and the sums of weights
+    [B, N, places * rows]."""
     shape = (batch, spec.heads, places(spec, block, batch) * block.rows)
-    return [jax.ShapeDtypeStruct((*shape, spec.width), jnp.float32), jax.ShapeDtypeStruct(shape, jnp.float32)]
+    return [jax.ShapeDtypeStruct((*shape, *width), jnp.float32) for width in ((spec.width,), (), ())]
 
 
 def assignment(number, count, size: int, room: int):
@@ -49,24 +50,27 @@ def part_bounds(bounds, part, parts):
     return tuple(jnp.clip(bound, low, high) for bound in bounds)
 
 
-def join(spec: Spec, block: Block, plan: Plan, whole, lse, part_values, part_lse, *, weighted: bool, interpret: bool):
-    """(whole, lse) completed by the tiles that were shared. `weighted`: parts are outputs, joined by their
-    log-sum-exps; else they are gradients, which add up (and lse stays as it is)."""
+def join(spec: Spec, block: Block, plan: Plan, whole, lse, values, tops=None, totals=None, *, interpret: bool):
+    """(whole, lse) completed by the tiles that were shared. Without `tops` the values are gradients, which add up (and
+    lse stays as it is); else they are weighted sums of values, `totals` of weights, both relative to the maxima `tops`.
+
+    Not outputs and log-sum-exps: of scores near 2^20 a log-sum-exp in float32 tells the weights to 6 % only.
+    """
     batch = whole.shape[0]
     room = places(spec, block, batch)
     return pl.pallas_call(
-        functools.partial(_kernel, spec=spec, block=block, room=room, weighted=weighted),
+        functools.partial(_kernel, spec=spec, block=block, room=room),
         out_shape=(jax.ShapeDtypeStruct(whole.shape, whole.dtype), jax.ShapeDtypeStruct(lse.shape, lse.dtype)),
         grid=(spec.heads, max(room // 2, 1), batch),
         input_output_aliases={0: 0, 1: 1},
         compiler_params=plt.CompilerParams(num_warps=8, num_stages=1),
         interpret=interpret,
         name="l2a_attention_join",
-    )(whole, lse, part_values, part_lse, plan.index, plan.count)
+    )(whole, lse, values, tops, totals, plan.index, plan.count)
 
 
-def _kernel(whole_in, lse_in, values_ref, part_lse_ref, index, counts, whole_ref, lse_ref, *, spec, block, room,
-            weighted):
+def _kernel(whole_in, lse_in, values_ref, tops_ref, totals_ref, index, counts, whole_ref, lse_ref, *, spec, block,
+            room):
     del whole_in, lse_in
     head, batch = pl.program_id(0), pl.program_id(2)
     count = counts[batch]
@@ -78,12 +82,13 @@ def _kernel(whole_in, lse_in, values_ref, part_lse_ref, index, counts, whole_ref
         top, total, out = carry
         place = pl.ds((part * tiles + tiles - 1 - tile) * block.rows, block.rows)
         values = values_ref[batch, head, place, :]
-        if not weighted:
+        if tops_ref is None:
             return top, total, out + values
-        lse = part_lse_ref[batch, head, place]
-        new_top = jnp.maximum(top, lse)
-        shrink, weight = jnp.exp2(top - new_top), jnp.exp2(lse - new_top)
-        return new_top, total * shrink + weight, out * shrink[:, None] + values * weight[:, None]
+        part_top = tops_ref[batch, head, place]
+        new_top = jnp.maximum(top, part_top)
+        shrink, weight = jnp.exp2(top - new_top), jnp.exp2(part_top - new_top)
+        total = total * shrink + totals_ref[batch, head, place] * weight
+        return new_top, total, out * shrink[:, None] + values * weight[:, None]
 
     @pl.when(is_work & (first == 0) & (parts > 1))
     def _():
@@ -91,7 +96,7 @@ def _kernel(whole_in, lse_in, values_ref, part_lse_ref, index, counts, whole_ref
         zeros = jnp.zeros((block.rows,), jnp.float32)
         carry = (zeros + t.FLOOR, zeros, jnp.zeros((block.rows, spec.width), jnp.float32))
         top, total, out = jax.lax.fori_loop(0, parts, one, carry)
-        if weighted:
+        if tops_ref is not None:
             total = jnp.where(exist, total, 1.0)
             out = out / total[:, None]
             here = pl.ds(start, block.rows)
