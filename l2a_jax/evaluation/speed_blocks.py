@@ -1,4 +1,4 @@
-"""Time every candidate block size of every kernel; `kernels/blocks.py` holds what won."""
+"""Time every candidate block size of every kernel, and choose; `kernels/blocks.py` holds what won."""
 
 from __future__ import annotations
 
@@ -56,10 +56,35 @@ def candidates(kernel: str, width: int) -> list[Block]:
     return found
 
 
+def spec_of(case: SpeedCase) -> Spec:
+    """What the kernels are told of a case."""
+    kind = "all" if case.rate is None else case.operation
+    return Spec(kind, case.length, *HEADS[case.width], case.width, case.window)
+
+
+def choose(results: list[dict]) -> dict[tuple[int, str], dict[str, str]]:
+    """(head width, kind of loop) -> kernel -> the block of least mean of time over best time among that row's cases.
+
+    `results`: entries of `sweep`. A block that failed in one of the cases is not taken.
+    """
+    rows = {}
+    for case in CASES:
+        rows.setdefault((case.width, loop_of(spec_of(case))), []).append(case.name)
+    chosen = {}
+    for row, cases in rows.items():
+        for kernel in KERNELS:
+            times = [{entry["block"]: entry["ms"] for entry in results
+                      if (entry["case"], entry["kernel"]) == (case, kernel) and "ms" in entry} for case in cases]
+            costs = {block: sum(ms[block] / min(ms.values()) for ms in times)
+                     for block in set.intersection(*map(set, times))}
+            if costs:
+                chosen.setdefault(row, {})[kernel] = min(costs, key=costs.get)
+    return chosen
+
+
 def _functions(case: SpeedCase):
     """kernel -> f(block) -> function of the inputs that `_prepare` made."""
-    heads, kv_heads = HEADS[case.width]
-    spec = Spec("all" if case.rate is None else case.operation, case.length, heads, kv_heads, case.width, case.window)
+    spec = spec_of(case)
 
     def plan(decisions):
         return make_plan(spec, case.batch, decisions, None)
@@ -105,7 +130,7 @@ def sweep(case: SpeedCase, kernels=KERNELS, workers: int = 12) -> list[dict]:
 
 
 def main(out: Path | None, only: str) -> None:
-    """Sweep the cases, print the best of each kernel, write everything to `out`."""
+    """Sweep the cases, print the best of each kernel and what was chosen, write everything to `out`."""
     everything = []
     for case in CASES:
         if not re.search(only, case.name):
@@ -115,6 +140,8 @@ def main(out: Path | None, only: str) -> None:
         for kernel in KERNELS:
             for entry in [entry for entry in results if entry["kernel"] == kernel][:6]:
                 print(f"{case.name:40s} {kernel:12s} {entry.get('ms', -1):8.3f} ms {entry['block'][5:]}", flush=True)
+    for row, kernels in choose(everything).items():
+        print(*row, kernels, flush=True)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "blocks.json").write_text(json.dumps(everything, indent=0) + "\n")

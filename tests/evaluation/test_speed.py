@@ -1,8 +1,14 @@
-"""What the speed tables are made of, without a clock: medians over rounds, and peers that fail in some of them."""
+"""What the speed tables are made of, without a clock: medians over rounds, peers that fail, and the choice of blocks."""
 
 from __future__ import annotations
 
-from l2a_jax.evaluation import speed
+import json
+from pathlib import Path
+
+import pytest
+
+from l2a_jax.attention.kernels import blocks
+from l2a_jax.evaluation import speed, speed_blocks
 from l2a_jax.evaluation.speed_cases import SpeedCase
 
 
@@ -26,3 +32,29 @@ def test_cases_are_timed_in_turn_and_a_failing_peer_costs_only_its_own_figures(m
     assert order == [case.name for case in cases] * 3
     assert windowed["ms"] == {"l2a_jax": [2.0, 20.0]} and windowed["failed"] == {"cuDNN": "no plan"}
     assert full["ms"] == {"l2a_jax": [2.0, 20.0], "cuDNN": [2.0, 3.0]} and full["failed"] == {}
+
+
+def test_operations_are_counted_for_visible_pairs():
+    cases = {SpeedCase("full", 6): 21, SpeedCase("local", 6, window=2, batch=3): 3 * 11,
+             SpeedCase("routed", 6, rate=0.5): 10.5, SpeedCase("mixed", 6, rate=0.5, window=2): 10.5 + 5.5}
+    for case, pairs in cases.items():
+        assert case.teraflops(False) == pytest.approx(4 * 14 * 64 * pairs / 1e12)
+        assert case.teraflops(True) == pytest.approx(3.5 * case.teraflops(False))
+
+
+def test_the_block_that_loses_least_over_all_cases_of_a_row_is_chosen(monkeypatch):
+    cases = [SpeedCase("local", 64, window=8), SpeedCase("local", 64, window=9), SpeedCase("full", 64)]
+    monkeypatch.setattr(speed_blocks, "CASES", cases)
+    times = {cases[0].name: {"a": 1.0, "b": 1.2, "c": 3.0, "d": None}, cases[1].name: {"a": 30.0, "b": 12.0, "d": 10.0},
+             cases[2].name: {"a": 2.0, "b": 2.5}}
+    results = [{"case": case, "kernel": "forward", "block": block, **({"failed": "no"} if ms is None else {"ms": ms})}
+               for case, found in times.items() for block, ms in found.items()]
+    assert speed_blocks.choose(results) == {(64, "window"): {"forward": "b"}, (64, "whole"): {"forward": "a"}}
+
+
+def test_the_table_holds_what_the_sweep_chose():
+    path = Path(__file__).resolve().parents[2] / "eval" / "results" / "blocks.json"
+    chosen = speed_blocks.choose(json.loads(path.read_text()))
+    table = {(width, loop): {kernel: str(block) for kernel, block in blocks.table("sm_90", width, 2, loop).items()
+                             if kernel in speed_blocks.KERNELS} for width in (64, 128) for loop in blocks.LOOPS}
+    assert chosen == table
