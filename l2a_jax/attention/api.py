@@ -60,11 +60,11 @@ def why_not(backend: str, call: Call) -> str | None:
 
 
 def _order(call: Call, platform: str) -> tuple[str, ...]:
-    """The device's list, with cuDNN first where it measured faster than our kernels on a Hopper GPU, forward or with
-    the backward pass (eval/results/speed.md, speed_windows.md): dense calls, windows at head width 128, and windows of
-    2,048 keys and more. Elsewhere ours are ahead, or alone."""
+    """The device's list, with cuDNN first where it measured faster than our kernels on a Hopper GPU with the backward
+    pass (eval/results/speed.md, speed_windows.md): dense calls, and windows of 2,048 keys and more, at head width 128
+    of 1,024. Elsewhere ours are ahead, or alone."""
     order = AUTO.get(platform, ("xla", "reference"))
-    wide = call.width == 128 or (call.window or 0) >= 2_048
+    wide = (call.window or 0) >= (1_024 if call.width == 128 else 2_048)
     faster = call.operation == "full" or (call.operation == "local" and wide)
     if platform == "gpu" and faster and blocks.capability(absent=0.0) >= 9:
         return ("cudnn", *(name for name in order if name != "cudnn"))

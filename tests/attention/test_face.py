@@ -54,7 +54,7 @@ def test_auto_says_what_it_picked_and_why(caplog):
 
 @pytest.mark.parametrize("operation, width, window, first", [
     ("full", 64, None, "cudnn"), ("local", 64, 2_047, "pallas"), ("local", 64, 2_048, "cudnn"),
-    ("local", 128, 512, "cudnn"), ("routed", 64, None, "pallas"),
+    ("local", 128, 1_023, "pallas"), ("local", 128, 1_024, "cudnn"), ("routed", 64, None, "pallas"),
 ])
 def test_hopper_takes_what_measured_faster(monkeypatch, operation, width, window, first):
     call = api.Call(operation, 1, 16_384, 14, 2, width, "bfloat16", window)
