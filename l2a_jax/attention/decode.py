@@ -20,7 +20,7 @@ from l2a_jax.attention.pallas import shape_why_not
 from l2a_jax.attention.pallas import why_not as pallas_why_not
 
 CHUNK = 256  # slots that the XLA version visits at a time
-_FLOOR = -1e30  # finite, so that a row without keys stays free of NaN
+_FLOOR = -1e30  # where a maximum starts: finite, so that hidden scores, -inf, leave no NaN before any visible one
 
 
 class KV(NamedTuple):
@@ -122,7 +122,8 @@ def _reference(q, k, v, cache, layer, reads, sinks):
     highest = jax.lax.Precision.HIGHEST
     scores = jnp.einsum("bkgh,bskh->bkgs", grouped, keys, precision=highest) * q.shape[2] ** -0.5
     mask = mask[:, None, None]
-    weights = jnp.where(mask, jax.nn.softmax(jnp.where(mask, scores, _FLOOR), axis=-1), 0.0)
+    hidden = jnp.where(mask.any(axis=-1, keepdims=True), -jnp.inf, 0.0)  # a row that is not seen stays free of NaN
+    weights = jnp.where(mask, jax.nn.softmax(jnp.where(mask, scores, hidden), axis=-1), 0.0)
     return jnp.einsum("bkgs,bskh->bkgh", weights, values, precision=highest).reshape(q.shape).astype(q.dtype)
 
 
@@ -146,9 +147,9 @@ def _xla(q, k, v, cache, layer, reads, sinks):
                             [0, 0] for store in cache)
             index = start + jnp.arange(length)
             visible = (low <= index) & (index < high) & (index != mine.slot)
-            scores = jnp.where(visible, dot("kgh,skh->kgs", query, keys) * scale, _FLOOR)
+            scores = jnp.where(visible, dot("kgh,skh->kgs", query, keys) * scale, -jnp.inf)
             new_top = jnp.maximum(top, scores.max(-1))
-            weights = jnp.where(visible, jnp.exp(scores - new_top[..., None]), 0.0)
+            weights = jnp.exp(scores - new_top[..., None])
             shrink = jnp.exp(top - new_top)
             out = out * shrink[..., None] + dot("kgs,skh->kgh", weights.astype(values.dtype), values)
             return new_top, total * shrink + weights.sum(-1), out
@@ -158,7 +159,9 @@ def _xla(q, k, v, cache, layer, reads, sinks):
             return visit(low, size, low, jnp.minimum(low + size, mine.end), carry)
 
         itself = dot("kgh,kh->kg", query, key.astype(query.dtype)) * scale
-        carry = (itself, jnp.ones(itself.shape), jnp.broadcast_to(value[:, None].astype(jnp.float32), query.shape))
+        top = jnp.maximum(itself, _FLOOR)
+        weight = jnp.exp(itself - top)
+        carry = (top, weight, weight[..., None] * value[:, None].astype(jnp.float32))
         count = jnp.where(mine.seen, (mine.end - mine.begin + size - 1) // size, 0)
         carry = jax.lax.fori_loop(0, count, step, carry)
         if sinks:

@@ -56,9 +56,9 @@ def masked_attention(
     highest = jax.lax.Precision.HIGHEST
     scores = jnp.einsum("btkgh,bskh->bkgts", q32, k.astype(jnp.float32), precision=highest) * width**-0.5
     mask = mask[:, None, None]
-    # A finite floor keeps rows without keys (and their gradients) free of NaN; their output is set to 0 below.
-    weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1)
-    weights = jnp.where(mask, weights, 0.0)
+    # A row without keys (and its gradients) stays free of NaN; its weights are set to 0 below.
+    hidden = jnp.where(mask.any(axis=-1, keepdims=True), -jnp.inf, 0.0)
+    weights = jnp.where(mask, jax.nn.softmax(jnp.where(mask, scores, hidden), axis=-1), 0.0)
     out = jnp.einsum("bkgts,bskh->btkgh", weights, v.astype(jnp.float32), precision=highest)
     return out.reshape(q.shape).astype(q.dtype)
 

@@ -18,7 +18,7 @@ from l2a_jax.attention.rows import Order, Rows, compact, partition, take, token_
 
 PLAIN_LENGTH = 512  # up to here one T x T block is cheaper than a loop
 CHUNK = 256
-_FLOOR = -1e30  # finite, so that a row without keys stays free of NaN
+_FLOOR = -1e30  # where a maximum starts: finite, so that hidden scores, -inf, leave no NaN before any visible one
 
 
 def why_not(call) -> str | None:
@@ -64,8 +64,9 @@ def _plain(q, k, v, rows: Rows):
     batch, length, _, width = q.shape
     mask = rows.visible(jnp.arange(length))[:, None, None]
     grouped = q.reshape(batch, length, k.shape[2], -1, width)
-    scores = jnp.where(mask, _dot("brkgh,bskh->bkgrs", grouped, k) * width**-0.5, _FLOOR)
     alive = (rows.high >= 0)[:, None, None, :, None]
+    hidden = jnp.where(alive, -jnp.inf, 0.0)  # a row without keys stays free of NaN
+    scores = jnp.where(mask, _dot("brkgh,bskh->bkgrs", grouped, k) * width**-0.5, hidden)
     weights = jnp.where(alive, jax.nn.softmax(scores, axis=-1), 0.0).astype(v.dtype)
     return _dot("bkgrs,bskh->brkgh", weights, v).reshape(q.shape).astype(q.dtype)
 
@@ -87,7 +88,7 @@ def _flash_forward(q, k, v, rows, order):
             block = needed[i]
             scores = blocks.scores(query, keys[block], limits, block)
             new_top = jnp.maximum(top, scores.max(-1))
-            weights = jnp.where(scores > _FLOOR, jnp.exp(scores - new_top[..., None]), 0.0)
+            weights = jnp.exp(scores - new_top[..., None])
             shrink = jnp.exp(top - new_top)
             value = values[block]
             out = out * shrink[..., None] + _dot("bkgrs,bskh->bkgrh", weights.astype(value.dtype), value)
@@ -96,9 +97,8 @@ def _flash_forward(q, k, v, rows, order):
         shape = query.shape[:1] + query.shape[2:4] + (CHUNK,)
         start = (jnp.full(shape, _FLOOR), jnp.zeros(shape), jnp.zeros((*shape, query.shape[-1])))
         top, total, out = jax.lax.fori_loop(0, count, visit, start)
-        safe = jnp.where(total > 0, total, 1.0)
-        out = jnp.where(total[..., None] > 0, out / safe[..., None], 0.0)
-        return out.transpose(0, 3, 1, 2, 4).astype(q.dtype), top + jnp.log(safe)
+        total = jnp.where((limits.high >= 0)[:, None, None], total, 1.0)
+        return (out / total[..., None]).transpose(0, 3, 1, 2, 4).astype(q.dtype), top + jnp.log(total)
 
     out, lse = jax.lax.map(chunk, (blocks.split_rows(q), *blocks.limits_and_table))
     return blocks.join_rows(out), (q, k, v, rows, order, out, lse)
@@ -118,7 +118,7 @@ def _flash_backward(saved, d_out):
             d_query, d_keys, d_values = carry
             block = needed[i]
             scores = blocks.scores(query, keys[block], limits, block)
-            weights = jnp.where(scores > _FLOOR, jnp.exp(scores - lse[..., None]), 0.0)
+            weights = jnp.exp(scores - lse[..., None])
             d_weights = _dot("brkgh,bskh->bkgrs", d_out, values[block])
             d_scores = (weights * (d_weights - delta[..., None]) * blocks.scale).astype(q.dtype)
             d_values = d_values.at[block].add(_dot("bkgrs,brkgh->bskh", weights.astype(q.dtype), d_out))
@@ -187,6 +187,6 @@ class _Blocks:
         return jnp.where(mine[:, :, None, None], take(x, rank), 0)
 
     def scores(self, query, key, limits, block):
-        """Scaled scores [B, K, G, C, C] of a chunk against one block of keys; invisible ones at the floor."""
+        """Scaled scores [B, K, G, C, C] of a chunk against one block of keys; invisible ones are -inf."""
         mask = limits.visible(block * CHUNK + jnp.arange(CHUNK))[:, None, None]
-        return jnp.where(mask, _dot("brkgh,bskh->bkgrs", query, key) * self.scale, _FLOOR)
+        return jnp.where(mask, _dot("brkgh,bskh->bkgrs", query, key) * self.scale, -jnp.inf)

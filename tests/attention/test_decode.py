@@ -70,6 +70,24 @@ def test_a_second_look_writes_nothing(backend):
         np.testing.assert_array_equal(store, before)
 
 
+@pytest.mark.parametrize("backend", ["xla", "pallas_interpret", ON_GPU])
+@pytest.mark.parametrize("value", (float("nan"), float("inf")))
+def test_what_is_not_finite_reaches_the_rows_that_see_it_and_no_others(backend, value, many_parts):
+    q, k, v, cache = make(4, 2, 16)
+    q, k, v = (jnp.concatenate([x[:2]] * 2 + [x[:1]]) for x in (q, k, v))
+    q = q.at[:, 1, 3].set(-1.0)  # the score of an infinite key: weight 0
+    keys = cache.k.at[1, 0, 300, 0, 3].set(value)  # everything is seen, and a part is shared
+    keys = keys.at[1, 1, 300, 0, 3].set(value)  # outside the window
+    keys = keys.at[1, 3, :, 0, 3].set(value)  # every score but the token's own
+    k = k.at[2, 0, 3].set(value)  # the token itself, alone
+    options = {"layer": 1, "sinks": 4}
+    expected, actual = (np.isfinite(run(q, k, v, KV(keys, cache.v), READS, backend=name, **options)[0]).all(-1)
+                        for name in ("reference", backend))
+    assert expected[1].all() and expected[4].all() and not expected[2, 1]
+    assert expected[3, 1] == expected[0, 1] == (value == float("inf"))
+    np.testing.assert_array_equal(actual, expected)
+
+
 def test_the_oracle_is_one_row_of_whole_sequence_attention():
     """The last row of `attention.reference`, full and local, over the same keys."""
     length, window, sinks = 50, 9, 3

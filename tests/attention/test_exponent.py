@@ -1,4 +1,4 @@
-"""What the fused exponent must keep: large scores, the floor, what is not finite; and every row of the block table."""
+"""What the exponent of the scores must keep: large scores and what is not finite; and every row of the block table."""
 
 from __future__ import annotations
 
@@ -11,19 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import Case, on_gpu, value_and_gradients
-from test_backends import assert_close, few_programs  # noqa: F401  (a fixture)
+from test_backends import assert_close, backend, few_programs  # noqa: F401  (fixtures)
 
 from l2a_jax.attention import pallas
 from l2a_jax.attention.kernels import blocks, split, tile
 from l2a_jax.attention.kernels.plan import Block, Spec, make_plan
 from l2a_jax.evaluation.speed_compile import example, lower_for_cuda, triton_kernels
-
-
-@pytest.mark.parametrize("width", blocks.WIDTHS)
-def test_the_floor_times_the_scale_is_exact(width):
-    """Else exp2(floor * scale - floor * scale), fused, is infinity or 0 and not 1."""
-    scale = np.float32(width**-0.5 * tile.LOG2_E)
-    assert float(np.float32(tile.FLOOR) * scale) == tile.FLOOR * float(scale)
 
 
 @pytest.mark.parametrize("width", blocks.WIDTHS)
@@ -90,13 +83,28 @@ BROKEN = (Case("full", length=40, batch=1), Case("local", length=40, batch=1, wi
 
 
 @pytest.mark.parametrize("value", (float("nan"), float("inf")))
-@pytest.mark.parametrize("backend, case", [("pallas_interpret", BROKEN[1]), *on_gpu(BROKEN)], ids=str)
-def test_what_is_not_finite_reaches_the_rows_that_see_it_and_no_others(backend, case, value):
+@pytest.mark.parametrize("backend, case", [
+    *((backend, case) for backend in ("xla", "xla_chunked") for case in BROKEN), ("pallas_interpret", BROKEN[1]),
+    *on_gpu(BROKEN)], ids=str, indirect=["backend"])
+def test_what_is_not_finite_reaches_the_rows_that_see_it_and_no_others(backend, case, value):  # noqa: F811
     """The kernels' maximum ignores a NaN: it is the exponent that must pass it on."""
     q, k, v, _, options = case.inputs()
     for inputs in ((q.at[0, 30, 1, 3].set(value), k, v), (q, k.at[0, 1, 0, 3].set(value), v)):
         actual, expected = (np.isfinite(case.call(name, *inputs, options)).all(-1) for name in (backend, "reference"))
+        assert not expected.all()
         np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize("backend, case", [
+    *((backend, case) for backend in ("reference", "xla", "xla_chunked") for case in BROKEN),
+    ("pallas_interpret", BROKEN[0]), ("pallas_interpret", BROKEN[3]), *on_gpu(BROKEN)], ids=str, indirect=["backend"])
+def test_a_row_whose_every_score_is_minus_infinity_is_no_number(backend, case):  # noqa: F811
+    """Not a mean of what it may not see. The rows after it see finite scores too, and stay finite."""
+    q, k, v, _, options = case.inputs()
+    q = q.at[..., 3].set(-1.0)
+    options |= {"decisions": jnp.ones((1, 40), bool)} if case.operation == "routed" else {}
+    finite = np.isfinite(case.call(backend, q, k.at[0, 0, 0, 3].set(jnp.inf), v, options)).all(-1)
+    np.testing.assert_array_equal(finite[0], [[token > 0 or head > 1 for head in range(4)] for token in range(40)])
 
 
 TABLE = {

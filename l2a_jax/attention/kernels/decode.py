@@ -96,10 +96,9 @@ def _kernel(q_ref, k_ref, v_ref, k_cache, v_cache, begin_ref, end_ref, slot_ref,
             visible = (index < high) & (index != slot)
             keys, values = (plt.load(ref.at[layer, batch, pl.ds(start, size), kv_head, :], mask=visible[:, None],
                                      other=0.0) for ref in (k_cache, v_cache))
-            scores = jnp.where(visible[None, :], t.dot(query, keys, trans_b=True) * scale, t.FLOOR)
+            scores = jnp.where(visible[None, :], t.dot(query, keys, trans_b=True) * scale, -jnp.inf)
             new_top = jnp.maximum(top, jnp.max(scores, axis=1))
-            # Where nothing is visible yet, the floor less itself would count as a weight of one.
-            weights = jnp.where(visible[None, :], jnp.exp2(scores - new_top[:, None]), 0.0)
+            weights = jnp.exp2(scores - new_top[:, None])
             shrink = jnp.exp2(top - new_top)
             total = total * shrink + jnp.sum(weights, axis=1)
             return new_top, total, out * shrink[:, None] + t.dot(weights.astype(values.dtype), values)
@@ -107,9 +106,10 @@ def _kernel(q_ref, k_ref, v_ref, k_cache, v_cache, begin_ref, end_ref, slot_ref,
         # Part 0 starts from the token itself, the others from nothing.
         first = part == 0
         key, value = (ref[batch, kv_head, :].astype(jnp.float32)[None, :] for ref in (k_ref, v_ref))
-        itself = jnp.sum(query.astype(jnp.float32) * key, axis=1) * scale
-        carry = (jnp.where(first, itself, t.FLOOR), jnp.where(first, jnp.ones_like(itself), 0.0),
-                 jnp.where(first, jnp.broadcast_to(value, (padded, width)), 0.0))
+        itself = jnp.where(first, jnp.sum(query.astype(jnp.float32) * key, axis=1) * scale, -jnp.inf)
+        top = jnp.maximum(itself, t.FLOOR)
+        weight = jnp.exp2(itself - top)
+        carry = (top, weight, weight[:, None] * value)
         if sinks:
             size = max(16, pl.next_power_of_2(sinks))
             below = jnp.minimum(begin, sinks)

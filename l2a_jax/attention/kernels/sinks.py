@@ -99,7 +99,7 @@ def _kernel(q_ref, k_ref, v_ref, lse_ref, delta_ref, d_out_ref, tables, d_k_ref,
                         for ref in (q_ref, d_out_ref))
         lse = plt.load(lse_ref.at[batch, head, here], mask=inside, other=t.DEAD)
         delta = plt.load(delta_ref.at[batch, head, here], mask=inside, other=0.0)
-        scores = jnp.where(visible, t.dot(keys, query, trans_b=True), t.FLOOR)
+        scores = jnp.where(visible, t.dot(keys, query, trans_b=True), -jnp.inf)
         weights = t.weigh(scores, scale, lse[None, :], interpret)
         d_scores = weights * (t.dot(values, d_out, trans_b=True) - delta[None, :])
         return (d_keys + t.dot(d_scores.astype(query.dtype), query),

@@ -18,9 +18,7 @@ from l2a_jax.attention.kernels.plan import Plan, Spec
 from l2a_jax.attention.rows import Rows
 
 LOG2_E = 1.4426950408889634
-# Finite: a block without visible keys leaves no NaN, and the first visible key wipes its trace. A power of two, so that
-# its product with the scale is exact: a fused exp2(FLOOR * scale - FLOOR * scale) is 1, not infinity.
-FLOOR = -(2.0**100)
+FLOOR = -1e30  # where a maximum starts: finite, so that hidden scores, -inf, leave no NaN before any visible one
 DEAD = 1e30
 FAR = 2**30
 
@@ -158,10 +156,10 @@ def weigh(scores, scale: float, shift, interpret: bool):
 
 
 def hide(scores, visible, edge):
-    """Scores with the invisible ones at the floor, where this is an edge block; an interior block computes no mask."""
+    """Scores with the invisible ones at -inf, where this is an edge block; an interior block computes no mask."""
     if isinstance(edge, bool):
-        return jnp.where(visible(), scores, FLOOR) if edge else scores
-    return jax.lax.cond(edge, lambda scores: jnp.where(visible(), scores, FLOOR), lambda scores: scores, scores)
+        return jnp.where(visible(), scores, -jnp.inf) if edge else scores
+    return jax.lax.cond(edge, lambda scores: jnp.where(visible(), scores, -jnp.inf), lambda scores: scores, scores)
 
 
 def see(low, high, keys):
