@@ -66,7 +66,7 @@ def _order(call: Call, platform: str) -> tuple[str, ...]:
     order = AUTO.get(platform, ("xla", "reference"))
     wide = (call.window or 0) >= (1_024 if call.width == 128 else 2_048)
     faster = call.operation == "full" or (call.operation == "local" and wide)
-    if platform == "gpu" and faster and blocks.capability(absent=0.0) >= 9:
+    if platform == "gpu" and faster and 9 <= blocks.capability(absent=0.0) < 12:
         return ("cudnn", *(name for name in order if name != "cudnn"))
     return order
 
@@ -96,6 +96,10 @@ def _dispatch(operation, backend, q, k, v, *args, segment_ids, **options):
         raise ValueError(f"attention takes q [B,T,N,H] and k, v [B,T,K,H]; got {q.shape}, {k.shape}, {v.shape}")
     if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
         raise ValueError(f"q {q.shape} and k {k.shape} must agree in B, T and H, and N must be a multiple of K")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must have one dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.size or not k.size:
+        raise ValueError(f"attention of nothing: q is {q.shape}, k {k.shape}")
     if options.get("window", 1) < 1 or options.get("sinks", 0) < 0:
         raise ValueError(f"window must be at least 1 and sinks at least 0; got {options}")
     for name, value in (("segment_ids", segment_ids), *(("decisions", a) for a in args)):
@@ -128,7 +132,7 @@ def local(
 ) -> Float[Array, "B T N H"]:
     """Causal attention over `window` keys including the token itself, plus the first `sinks` keys.
 
-    q, k, v: any float dtype; the output has q's. `window`, `sinks`: keys. `segment_ids`: see `reference`.
+    q, k, v: one float dtype, which is the output's too. `window`, `sinks`: keys. `segment_ids`: see `reference`.
     Raises ValueError on shapes that do not fit, NotImplementedError where the named backend cannot serve the call.
     """
     return _dispatch("local", backend, q, k, v, segment_ids=segment_ids, window=window, sinks=sinks)

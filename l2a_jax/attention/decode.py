@@ -86,8 +86,8 @@ def attend_cache(
 ) -> tuple[Float[Array, "B N H"], KV]:
     """(the new tokens' attention, the cache with them in it) for one layer of the cache.
 
-    q, k, v: the new tokens, rotated; k and v are stored in the cache's dtype. `write` False: the token is in its slot
-    already (a second look by the same token), and the cache comes back as it was. Where `sinks` is 0 nothing below
+    q, k, v: the new tokens, rotated, taken in the cache's dtype; the result has q's. `write` False: the token is in its
+    slot already (a second look by the same token), and the cache comes back as it was. Where `sinks` is 0 nothing below
     `begin` is seen. Raises ValueError on shapes that do not fit, NotImplementedError as `choose` does.
     """
     batch, slots, kv_heads, width = cache.k.shape[1:]
@@ -95,19 +95,22 @@ def attend_cache(
         raise ValueError(f"q {q.shape}, k {k.shape} and v {v.shape} do not fit the cache {cache.k.shape}")
     if not 0 <= layer < cache.k.shape[0] or q.shape[1] % kv_heads or cache.v.shape != cache.k.shape:
         raise ValueError(f"layer {layer} of the cache {cache.k.shape}, {cache.v.shape} with {q.shape[1]} heads")
+    if cache.k.dtype != cache.v.dtype:
+        raise ValueError(f"the cache holds keys of {cache.k.dtype} and values of {cache.v.dtype}; expected one dtype")
     name = choose(backend, width, jnp.dtype(cache.k.dtype).name, sinks)
-    k, v = k.astype(cache.k.dtype), v.astype(cache.v.dtype)
+    dtype = q.dtype
+    q, k, v = (x.astype(cache.k.dtype) for x in (q, k, v))
     with jax.named_scope("attention_decode"):
         if name.startswith("pallas"):
             rows, *stored = kernel.decode(q, k, v, *cache, layer, reads, sinks=min(sinks, slots), write=write,
                                           interpret=name == "pallas_interpret")
-            return rows, KV(*stored)
+            return rows.astype(dtype), KV(*stored)
         if write:
             at = (layer, jnp.arange(batch), reads.slot)
             cache = KV(*(store.at[at].set(new, mode="promise_in_bounds", unique_indices=True)
                          for store, new in zip(cache, (k, v), strict=True)))
         look = _reference if name == "reference" else _xla
-        return look(q, k, v, cache, layer, reads, min(sinks, slots)), cache
+        return look(q, k, v, cache, layer, reads, min(sinks, slots)).astype(dtype), cache
 
 
 def _reference(q, k, v, cache, layer, reads, sinks):

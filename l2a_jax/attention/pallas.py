@@ -1,6 +1,9 @@
 """Pallas kernels through Triton: windows, sinks, packed rows and routed rows, forward and backward, on NVIDIA GPUs.
 
 This file joins the kernels of `kernels/` into differentiable functions; each says for itself what it computes.
+
+Gradients of scores are rounded to the inputs' dtype before their products, as in FlashAttention-2. Those of float16 are
+lost where they fall below 6e-8 (long rows, small cotangents): scale the loss, or use bfloat16.
 """
 
 from __future__ import annotations
@@ -34,6 +37,8 @@ def why_not(call) -> str | None:
 
 def shape_why_not(call) -> str | None:
     """What the kernels decline on any device."""
+    if jax.config.jax_enable_x64:
+        return "the kernels count in 32 bits, and jax_enable_x64 is on"
     if call.width not in blocks.WIDTHS:
         return f"head width {call.width} is none of {blocks.WIDTHS}"
     if call.dtype not in DTYPES:

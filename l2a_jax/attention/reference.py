@@ -28,12 +28,9 @@ def segment_starts(segment_ids: Int[Array, "B T"] | None, shape: tuple[int, int]
 
 def causal_mask(segment_ids: Int[Array, "B T"] | None, shape: tuple[int, int]) -> Bool[Array, "B T T"]:
     """True where query i may see key j: j <= i, in the same document, which is not padding."""
-    index = jnp.arange(shape[1])
-    mask = jnp.broadcast_to(index[None, :] <= index[:, None], (shape[0], shape[1], shape[1]))
-    if segment_ids is not None:
-        same = segment_ids[:, :, None] == segment_ids[:, None, :]
-        mask = mask & same & (segment_ids != 0)[:, :, None]
-    return mask
+    index, starts = jnp.arange(shape[1]), segment_starts(segment_ids, shape)
+    mask = (index[None, :] <= index[:, None]) & (starts[:, :, None] == starts[:, None, :])
+    return mask if segment_ids is None else mask & (segment_ids != 0)[:, :, None]
 
 
 def local_mask(

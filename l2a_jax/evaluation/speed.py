@@ -1,7 +1,7 @@
 """Speed of attention beside every peer that is installed, in one run: JSON, and a markdown table.
 
-Ours: the Pallas kernels. Peers: cuDNN through JAX, tokamax, PyTorch's SDPA and compiled flex_attention; routed and mixed
-calls, which no peer has, stand beside dense attention over the same length.
+Ours: the Pallas kernels. Peers: cuDNN through JAX, tokamax, PyTorch's SDPA and compiled flex_attention; routed and
+mixed calls, which no peer has, stand beside dense attention over the same length.
 """
 
 from __future__ import annotations

@@ -34,18 +34,18 @@ def lower_for_cuda(function, *shapes, arch: str = "sm_90"):
         return jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",))
 
 
-def example(loop: str, width: int, arch: str):
+def example(loop: str, width: int, arch: str, dtype=jnp.bfloat16, sinks: int = 4):
     """A function that runs every kernel of a row of the table, and the shapes of its inputs."""
-    shape = lambda heads: jax.ShapeDtypeStruct((1, 4_000, heads, width), jnp.bfloat16)  # noqa: E731
-    rows = blocks.table(arch, width, 2, loop)
+    shape = lambda heads: jax.ShapeDtypeStruct((1, 4_000, heads, width), dtype)  # noqa: E731
+    rows = blocks.table(arch, width, jnp.dtype(dtype).itemsize, loop)
 
     def run(q, k, v, cotangent, decisions):
         if loop in ("window", "long"):
             window = 512 if loop == "window" else 2_048
-            call = lambda q, k, v: pallas.local(q, k, v, window=window, sinks=4, table=rows)  # noqa: E731
+            call = lambda q, k, v: pallas.local(q, k, v, window=window, sinks=sinks, table=rows)  # noqa: E731
         elif loop == "mixed":
             call = lambda q, k, v: pallas.mixed(  # noqa: E731
-                q, k, v, decisions, window=512, sinks=4, table=rows)
+                q, k, v, decisions, window=512, sinks=sinks, table=rows)
         elif loop == "routed":
             call = lambda q, k, v: pallas.routed(q, k, v, decisions, table=rows)  # noqa: E731
         else:
@@ -116,19 +116,20 @@ def compile_kernel(kernel: dict, arch: str) -> dict:
     return {"registers": int(registers[1]), "spilled_bytes": int(spills[1]), "shared_bytes": compiled.metadata.shared}
 
 
-def report(arch: str) -> list[dict]:
+def report(arch: str, dtype=jnp.bfloat16, sinks: int = 4, loops=blocks.LOOPS) -> list[dict]:
     """What every kernel of an architecture's rows needs, beside our bound and the card's limit."""
-    found = []
+    found, itemsize = [], jnp.dtype(dtype).itemsize
     for width in (64, 128):
-        for loop in blocks.LOOPS:
-            function, shapes = example(loop, width, arch)
+        for loop in loops:
+            function, shapes = example(loop, width, arch, dtype, sinks)
             for kernel in triton_kernels(lower_for_cuda(function, *shapes, arch=arch)):
                 name = _KERNELS.get(kernel["name"])
                 if name is None:
                     continue
-                block = blocks.table(arch, width, 2, loop)[name]
+                block = blocks.table(arch, width, itemsize, loop)[name]
                 found.append({"arch": arch, "width": width, "loop": loop, "kernel": name, "block": str(block),
-                              **compile_kernel(kernel, arch), "bound": blocks.shared_memory(name, block, width),
+                              **compile_kernel(kernel, arch),
+                              "bound": blocks.shared_memory(name, block, width, itemsize, sinks),
                               "limit": blocks.SHARED_MEMORY[arch]})
     return found
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from cases import CASES, Case, compiled, on_gpu, value_and_gradients
 
-from l2a_jax.attention import reference, xla
+from l2a_jax.attention import reference
 from l2a_jax.attention.kernels import split
 
 
@@ -20,16 +20,6 @@ def few_programs(monkeypatch):
     """In interpret mode an idle program costs time; a few are enough to share the keys of these few rows."""
     if jax.default_backend() != "gpu":
         monkeypatch.setattr(split, "PROGRAMS", 48)
-
-
-@pytest.fixture
-def backend(request, monkeypatch):
-    """The backend's name; `xla_chunked` is xla made to take its long-sequence path at these small sizes."""
-    if request.param == "xla_chunked":
-        monkeypatch.setattr(xla, "PLAIN_LENGTH", 0)
-        monkeypatch.setattr(xla, "CHUNK", 16)
-        return "xla"
-    return request.param
 
 
 @pytest.mark.parametrize("case", CASES[17:18], ids=str)
@@ -159,3 +149,15 @@ def test_padding_rows_are_zero_and_give_nothing_back():
     padding = np.asarray(options["segment_ids"]) == 0
     for value in run(case, "pallas" if jax.default_backend() == "gpu" else "xla", q, k, v, cotangent, options):
         assert not np.any(np.asarray(value)[padding])
+
+
+@pytest.mark.parametrize("backend", ("reference", "xla", "xla_chunked", "pallas_interpret",
+                                     pytest.param("pallas", marks=pytest.mark.gpu)), indirect=True)
+def test_an_id_that_returns_after_another_document_is_a_document_of_its_own(backend):
+    case = Case("local", window=9, sinks=4, packing=((30, 1, 25), (3, 3, 3, 60)))
+    *inputs, options = case.inputs()
+    ids = options.pop("segment_ids")
+    one, other = (value_and_gradients(case, backend, *inputs, options | {"segment_ids": x})
+                  for x in (ids, jnp.where(ids == 3, 1, ids)))
+    for x, y in zip(one, other, strict=True):
+        np.testing.assert_array_equal(x, y)

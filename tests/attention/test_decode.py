@@ -70,6 +70,16 @@ def test_a_second_look_writes_nothing(backend):
         np.testing.assert_array_equal(store, before)
 
 
+@pytest.mark.parametrize("backend", ["reference", "xla", "pallas_interpret", ON_GPU])
+def test_a_query_is_taken_in_the_caches_dtype(backend):
+    q, k, v, cache = make(4, 2, 16)
+    half, cache = q.astype(jnp.bfloat16), KV(*(x.astype(jnp.bfloat16) for x in cache))
+    rows, _ = run(q, k, v, cache, READS, layer=0, backend=backend)
+    same, _ = run(half, k, v, cache, READS, layer=0, backend=backend)
+    assert rows.dtype == jnp.float32 and same.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(rows.astype(jnp.bfloat16), same)
+
+
 @pytest.mark.parametrize("backend", ["xla", "pallas_interpret", ON_GPU])
 @pytest.mark.parametrize("value", (float("nan"), float("inf")))
 def test_what_is_not_finite_reaches_the_rows_that_see_it_and_no_others(backend, value, many_parts):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import Case, on_gpu, value_and_gradients
-from test_backends import assert_close, backend, few_programs  # noqa: F401  (fixtures)
+from test_backends import assert_close, few_programs  # noqa: F401  (a fixture)
 
 from l2a_jax.attention import pallas
 from l2a_jax.attention.kernels import blocks, split, tile
@@ -86,7 +86,7 @@ BROKEN = (Case("full", length=40, batch=1), Case("local", length=40, batch=1, wi
 @pytest.mark.parametrize("backend, case", [
     *((backend, case) for backend in ("xla", "xla_chunked") for case in BROKEN), ("pallas_interpret", BROKEN[1]),
     *on_gpu(BROKEN)], ids=str, indirect=["backend"])
-def test_what_is_not_finite_reaches_the_rows_that_see_it_and_no_others(backend, case, value):  # noqa: F811
+def test_what_is_not_finite_reaches_the_rows_that_see_it_and_no_others(backend, case, value):
     """The kernels' maximum ignores a NaN: it is the exponent that must pass it on."""
     q, k, v, _, options = case.inputs()
     for inputs in ((q.at[0, 30, 1, 3].set(value), k, v), (q, k.at[0, 1, 0, 3].set(value), v)):
@@ -98,7 +98,7 @@ def test_what_is_not_finite_reaches_the_rows_that_see_it_and_no_others(backend, 
 @pytest.mark.parametrize("backend, case", [
     *((backend, case) for backend in ("reference", "xla", "xla_chunked") for case in BROKEN),
     ("pallas_interpret", BROKEN[0]), ("pallas_interpret", BROKEN[3]), *on_gpu(BROKEN)], ids=str, indirect=["backend"])
-def test_a_row_whose_every_score_is_minus_infinity_is_no_number(backend, case):  # noqa: F811
+def test_a_row_whose_every_score_is_minus_infinity_is_no_number(backend, case):
     """Not a mean of what it may not see. The rows after it see finite scores too, and stay finite."""
     q, k, v, _, options = case.inputs()
     q = q.at[..., 3].set(-1.0)

@@ -64,6 +64,18 @@ def test_hopper_takes_what_measured_faster(monkeypatch, operation, width, window
     assert api._order(call, "gpu")[0] == "pallas"
 
 
+@pytest.mark.parametrize("capability, arch", [("8.0", "sm_89"), ("8.9", "sm_89"), ("9.0", "sm_90"), ("10.0", "sm_90"),
+                                              ("12.0", "sm_89")])
+def test_a_card_takes_the_tiles_that_its_shared_memory_holds(monkeypatch, capability, arch):
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability=capability)])
+    assert blocks.architecture() == arch
+
+
+def test_the_kernels_decline_64_bit_mode():
+    with jax.enable_x64(True), pytest.raises(NotImplementedError, match="jax_enable_x64"):
+        attention.full(*arrays(length=9), backend="pallas_interpret")
+
+
 def test_a_gpu_of_another_maker_is_left_to_xla(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability="gfx942")])
     assert blocks.capability() == 0.0
@@ -77,6 +89,10 @@ def test_shapes_that_do_not_fit_are_named():
         api._dispatch("full", "auto", q, k[:, :3], v[:, :3], segment_ids=None)
     with pytest.raises(ValueError, match="decisions is"):
         api._dispatch("routed", "auto", q, k, v, jnp.ones((1, 4), bool), segment_ids=None)
+    with pytest.raises(ValueError, match="must have one dtype; got float32, bfloat16, float32"):
+        api._dispatch("full", "auto", q, k.astype(jnp.bfloat16), v, segment_ids=None)
+    with pytest.raises(ValueError, match="attention of nothing"):
+        api._dispatch("full", "auto", q[:, :0], k[:, :0], v[:, :0], segment_ids=None)
     with pytest.raises(ValueError, match="window must be"):
         attention.local(q, k, v, window=0)
 

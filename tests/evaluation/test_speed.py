@@ -1,4 +1,4 @@
-"""What the speed tables are made of, without a clock: medians over rounds, peers that fail, and the choice of blocks."""
+"""What the speed tables are made of, without a clock: medians over rounds, failing peers, and the choice of blocks."""
 
 from __future__ import annotations
 

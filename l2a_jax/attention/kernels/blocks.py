@@ -59,7 +59,7 @@ _HALF = {
 }
 # float32 is for checking, not for speed: its products are exact, not tf32.
 _SINGLE = {"forward": Block(32, 32, 4, 1), "backward_q": Block(32, 32, 4, 1), "backward_kv": Block(32, 32, 4, 1),
-           "sinks": Block(32, 0, 4, 1)}
+           "sinks": Block(16, 0, 4, 1)}
 INTERPRET = {"forward": Block(32, 16, 4, 1), "backward_q": Block(16, 32, 4, 1), "backward_kv": Block(16, 32, 4, 1),
              "sinks": Block(32, 0, 4, 1)}
 
@@ -98,23 +98,26 @@ def on_gpu(kernel: Callable, plain: Callable, *inputs: Any) -> Any:
 
 
 def architecture() -> str:
-    """The row of the table for the device at hand: newer than Hopper takes Hopper's, older takes Ada's."""
-    return "sm_90" if capability() >= 9 else "sm_89"
+    """The row of the table for the device at hand: Hopper's where that much shared memory is (Blackwell of the data
+    centre has it too, that of consumer cards, 12.x, has Ada's), else Ada's."""
+    return "sm_90" if 9 <= capability() < 12 else "sm_89"
 
 
 def shared_memory(kernel: str, block: Block, width: int, itemsize: int = 2, sinks: int = 4) -> int:
     """Upper bound in bytes of the shared memory of one program.
 
-    The tiles that stay (the rows' or the keys'), and `num_stages` copies of the tiles that stream past; the compiler
-    keeps some of them in registers, so what it reports lies at or below this.
+    The tiles that stay (the rows' or the keys'), and `num_stages` copies of the tiles that stream past (of sinks too);
+    the compiler keeps some of them in registers, so what it reports lies at or below this.
     """
-    row_tile, key_tile = block.rows * width * itemsize, block.keys * width * itemsize
-    scalars = 4 * 4 * max(block.rows, block.keys)  # what reductions across warps exchange
+    padded = max(16, next_power_of_2(sinks))
+    keys = block.keys if kernel == "backward_kv" else max(block.keys, min(64, padded))
+    row_tile, key_tile = block.rows * width * itemsize, keys * width * itemsize
+    scalars = 4 * 4 * max(block.rows, keys)  # what reductions across warps exchange
+    weights = 4 * block.rows * keys if itemsize > 2 else 0  # on their way to the next product
     if kernel == "forward":
-        return row_tile + 2 * block.num_stages * key_tile + scalars
+        return row_tile + 2 * block.num_stages * key_tile + weights + scalars
     if kernel == "backward_q":
         return 2 * row_tile + 2 * block.num_stages * key_tile + scalars
     if kernel == "backward_kv":
-        return 2 * key_tile + block.num_stages * (2 * row_tile + 2 * 4 * block.rows) + scalars
-    padded = max(16, next_power_of_2(sinks))
-    return 3 * row_tile + padded * (2 * width * itemsize + 4 * max(width, block.rows))
+        return 2 * key_tile + block.num_stages * (2 * row_tile + 2 * 4 * block.rows) + weights + scalars
+    return 3 * row_tile + 2 * key_tile + weights + scalars

@@ -2,7 +2,9 @@
 
 Inside the key kernel they would be one long program that all others wait for. Here every chunk of rows writes its own
 share and the shares are added in a fixed order, so the result is the same in every run. A chunk spans at most
-`window` tokens: then all its rows that still see sinks (from beyond their window) belong to one document.
+`window` tokens: then all its rows that still see sinks (from beyond their window) belong to one document. Which chunks
+of a packed row belong together is a table of (T / min(window, 64))^2 numbers: 17 MB for 131,072 tokens, but 4.3 GB at a
+window of 4.
 """
 
 from __future__ import annotations
