@@ -2,24 +2,20 @@
 
     settings -> shapes -> data -> compiled step and its memory estimate -> weights -> fit -> score -> summary
 
-A run folder holds `config.json` (everything needed to repeat it), `metrics.jsonl`, `checkpoints/`, `summary.json` and
-`curves.png`. A resumed run rebuilds everything from `config.json` and refuses a base or data that is not the same.
+What a run folder holds is in `run_folder`. A resumed run rebuilds everything from its `config.json` and refuses a base
+or data that is not the same.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
 import functools
 import json
 import logging
 import os
 import pathlib
-import platform
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import jax
@@ -27,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from l2a_jax import presets
-from l2a_jax.config import MODELS, L2AConfig, ModelConfig, position_limit, to_dict
+from l2a_jax import presets, run_folder
+from l2a_jax.config import MODELS, L2AConfig, ModelConfig, position_limit
 from l2a_jax.data.batch import Batch, TrainingData
 from l2a_jax.data.dataset import open_data
 from l2a_jax.data.preview import decode_row
@@ -217,8 +213,8 @@ def train(settings: Settings, run_dir: pathlib.Path) -> dict[str, Any]:
     _announce(plan)
     run = compile_run(plan)
     params, source_params, source = load_tree(plan)
-    _new_folder(run_dir)
-    _write_config(run_dir, plan, source)
+    run_folder.create(run_dir)
+    run_folder.write_config(run_dir, plan, source)
     trainable, frozen = run.split(params)
     del params  # an unrolled step has copies of the frozen leaves
     state = initial_state(trainable, run.optimizer, jnp.dtype(settings.master_dtype))
@@ -295,13 +291,13 @@ def _fit_and_score(run: Run, run_dir: pathlib.Path, state: TrainState, frozen: T
         except Stopped as stopped:
             raise SystemExit(_say_stopped(stopped, run_dir)) from None
 
-    summary = _summary(run, run_dir, state, evaluate(state), time.perf_counter() - began)
+    summary = run_folder.summarise(run, run_dir, state, evaluate(state), time.perf_counter() - began)
     if plan.is_demo:
         summary["recall"] = _recall_report(run, state, frozen, source_params, held_out)
     metrics.write_json(run_dir / "summary.json", summary)
     if run.step is not None:
         metrics.draw_curves(metrics.read_metrics(run_dir / "metrics.jsonl"), run_dir / "curves.png")
-    _print_summary(run_dir, summary)
+    run_folder.print_summary(run_dir, summary)
     return summary
 
 
@@ -359,87 +355,10 @@ def _announce(plan: Plan) -> None:
         log.info("%s tokens in all, %.3g per trained parameter", f"{tokens:,}", tokens / trained)
 
 
-def _new_folder(run_dir: pathlib.Path) -> None:
-    if run_dir.exists() and any(run_dir.iterdir()):
-        raise UserError(f"--run-dir {run_dir} is not empty; choose another, or continue it with --resume {run_dir}")
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        probe = run_dir / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"--run-dir {run_dir} cannot be written: {error}") from error
-
-
-def _write_config(run_dir: pathlib.Path, plan: Plan, source: str) -> None:
-    source_path = plan.source
-    if source_path is not None and pathlib.Path(source_path).expanduser().exists():
-        source_path = str(pathlib.Path(source_path).expanduser().absolute())
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    metrics.write_json(run_dir / "config.json", {
-        "settings": dataclasses.asdict(plan.settings),
-        "model_source": source_path,
-        "source_hash": source,
-        "model_config": to_dict(plan.config),
-        "l2a_config": None if plan.l2a_config is None else to_dict(plan.l2a_config),
-        "data": plan.data.describe(),
-        "data_fingerprint": plan.data.fingerprint,
-        "steps": plan.steps,
-        "dtype": plan.dtype.name,
-        "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "command": [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]],
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    })
-
-
-def _summary(run, run_dir, state, held_out, seconds):
-    plan, s = run.plan, run.plan.settings
-    records = metrics.read_metrics(run_dir / "metrics.jsonl")
-    trained = count_parameters(abstract_params(plan.config, plan.l2a_config), run.mask, s.attention_layers)
-    tokens = sum(record["tokens"] for record in records)
-    speeds = sorted(record["tokens_per_second"] for record in records)
-    summary = {
-        "regime": s.regime, "steps": int(state.step), "trained_parameters": trained, "tokens_seen": tokens,
-        "tokens_per_trained_parameter": tokens / trained if trained else None,
-        "tokens_per_second_median": speeds[len(speeds) // 2] if speeds else None,
-        "peak_memory_gb": metrics.peak_memory_gb(), "estimated_memory_gb": run.memory_bytes / 1e9,
-        "seconds_this_session": seconds, "data": plan.data.describe(), **held_out,
-    }
-    if hasattr(plan.data, "usage"):
-        summary["data_used"] = plan.data.usage(int(state.step) * s.grad_accum)
-    if records:
-        tail = records[-max(1, len(records) // 20):]
-        summary["loss_last_5_percent"] = sum(record["loss"] for record in tail) / len(tail)
-        if "sparsity" in tail[-1]:
-            summary["sparsity_last_step"] = tail[-1]["sparsity"]
-    if "held_out_loss" in held_out:
-        summary["held_out_perplexity"] = float(np.exp(held_out["held_out_loss"]))
-        best = Checkpoints(run_dir).metadata(BEST)
-        if best is not None:
-            summary["best_checkpoint"] = {"step": best["step"], "held_out_loss": best["best"]}
-    return summary
-
-
-def _print_summary(run_dir: pathlib.Path, summary: dict[str, Any]) -> None:
-    if "recall" in summary:
-        print(recall.format_report(summary["recall"]))
-    if "held_out_loss" in summary:
-        sparsity = f", {summary['held_out_sparsity']:.1%} of decisions local" if "held_out_sparsity" in summary else ""
-        print(f"held-out loss {summary['held_out_loss']:.4f} (perplexity {summary['held_out_perplexity']:.2f})"
-              f"{sparsity}")
-    print(f"run folder: {run_dir}")
-
-
 def _say_stopped(stopped: Stopped, run_dir: pathlib.Path) -> int:
     print(f"stopped after step {stopped.step}, which is saved; continue with: python train/run.py --resume {run_dir}",
           file=sys.stderr)
     return 128 + stopped.signal_number
-
-
-def default_run_dir(regime: str) -> pathlib.Path:
-    """`runs/REGIME-TIME`, below the current folder."""
-    return pathlib.Path("runs") / f"{regime}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def set_deterministic() -> None:

@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("jax", "orbax"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
-    from l2a_jax import presets, runs
+    from l2a_jax import presets, run_folder, runs
     from l2a_jax.errors import UserError
     from l2a_jax.inference.pruning import parse_layers
 
@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
         if dry:
             print(runs.dry_run(settings))
             return 0
-        runs.train(settings, run_dir or runs.default_run_dir(regime))
+        runs.train(settings, run_dir or run_folder.default_run_dir(regime))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
