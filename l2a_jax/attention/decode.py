@@ -16,11 +16,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from l2a_jax.attention.api import BACKENDS
 from l2a_jax.attention.kernels import decode as kernel
+from l2a_jax.attention.kernels.tile import FLOOR
 from l2a_jax.attention.pallas import shape_why_not
 from l2a_jax.attention.pallas import why_not as pallas_why_not
+from l2a_jax.attention.reference import masked_softmax
 
 CHUNK = 256  # slots that the XLA version visits at a time
-_FLOOR = -1e30  # where a maximum starts: finite, so that hidden scores, -inf, leave no NaN before any visible one
 
 
 class KV(NamedTuple):
@@ -124,9 +125,7 @@ def _reference(q, k, v, cache, layer, reads, sinks):
     grouped = q.astype(jnp.float32).reshape(q.shape[0], k.shape[1], -1, q.shape[2])
     highest = jax.lax.Precision.HIGHEST
     scores = jnp.einsum("bkgh,bskh->bkgs", grouped, keys, precision=highest) * q.shape[2] ** -0.5
-    mask = mask[:, None, None]
-    hidden = jnp.where(mask.any(axis=-1, keepdims=True), -jnp.inf, 0.0)  # a row that is not seen stays free of NaN
-    weights = jnp.where(mask, jax.nn.softmax(jnp.where(mask, scores, hidden), axis=-1), 0.0)
+    weights = masked_softmax(scores, mask[:, None, None])
     return jnp.einsum("bkgs,bskh->bkgh", weights, values, precision=highest).reshape(q.shape).astype(q.dtype)
 
 
@@ -162,7 +161,7 @@ def _xla(q, k, v, cache, layer, reads, sinks):
             return visit(low, size, low, jnp.minimum(low + size, mine.end), carry)
 
         itself = dot("kgh,kh->kg", query, key.astype(query.dtype)) * scale
-        top = jnp.maximum(itself, _FLOOR)
+        top = jnp.maximum(itself, FLOOR)
         weight = jnp.exp(itself - top)
         carry = (top, weight, weight[..., None] * value[:, None].astype(jnp.float32))
         count = jnp.where(mine.seen, (mine.end - mine.begin + size - 1) // size, 0)

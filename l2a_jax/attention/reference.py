@@ -43,6 +43,13 @@ def local_mask(
     return causal_mask(segment_ids, shape) & (near[None] | sink)
 
 
+def masked_softmax(scores: Float[Array, "*dims S"], mask: Bool[Array, "*#dims S"]) -> Float[Array, "*dims S"]:
+    """Softmax over the last axis of what `mask` allows, 0 elsewhere. A row that may see nothing is 0, and so are its
+    gradients; one that sees only -inf is NaN."""
+    hidden = jnp.where(mask.any(axis=-1, keepdims=True), -jnp.inf, 0.0)
+    return jnp.where(mask, jax.nn.softmax(jnp.where(mask, scores, hidden), axis=-1), 0.0)
+
+
 def masked_attention(
     q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], mask: Bool[Array, "B T T"]
 ) -> Float[Array, "B T N H"]:
@@ -52,10 +59,7 @@ def masked_attention(
     q32 = q.astype(jnp.float32).reshape(batch, length, k.shape[2], groups, width)
     highest = jax.lax.Precision.HIGHEST
     scores = jnp.einsum("btkgh,bskh->bkgts", q32, k.astype(jnp.float32), precision=highest) * width**-0.5
-    mask = mask[:, None, None]
-    # A row without keys (and its gradients) stays free of NaN; its weights are set to 0 below.
-    hidden = jnp.where(mask.any(axis=-1, keepdims=True), -jnp.inf, 0.0)
-    weights = jnp.where(mask, jax.nn.softmax(jnp.where(mask, scores, hidden), axis=-1), 0.0)
+    weights = masked_softmax(scores, mask[:, None, None])
     out = jnp.einsum("bkgts,bskh->btkgh", weights, v.astype(jnp.float32), precision=highest)
     return out.reshape(q.shape).astype(q.dtype)
 

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from l2a_jax.attention.kernels.tile import FLOOR
 from l2a_jax.attention.rows import Order, Rows, compact, partition, take, token_rows
 
 PLAIN_LENGTH = 512  # up to here one T x T block is cheaper than a loop
 CHUNK = 256
-_FLOOR = -1e30  # where a maximum starts: finite, so that hidden scores, -inf, leave no NaN before any visible one
 
 
 def why_not(call) -> str | None:
@@ -95,7 +95,7 @@ def _flash_forward(q, k, v, rows, order):
             return new_top, total * shrink + weights.sum(-1), out
 
         shape = query.shape[:1] + query.shape[2:4] + (CHUNK,)
-        start = (jnp.full(shape, _FLOOR), jnp.zeros(shape), jnp.zeros((*shape, query.shape[-1])))
+        start = (jnp.full(shape, FLOOR), jnp.zeros(shape), jnp.zeros((*shape, query.shape[-1])))
         top, total, out = jax.lax.fori_loop(0, count, visit, start)
         total = jnp.where((limits.high >= 0)[:, None, None], total, 1.0)
         return (out / total[..., None]).transpose(0, 3, 1, 2, 4).astype(q.dtype), top + jnp.log(total)

@@ -13,7 +13,7 @@ import pytest
 from cases import Case, on_gpu, value_and_gradients
 from test_backends import assert_close, few_programs  # noqa: F401  (a fixture)
 
-from l2a_jax.attention import pallas
+from l2a_jax.attention import pallas, reference
 from l2a_jax.attention.kernels import blocks, split, tile
 from l2a_jax.attention.kernels.plan import Block, Spec, make_plan
 from l2a_jax.evaluation.speed_compile import example, lower_for_cuda, triton_kernels
@@ -136,3 +136,12 @@ def test_every_row_of_the_table_on_the_device(arch, loop, width, dtype):
 
     actual = [x.astype(jnp.float32) for x in run(q, k, v, cotangent)]
     assert_close(actual, value_and_gradients(case, "reference", *exact, options), 1e-2)
+
+
+def test_a_masked_softmax_by_hand():
+    """A row of two, one that may see nothing, one that sees only minus infinity; and their gradients."""
+    scores = jnp.array([[0.0, np.log(3.0)], [5.0, 7.0], [-jnp.inf, 1.0]])
+    mask = jnp.array([[True, True], [False, False], [True, False]])
+    np.testing.assert_allclose(reference.masked_softmax(scores, mask), [[0.25, 0.75], [0, 0], [np.nan, 0]], rtol=1e-6)
+    slopes = jax.grad(lambda scores: reference.masked_softmax(scores, mask)[:2, 0].sum())(scores)
+    np.testing.assert_allclose(slopes[:2], [[0.1875, -0.1875], [0, 0]], rtol=1e-6)

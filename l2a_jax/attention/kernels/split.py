@@ -54,7 +54,7 @@ def join(spec: Spec, block: Block, plan: Plan, whole, lse, values, tops=None, to
     """(whole, lse) completed by the tiles that were shared. Without `tops` the values are gradients, which add up (and
     lse stays as it is); else they are weighted sums of values, `totals` of weights, both relative to the maxima `tops`.
 
-    Not outputs and log-sum-exps: of scores near 2^20 a log-sum-exp in float32 tells the weights to 6 % only.
+    Not outputs and log-sum-exps: of scores near 2^20 a log-sum-exp in float32 tells the weights to 4 % only.
     """
     batch = whole.shape[0]
     room = places(spec, block, batch)
