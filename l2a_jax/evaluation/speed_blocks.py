@@ -21,12 +21,14 @@ from l2a_jax.evaluation.speed_timing import compile_jax, time_compiled
 # Each tunes the row of the table that its own call takes (`loop_of`).
 CASES = [
     SpeedCase("local", 32_768, window=1_024), SpeedCase("local", 4_096, batch=8, window=512),
-    SpeedCase("local", 16_384, window=4_096), SpeedCase("local", 16_384, window=14_336), SpeedCase("full", 16_384),
+    SpeedCase("local", 16_384, window=2_048), SpeedCase("local", 16_384, window=4_096),
+    SpeedCase("local", 16_384, window=8_192), SpeedCase("local", 16_384, window=14_336), SpeedCase("full", 16_384),
     SpeedCase("routed", 32_768, rate=0.2), SpeedCase("routed", 32_768, rate=0.05),
     SpeedCase("mixed", 32_768, rate=0.2, window=1_024), SpeedCase("mixed", 32_768, rate=0.05, window=256),
     SpeedCase("mixed", 2_048, batch=4, rate=0.5, window=512),
     SpeedCase("local", 32_768, width=128, window=1_024), SpeedCase("local", 4_096, width=128, batch=8, window=512),
     SpeedCase("local", 16_384, width=128, window=2_048), SpeedCase("local", 16_384, width=128, window=4_096),
+    SpeedCase("local", 16_384, width=128, window=8_192), SpeedCase("local", 16_384, width=128, window=14_336),
     SpeedCase("full", 16_384, width=128),
     SpeedCase("routed", 32_768, width=128, rate=0.2), SpeedCase("routed", 32_768, width=128, rate=0.05),
     SpeedCase("mixed", 32_768, width=128, rate=0.2, window=1_024),

@@ -40,8 +40,8 @@ def example(loop: str, width: int, arch: str, dtype=jnp.bfloat16, sinks: int = 4
     rows = blocks.table(arch, width, jnp.dtype(dtype).itemsize, loop)
 
     def run(q, k, v, cotangent, decisions):
-        if loop in ("window", "long"):
-            window = 512 if loop == "window" else 2_048
+        if loop in ("window", "long", "most"):
+            window = {"window": 512, "long": 2_000, "most": 3_000}[loop]
             call = lambda q, k, v: pallas.local(q, k, v, window=window, sinks=sinks, table=rows)  # noqa: E731
         elif loop == "mixed":
             call = lambda q, k, v: pallas.mixed(  # noqa: E731

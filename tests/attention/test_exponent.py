@@ -110,6 +110,7 @@ def test_a_row_whose_every_score_is_minus_infinity_is_no_number(backend, case):
 TABLE = {
     "window": Case("local", length=1_100, batch=1, window=300, sinks=20),
     "long": Case("local", length=1_100, batch=1, window=300, sinks=4),
+    "most": Case("local", length=1_100, batch=2, window=800, sinks=4),
     "routed": Case("routed", length=1_300, batch=1, rate=0.3),
     "mixed": Case("mixed", length=1_100, batch=1, rate=0.2, window=200, sinks=4),
     "whole": Case("full", length=1_100, batch=1),

@@ -10,7 +10,8 @@ import pytest
 
 from l2a_jax.attention import pallas
 from l2a_jax.attention.kernels import blocks
-from l2a_jax.attention.kernels.plan import Spec
+from l2a_jax.attention.kernels.backward_kv import parts_of
+from l2a_jax.attention.kernels.plan import Block, Spec
 from l2a_jax.attention.kernels.sinks import MAX_SINKS
 from l2a_jax.evaluation.speed_compile import example, lower_for_cuda, report, triton_kernels
 
@@ -53,10 +54,24 @@ def test_shared_memory_stays_within_the_card(arch, width, loop):
 
 @pytest.mark.parametrize("width, long", [(16, 1_024), (64, 1_024), (128, 2_048)])
 def test_calls_take_the_blocks_of_their_kind_of_loop(width, long):
-    loops = [blocks.loop_of(Spec("all", 8_192, 14, 2, width, window)) for window in (long - 1, long, None)]
-    assert loops == ["window", "long", "whole"]
+    windows = (long - 1, long, 4_096, 4_097, None)
+    loops = [blocks.loop_of(Spec("all", 8_192, 14, 2, width, window)) for window in windows]
+    assert loops == ["window", "long", "long", "most", "whole"]
     kinds = [blocks.loop_of(Spec(kind, 8_192, 14, 2, width, 16)) for kind in ("routed", "mixed")]
     assert kinds == ["routed", "mixed"] and set(loops + kinds) == set(blocks.LOOPS)
+
+
+@pytest.mark.parametrize("kind, batch, length, window, parts", [
+    ("all", 1, 2_048, 512, (4, 4)), ("all", 2, 2_048, 512, (2, 2)), ("all", 4, 2_048, 512, (1, 1)),
+    ("all", 1, 32_768, 1_024, (1, 1)), ("all", 1, 16_384, 4_096, (4, 4)), ("all", 1, 32_768, 4_096, (2, 2)),
+    ("all", 1, 65_536, 4_096, (1, 1)), ("all", 1, 16_384, 8_192, (2, 2)), ("all", 4, 4_096, 2_048, (2, 2)),
+    ("all", 1, 4_096, None, (4, 4)), ("routed", 4, 2_048, None, (2, 2)), ("mixed", 1, 8_192, 512, (2, 2)),
+    ("all", 8, 2_048, None, (2, 1)), ("routed", 1, 32_768, None, (1, 1)),
+])
+def test_programs_that_share_keys_are_as_many_as_was_fastest(kind, batch, length, window, parts):
+    found = tuple(parts_of(Spec(kind, length, heads, 2, width, window), Block(64, 64, 4, 2), batch)
+                  for width, heads in ((64, 14), (128, 12)))
+    assert found == parts
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs the triton package to compile")

@@ -29,7 +29,7 @@ def backward_q(spec: Spec, block: Block, q, k, v, plan: Plan, out, lse, d_out, *
     outputs = pl.pallas_call(
         functools.partial(_kernel, spec=spec, block=block, room=room, interpret=interpret),
         out_shape=shapes + (split.part_shapes(spec, block, batch)[:1] if room else []),
-        grid=(spec.heads, max(pl.cdiv(spec.rows, block.rows), room), batch),
+        grid=t.grid(spec.heads, max(pl.cdiv(spec.rows, block.rows), room), batch, interleave=spec.ordered),
         input_output_aliases={0: 0} if blank is not None else {},
         compiler_params=plt.CompilerParams(num_warps=block.num_warps, num_stages=block.num_stages),
         interpret=interpret,
@@ -46,7 +46,7 @@ def backward_q(spec: Spec, block: Block, q, k, v, plan: Plan, out, lse, d_out, *
 def _kernel(blank, *refs, spec: Spec, block: Block, room: int, interpret: bool):
     del blank
     plan = refs[3]
-    head, number, batch = (pl.program_id(i) for i in range(3))
+    head, number, batch = t.program(interleave=spec.ordered)
     run = functools.partial(_tile, *refs, spec=spec, block=block, interpret=interpret)
     if plan.count is None:
         run(at=(batch, (pl.num_programs(1) - 1 - number) * block.rows, head), count=spec.rows)  # longest first

@@ -4,10 +4,11 @@ The sm_90 rows were chosen by `python eval/speed.py --blocks` on an H100 (`eval/
 of time over best time among a row's cases (for "whole" full attention alone; sinks are not swept). The sm_89 rows (RTX
 4090, L40) were chosen without the card: no spilled registers, neither by `python eval/speed.py --compile` nor by XLA
 0.11.2's own compiler for that target, and well inside its shared memory; they have not been timed.
-A "window" call walks over few blocks per tile, a "whole" (full) one over many, a "mixed" one does both; a kind of loop
-without a row of its own takes that of whole calls. The bounds `LONG` follow from the same sweep, with a backward pass:
-at head width 64 the row of windows is ahead by 9 % at 512 and that of long ones by 2 % at 1,024; at 128 the former by
-5 % at 1,024, the latter by 2 % at 2,048 and by 4 % at 4,096.
+A "window" call walks over few blocks per tile, a "whole" (full) one over many, a "mixed" one does both; "most" is a
+long window over most of the row, all of full attention but a corner (with the tiles of "long" it took up to 3 % longer
+than that). A kind of loop without a row of its own takes that of whole calls. The bounds `LONG` follow from the same
+sweep, with a backward pass: at head width 64 the row of windows is ahead by 9 % at 512 and that of long ones by 2 % at
+1,024; at 128 the former by 5 % at 1,024, the latter by 2 % at 2,048 and by 4 % at 4,096.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from l2a_jax.attention.kernels.plan import Block, Spec
 WIDTHS = (16, 32, 64, 128)  # head widths that the kernels take
 SHARED_MEMORY = {"sm_89": 101_376, "sm_90": 232_448}  # bytes that one program may have (opt-in limits)
 LONG = {64: 1_024, 128: 2_048}  # windows, by head width
-LOOPS = ("window", "long", "routed", "mixed", "whole")
+LOOPS = ("window", "long", "most", "routed", "mixed", "whole")
 KERNELS = ("forward", "backward_q", "backward_kv", "sinks")
 
 _SINKS = Block(64, 0, 4, 1)
@@ -40,7 +41,7 @@ _HALF = {
                              "backward_kv": Block(64, 64, 4, 3), "sinks": _SINKS},
     ("sm_90", 128, "window"): {"forward": Block(64, 64, 4, 3, flat=True), "backward_q": Block(64, 32, 4, 2),
                                "backward_kv": Block(64, 64, 4, 2), "sinks": _SINKS},
-    ("sm_90", 128, "long"): {"forward": Block(128, 128, 8, 3), "backward_q": Block(128, 64, 8, 3),
+    ("sm_90", 128, "long"): {"forward": Block(128, 128, 8, 3, flat=True), "backward_q": Block(64, 64, 4, 2),
                              "backward_kv": Block(64, 64, 4, 2), "sinks": _SINKS},
     ("sm_90", 128, "routed"): {"forward": Block(128, 128, 8, 3), "backward_q": Block(128, 64, 8, 3),
                                "backward_kv": Block(64, 64, 4, 2), "sinks": _SINKS},
@@ -78,7 +79,9 @@ def loop_of(spec: Spec) -> str:
         return spec.kind
     if spec.window is None:
         return "whole"
-    return "window" if spec.window < LONG[64 if spec.width <= 64 else 128] else "long"
+    if spec.window < LONG[64 if spec.width <= 64 else 128]:
+        return "window"
+    return "most" if 2 * spec.window > spec.length else "long"
 
 
 def capability(absent: float = 9.0) -> float:

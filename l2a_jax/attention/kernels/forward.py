@@ -28,7 +28,7 @@ def forward(spec: Spec, block: Block, q, k, v, plan: Plan, *, interpret: bool):
     out, lse, *parts = pl.pallas_call(
         functools.partial(_kernel, spec=spec, block=block, room=room, interpret=interpret),
         out_shape=shapes + (split.part_shapes(spec, block, batch) if room else []),
-        grid=(spec.heads, max(pl.cdiv(spec.rows, block.rows), room), batch),
+        grid=t.grid(spec.heads, max(pl.cdiv(spec.rows, block.rows), room), batch, interleave=spec.ordered),
         input_output_aliases={0: 0} if blank is not None else {},
         compiler_params=plt.CompilerParams(num_warps=block.num_warps, num_stages=block.num_stages),
         interpret=interpret,
@@ -42,7 +42,7 @@ def forward(spec: Spec, block: Block, q, k, v, plan: Plan, *, interpret: bool):
 def _kernel(blank, *refs, spec: Spec, block: Block, room: int, interpret: bool):
     del blank
     plan = refs[3]
-    head, number, batch = (pl.program_id(i) for i in range(3))
+    head, number, batch = t.program(interleave=spec.ordered)
     run = functools.partial(_tile, *refs, spec=spec, block=block, interpret=interpret)
     if plan.count is None:
         # The last rows see the most keys: they start first, so that no long program is left at the end.

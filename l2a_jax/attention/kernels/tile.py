@@ -65,6 +65,22 @@ def row_limits(spec: Spec, limits: Rows | None, batch, tokens, exist) -> Rows:
     return Rows(low, high, *sinks)
 
 
+def grid(heads: int, tiles: int, batch: int, *, interleave: bool) -> tuple[int, int, int]:
+    """One program per head, tile and sequence. `interleave`: the sequences' first tiles, then their second ones, ...
+
+    Programs start in this order. Where later tiles have less to do, sequence after sequence would start long programs
+    last, and would give one multiprocessor the same place in several sequences; tiles of equal work are better off
+    beside their neighbours, with which they share what they load.
+    """
+    return (heads, batch, tiles) if interleave else (heads, tiles, batch)
+
+
+def program(*, interleave: bool):
+    """This program's (head, tile, sequence)."""
+    head, *others = (pl.program_id(i) for i in range(3))
+    return (head, *(reversed(others) if interleave else others))
+
+
 def tile_limits(spec: Spec, plan: Plan, batch, tokens, exist, start, size: int) -> Limits:
     """`row_limits` with their extremes."""
     rows = row_limits(spec, plan.limits, batch, tokens, exist)
