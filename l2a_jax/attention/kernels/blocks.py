@@ -55,6 +55,8 @@ _HALF = {
                                "backward_kv": Block(32, 64, 4, 2), "sinks": _SINKS},
     ("sm_89", 128, "long"): {"forward": Block(128, 32, 8, 2), "backward_q": Block(64, 32, 4, 2),
                              "backward_kv": Block(32, 64, 4, 2), "sinks": _SINKS},
+    ("sm_89", 128, "most"): {"forward": Block(128, 32, 8, 2), "backward_q": Block(64, 32, 4, 2),
+                             "backward_kv": Block(32, 64, 4, 2), "sinks": _SINKS},
     ("sm_89", 128, "whole"): {"forward": Block(64, 32, 4, 2), "backward_q": Block(64, 32, 4, 2),
                               "backward_kv": Block(32, 64, 4, 2), "sinks": _SINKS},
 }
