@@ -22,6 +22,8 @@ def main() -> None:
     parser.add_argument("--no-torch", action="store_true", help="leave PyTorch out")
     parser.add_argument("--windows", action="store_true", help="ratios of length to window, instead of the table")
     parser.add_argument("--blocks", action="store_true", help="every block size of every kernel, instead of the table")
+    parser.add_argument("--shares", action="store_true",
+                        help="how many programs share a block of keys in the backward pass, instead of the table")
     parser.add_argument("--training", action="store_true", help="whole training steps, instead of the table")
     parser.add_argument("--large", action="store_true",
                         help="steps of the larger models; cap the memory with XLA_PYTHON_CLIENT_MEM_FRACTION")
@@ -35,6 +37,11 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if arguments.blocks:
         speed_blocks.main(arguments.out, arguments.only)
+        return
+    if arguments.shares:
+        from l2a_jax.evaluation import speed_shares
+
+        speed_shares.main(arguments.out, arguments.only)
         return
     if arguments.compile:
         from l2a_jax.evaluation import speed_compile

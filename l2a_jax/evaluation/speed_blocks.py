@@ -84,8 +84,8 @@ def choose(results: list[dict]) -> dict[tuple[int, str], dict[str, str]]:
     return chosen
 
 
-def _functions(case: SpeedCase):
-    """kernel -> f(block) -> function of the inputs that `_prepare` made."""
+def calls(case: SpeedCase):
+    """(prepare, run): `run(kernel, block, **options)` is a function of what `prepare` makes of a case's inputs."""
     spec = spec_of(case)
 
     def plan(decisions):
@@ -99,14 +99,14 @@ def _functions(case: SpeedCase):
         rows_q, rows_d_out = (q, d_out) if rows_q is None else (rows_q, rows_d_out)
         return q, k, v, d_out, decisions, out, lse, delta, rows_q, rows_d_out
 
-    def run(kernel, block):
+    def run(kernel, block, **options):
         def call(q, k, v, d_out, decisions, out, lse, delta, rows_q, rows_d_out):
             p = plan(decisions)
             if kernel == "forward":
                 return forward(spec, block, q, k, v, p, interpret=False)
             if kernel == "backward_q":
                 return backward_q(spec, block, q, k, v, p, out, lse, d_out, interpret=False)
-            return backward_kv(spec, block, rows_q, k, v, p, lse, delta, rows_d_out, interpret=False)
+            return backward_kv(spec, block, rows_q, k, v, p, lse, delta, rows_d_out, interpret=False, **options)
         return call
 
     return prepare, run
@@ -114,7 +114,7 @@ def _functions(case: SpeedCase):
 
 def sweep(case: SpeedCase, kernels=KERNELS, workers: int = 12) -> list[dict]:
     """Milliseconds of each candidate of each kernel, best first; what does not compile carries its reason."""
-    prepare, run = _functions(case)
+    prepare, run = calls(case)
     sets = [jax.jit(prepare)(*inputs) for inputs in case.inputs(2)]
     jobs = [(kernel, block) for kernel in kernels for block in candidates(kernel, case.width)]
     results = []

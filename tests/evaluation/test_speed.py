@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from l2a_jax.attention.kernels import blocks
-from l2a_jax.evaluation import speed, speed_blocks
+from l2a_jax.attention.kernels.backward_kv import parts_of
+from l2a_jax.evaluation import speed, speed_blocks, speed_shares
 from l2a_jax.evaluation.speed_cases import SpeedCase
 
 
@@ -58,3 +59,17 @@ def test_the_table_holds_what_the_sweep_chose():
     table = {(width, loop): {kernel: str(block) for kernel, block in blocks.table("sm_90", width, 2, loop).items()
                              if kernel in speed_blocks.KERNELS} for width in (64, 128) for loop in blocks.LOOPS}
     assert chosen == table
+
+
+def test_as_many_programs_share_keys_as_measured_well():
+    """A rule of six numbers: near the best on average, nowhere far from it."""
+    path = Path(__file__).resolve().parents[2] / "eval" / "results" / "shares.json"
+    cases = {case.name: case for case in speed_shares.CASES}
+    losses = {}
+    for row in json.loads(path.read_text()):
+        spec = speed_blocks.spec_of(cases[row["case"]])
+        block = blocks.table("sm_90", spec.width, 2, blocks.loop_of(spec))["backward_kv"]
+        parts = parts_of(spec, block, cases[row["case"]].batch)
+        losses[row["case"]] = row["ms"][speed_shares.PARTS.index(parts)] / min(row["ms"]) - 1
+    assert len(losses) == 76
+    assert max(losses.values()) < 0.2 and sum(losses.values()) / len(losses) < 0.02, losses

@@ -18,9 +18,9 @@ from l2a_jax.attention.kernels import split
 from l2a_jax.attention.kernels import tile as t
 from l2a_jax.attention.kernels.plan import Block, Plan, Spec, row_ranges
 
-# Up to how many programs, in units of `split.PROGRAMS`, four and then two of them share a block of keys: by timing 1 to
-# 4 on an H100, 45 calls at head widths 64 and 128. "even": every block has the same work; "long": the same, over 4,096
-# keys or more; "uneven": the first keys are seen by most rows; "wide": the same at head width 128.
+# Up to how many programs, in units of `split.PROGRAMS`, four and then two of them share a block of keys: by the times
+# of 76 calls on an H100 (`eval/results/shares.json`). "even": every block has the same work; "long": the same, windows
+# of 4,096 keys and more; "uneven": the first keys are seen by most rows; "wide": the same at head width 128.
 SHARED = {"even": (1 / 16, 1 / 8), "long": (1 / 2, 1), "uneven": (1 / 8, 1 / 2), "wide": (1 / 8, 1 / 4)}
 
 
@@ -38,11 +38,15 @@ def _windowed(spec: Spec) -> bool:
     return spec.kind == "all" and spec.window is not None
 
 
-def backward_kv(spec: Spec, block: Block, q, k, v, plan: Plan, lse, delta, d_out, *, interpret: bool):
-    """(dk, dv) [B, T, K, H] without the sinks' share. q, dO, lse and delta are in working order."""
+def backward_kv(spec: Spec, block: Block, q, k, v, plan: Plan, lse, delta, d_out, *, interpret: bool,
+                parts: int | None = None):
+    """(dk, dv) [B, T, K, H] without the sinks' share. q, dO, lse and delta are in working order.
+
+    `parts`: programs that share a block of keys, in place of `parts_of`.
+    """
     batch = k.shape[0]
     tables = (row_ranges(spec, plan, batch, block.keys), plan.for_rows)
-    parts = parts_of(spec, block, batch)
+    parts = parts_of(spec, block, batch) if parts is None else parts
     shapes = [jax.ShapeDtypeStruct((parts, *x.shape), jnp.float32 if parts > 1 else x.dtype) for x in (k, v)]
     shares = pl.pallas_call(
         functools.partial(_kernel, spec=spec, block=block, parts=parts, interpret=interpret),

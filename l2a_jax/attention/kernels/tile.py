@@ -68,9 +68,9 @@ def row_limits(spec: Spec, limits: Rows | None, batch, tokens, exist) -> Rows:
 def grid(heads: int, tiles: int, batch: int, *, interleave: bool) -> tuple[int, int, int]:
     """One program per head, tile and sequence. `interleave`: the sequences' first tiles, then their second ones, ...
 
-    Programs start in this order. Where later tiles have less to do, sequence after sequence would start long programs
-    last, and would give one multiprocessor the same place in several sequences; tiles of equal work are better off
-    beside their neighbours, with which they share what they load.
+    Programs start in this order. Where tiles differ in their work, sequence after sequence would start long programs
+    last, and give one multiprocessor the same place in several sequences; tiles of equal work are better off beside
+    their neighbours, with which they share what they load. Full attention's rows measured better so, too.
     """
     return (heads, batch, tiles) if interleave else (heads, tiles, batch)
 
