@@ -62,7 +62,7 @@ def test_the_table_holds_what_the_sweep_chose():
 
 
 def test_as_many_programs_share_keys_as_measured_well():
-    """A rule of six numbers: near the best on average, nowhere far from it."""
+    """A rule of eight numbers: near the best on average, nowhere far from it."""
     path = Path(__file__).resolve().parents[2] / "eval" / "results" / "shares.json"
     cases = {case.name: case for case in speed_shares.CASES}
     losses = {}
