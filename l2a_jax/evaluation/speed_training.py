@@ -182,7 +182,8 @@ def markdown(result: dict) -> str:
              "default backend. Memory is the compiled step's (arguments and temporaries). Operations are the model's "
              "own (rematerialised ones are not counted, nor are keys beyond a window), beside a matrix product 8,192^3 "
              f"at {ceiling:.0f} TFLOP/s.", "",
-             "*PyTorch*: the same step, compiled, with both paths dense (`speed_torch_training`), in the same run.", "",
+             "*PyTorch*: the same step, compiled, with both paths dense (`speed_torch_training`), in the same run."
+             if any(row["torch"] for row in result["steps"]) else "*PyTorch* was not measured in this run.", "",
              "| step | not routed | ms | tokens/s | must / aim | GB | must / aim | TFLOP/s | of ceiling | PyTorch "
              "tokens/s | GB |", "|---|---|---|---|---|---|---|---|---|---|---|"]
     for row in result["steps"]:

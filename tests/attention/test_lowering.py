@@ -68,7 +68,7 @@ def test_calls_take_the_blocks_of_their_kind_of_loop(width, long):
     ("all", 1, 4_096, None, (4, 4)), ("routed", 4, 2_048, None, (2, 2)), ("mixed", 1, 8_192, 512, (2, 2)),
     ("all", 8, 2_048, None, (2, 1)), ("routed", 1, 32_768, None, (1, 1)),
 ])
-def test_programs_that_share_keys_are_as_many_as_was_fastest(kind, batch, length, window, parts):
+def test_how_many_programs_share_a_block_of_keys(kind, batch, length, window, parts):
     found = tuple(parts_of(Spec(kind, length, heads, 2, width, window), Block(64, 64, 4, 2), batch)
                   for width, heads in ((64, 14), (128, 12)))
     assert found == parts

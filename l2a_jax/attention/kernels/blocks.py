@@ -5,10 +5,10 @@ of time over best time among a row's cases (for "whole" full attention alone; si
 4090, L40) were chosen without the card: no spilled registers, neither by `python eval/speed.py --compile` nor by XLA
 0.11.2's own compiler for that target, and well inside its shared memory; they have not been timed.
 A "window" call walks over few blocks per tile, a "whole" (full) one over many, a "mixed" one does both; "most" is a
-long window over most of the row, all of full attention but a corner (with the tiles of "long" it took up to 3 % longer
-than that). A kind of loop without a row of its own takes that of whole calls. The bounds `LONG` follow from the same
-sweep, with a backward pass: at head width 64 the row of windows is ahead by 9 % at 512 and that of long ones by 2 % at
-1,024; at 128 the former by 5 % at 1,024, the latter by 2 % at 2,048 and by 4 % at 4,096.
+long window over most of the row, all of full attention but a corner (with the tiles of "long" its forward pass took 3 %
+longer than that). A kind of loop without a row of its own takes that of whole calls. The bounds `LONG` follow from the
+same sweep, with a backward pass: at head width 64 the row of windows is ahead by 9 % at 512, that of long ones by 4 %
+at 1,024; at 128 the former by 5 % at 512 and 2 % at 1,024, the latter by 2 % at 2,048 and by 6 % at 4,096.
 """
 
 from __future__ import annotations
