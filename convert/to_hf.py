@@ -11,22 +11,23 @@ from __future__ import annotations
 import argparse
 import sys
 
-from l2a_jax.errors import UserError
-from l2a_jax.weights import convert
+from l2a_jax import commands
 
 
-def main(argv: list[str] | None = None) -> int:
+def convert_model(arguments: list[str] | None) -> None:
     parser = argparse.ArgumentParser(description="Export a run or a converted model as Hugging Face safetensors.")
     parser.add_argument("source", metavar="RUN_OR_FOLDER", help="run folder, model folder, or .gguf file")
     parser.add_argument("out", help="folder to write; new, or empty")
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16 (default), float16 or float32")
-    args = parser.parse_args(argv)
-    try:
-        print(convert(args.source, args.out, args.dtype))
-    except UserError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
-    return 0
+    args = parser.parse_args(arguments)
+
+    from l2a_jax.weights import convert
+
+    print(convert(args.source, args.out, args.dtype))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return commands.run(convert_model, arguments, interrupted="interrupted; nothing was written")
 
 
 if __name__ == "__main__":

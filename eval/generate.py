@@ -9,6 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from l2a_jax import commands
+
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
@@ -30,25 +32,19 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
+def generate(arguments: list[str] | None) -> None:
     flags = make_parser().parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
 
-    from l2a_jax.errors import UserError
     from l2a_jax.inference import stream
 
-    try:
-        stream.run(flags.source, prompt=flags.prompt, prompt_file=flags.prompt_file, window=flags.window,
-                   sinks=flags.sinks, prune_layers=flags.prune_layers, colour=flags.colour and sys.stdout.isatty(),
-                   dtype=flags.dtype, seed=flags.seed, max_new_tokens=flags.max_new_tokens,
-                   temperature=flags.temperature, top_p=flags.top_p, backend=flags.backend)
-    except (UserError, NotImplementedError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    return 0
+    stream.run(flags.source, prompt=flags.prompt, prompt_file=flags.prompt_file, window=flags.window,
+               sinks=flags.sinks, prune_layers=flags.prune_layers, colour=flags.colour and sys.stdout.isatty(),
+               dtype=flags.dtype, seed=flags.seed, max_new_tokens=flags.max_new_tokens,
+               temperature=flags.temperature, top_p=flags.top_p, backend=flags.backend)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return commands.run(generate, arguments, interrupted="\ninterrupted", level=logging.WARNING)
 
 
 if __name__ == "__main__":

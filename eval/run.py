@@ -8,9 +8,10 @@ A routed model's perplexity always comes with the routing audit; --tasks collaps
 from __future__ import annotations
 
 import argparse
-import logging
 import pathlib
 import sys
+
+from l2a_jax import commands
 
 LAYER = ("window", "sinks", "topology", "share_attention", "router_input", "rope", "temperature", "threshold")
 NEEDLE = ("lengths", "depths", "seeds", "needles", "generate", "haystack")
@@ -77,31 +78,23 @@ def _integers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(",") if part.strip())
 
 
-def main(arguments: list[str] | None = None) -> int:
+def evaluate(arguments: list[str] | None) -> None:
     flags = vars(make_parser().parse_args(arguments))
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for name in ("absl", "jax", "orbax", "httpx", "lm_eval"):
-        logging.getLogger(name).setLevel(logging.WARNING if name != "absl" else logging.ERROR)
 
-    from l2a_jax.errors import UserError
     from l2a_jax.evaluation import evaluate
     from l2a_jax.inference.pruning import parse_layers
 
     layer = {name: flags.pop(name) for name in LAYER if name in flags}
     needle = {name: flags.pop(f"needle_{name}") for name in NEEDLE if f"needle_{name}" in flags}
-    try:
-        if "prune_layers" in flags:
-            flags["prune_layers"] = parse_layers(flags["prune_layers"])
-        found, path = evaluate.evaluate(evaluate.Options(**flags, layer=layer, needle=needle))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; finished tasks are in eval.json", file=sys.stderr)
-        return 130
+    if "prune_layers" in flags:
+        flags["prune_layers"] = parse_layers(flags["prune_layers"])
+    found, path = evaluate.evaluate(evaluate.Options(**flags, layer=layer, needle=needle))
     print(evaluate.summary(found))
     print(f"results: {path}")
-    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return commands.run(evaluate, arguments, interrupted="interrupted; finished tasks are in eval.json")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,10 @@ import argparse
 import pathlib
 import sys
 
+from l2a_jax import commands
 
-def main(arguments: list[str] | None = None) -> int:
+
+def tabulate(arguments: list[str] | None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder with eval.json, or such a file")
@@ -19,24 +21,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=pathlib.Path, help="table.md (table.json goes beside it), or a folder")
     flags = parser.parse_args(arguments)
 
-    from l2a_jax.errors import UserError
     from l2a_jax.evaluation import table
 
-    try:
-        if len(flags.runs) == 1 and pathlib.Path(flags.runs[0]).name == "replication.json":
-            from l2a_jax.study import report
+    if len(flags.runs) == 1 and pathlib.Path(flags.runs[0]).name == "replication.json":
+        from l2a_jax.study import report
 
-            print(report.main_tables(pathlib.Path(flags.runs[0])), end="")
-            return 0
-        runs = [table.load(run) for run in flags.runs]
-        made = table.make_table(runs, None if flags.baseline is None else table.load(flags.baseline))
-        print(table.markdown(made), end="")
-        if flags.out is not None:
-            print("written: " + ", ".join(map(str, table.write(made, flags.out))), file=sys.stderr)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        print(report.main_tables(pathlib.Path(flags.runs[0])), end="")
+        return
+    runs = [table.load(run) for run in flags.runs]
+    made = table.make_table(runs, None if flags.baseline is None else table.load(flags.baseline))
+    print(table.markdown(made), end="")
+    if flags.out is not None:
+        print("written: " + ", ".join(map(str, table.write(made, flags.out))), file=sys.stderr)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return commands.run(tabulate, arguments)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,11 @@
-"""The one exception that means "the input is wrong, not the program"."""
+"""Exceptions that mean "the input is wrong, not the program", and the sentence that other failures are told in.
+
+Standard library alone: a command can say what is wrong before anything slow has been imported.
+"""
+
+from __future__ import annotations
+
+import sys
 
 
 class UserError(ValueError):
@@ -6,3 +13,28 @@ class UserError(ValueError):
 
     Commands print it as one line and exit with status 2, without a traceback.
     """
+
+
+class Unsupported(UserError, NotImplementedError):
+    """What was asked for exists, but not for this device, dtype or shape; the message says which and why."""
+
+
+def sentence(error: BaseException) -> str | None:
+    """One line for a failure that is not the program's fault; None for one that deserves its traceback.
+
+    These are `UserError`s, the operating system's refusals (a full disk, permissions, names too long) and memory.
+    """
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        where = " and ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        what = error.strerror or str(error) or type(error).__name__
+        return f"{where}: {what}" if where else what
+    if isinstance(error, MemoryError):
+        return "this machine's memory is used up"
+    jax = sys.modules.get("jax")
+    if jax is not None and isinstance(error, jax.errors.JaxRuntimeError):
+        text = str(error).strip().splitlines()[0]
+        if "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower():
+            return f"the device's memory is used up ({text}); ask for less at once (a smaller batch, shorter rows)"
+    return None

@@ -20,6 +20,7 @@ import numpy as np
 from l2a_jax.config import to_dict
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import recall
+from l2a_jax.files import write_json
 from l2a_jax.models.params import abstract_params
 from l2a_jax.training import metrics
 from l2a_jax.training.checkpoint import BEST, Checkpoints
@@ -54,7 +55,7 @@ def write_config(run_dir: pathlib.Path, plan: Plan, source: str) -> None:
     if source_path is not None and pathlib.Path(source_path).expanduser().exists():
         source_path = str(pathlib.Path(source_path).expanduser().absolute())
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    metrics.write_json(run_dir / "config.json", {
+    write_json(run_dir / "config.json", {
         "settings": dataclasses.asdict(plan.settings),
         "model_source": source_path,
         "source_hash": source,

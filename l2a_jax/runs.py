@@ -31,6 +31,7 @@ from l2a_jax.data.preview import decode_row
 from l2a_jax.data.recall import RecallCorpus, make_tokenizer
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import recall
+from l2a_jax.files import plain, write_json
 from l2a_jax.models.params import Tree, abstract_params, add_routing, init_params
 from l2a_jax.presets import Settings
 from l2a_jax.training import memory, metrics
@@ -258,7 +259,7 @@ def dry_run(settings: Settings) -> str:
     if hasattr(plan.data, "usage"):
         about["in_this_run"] = plan.data.usage(plan.steps * settings.grad_accum)
     sample = decode_row(plan.data.batch(0), 0, plan.tokenizer)
-    return f"{json.dumps(metrics.plain(about), indent=2)}\nfirst row:\n{sample}"
+    return f"{json.dumps(plain(about), indent=2)}\nfirst row:\n{sample}"
 
 
 def _fit_and_score(run: Run, run_dir: pathlib.Path, state: TrainState, frozen: Tree,
@@ -294,7 +295,7 @@ def _fit_and_score(run: Run, run_dir: pathlib.Path, state: TrainState, frozen: T
     summary = run_folder.summarise(run, run_dir, state, evaluate(state), time.perf_counter() - began)
     if plan.is_demo:
         summary["recall"] = _recall_report(run, state, frozen, source_params, held_out)
-    metrics.write_json(run_dir / "summary.json", summary)
+    write_json(run_dir / "summary.json", summary)
     if run.step is not None:
         metrics.draw_curves(metrics.read_metrics(run_dir / "metrics.jsonl"), run_dir / "curves.png")
     run_folder.print_summary(run_dir, summary)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import logging
 import os
 import pathlib
 import sys
 import time
+
+from l2a_jax import commands
 
 STOPPED = 75  # EX_TEMPFAIL: not an error, run it again
 
@@ -70,14 +71,10 @@ def _given(values: dict) -> dict:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def main(arguments: list[str] | None = None) -> int:
+def absorption(arguments: list[str] | None) -> int:
     began = time.monotonic()
     parser = make_parser()
     flags = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    for name in ("jax", "orbax"):
-        logging.getLogger(name).setLevel(logging.WARNING)
     if flags.benchmark:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch wants memory on the same card
 
@@ -86,50 +83,46 @@ def main(arguments: list[str] | None = None) -> int:
 
     import jax
 
+    from l2a_jax.absorption import suite
     from l2a_jax.absorption.lab import Lab, OutOfTime
-    from l2a_jax.errors import UserError
 
+    if flags.experiment is None and not flags.benchmark:
+        parser.error("--experiment or --benchmark is needed")
+    run_dir = flags.run_dir or pathlib.Path("runs") / f"absorption-{flags.preset}"
+    out = flags.out or run_dir / "results"
+    if flags.experiment and flags.experiment[0] == "l2a_audit":
+        from l2a_jax.absorption import l2a_audit
+
+        l2a_audit.run(flags.experiment[1:], flags.data, out, flags.eval_batches, flags.seeds, flags.seq_len,
+                      flags.batch_size)
+        return 0
+    preset = resolve(flags)
+    if jax.default_backend() == "gpu":  # a continued suite compiles nothing twice
+        jax.config.update("jax_compilation_cache_dir", str((run_dir / "compiled").absolute()))
+    backend = {"auto": "cudnn" if jax.default_backend() == "gpu" and preset.recipe.dtype == "bfloat16" else None,
+               "xla": None, "cudnn": "cudnn"}[flags.attention]
+    if flags.benchmark:
+        from l2a_jax.absorption import benchmark
+
+        benchmark.run(preset, backend, out)
+        return 0
+    names = suite.check_names(flags.experiment)
+    corpus = suite.make_corpus(preset, flags.data, flags.tokenizer, flags.held_out, flags.cache_dir)
+    deadline = float("inf") if flags.time_limit is None else began + flags.time_limit
+    lab = Lab(preset, corpus, run_dir, deadline, backend)
     try:
-        from l2a_jax.absorption import suite
-
-        if flags.experiment is None and not flags.benchmark:
-            parser.error("--experiment or --benchmark is needed")
-        run_dir = flags.run_dir or pathlib.Path("runs") / f"absorption-{flags.preset}"
-        out = flags.out or run_dir / "results"
-        if flags.experiment and flags.experiment[0] == "l2a_audit":
-            from l2a_jax.absorption import l2a_audit
-
-            l2a_audit.run(flags.experiment[1:], flags.data, out, flags.eval_batches, flags.seeds, flags.seq_len,
-                          flags.batch_size)
-            return 0
-        preset = resolve(flags)
-        if jax.default_backend() == "gpu":  # a continued suite compiles nothing twice
-            jax.config.update("jax_compilation_cache_dir", str((run_dir / "compiled").absolute()))
-        backend = {"auto": "cudnn" if jax.default_backend() == "gpu" and preset.recipe.dtype == "bfloat16" else None,
-                   "xla": None, "cudnn": "cudnn"}[flags.attention]
-        if flags.benchmark:
-            from l2a_jax.absorption import benchmark
-
-            benchmark.run(preset, backend, out)
-            return 0
-        names = suite.check_names(flags.experiment)
-        corpus = suite.make_corpus(preset, flags.data, flags.tokenizer, flags.held_out, flags.cache_dir)
-        deadline = float("inf") if flags.time_limit is None else began + flags.time_limit
-        lab = Lab(preset, corpus, run_dir, deadline, backend)
         if flags.train_only:
             lab.train_unclaimed(suite.arms_of(names, lab))
         else:
             suite.run(names, lab, flags.preset, out)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except OutOfTime as stopped:
         print(f"stopped at the time limit: {stopped}; run the same command again to continue", file=sys.stderr)
         return STOPPED
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to continue", file=sys.stderr)
-        return 130
     return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return commands.run(absorption, arguments, interrupted="interrupted; run the same command again to continue")
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@ Without --model and --data this runs the embedded demo: a tiny model on the synt
 from __future__ import annotations
 
 import argparse
-import logging
 import pathlib
 import sys
+
+from l2a_jax import commands
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -70,46 +71,38 @@ def _count(text: str) -> int:
     return parse_count(text, "--tokens")
 
 
-def main(arguments: list[str] | None = None) -> int:
+def train(arguments: list[str] | None) -> None:
     parser = make_parser()
     flags = vars(parser.parse_args(arguments))
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    for name in ("jax", "orbax"):
-        logging.getLogger(name).setLevel(logging.WARNING)
 
     from l2a_jax import presets, run_folder, runs
     from l2a_jax.errors import UserError
     from l2a_jax.inference.pruning import parse_layers
 
-    try:
-        run_dir = flags.pop("run_dir", None)
-        if "resume" in flags:
-            folder = flags.pop("resume")
-            if flags or run_dir is not None:
-                spelled = ", ".join(f"--{name.replace('_', '-')}" for name in flags) or "--run-dir"
-                raise UserError(f"--resume continues a run with its own settings, so it takes no {spelled}; start a "
-                                "new run to change them")
-            runs.resume(folder)
-            return 0
-        if "regime" not in flags:
-            parser.error("--regime is needed (or --resume RUN_DIR)")
-        regime, names = flags.pop("regime"), tuple(flags.pop("preset", ()))
-        dry = flags.pop("dry_run", False)
-        if "attention_layers" in flags:
-            flags["attention_layers"] = parse_layers(flags["attention_layers"], "--attention-layers")
-        settings = presets.resolve(regime, flags, names)
-        if dry:
-            print(runs.dry_run(settings))
-            return 0
-        runs.train(settings, run_dir or run_folder.default_run_dir(regime))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    run_dir = flags.pop("run_dir", None)
+    if "resume" in flags:
+        folder = flags.pop("resume")
+        if flags or run_dir is not None:
+            spelled = ", ".join(f"--{name.replace('_', '-')}" for name in flags) or "--run-dir"
+            raise UserError(f"--resume continues a run with its own settings, so it takes no {spelled}; start a "
+                            "new run to change them")
+        runs.resume(folder)
+        return
+    if "regime" not in flags:
+        parser.error("--regime is needed (or --resume RUN_DIR)")
+    regime, names = flags.pop("regime"), tuple(flags.pop("preset", ()))
+    dry = flags.pop("dry_run", False)
+    if "attention_layers" in flags:
+        flags["attention_layers"] = parse_layers(flags["attention_layers"], "--attention-layers")
+    settings = presets.resolve(regime, flags, names)
+    if dry:
+        print(runs.dry_run(settings))
+        return
+    runs.train(settings, run_dir or run_folder.default_run_dir(regime))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return commands.run(train, arguments)
 
 
 if __name__ == "__main__":

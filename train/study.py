@@ -9,10 +9,11 @@ GPU (CUDA_VISIBLE_DEVICES). `--report DIR` writes the report of what is there.
 from __future__ import annotations
 
 import argparse
-import logging
 import pathlib
 import sys
 import time
+
+from l2a_jax import commands
 
 STOPPED = 75  # EX_TEMPFAIL: not an error, run it again
 
@@ -44,57 +45,44 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
+def study(arguments: list[str] | None) -> int:
     began = time.monotonic()
-    parser = make_parser()
-    flags = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for name in ("absl", "jax", "lm_eval"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    flags = make_parser().parse_args(arguments)
 
     import jax
 
-    from l2a_jax.errors import UserError
     from l2a_jax.study import runner
     from l2a_jax.study.rows import choose, with_baselines
     from l2a_jax.study.session import Session
 
-    try:
-        rows = [row.with_limit(flags.limit) for row in choose(tuple(flags.rows), tuple(flags.group))]
-        if flags.list:
-            for row in rows:
-                state = "" if flags.out is None else "done  " if runner.is_done(row, flags.out) else "      "
-                print(f"{state}{row.group:<11}{row.name:<40}{row.question}")
-            return 0
-        if flags.report is not None:
-            from l2a_jax.study import report
+    rows = [row.with_limit(flags.limit) for row in choose(tuple(flags.rows), tuple(flags.group))]
+    if flags.list:
+        for row in rows:
+            state = "" if flags.out is None else "done  " if runner.is_done(row, flags.out) else "      "
+            print(f"{state}{row.group:<11}{row.name:<40}{row.question}")
+        return 0
+    if flags.report is not None:
+        from l2a_jax.study import report
 
-            print("written: " + ", ".join(map(str, report.write(_needed(flags.out, "--out"), flags.report))))
-            return 0
-        models = {size: source for size in ("0.5b", "1.5b", "3b")
-                  if (source := getattr(flags, f"model_{size}")) is not None}
-        ahead = flags.compile_ahead
-        if ahead is None:
-            ahead = 2 if jax.default_backend() == "gpu" else 0
-        if flags.compiled is not None:
-            jax.config.update("jax_compilation_cache_dir", str(flags.compiled.absolute()))
-        session = Session(models, _needed(flags.data_dir, "--data-dir"), backend=flags.backend, compile_ahead=ahead)
-        rows = [row.with_limit(flags.limit) for row in with_baselines(rows)]
-        if flags.dry_run:
-            print(runner.dry_run(rows, session))
-            return 0
-        deadline = float("inf") if flags.time_limit is None else began + flags.time_limit
-        try:
-            left, failed = runner.run_rows(rows, session, _needed(flags.out, "--out"), deadline=deadline,
-                                           keep=flags.keep)
-        finally:
-            session.close()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to continue", file=sys.stderr)
-        return 130
+        print("written: " + ", ".join(map(str, report.write(_needed(flags.out, "--out"), flags.report))))
+        return 0
+    models = {size: source for size in ("0.5b", "1.5b", "3b")
+              if (source := getattr(flags, f"model_{size}")) is not None}
+    ahead = flags.compile_ahead
+    if ahead is None:
+        ahead = 2 if jax.default_backend() == "gpu" else 0
+    if flags.compiled is not None:
+        jax.config.update("jax_compilation_cache_dir", str(flags.compiled.absolute()))
+    session = Session(models, _needed(flags.data_dir, "--data-dir"), backend=flags.backend, compile_ahead=ahead)
+    rows = [row.with_limit(flags.limit) for row in with_baselines(rows)]
+    if flags.dry_run:
+        print(runner.dry_run(rows, session))
+        return 0
+    deadline = float("inf") if flags.time_limit is None else began + flags.time_limit
+    try:
+        left, failed = runner.run_rows(rows, session, _needed(flags.out, "--out"), deadline=deadline, keep=flags.keep)
+    finally:
+        session.close()
     if failed:
         print(f"error: rows that failed: {', '.join(failed)}; each one's file says why", file=sys.stderr)
     if left:
@@ -109,6 +97,10 @@ def _needed(path: pathlib.Path | None, flag: str) -> pathlib.Path:
     if path is None:
         raise UserError(f"{flag} is needed; see --help")
     return path
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return commands.run(study, arguments, interrupted="interrupted; run the same command again to continue")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ import numpy as np
 
 from l2a_jax.absorption import arms, train
 from l2a_jax.absorption.config import Arm, Preset
-from l2a_jax.training.metrics import peak_memory_gb, write_json
+from l2a_jax.files import write_json
+from l2a_jax.training.metrics import peak_memory_gb
 
 log = logging.getLogger("l2a_jax")
 ROUNDS = 3

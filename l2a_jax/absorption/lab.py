@@ -31,9 +31,10 @@ from l2a_jax.absorption import distill, evaluate, model, train
 from l2a_jax.absorption.config import Arm, Attention, Preset, Recipe, TransformerConfig, digest
 from l2a_jax.absorption.data import Corpus
 from l2a_jax.errors import UserError
+from l2a_jax.files import plain, write_json
 from l2a_jax.models.params import Tree
 from l2a_jax.training.checkpoint import LATEST, Checkpoints
-from l2a_jax.training.metrics import MetricsLog, Progress, plain, read_metrics, write_json
+from l2a_jax.training.metrics import MetricsLog, Progress, read_metrics
 
 log = logging.getLogger("l2a_jax")
 FORMAT = 1

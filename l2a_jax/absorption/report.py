@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from l2a_jax.training.metrics import write_json
+from l2a_jax.files import write_json
 
 
 @dataclass

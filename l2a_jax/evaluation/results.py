@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from l2a_jax.errors import UserError
-from l2a_jax.training.metrics import plain, write_json
+from l2a_jax.files import plain, write_json
 from l2a_jax.version import __version__
 
 log = logging.getLogger("l2a_jax.eval")
@@ -73,7 +73,7 @@ def read_results(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _numbers(value: Any) -> Any:
-    """Inverse of `metrics.plain` for numbers that are not finite, which JSON has no way to say."""
+    """Inverse of `files.plain` for numbers that are not finite, which JSON has no way to say."""
     if isinstance(value, dict):
         return {name: _numbers(entry) for name, entry in value.items()}
     if isinstance(value, list):

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from l2a_jax import presets
 from l2a_jax.config import MODELS, L2AConfig, ModelConfig, to_dict
 from l2a_jax.errors import UserError
+from l2a_jax.files import read_json
 from l2a_jax.models.params import abstract_params, add_routing
 from l2a_jax.training.regimes import count_parameters
-from l2a_jax.weights.hf_config import read_json
 from l2a_jax.weights.pretrained import Pretrained, locate
 from l2a_jax.weights.run_folder import is_run_folder
 

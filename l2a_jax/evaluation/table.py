@@ -16,7 +16,7 @@ from l2a_jax.data.counts import format_count
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import intervals, reported
 from l2a_jax.evaluation.results import FILE, read_results
-from l2a_jax.training.metrics import write_json
+from l2a_jax.files import write_json
 
 BENCHMARKS = {"hellaswag": "HellaSwag", "piqa": "PIQA", "arc_challenge": "ARC-C"}
 """Columns show acc, which the study's numbers resemble (it does not say), and acc_norm after a stroke."""

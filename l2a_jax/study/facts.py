@@ -29,7 +29,7 @@ def load(folder: Path, rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
 
 
 def numbers(value: Any) -> Any:
-    """Undo `metrics.plain`: numbers that are not finite, which JSON has no way to say."""
+    """Undo `files.plain`: numbers that are not finite, which JSON has no way to say."""
     if isinstance(value, dict):
         return {name: numbers(entry) for name, entry in value.items()}
     if isinstance(value, list):

@@ -15,12 +15,12 @@ import numpy as np
 
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import reported, table
+from l2a_jax.files import write_json
 from l2a_jax.study import damage, plots
 from l2a_jax.study.facts import as_results, facts, load, numbers, perplexity_ratio, result
 from l2a_jax.study.page import group_of, markdown, ratio_rows
 from l2a_jax.study.row import Row
 from l2a_jax.study.rows import all_rows
-from l2a_jax.training.metrics import write_json
 
 INSTRUMENTS = ("autopsy", "flips", "routed", "prunable", "thresholds")
 """Whose results stand in the report whole."""

@@ -26,6 +26,7 @@ import filelock
 import jax
 
 from l2a_jax.errors import UserError
+from l2a_jax.files import write_json
 from l2a_jax.study.measures import Subject, measure
 from l2a_jax.study.row import Row
 from l2a_jax.study.session import Session
@@ -242,7 +243,7 @@ def _portable(row: Row) -> dict[str, Any]:
 def _write(path: Path, found: dict[str, Any], status: str) -> None:
     evaluated = sum(entry["seconds"] for entry in found["evaluations"].values())
     training = found["training"].get("seconds", {})
-    metrics.write_json(path, {**found, "status": status, "seconds": {**training, "evaluate": round(evaluated, 2)}})
+    write_json(path, {**found, "status": status, "seconds": {**training, "evaluate": round(evaluated, 2)}})
 
 
 def _write_failure(path: Path, row: Row, error: str) -> None:
@@ -250,7 +251,7 @@ def _write_failure(path: Path, row: Row, error: str) -> None:
     old = read_row(path)
     if old is None or old["training_hash"] != row.training_hash:
         old = {**_head(row, environment()), "training": {}, "evaluations": {}}
-    metrics.write_json(path, {**old, "status": "failed", "error": error})
+    write_json(path, {**old, "status": "failed", "error": error})
 
 
 def dry_run(rows: Sequence[Row], session: Session) -> str:

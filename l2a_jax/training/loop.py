@@ -16,8 +16,9 @@ import jax
 import numpy as np
 
 from l2a_jax.data.batch import Batch, TrainingData
+from l2a_jax.files import plain
 from l2a_jax.training.checkpoint import BEST, LATEST
-from l2a_jax.training.metrics import Progress, peak_memory_gb, plain
+from l2a_jax.training.metrics import Progress, peak_memory_gb
 from l2a_jax.training.step import TrainState
 
 

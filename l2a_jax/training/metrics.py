@@ -13,25 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-
-def plain(value: Any) -> Any:
-    """Arrays and numpy scalars as JSON numbers and lists; a number that is not finite as a string, never as 0."""
-    if isinstance(value, dict):
-        return {name: plain(entry) for name, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(entry) for entry in value]
-    if isinstance(value, (jax.Array, np.ndarray, np.generic)):
-        return plain(np.asarray(value).tolist())
-    if isinstance(value, float) and not np.isfinite(value):
-        return str(value)
-    return value
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(plain(value), indent=2) + "\n")
-    os.replace(temporary, path)
+from l2a_jax.files import plain
 
 
 def read_metrics(path: pathlib.Path, last_step: int | None = None) -> list[dict[str, Any]]:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import jax
 
 from l2a_jax.config import L2AConfig, ModelConfig
 from l2a_jax.errors import UserError
+from l2a_jax.files import partial_folder, write_json
 from l2a_jax.models.params import Tree, map_with_path, param_shapes
 from l2a_jax.weights.assemble import floating
 from l2a_jax.weights.hf_config import config_fields
@@ -63,7 +61,7 @@ def save_pretrained(
         if tokenizer is not None and getattr(tokenizer, role) is not None:
             fields[role] = getattr(tokenizer, role)
     with new_folder(out) as folder:
-        _write_json(folder / "config.json", fields)
+        write_json(folder / "config.json", fields)
         if tokenizer is not None:
             tokenizer.save(folder)
         _write_shards(folder, tensors, shard_bytes)
@@ -84,22 +82,16 @@ def check_free(out: str | Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(out: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its name once the block has ended well, and disappears otherwise."""
-    out = Path(out)
+    """A temporary folder beside `out` that takes its name once the block has ended well (`files.partial_folder`).
+
+    Raises UserError if `out` exists and is not empty, or cannot be written.
+    """
     check_free(out)
-    partial = None
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-        partial.chmod(0o777 & ~_umask())
-        yield partial
-        # rename(2) replaces an empty folder and nothing else, so nothing that appeared meanwhile is lost.
-        partial.rename(out)
+        with partial_folder(Path(out)) as partial:
+            yield partial
     except OSError as error:
         raise UserError(f"cannot write {out}: {error}") from error
-    finally:
-        if partial is not None and partial.exists():
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _stored(params: Tree, config: ModelConfig, l2a_config: L2AConfig | None) -> dict[str, Stored]:
@@ -142,14 +134,4 @@ def _write_shards(folder: Path, tensors: dict[str, Stored], shard_bytes: int) ->
         write_safetensors(folder / file, shard)
         weight_map |= dict.fromkeys(shard, file)
     total = sum(tensor.nbytes for tensor in tensors.values())
-    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _write_json(path: Path, fields: dict[str, Any]) -> None:
-    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

@@ -7,9 +7,7 @@ written under its own `model_type`, so that transformers refuses it instead of r
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,19 +22,6 @@ _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layer
 _INTEGERS = (*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings")
 _ROPE_KEYS = {"rope_theta", "rope_type", "type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow",
               "attention_factor", "mscale", "mscale_all_dim", "truncate", "partial_rotary_factor"}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError if the file is missing or damaged."""
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} has no {path.name}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise UserError(f"{path} holds a {type(fields).__name__}; expected an object")
-    return fields
 
 
 def parse_config(fields: dict[str, Any], where: str = "config.json") -> tuple[ModelConfig, L2AConfig | None]:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 
 from l2a_jax.errors import UserError
-from l2a_jax.weights.hf_config import read_json
+from l2a_jax.files import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOATING = ("BF16", "F16", "F32")

@@ -17,12 +17,13 @@ import numpy as np
 
 from l2a_jax.config import L2AConfig, ModelConfig
 from l2a_jax.errors import UserError
+from l2a_jax.files import read_json
 from l2a_jax.models.params import Tree
 from l2a_jax.weights import run_folder
 from l2a_jax.weights.assemble import Tensors, assemble, block_rows, floating
 from l2a_jax.weights.gguf_file import GGUFFile
 from l2a_jax.weights.gguf_model import gguf_config, gguf_tokenizer
-from l2a_jax.weights.hf_config import parse_config, read_json
+from l2a_jax.weights.hf_config import parse_config
 from l2a_jax.weights.hf_folder import HFFolder, shard_files
 from l2a_jax.weights.tokenizer import Tokenizer, load_tokenizer
 

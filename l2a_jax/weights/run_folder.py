@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from l2a_jax.config import L2AConfig, ModelConfig, l2a_config_from_dict, model_config_from_dict
 from l2a_jax.errors import UserError
+from l2a_jax.files import read_json
 from l2a_jax.models.params import abstract_params, add_routing, map_with_path, param_dtype
-from l2a_jax.weights.hf_config import read_json
 from l2a_jax.weights.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

@@ -78,7 +78,7 @@ def test_there_and_back(model, tmp_path):
 def test_an_error_as_a_user_sees_it(model, tmp_path):
     run = command("to_hf.py", "owner/name", tmp_path / "out")
     assert (run.returncode, run.stdout) == (2, "")
-    assert run.stderr.startswith("to_hf.py: cannot download owner/name") and run.stderr.count("\n") == 1
+    assert run.stderr.startswith("error: cannot download owner/name") and run.stderr.count("\n") == 1
 
 
 def test_bfloat16_is_the_default(model, tmp_path, call):

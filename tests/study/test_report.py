@@ -10,9 +10,9 @@ import pytest
 
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import intervals
+from l2a_jax.files import write_json
 from l2a_jax.study import damage, facts, report, runner
 from l2a_jax.study.rows import choose
-from l2a_jax.training.metrics import write_json
 
 ROOT = pathlib.Path(__file__).parents[2]
 rebuild = runpy.run_path(str(ROOT / "eval" / "table.py"))["main"]

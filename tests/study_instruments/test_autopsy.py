@@ -12,9 +12,9 @@ from l2a_jax.attention.reference import masked_attention
 from l2a_jax.config import L2AConfig
 from l2a_jax.data.batch import Batch
 from l2a_jax.data.recall import RecallCorpus
+from l2a_jax.files import plain as as_json
 from l2a_jax.study import faulty
 from l2a_jax.study.autopsy import autopsy, format_autopsy, symptoms, task_margin
-from l2a_jax.training.metrics import plain as as_json
 from l2a_jax.training.optimizer import OptimizerConfig
 from l2a_jax.training.step import Objective
 from tests.models.cases import CONFIG, LAYERS, hidden, make_params, make_tokens, packed

@@ -1,0 +1,87 @@
+"""What every command shares: its logging, and how it ends.
+
+Standard library alone, and nothing of the package but `errors`: this must be in force before the slow imports begin,
+so that an interruption in the middle of them ends as cleanly as one later.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+from l2a_jax.errors import sentence
+
+INTERRUPTED, BROKEN_PIPE = 130, 141
+"""Exit statuses: 128 and the signal that a shell would name."""
+_TALKATIVE = ("jax", "orbax", "httpx", "lm_eval", "datasets", "huggingface_hub")
+
+
+def run(body: Callable[[list[str] | None], int | None], arguments: list[str] | None = None, *,
+        interrupted: str = "interrupted", level: int = logging.INFO) -> int:
+    """Exit status of a command whose work is `body(arguments)`.
+
+    0, or what `body` returns. 2 after one line `error: ...` where the input is wrong or the machine refuses (see
+    `errors.sentence`); anything else keeps its traceback. 130 after Ctrl-C, with the line `interrupted`, which says
+    what is kept and how to go on. 141 where whoever read standard output is gone.
+    """
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    _outlive_readers()
+    try:
+        status = body(arguments)
+        sys.stdout.flush()
+        return status or 0
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        _to_nowhere(sys.stdout)
+        return BROKEN_PIPE
+    except Exception as error:
+        said = sentence(error)
+        if said is None:
+            raise
+        print(f"error: {said}", file=sys.stderr)
+        return 2
+
+
+class _Outliving:
+    """Standard error that goes on into nothing once its reader is gone: telling is no reason to stop working."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text):
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            _to_nowhere(self._stream)
+            return len(text)
+
+    def flush(self):
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            _to_nowhere(self._stream)
+
+
+def _outlive_readers() -> None:
+    if not isinstance(sys.stderr, _Outliving) and sys.stderr is sys.__stderr__:
+        sys.stderr = _Outliving(sys.stderr)
+        for handler in logging.getLogger().handlers:
+            if getattr(handler, "stream", None) is sys.__stderr__:
+                handler.setStream(sys.stderr)
+
+
+def _to_nowhere(stream) -> None:
+    """Point the stream's descriptor at nothing, so that neither it nor the interpreter's last flush fails again."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)

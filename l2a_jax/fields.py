@@ -1,0 +1,158 @@
+"""What a setting may be: its type, its range or its choices, said where it is declared and checked from there.
+
+    steps: Annotated[int | None, at_least(1)] = None
+    backend: Annotated[str, Choice("auto", "xla")] = "auto"
+
+`check` holds a value of such a dataclass to its declaration, for commands, for library calls and for files alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import types
+import typing
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from l2a_jax.errors import UserError
+
+MOST = 2**31 - 1
+"""The largest count: what an int32, which compiled programs count in, can hold."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """A finite number between two ends, each included or not. `meaning` says what it is: "a share of the run"."""
+
+    low: float
+    high: float = math.inf
+    low_included: bool = True
+    high_included: bool = True
+    meaning: str = ""
+
+    def __contains__(self, value: Any) -> bool:
+        if not self.low <= value <= self.high:
+            return False
+        # Programs compute in float32: what becomes an excluded end there, zero or infinity, is one.
+        value = value if isinstance(value, (int, np.integer)) else _float32(float(value))
+        return (value != math.inf and (self.low_included or value != self.low)
+                and (self.high_included or value != self.high))
+
+    def __str__(self) -> str:
+        if self.high in (math.inf, MOST):
+            told = f"at least {self.low}" if self.low_included else f"above {self.low}"
+            told += "" if self.high == math.inf else f", at most {self.high:,}"
+        else:
+            ends = {(True, True): "", (False, False): ", both excluded", (True, False): ", the latter excluded",
+                    (False, True): ", the former excluded"}[self.low_included, self.high_included]
+            told = f"between {self.low} and {self.high}{ends}"
+        return f"{self.meaning}, {told}" if self.meaning else told
+
+
+def _float32(value: float) -> float:
+    with np.errstate(over="ignore"):
+        rounded = float(np.float32(value))
+    return 0.0 if abs(rounded) < np.finfo(np.float32).tiny else rounded
+
+
+class Choice(tuple):
+    """One of a few names."""
+
+    def __new__(cls, *names: str):
+        return super().__new__(cls, names)
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(self)}"
+
+
+def at_least(low: float, meaning: str = "") -> Range:
+    """A number of at least `low`. For counts, see `count`."""
+    return Range(low, meaning=meaning)
+
+
+def above(low: float, high: float = math.inf, meaning: str = "") -> Range:
+    """A number above `low`, and at most `high`."""
+    return Range(low, high, low_included=False, meaning=meaning)
+
+
+def between(low: float, high: float, meaning: str = "") -> Range:
+    """A number from `low` to `high`, both included."""
+    return Range(low, high, meaning=meaning)
+
+
+def count(low: int = 1, meaning: str = "") -> Range:
+    """A whole number from `low` to what an int32 holds."""
+    return Range(low, MOST, meaning=meaning)
+
+
+def flag(name: str) -> str:
+    """A field's name as the command line spells it."""
+    return f"--{name.replace('_', '-')}"
+
+
+@functools.cache
+def declared(kind: type) -> dict[str, Any]:
+    """The fields of a dataclass with their full annotations."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def check(settings: Any, spell: Callable[[str], str] = flag, names: Iterable[str] | None = None) -> None:
+    """UserError on the first field (of `names`, or all) whose value is not what its declaration says.
+
+    `spell` is how a field is named to the user: as a flag, or as a key of a file.
+    """
+    hints = declared(type(settings))
+    for name in hints if names is None else names:
+        wrong = problem(getattr(settings, name), hints[name])
+        if wrong is not None:
+            raise UserError(f"{spell(name)} is {_shown(getattr(settings, name))}; expected {wrong}")
+
+
+def problem(value: Any, hint: Any) -> str | None:
+    """What was expected of `value`, where it is not what the annotation `hint` says; else None."""
+    origin = typing.get_origin(hint)
+    if origin is typing.Annotated:
+        inner, *rules = typing.get_args(hint)
+        wrong = problem(value, inner)
+        if wrong is not None or value is None:
+            return wrong if wrong is None or not rules else f"{wrong}, {rules[0]}"
+        rules = [rule for rule in rules if isinstance(rule, (Range, Choice))]
+        return next((str(rule) for rule in rules if value not in rule), None)
+    if origin in (typing.Union, types.UnionType):
+        options = typing.get_args(hint)
+        wrong = [problem(value, option) for option in options]
+        if None in wrong:
+            return None
+        return next(told for told, option in zip(wrong, options, strict=True) if option is not type(None))
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return "a list"
+        element = typing.get_args(hint)[0]
+        wrong = [told for told in (problem(entry, element) for entry in value) if told is not None]
+        return f"a list, each {wrong[0]}" if wrong else None
+    if hint is Any or hint is None:
+        return None
+    if hint is type(None):
+        return None if value is None else "nothing"
+    if hint is bool:
+        return None if isinstance(value, bool) else "true or false"
+    if hint is int:
+        return None if isinstance(value, (int, np.integer)) and not isinstance(value, bool) else "a whole number"
+    if hint is float:
+        number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+        return None if number else "a number"
+    if hint is Path:
+        return None if isinstance(value, (str, Path)) else "a path"
+    kind = origin or hint
+    return None if isinstance(value, kind) else {"str": "a text", "dict": "an object"}.get(kind.__name__, kind.__name__)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

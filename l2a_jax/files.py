@@ -1,0 +1,215 @@
+"""Files and folders as this package reads and writes them: whole or not at all, and one sentence when it cannot be.
+
+A lock here is the system's (`flock`), so it goes with the process that holds it, however that ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import math
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from l2a_jax.errors import UserError
+
+log = logging.getLogger("l2a_jax")
+_KINDS = {dict: "an object", list: "a list", str: "a text", int: "a number", float: "a number", bool: "true or false",
+          type(None): "null"}
+_PARTIAL = ".partial-"
+_YOUNG = 60.0
+"""Seconds for which a partial folder is left alone even if nobody holds it: its maker may be about to."""
+
+
+def read_text(path: Path, what: str = "") -> str:
+    """The text of a UTF-8 file, without a byte-order mark. `what` (a flag) begins the message.
+
+    Raises UserError where there is no such file, or it cannot be read, or is not UTF-8.
+    """
+    name = f"{what} {path}".strip()
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{name} does not exist") from None
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise UserError(f"{name} is not UTF-8: byte 0x{byte:02x} at offset {error.start}") from None
+    except OSError as error:
+        raise UserError(f"{name} cannot be read: {error.strerror or error}") from error
+
+
+def parse_json(text: str | bytes, where: str, expect: type | None = dict) -> Any:
+    """The value that `text` spells; `where` names it in messages. UserError unless it is JSON, and an `expect`."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise UserError(f"{where} is not readable JSON: it is nested too deeply") from None
+    except ValueError as error:  # also bytes that are no text, and numbers of thousands of digits
+        raise UserError(f"{where} is not readable JSON: {error}") from error
+    if expect is not None and not isinstance(value, expect):
+        raise UserError(f"{where} holds {_KINDS[type(value)]}; expected {_KINDS[expect]}")
+    return value
+
+
+def read_json(path: Path, expect: type | None = dict) -> Any:
+    """The value in a JSON file. UserError where the file is missing, unreadable, no JSON, or not an `expect`."""
+    if not path.exists() and os.access(path.parent, os.X_OK):
+        raise UserError(f"{path.parent} has no {path.name}")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    return parse_json(content, str(path), expect)
+
+
+def plain(value: Any) -> Any:
+    """Arrays and numpy scalars as JSON numbers and lists; a number that is not finite as a string, never as 0."""
+    if isinstance(value, dict):
+        return {name: plain(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(entry) for entry in value]
+    if hasattr(value, "__array__"):
+        import numpy as np
+
+        return plain(np.asarray(value).tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all. UserError where the system refuses."""
+    temporary = path.with_name(f".{path.name}{_PARTIAL}{os.getpid()}")
+    try:
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole or not at all. UserError where the system refuses."""
+    write_text(path, json.dumps(plain(value), indent=2) + "\n")
+
+
+def check_writable(folder: Path, what: str) -> None:
+    """Make `folder` and prove that a file can be written in it. UserError, beginning with `what`, where not."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"0" * 4096)
+            probe.flush()
+    except OSError as error:
+        raise UserError(f"{what} {folder} cannot be written: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def partial_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its name once the block has ended well, and disappears otherwise.
+
+    What killed processes left beside it is removed. Raises OSError where the system refuses: what that means, the
+    caller knows. If `out` has appeared meanwhile and is not empty, the error is that of renaming onto it.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(out.parent)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name[:200]}{_PARTIAL}", dir=out.parent))
+    held = os.open(partial, os.O_RDONLY)
+    try:
+        _try_lock(held)
+        partial.chmod(0o777 & ~_umask())
+        yield partial
+        # rename(2) replaces an empty folder and nothing else, so nothing that appeared meanwhile is lost.
+        partial.rename(out)
+    finally:
+        os.close(held)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sweep(parent: Path) -> None:
+    """Remove the partial folders that nobody holds any more."""
+    for left in parent.glob(f".*{_PARTIAL}*"):
+        with contextlib.suppress(OSError):
+            if not left.is_dir() or time.time() - left.stat().st_mtime < _YOUNG:
+                continue
+            held = os.open(left, os.O_RDONLY)
+            try:
+                if _try_lock(held):
+                    shutil.rmtree(left, ignore_errors=True)
+            finally:
+                os.close(held)
+
+
+@contextlib.contextmanager
+def claim(path: Path) -> Iterator[str | None]:
+    """Hold the lock file `path` for the block: yields None, or, where another process holds it, who that is.
+
+    The file says who holds it; it goes when the block ends, and binds nobody once its process has ended.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        held = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if not _try_lock(held):
+                yield os.read(held, 4096).decode(errors="replace").strip() or "another process"
+                return
+            # Whoever had it before may have removed the file that we opened: then somebody else can lock a new one.
+            if not _same_file(held, path):
+                continue
+            os.ftruncate(held, 0)
+            os.write(held, f"process {os.getpid()} ({Path(sys.argv[0]).name}), since "
+                           f"{time.strftime('%Y-%m-%d %H:%M:%S')}".encode())
+            try:
+                yield None
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    path.unlink()
+            return
+        finally:
+            os.close(held)
+
+
+@contextlib.contextmanager
+def owned(folder: Path, what: str) -> Iterator[None]:
+    """Be the only process that writes in `folder` for the block. UserError, beginning with `what`, names the other."""
+    with claim(folder / ".lock") as other:
+        if other is not None:
+            raise UserError(f"{what} {folder} is in use by {other}; wait for it, or stop it")
+        yield
+
+
+def _same_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Whether the lock is ours now. A file system without locks is said, and counts as ours."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+            return False
+        log.warning("this file system cannot lock (%s): two processes in one folder will not notice each other",
+                    error.strerror)
+    return True
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
