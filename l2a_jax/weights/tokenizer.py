@@ -18,6 +18,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
 from l2a_jax.errors import UserError
+from l2a_jax.weights.ends import folder_end_ids
 
 QWEN2_SPLIT = "|".join((
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",  # English contractions
@@ -38,6 +39,8 @@ class Tokenizer:
 
     backend_tokenizer: Backend
     settings: dict[str, Any] = field(default_factory=dict)
+    ends: tuple[int, ...] = ()
+    """What the source says about the ends of texts; empty where it says nothing. Read `end_ids`."""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. Special tokens written out in the text (`<|im_end|>`) become their one id.
@@ -74,6 +77,11 @@ class Tokenizer:
         return self._role("eos_token")
 
     @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Every id at which generated text ends: as the source's files say, else the one of `eos_token_id`."""
+        return self.ends or (() if self.eos_token_id is None else (self.eos_token_id,))
+
+    @property
     def bos_token_id(self) -> int | None:
         """The token that opens a text, if the model has one."""
         return self._role("bos_token")
@@ -100,6 +108,7 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
 
     Raises UserError if a file is damaged.
     """
+    ends = folder_end_ids(folder)
     settings = _json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
     template = folder / "chat_template.jinja"
     if template.exists():
@@ -112,7 +121,7 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
         # Whoever saved it may have left these on; as in transformers, they are a caller's choice.
         backend.no_truncation()
         backend.no_padding()
-        return Tokenizer(backend, settings)
+        return Tokenizer(backend, settings, ends)
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         vocabulary = _json(folder / "vocab.json")
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
@@ -125,6 +134,7 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
             added=[token["content"] for token in extra if not token.get("special")],
             settings=settings,
             normalise=True,
+            ends=ends,
         )
     return None
 
@@ -136,6 +146,7 @@ def byte_level_bpe(
     added: Sequence[str],
     settings: dict[str, Any],
     normalise: bool,
+    ends: tuple[int, ...] = (),
 ) -> Tokenizer:
     """Qwen2's byte-level BPE from its parts.
 
@@ -165,7 +176,7 @@ def byte_level_bpe(
     backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special if set(t) <= alphabet])
     backend.add_tokens([AddedToken(t, normalized=False, special=False) for t in added
                         if normalise or t in vocabulary])
-    tokenizer = Tokenizer(backend, settings)
+    tokenizer = Tokenizer(backend, settings, ends)
     if settings.get("add_bos_token") and tokenizer.bos_token_id is not None:
         bos = settings["bos_token"]
         backend.post_processor = processors.TemplateProcessing(
