@@ -45,23 +45,33 @@ class HarnessModel(TemplateLM):
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens is not False)
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[Request]:
-        """(context, continuation) texts as requests; each distinct text is tokenised once, all of them together."""
+        """(context, continuation) texts as requests; each distinct text is tokenised once, all of them together.
+
+        UserError on a continuation without a token of its own (empty, or merged into the context's last): lm-eval
+        refuses it too.
+        """
         moved = []
         for context, continuation in pairs:
             stripped = context.rstrip()
-            moved.append((stripped, context[len(stripped) :] + continuation))
-        with_context = dict.fromkeys(text for context, rest in moved if context for text in (context, context + rest))
-        without = dict.fromkeys(rest for context, rest in moved if not context)
+            moved.append((stripped, context[len(stripped) :] + continuation, context == ""))
+        with_context = dict.fromkeys(text for context, rest, bare in moved if not bare
+                                     for text in (context, context + rest))
+        without = dict.fromkeys(rest for _, rest, bare in moved if bare)
         ids = dict(zip(with_context, self.tokenizer.encode_batch(list(with_context)), strict=True))
-        bare = dict(zip(without, self.tokenizer.encode_batch(list(without), add_special_tokens=False), strict=True))
+        alone = dict(zip(without, self.tokenizer.encode_batch(list(without), add_special_tokens=False), strict=True))
         requests = []
-        for context, rest in moved:
-            if context:
-                requests.append(Request(ids[context], ids[context + rest][len(ids[context]) :]))
-            elif bare[rest][:1] == [self.prefix_token_id]:
-                requests.append(Request(bare[rest][:1], bare[rest][1:]))
+        for (context, rest, bare), pair in zip(moved, pairs, strict=True):
+            if not bare:
+                request = Request(ids[context], ids[context + rest][len(ids[context]) :])
+            elif alone[rest][:1] == [self.prefix_token_id]:
+                request = Request(alone[rest][:1], alone[rest][1:])
             else:
-                requests.append(Request([self.prefix_token_id], bare[rest]))
+                request = Request([self.prefix_token_id], alone[rest])
+            if not request.context or not request.continuation:
+                empty = "continuation" if request.context else "context"
+                raise UserError(f"{self.label}: in {_short(pair[0])} + {_short(pair[1])} the {empty} has no token of its "
+                                "own, so there is nothing to score")
+            requests.append(request)
         return requests
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -82,3 +92,7 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         """Not served: only multiple-choice tasks are."""
         raise NotImplementedError("only multiple-choice tasks are served; see l2a_jax.inference.generate")
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"...{text[-57:]}")

@@ -89,13 +89,15 @@ def log_likelihoods(
 ) -> Scores:
     """Teacher-forced scores of every request.
 
-    A context is cut from the left to what the model's positions hold, as lm-eval does. The log-probability of an empty
-    continuation is 0, and greedy decoding "writes" it. `batch_tokens` is the size of a batch (at least one row);
-    `label` names the work in the progress report.
+    A context is cut from the left to what the model's positions hold, as lm-eval does. `batch_tokens` is the size of a
+    batch (at least one row); `label` names the work in the progress report.
 
-    Raises UserError on a request without context, a continuation longer than the model's positions, token ids outside
-    the vocabulary, and log-probabilities that are not finite.
+    Raises UserError where there is no request, on a request without context or continuation (as lm-eval: a sum over
+    no token would make it certain), a continuation longer than the model's positions, token ids outside the
+    vocabulary, and log-probabilities that are not finite.
     """
+    if not len(requests):
+        raise UserError(f"{label}: there is no request to score")
     table = _table(requests, position_limit(model.config, model.l2a_config), model.config.vocab_size)
     total = np.zeros(len(requests))
     greedy = np.ones(len(requests), bool)
@@ -154,6 +156,8 @@ def _table(requests: Sequence[Request], limit: int, vocabulary: int) -> _Table:
     for index, (context, continuation) in enumerate(requests):
         if len(context) == 0:
             raise UserError(f"request {index} has an empty context: no token predicts its first one")
+        if len(continuation) == 0:
+            raise UserError(f"request {index} has an empty continuation: there is no token to score")
         if len(continuation) > limit:
             raise UserError(f"request {index} continues for {len(continuation)} tokens; the model's positions end at "
                             f"{limit}")
@@ -163,12 +167,11 @@ def _table(requests: Sequence[Request], limit: int, vocabulary: int) -> _Table:
                             "tokenised with this model's tokenizer?")
         table.truncated[index] = whole.size > limit + 1
         table.targets.append(whole[whole.size - len(continuation) :])
-        if len(continuation):
-            tokens = whole[-(limit + 1) :][:-1]
-            at = known.setdefault(tokens.tobytes(), len(table.inputs))
-            if at == len(table.inputs):
-                table.inputs.append(tokens)
-            table.members.setdefault(at, []).append(index)
+        tokens = whole[-(limit + 1) :][:-1]
+        at = known.setdefault(tokens.tobytes(), len(table.inputs))
+        if at == len(table.inputs):
+            table.inputs.append(tokens)
+        table.members.setdefault(at, []).append(index)
     return table
 
 

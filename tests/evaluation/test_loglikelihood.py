@@ -106,14 +106,13 @@ def test_answers_of_one_token_share_a_row():
     assert batch.work == 3 and batch.requests.size == 41
 
 
-def test_empty_continuation_and_empty_context():
-    model = make_model()
-    found = log_likelihoods(model, [Request([1, 2], []), Request([3], [4])])
-    assert found.log_probabilities[0] == 0 and bool(found.greedy[0]) and found.log_probabilities[1] < 0
-    assert log_likelihoods(model, [Request([1], [])]).log_probabilities.tolist() == [0.0]
-    assert log_likelihoods(model, []).greedy.size == 0
-    with pytest.raises(UserError, match="request 1 has an empty context"):
-        log_likelihoods(model, [Request([1], [2]), Request([], [2])])
+@pytest.mark.parametrize(("requests", "message"), [
+    ([Request([1], [2]), Request([], [2])], "request 1 has an empty context"),
+    ([Request([1], [2]), Request([1, 2], [])], "request 1 has an empty continuation"),
+    ([Request([], [])], "request 0 has an empty context"), ([], "there is no request to score")])
+def test_a_score_over_no_token_is_refused(requests, message):
+    with pytest.raises(UserError, match=message):
+        log_likelihoods(make_model(), requests)
 
 
 def test_a_context_longer_than_the_model_is_cut_from_the_left():

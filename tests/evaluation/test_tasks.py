@@ -13,6 +13,7 @@ from l2a_jax.evaluation.task_files import read_task
 from l2a_jax.evaluation.tasks import evaluate_tasks
 from l2a_jax.models.params import init_params
 from l2a_jax.weights.pretrained import Pretrained
+from l2a_jax.weights.tokenizer import byte_level_bpe
 from tests.evaluation.byte_tokenizer import byte_tokenizer
 
 CONFIG = ModelConfig(260, 16, 24, 1, 2, 1, 8, max_positions=512)
@@ -105,9 +106,33 @@ def test_encoding_follows_lm_eval(model):
     pairs = [("The end", " is near"), ("The end ", "is near"), ("A\n\n", "b"), ("same", " x"), ("same", " y")]
     for pair, found in zip(pairs, harness.encode_pairs(pairs), strict=True):
         assert (found.context, found.continuation) == harness._encode_pair(*pair)
-    (bare, prefixed, empty) = harness.encode_pairs([("", "ab"), ("", "<|endoftext|>ab"), ("", "")])
+    (bare, prefixed) = harness.encode_pairs([("", "ab"), ("", "<|endoftext|>ab")])
     assert bare == ([256], harness.tok_encode("ab"))
-    assert prefixed == ([256], harness.tok_encode("ab")) and empty == ([256], [])
+    assert prefixed == ([256], harness.tok_encode("ab"))
+
+
+MERGED = {"merged into the context": ("Ans", "wer"), "empty": ("A", ""), "nothing at all": ("", ""),
+          "the prefix token alone": ("", "<|endoftext|>"), "a context of spaces": ("  ", "x")}
+
+
+@pytest.mark.parametrize("case", MERGED)
+def test_a_pair_without_a_token_to_score_is_refused_as_lm_eval_does(model, case):
+    """HFLM asserts that neither side is empty; a sum over no token would call it certain (0.0, greedy)."""
+    from l2a_jax.evaluation.harness import HarnessModel
+
+    letters = {letter: index for index, letter in enumerate(dict.fromkeys("AnswerĠx"))}
+    merges, whole = [], "A"
+    for letter in "nswer":
+        merges.append((whole, letter))
+        whole += letter
+        letters[whole] = len(letters)
+    tokenizer = byte_level_bpe(letters, merges, ["<|endoftext|>"], [], {"eos_token": "<|endoftext|>"}, normalise=True)
+    harness = HarnessModel(model._replace(tokenizer=tokenizer), label="piqa")
+    assert harness.encode_pairs([("Ans", "x")]) == [tuple(harness._encode_pair("Ans", "x"))]
+    if MERGED[case][0]:
+        assert [] in harness._encode_pair(*MERGED[case])
+    with pytest.raises(UserError, match="piqa: in .* has no token of its own"):
+        harness.encode_pairs([("Ans", "x"), MERGED[case]])
 
 
 @pytest.mark.parametrize("change, name, message", [
