@@ -222,8 +222,7 @@ def _collapse(plan: Plan, model: Pretrained) -> dict[str, Any]:
         raise UserError(f"{plan.options.source} has no tokenizer, which collapse needs for its prompts")
     else:
         prompts = model.tokenizer.encode_batch(list(collapse.PROMPTS), add_special_tokens=False)
-        ends = (model.tokenizer.eos_token_id, model.tokenizer.token_id("<|endoftext|>"))
-        stops = tuple(sorted({end for end in ends if end is not None}))
+        stops = model.tokenizer.end_ids
     return collapse.collapse(model, plan.windows, prompts=prompts, stop_tokens=stops, records=records,
                              seed=plan.options.seed, backend=plan.options.backend)
 

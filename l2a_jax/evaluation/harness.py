@@ -69,8 +69,8 @@ class HarnessModel(TemplateLM):
                 request = Request([self.prefix_token_id], alone[rest])
             if not request.context or not request.continuation:
                 empty = "continuation" if request.context else "context"
-                raise UserError(f"{self.label}: in {_short(pair[0])} + {_short(pair[1])} the {empty} has no token of its "
-                                "own, so there is nothing to score")
+                raise UserError(f"{self.label}: in {_short(pair[0])} + {_short(pair[1])} the {empty} has no token of "
+                                "its own, so there is nothing to score")
             requests.append(request)
         return requests
 

@@ -185,6 +185,9 @@ def _prompt(form: Form, hay: Haystack, options: NeedleOptions, length: int, dept
     key, answer = facts[0]
     answers = [answer, *([other for _, other in facts[1:]] + wrong)[: options.distractors]]
     answer_tokens = [form.answer(key, one) for one in answers]
+    if not all(answer_tokens):
+        raise UserError(f"the tokenizer leaves the answer {answers[answer_tokens.index([])]!r} no token of its own, so "
+                        "there is nothing to find")
     budget = max(len(tokens) for tokens in answer_tokens)
     needles = [form.needle(*fact) for fact in facts]
     question = form.question(key)
@@ -220,8 +223,9 @@ def _generated(model: Pretrained, prompts: Sequence[Prompt], options: NeedleOpti
     for prompt in chosen:
         count = len(prompt.answer_tokens[0])
         result = generate(model.params, model.config, model.l2a_config, [prompt.tokens], max_new_tokens=count,
-                          backend=backend)
-        tokens = np.asarray(jax.device_get(result.tokens))[0].tolist()
+                          stop_tokens=model.tokenizer.end_ids, backend=backend)
+        tokens, length = jax.device_get((result.tokens[0], result.lengths[0]))
+        tokens = tokens[:length].tolist()
         out.append({"length": prompt.length, "depth": prompt.depth, "seed": prompt.seed, "answer": prompt.answers[0],
                     "written": model.tokenizer.decode(tokens), "exact_match": tokens == prompt.answer_tokens[0]})
     return out

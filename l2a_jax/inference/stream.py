@@ -13,6 +13,7 @@ from jaxtyping import PRNGKeyArray
 
 from l2a_jax.config import L2AConfig
 from l2a_jax.errors import UserError
+from l2a_jax.files import read_text
 from l2a_jax.inference.forward import decode_params
 from l2a_jax.inference.generate import advance, bucket, request, start
 from l2a_jax.inference.pruning import cache_saving, parse_layers, pruned
@@ -124,17 +125,13 @@ def run(source: str, *, prompt: str | None, prompt_file: Path | None, window: in
     """What `eval/generate.py` does: the continuation to `out` (stdout), tokens per second to stderr."""
     out = sys.stdout if out is None else out
     if prompt is None:
-        try:
-            prompt = prompt_file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read --prompt-file {prompt_file}: {error}") from error
+        prompt = read_text(prompt_file, "--prompt-file")
     model = prepare(source, window=window, sinks=sinks, prune_layers=prune_layers, dtype=dtype)
     if model.tokenizer is None:
         raise UserError(f"{source} has no tokenizer, so there is no text to read or write")
     ids = model.tokenizer.encode(prompt)
     if not ids:
         raise UserError("the prompt is empty; a continuation needs at least one token to follow")
-    stop = model.tokenizer.eos_token_id
     if prune_layers is not None:
         now, whole = cache_saving(model, len(ids) + options["max_new_tokens"])
         print(f"cache: {now / 1e6:.2f} MB, {whole / 1e6:.2f} MB with nothing pruned", file=sys.stderr)
@@ -142,7 +139,7 @@ def run(source: str, *, prompt: str | None, prompt_file: Path | None, window: in
     out.write(prompt)
     out.flush()
     pieces = stream(model, ids, key=jax.random.key(seed) if options["temperature"] > 0 else None,
-                    stop_tokens=() if stop is None else (stop,), **options)
+                    stop_tokens=model.tokenizer.end_ids, **options)
     times, counts = [time.perf_counter()], []
     for piece in pieces:
         for token, routed in piece:

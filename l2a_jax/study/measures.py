@@ -62,9 +62,7 @@ class Subject:
     def prompts(self) -> tuple[list[list[int]], tuple[int, ...]]:
         """The collapse report's prompts as tokens, and the tokens that end a text."""
         tokenizer = self.model.tokenizer
-        ends = (tokenizer.eos_token_id, tokenizer.token_id("<|endoftext|>"))
-        return (tokenizer.encode_batch(list(collapse.PROMPTS), add_special_tokens=False),
-                tuple(sorted({end for end in ends if end is not None})))
+        return tokenizer.encode_batch(list(collapse.PROMPTS), add_special_tokens=False), tokenizer.end_ids
 
 
 def _perplexity(subject: Subject) -> dict[str, Any]:

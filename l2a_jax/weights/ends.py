@@ -9,6 +9,7 @@ from l2a_jax.errors import UserError
 from l2a_jax.files import read_json
 
 GENERATION = "generation_config.json"
+END_OF_TEXT = "<|endoftext|>"
 
 
 def folder_end_ids(folder: Path) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
 from l2a_jax.errors import UserError
-from l2a_jax.weights.ends import folder_end_ids
+from l2a_jax.weights.ends import END_OF_TEXT, folder_end_ids
 
 QWEN2_SPLIT = "|".join((
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",  # English contractions
@@ -78,8 +78,10 @@ class Tokenizer:
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """Every id at which generated text ends: as the source's files say, else the one of `eos_token_id`."""
-        return self.ends or (() if self.eos_token_id is None else (self.eos_token_id,))
+        """Every id at which generated text ends: as the source's files say, else that of `eos_token_id`, and of
+        `<|endoftext|>` (where llama.cpp stops too)."""
+        said = self.ends or (self.eos_token_id, self.token_id(END_OF_TEXT))
+        return tuple(dict.fromkeys(index for index in said if index is not None))
 
     @property
     def bos_token_id(self) -> int | None:

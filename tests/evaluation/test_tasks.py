@@ -131,7 +131,7 @@ def test_a_pair_without_a_token_to_score_is_refused_as_lm_eval_does(model, case)
     assert harness.encode_pairs([("Ans", "x")]) == [tuple(harness._encode_pair("Ans", "x"))]
     if MERGED[case][0]:
         assert [] in harness._encode_pair(*MERGED[case])
-    with pytest.raises(UserError, match="piqa: in .* has no token of its own"):
+    with pytest.raises(UserError, match=r"piqa: in .* has no token of its own"):
         harness.encode_pairs([("Ans", "x"), MERGED[case]])
 
 

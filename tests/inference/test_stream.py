@@ -72,7 +72,8 @@ def test_the_command_prints_the_prompt_and_what_follows(command, capsys):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--prompt", ""], "prompt is empty"), (["--prompt-file", "/nowhere.txt"], "cannot read --prompt-file"),
+    (["--prompt", ""], "prompt is empty"),
+    (["--prompt-file", "/nowhere.txt"], "--prompt-file /nowhere.txt does not exist"),
     (["--prompt", "a", "--prune-layers", "1"], "has no router"), (["--prompt", "a", "--window", "0"], "window is 0"),
     (["--prompt", "a", "--window", "4", "--prune-layers", "3"], "layers [3] cannot be pruned"),
     (["--prompt", "a", "--window", "4", "--prune-layers", "one"], "'one' is no layer"),

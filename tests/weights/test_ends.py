@@ -21,8 +21,8 @@ def folder(tmp_path):
 @pytest.mark.parametrize(
     ("config", "generation", "expected"),
     [
-        (None, None, [274]),  # <|im_end|>, the tokenizer's
-        ({}, {}, [274]),
+        (None, None, [274, 272]),  # <|im_end|>, the tokenizer's, and <|endoftext|>
+        ({}, {}, [274, 272]),
         ({"eos_token_id": 7}, None, [7]),
         ({"eos_token_id": [7, 9]}, {"do_sample": True}, [7, 9]),
         ({"eos_token_id": 7}, {"eos_token_id": [274, 272]}, [274, 272]),
