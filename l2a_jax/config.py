@@ -1,27 +1,35 @@
 """Frozen configurations: the shape of a model, of its L2A layer, and of its rotary embedding.
 
 Everything here is hashable, so a configuration can be a static argument of a jitted function.
-Presets (what to train with) live in `l2a_jax.presets`; this file only says what a model *is*.
+Presets (what to train with) live in `l2a_jax.presets`; this file only says what a model *is*. What cannot be is a plain
+ValueError here: whoever read the numbers says where they stand.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from l2a_jax.fields import LONGEST, PROBABILITY, Choice, Range, above, between, check, count, length
 
 ROPE_KINDS = ("none", "theta", "linear", "yarn")
 TOPOLOGIES = ("sequential", "parallel")
 ROUTER_INPUTS = ("pre", "post_local")
 
 
+Window = Annotated[int, length()]
+Sinks = Annotated[int, length(0)]
+Topology = Annotated[str, Choice(*TOPOLOGIES)]
+RouterInput = Annotated[str, Choice(*ROUTER_INPUTS)]
+# Beyond these a sigmoid of z / temperature is a step, or a constant, in float32.
+Temperature = Annotated[float, between(1e-6, 1e6)]
+Threshold = Annotated[float, Range(0, 1, low_included=False, high_included=False)]
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
-
-
-def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    _require(value in allowed, f"{name} is {value!r}; expected one of {', '.join(allowed)}")
 
 
 @dataclass(frozen=True)
@@ -33,20 +41,20 @@ class RopeScaling:
     (None: the model's `max_positions`) and `attention_factor` scales cos and sin (None: 0.1 ln(factor) + 1).
     """
 
-    kind: str = "none"
-    factor: float = 1.0
-    original_max_positions: int | None = None
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None
+    kind: Annotated[str, Choice(*ROPE_KINDS)] = "none"
+    # 10,000 times the longest trained length there is would no longer be a position in int32.
+    factor: Annotated[float, between(1, 10_000)] = 1.0
+    original_max_positions: Annotated[int | None, length()] = None
+    beta_fast: Annotated[float, above(0)] = 32.0
+    beta_slow: Annotated[float, above(0)] = 1.0
+    attention_factor: Annotated[float | None, above(0)] = None
 
     def __post_init__(self):
-        _choice("rope kind", self.kind, ROPE_KINDS)
-        _require(self.factor >= 1.0, f"rope factor is {self.factor}; expected at least 1")
+        check(self, spell=lambda name: f"rope {name}", error=ValueError)
         _require(self.kind != "none" or self.factor == 1.0, f"rope kind 'none' takes no factor, got {self.factor}")
         _require(
-            self.beta_fast > self.beta_slow > 0,
-            f"rope beta_fast ({self.beta_fast}) must exceed beta_slow ({self.beta_slow}), both above 0",
+            self.beta_fast > self.beta_slow,
+            f"rope beta_fast ({self.beta_fast}) must exceed beta_slow ({self.beta_slow})",
         )
 
 
@@ -54,23 +62,21 @@ class RopeScaling:
 class ModelConfig:
     """Shape of a Qwen2.5 model. `head_dim` is H; `max_positions` the longest trained sequence, before RoPE scaling."""
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rope_theta: float = 1_000_000.0
+    vocab_size: Annotated[int, count()]
+    hidden_size: Annotated[int, count()]
+    intermediate_size: Annotated[int, count()]
+    num_layers: Annotated[int, count()]
+    num_heads: Annotated[int, count()]
+    num_kv_heads: Annotated[int, count()]
+    head_dim: Annotated[int, count()]
+    rope_theta: Annotated[float, above(0)] = 1_000_000.0
     rope: RopeScaling = field(default_factory=RopeScaling)
-    rms_norm_eps: float = 1e-6
+    rms_norm_eps: Annotated[float, above(0, 1)] = 1e-6
     tie_embeddings: bool = True
-    max_positions: int = 32_768
+    max_positions: Annotated[int, length()] = 32_768
 
     def __post_init__(self):
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
-                     "head_dim", "max_positions"):
-            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; expected at least 1")
+        check(self, spell=str, error=ValueError)
         _require(
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})",
@@ -90,24 +96,22 @@ class L2AConfig:
     (routing noise); the gradient is that of the inverted decision, and nothing else knows of it.
     """
 
-    window: int = 256
-    sinks: int = 4
-    topology: str = "parallel"
+    window: Window = 256
+    sinks: Sinks = 4
+    topology: Topology = "parallel"
     share_attention: bool = True
-    router_input: str = "pre"
+    router_input: RouterInput = "pre"
     rope: RopeScaling | None = None
-    temperature: float = 0.1
-    threshold: float = 0.5
-    leakage: float = 1.0
-    pruned_layers: tuple[int, ...] = ()
-    flip: float = 0.0
+    temperature: Temperature = 0.1
+    threshold: Threshold = 0.5
+    leakage: Annotated[float, PROBABILITY] = 1.0
+    pruned_layers: tuple[Annotated[int, count(0)], ...] = ()
+    flip: Annotated[float, PROBABILITY] = 0.0
 
     def __post_init__(self):
+        object.__setattr__(self, "pruned_layers", tuple(self.pruned_layers))
+        check(self, spell=str, error=ValueError)
         object.__setattr__(self, "pruned_layers", tuple(sorted(int(layer) for layer in self.pruned_layers)))
-        _require(self.window >= 1, f"window is {self.window}; expected at least 1 (the token itself)")
-        _require(self.sinks >= 0, f"sinks is {self.sinks}; expected at least 0")
-        _choice("topology", self.topology, TOPOLOGIES)
-        _choice("router_input", self.router_input, ROUTER_INPUTS)
         _require(
             not (self.share_attention and self.topology == "sequential"),
             "share_attention needs topology 'parallel': the sequential layer runs two attention sets one after another",
@@ -117,12 +121,6 @@ class L2AConfig:
             "router_input 'post_local' is a choice of topology 'parallel'; the sequential router always reads the "
             "state after local attention",
         )
-        _require(self.temperature > 0, f"temperature is {self.temperature}; expected above 0")
-        _require(0 < self.threshold < 1, f"threshold is {self.threshold}; expected between 0 and 1, both excluded")
-        _require(0 <= self.leakage <= 1, f"leakage is {self.leakage}; expected a probability")
-        _require(0 <= self.flip <= 1, f"flip is {self.flip}; expected a probability")
-        _require(all(layer >= 0 for layer in self.pruned_layers), f"pruned_layers {self.pruned_layers} holds a "
-                 "negative layer")
 
 
 def rope_of(config: ModelConfig, l2a_config: L2AConfig | None = None) -> RopeScaling:
@@ -134,7 +132,7 @@ def position_limit(config: ModelConfig, l2a_config: L2AConfig | None = None) -> 
     """Longest sequence in tokens that the rotary embedding is meant for: the trained length x the scaling factor."""
     rope = rope_of(config, l2a_config)
     base = config.max_positions if rope.kind != "yarn" else rope.original_max_positions or config.max_positions
-    return max(config.max_positions, int(base * rope.factor))
+    return min(LONGEST, max(config.max_positions, int(base * rope.factor)))
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -161,7 +159,7 @@ def _from_dict(kind, fields):
     _require(required <= set(fields), f"{kind.__name__} misses {sorted(required - set(fields))}")
     if isinstance(fields.get("rope"), dict):
         fields["rope"] = _from_dict(RopeScaling, fields["rope"])
-    if "pruned_layers" in fields:
+    if isinstance(fields.get("pruned_layers"), list):
         fields["pruned_layers"] = tuple(fields["pruned_layers"])
     return kind(**fields)
 

@@ -23,6 +23,8 @@ from l2a_jax.errors import UserError
 
 MOST = 2**31 - 1
 """The largest count: what an int32, which compiled programs count in, can hold."""
+LONGEST = 2**30
+"""The longest row, window or list: a position and a length, added, are still an int32."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Range:
                 and (self.high_included or value != self.high))
 
     def __str__(self) -> str:
-        if self.high in (math.inf, MOST):
+        if self.high >= LONGEST:
             told = f"at least {self.low}" if self.low_included else f"above {self.low}"
             told += "" if self.high == math.inf else f", at most {self.high:,}"
         else:
@@ -52,6 +54,12 @@ class Range:
                     (False, True): ", the former excluded"}[self.low_included, self.high_included]
             told = f"between {self.low} and {self.high}{ends}"
         return f"{self.meaning}, {told}" if self.meaning else told
+
+    def told(self, value: Any) -> str:
+        """What is expected, to one who gave `value`: an end that only float32 makes of it needs a word more."""
+        rounds = isinstance(value, (float, np.floating)) and self.low <= value <= self.high
+        rounds = rounds and (value != self.low or self.low_included) and (value != self.high or self.high_included)
+        return f"{self}, and finite" if value == math.inf else f"{self}, in float32 too" if rounds else str(self)
 
 
 def _float32(value: float) -> float:
@@ -68,6 +76,32 @@ class Choice(tuple):
 
     def __str__(self) -> str:
         return f"one of {', '.join(self)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Filled:
+    """A text or a list with something in it."""
+
+    what: str = "a text"
+
+    def __contains__(self, value: Any) -> bool:
+        return bool(value.strip() if isinstance(value, str) else value)
+
+    def __str__(self) -> str:
+        return f"{self.what} that is not empty"
+
+
+@dataclasses.dataclass(frozen=True)
+class Distinct(Filled):
+    """A list with something in it, each entry once."""
+
+    what: str = "a list"
+
+    def __contains__(self, value: Any) -> bool:
+        return bool(value) and len(set(value)) == len(value)
+
+    def __str__(self) -> str:
+        return f"{self.what} that is not empty, each entry once"
 
 
 def at_least(low: float, meaning: str = "") -> Range:
@@ -90,6 +124,18 @@ def count(low: int = 1, meaning: str = "") -> Range:
     return Range(low, MOST, meaning=meaning)
 
 
+def length(low: int = 1, meaning: str = "") -> Range:
+    """A number of tokens, keys or files, from `low` to the longest that positions can say."""
+    return Range(low, LONGEST, meaning=meaning)
+
+
+SEED = Range(0, 2**32 - 1)
+"""JAX makes its keys of 32 bits of a seed: 2**32 would draw what 0 draws."""
+DTYPE = Choice("float32", "bfloat16")
+SHARE_OF_RUN = between(0, 1, "a share of the run")
+PROBABILITY = between(0, 1, "a probability")
+
+
 def flag(name: str) -> str:
     """A field's name as the command line spells it."""
     return f"--{name.replace('_', '-')}"
@@ -102,8 +148,9 @@ def declared(kind: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
-def check(settings: Any, spell: Callable[[str], str] = flag, names: Iterable[str] | None = None) -> None:
-    """UserError on the first field (of `names`, or all) whose value is not what its declaration says.
+def check(settings: Any, spell: Callable[[str], str] = flag, names: Iterable[str] | None = None,
+          error: type[ValueError] = UserError) -> None:
+    """`error` on the first field (of `names`, or all) whose value is not what its declaration says.
 
     `spell` is how a field is named to the user: as a flag, or as a key of a file.
     """
@@ -111,7 +158,7 @@ def check(settings: Any, spell: Callable[[str], str] = flag, names: Iterable[str
     for name in hints if names is None else names:
         wrong = problem(getattr(settings, name), hints[name])
         if wrong is not None:
-            raise UserError(f"{spell(name)} is {_shown(getattr(settings, name))}; expected {wrong}")
+            raise error(f"{spell(name)} is {_shown(getattr(settings, name))}; expected {wrong}")
 
 
 def problem(value: Any, hint: Any) -> str | None:
@@ -122,8 +169,8 @@ def problem(value: Any, hint: Any) -> str | None:
         wrong = problem(value, inner)
         if wrong is not None or value is None:
             return wrong if wrong is None or not rules else f"{wrong}, {rules[0]}"
-        rules = [rule for rule in rules if isinstance(rule, (Range, Choice))]
-        return next((str(rule) for rule in rules if value not in rule), None)
+        broken = next((rule for rule in rules if isinstance(rule, (Range, Choice, Filled)) and value not in rule), None)
+        return broken.told(value) if isinstance(broken, Range) else None if broken is None else str(broken)
     if origin in (typing.Union, types.UnionType):
         options = typing.get_args(hint)
         wrong = [problem(value, option) for option in options]

@@ -9,12 +9,40 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from l2a_jax.config import L2AConfig, ModelConfig, RopeScaling
+from l2a_jax import fields
+from l2a_jax.attention.backends import CHOICES
+from l2a_jax.config import (
+    L2AConfig,
+    ModelConfig,
+    RopeScaling,
+    RouterInput,
+    Sinks,
+    Temperature,
+    Threshold,
+    Topology,
+    Window,
+)
+from l2a_jax.data.dataset import PACKINGS
 from l2a_jax.errors import UserError
-from l2a_jax.training.regimes import PLAIN_REGIMES, check_regime
-from l2a_jax.training.remat import checkpoint_policy
+from l2a_jax.fields import (
+    DTYPE,
+    PROBABILITY,
+    SEED,
+    SHARE_OF_RUN,
+    Choice,
+    Distinct,
+    Filled,
+    Range,
+    above,
+    at_least,
+    between,
+    count,
+    length,
+)
+from l2a_jax.training.regimes import PLAIN_REGIMES, REGIMES, check_regime
+from l2a_jax.training.remat import MODES
 
 
 @dataclass(frozen=True)
@@ -26,46 +54,47 @@ class Settings:
     CPU); masters and optimizer are `master_dtype`.
     """
 
-    regime: str
+    regime: Annotated[str, Choice(*REGIMES)]
     preset: tuple[str, ...] = ()
-    model: str | None = None
-    data: tuple[str, ...] = ()
-    steps: int | None = None
-    tokens: int | None = 12_000_000
-    seq_len: int = 2_048
-    batch_size: int = 4
-    grad_accum: int = 1
-    packing: str = "best_fit"
-    echo: float = 0.0
-    window: int = 256
-    sinks: int = 4
-    topology: str = "parallel"
+    model: Annotated[str | None, Filled()] = None
+    data: tuple[Annotated[str, Filled()], ...] = ()
+    steps: Annotated[int | None, count()] = None
+    tokens: Annotated[int | None, Range(1, 2**63 - 1)] = 12_000_000
+    seq_len: Annotated[int, length(2)] = 2_048
+    batch_size: Annotated[int, count()] = 4
+    grad_accum: Annotated[int, count()] = 1
+    packing: Annotated[str, Choice(*PACKINGS)] = "best_fit"
+    echo: Annotated[float, between(0, 1, "a share of the rows")] = 0.0
+    window: Window = 256
+    sinks: Sinks = 4
+    topology: Topology = "parallel"
     share_attention: bool = True
-    router_input: str = "pre"
-    rope: str | None = None
-    temperature: float = 0.1
-    threshold: float = 0.5
-    leakage: float = 1.0
-    flip: float = 0.0
-    penalty: float = 0.0
-    penalty_warmup: float = 0.05
-    penalty_ramp: float = 0.45
-    lr: float = 5e-5
-    router_lr: float | None = None
-    weight_decay: float = 0.0
-    warmup: float = 0.05
-    clip: float = 1.0
-    backend: str = "auto"
-    dtype: str | None = None
-    master_dtype: str = "float32"
-    remat: str = "elementwise"
+    router_input: RouterInput = "pre"
+    rope: Annotated[str | None, Filled()] = None
+    temperature: Temperature = 0.1
+    threshold: Threshold = 0.5
+    leakage: Annotated[float, PROBABILITY] = 1.0
+    flip: Annotated[float, PROBABILITY] = 0.0
+    penalty: Annotated[float, at_least(0)] = 0.0
+    penalty_warmup: Annotated[float, SHARE_OF_RUN] = 0.05
+    penalty_ramp: Annotated[float, SHARE_OF_RUN] = 0.45
+    lr: Annotated[float, above(0)] = 5e-5
+    router_lr: Annotated[float | None, above(0)] = None
+    weight_decay: Annotated[float, at_least(0)] = 0.0
+    warmup: Annotated[float, SHARE_OF_RUN] = 0.05
+    clip: Annotated[float, above(0)] = 1.0
+    backend: Annotated[str, Choice(*CHOICES)] = "auto"
+    dtype: Annotated[str | None, DTYPE] = None
+    master_dtype: Annotated[str, DTYPE] = "float32"
+    remat: Annotated[str, Choice(*MODES)] = "elementwise"
     unroll: bool | None = None
-    attention_layers: tuple[int, ...] | None = None  # where attention is trained (None: in all layers)
+    # Where attention is trained (None: in all layers).
+    attention_layers: Annotated[tuple[Annotated[int, count(0)], ...] | None, Distinct()] = None
     deterministic: bool = False
-    save_every: int = 500
-    eval_every: int = 250
-    eval_batches: int = 8
-    seed: int = 0
+    save_every: Annotated[int, count()] = 500
+    eval_every: Annotated[int, count()] = 250
+    eval_batches: Annotated[int, count()] = 8
+    seed: Annotated[int, SEED] = 0
     given: tuple[str, ...] = ()  # the flags that were spelled out; a routed source's own layer yields only to these
 
 
@@ -119,17 +148,17 @@ def resolve(regime: str, given: dict[str, Any], presets: tuple[str, ...] = ()) -
     unknown = [name for name in presets if name not in PRESETS]
     if unknown:
         raise UserError(f"--preset is {unknown[0]!r}; expected one of {', '.join(PRESETS)}")
-    fields: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name in presets:
-        fields |= PRESETS[name]
-    fields |= given
-    fields["data"] = tuple(fields.get("data") or ())
-    if fields.get("model") is None and not fields["data"]:
+        values |= PRESETS[name]
+    values |= given
+    values["data"] = tuple(values.get("data") or ())
+    if values.get("model") is None and not values["data"]:
         base = DEMO_PRETRAIN if regime == "pretrain" else DEMO
-    elif fields.get("model") is None:
+    elif values.get("model") is None:
         raise UserError("--data was given without --model; name the model whose tokenizer reads it "
                         "(a hub id, a folder or a .gguf file)")
-    elif not fields["data"]:
+    elif not values["data"]:
         raise UserError("--model was given without --data; name the text to train on (wikitext, diverse, or files)")
     else:
         base = PRESETS.get(REGIME_PRESET.get(regime, ""), {})
@@ -137,33 +166,15 @@ def resolve(regime: str, given: dict[str, Any], presets: tuple[str, ...] = ()) -
         raise UserError("--steps and --tokens both say how long to train; give one of them")
     if "tokens" in given:
         base = {**base, "steps": None}
-    return _checked(Settings(regime=regime, preset=tuple(presets), given=tuple(sorted(given)), **{**base, **fields}))
+    return _checked(Settings(regime=regime, preset=tuple(presets), given=tuple(sorted(given)), **{**base, **values}))
 
 
 def _checked(settings: Settings) -> Settings:
-    positive = ("seq_len", "batch_size", "grad_accum", "save_every", "eval_every", "eval_batches", "clip", "lr")
-    for name in positive:
-        if getattr(settings, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(settings, name)}; expected above 0")
-    for name in ("penalty_warmup", "penalty_ramp", "warmup"):
-        if not 0 <= getattr(settings, name) <= 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(settings, name)}; expected a share of the run, "
-                            "between 0 and 1")
-    if not 0 <= settings.echo <= 1:
-        raise UserError(f"--echo is {settings.echo}; expected a share of the rows, between 0 and 1")
+    fields.check(settings)
     if settings.echo and not settings.data:
         raise UserError("--echo repeats text of --data, and there is none; give --model and --data")
-    checkpoint_policy(settings.remat)
-    for name in ("steps", "tokens"):
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} is {value}; expected at least 1")
-    for name in ("dtype", "master_dtype"):
-        if getattr(settings, name) not in ("float32", "bfloat16", *((None,) if name == "dtype" else ())):
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(settings, name)!r}; expected float32 or bfloat16")
-    for name in ("penalty", "weight_decay", "seed"):
-        if getattr(settings, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(settings, name)}; expected at least 0")
+    if settings.rope is not None:
+        parse_rope(settings.rope)
     return settings
 
 

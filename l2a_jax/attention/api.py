@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from l2a_jax.attention.backends import BACKENDS
 from l2a_jax.attention.kernels import blocks
 
 log = logging.getLogger("l2a_jax.attention")
 
-BACKENDS = ("reference", "xla", "cudnn", "pallas", "pallas_interpret")
 # What `auto` tries, in order, by platform. The reference is last: it is exact, and needs O(T^2) memory.
 AUTO = {"gpu": ("pallas", "cudnn", "xla"), "cpu": ("xla", "reference")}
 

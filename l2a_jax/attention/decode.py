@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from l2a_jax.attention.api import BACKENDS
+from l2a_jax.attention.backends import BACKENDS
 from l2a_jax.attention.kernels import decode as kernel
 from l2a_jax.attention.kernels.tile import FLOOR
 from l2a_jax.attention.pallas import shape_why_not

@@ -65,7 +65,6 @@ def parse_config(fields: dict[str, Any], where: str = "config.json") -> tuple[Mo
         raise
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{where} is unusable: {error}") from error
-    check_numbers(config, where)
     if (fields["model_type"] == L2A_TYPE) != (l2a_config is not None):
         have = "without" if l2a_config is None else "with"
         raise UserError(f"{where} has model_type {fields['model_type']!r} {have} {L2A_KEY}; expected {L2A_TYPE!r} with "
@@ -114,14 +113,6 @@ def config_fields(
     if scaling["rope_type"] != "default":
         fields["rope_scaling"] = scaling
     return fields if l2a_config is None else {**fields, L2A_KEY: to_dict(l2a_config)}
-
-
-def check_numbers(config: ModelConfig, where: str) -> None:
-    """Raise UserError unless the real numbers of a stored configuration are positive and finite."""
-    for name, value in (("RoPE base", config.rope_theta), ("RMS norm epsilon", config.rms_norm_eps),
-                        ("RoPE factor", config.rope.factor)):
-        if not 0 < value < math.inf:
-            raise UserError(f"{where} has {name} {value}; expected a positive number")
 
 
 def shortest_float32(value: float) -> float:

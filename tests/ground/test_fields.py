@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from l2a_jax.errors import UserError
-from l2a_jax.fields import Choice, above, at_least, between, check, count, flag
+from l2a_jax.fields import Choice, Distinct, Filled, above, at_least, between, check, count, flag
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class Example:
     kind: Annotated[str, Choice("one", "two")] = "one"
     fast: bool = False
     layers: tuple[Annotated[int, count(0)], ...] | None = None
+    name: Annotated[str | None, Filled()] = None
+    places: Annotated[tuple[int, ...] | None, Distinct()] = None
 
 
 GOOD = [{}, {"steps": 2**31 - 1}, {"rate": 1}, {"rate": 3e38}, {"share": 0}, {"share": 1.0}, {"layers": ()},
@@ -33,11 +35,14 @@ BAD = {
     "far beyond": ({"steps": 10**400}, "expected at least 1"),
     "no whole number": ({"steps": 1.5}, "--steps is 1.5; expected a whole number"),
     "a truth for a number": ({"steps": True}, "--steps is True; expected a whole number"),
-    "negative": ({"seed": -1}, "--seed is -1; expected between 0 and"),
+    "negative": ({"seed": -1}, "--seed is -1; expected at least 0, at most 9,223,372"),
     "nan": ({"rate": math.nan}, "--rate is nan; expected above 0"),
-    "inf": ({"decay": math.inf}, "--decay is inf; expected at least 0"),
-    "inf in float32": ({"decay": 1e39}, "--decay is 1e+39"),
-    "0 in float32": ({"rate": 1e-39}, "--rate is 1e-39; expected above 0"),
+    "inf": ({"decay": math.inf}, "--decay is inf; expected at least 0, and finite"),
+    "inf in float32": ({"decay": 1e39}, "--decay is 1e+39; expected at least 0, in float32 too"),
+    "0 in float32": ({"rate": 1e-39}, "--rate is 1e-39; expected above 0, in float32 too"),
+    "nothing": ({"name": " "}, "--name is ' '; expected a text that is not empty"),
+    "no entries": ({"places": ()}, "--places is (); expected a list that is not empty, each entry once"),
+    "an entry twice": ({"places": (3, 3)}, "--places is (3, 3); expected a list that is not empty, each entry once"),
     "beyond a share": ({"share": 1.01}, "--share is 1.01; expected a share of the rows, between 0 and 1"),
     "no number": ({"rate": "0.1"}, "--rate is '0.1'; expected a number, above 0"),
     "unknown name": ({"kind": "three"}, "--kind is 'three'; expected one of one, two"),

@@ -104,7 +104,7 @@ def test_the_hash_is_of_the_content(tmp_path):
         ({"qwen2.embedding_length": 32}, "wrong shape: token_embd.weight is .320, 64., expected .320, 32."),
         ({"qwen2.block_count": 3}, "missing: blk.2.attn_k.bias, .*blk.2.attn_norm.weight"),
         ({"qwen2.block_count": 1}, "left over: blk.1.attn_norm.weight"),
-        ({"qwen2.block_count": 2**31}, "2147483648 layers"),
+        ({"qwen2.block_count": 2**31 - 1}, "2147483647 layers"),
         ({"qwen2.attention.head_count": 0}, "unusable configuration"),
         ({"qwen2.rope.dimension_count": 8}, "rope.dimension_count is 8"),
         ({"qwen2.rope.scaling.type": "longrope"}, "scales RoPE by 'longrope'"),
