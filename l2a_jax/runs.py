@@ -171,7 +171,8 @@ def compile_run(plan: Plan) -> Run:
     objective = Objective(plan.config, plan.l2a_config, dtype=plan.dtype, backend=s.backend,
                           remat=checkpoint_policy(s.remat), unroll=_unrolls(s), attention_layers=s.attention_layers)
     rule = OptimizerConfig(s.lr, plan.steps, weight_decay=s.weight_decay, clip=s.clip,
-                           attention_layers=s.attention_layers)
+                           attention_layers=s.attention_layers,
+                           momentum_dtype=None if s.master_dtype == "float32" else jnp.dtype(s.master_dtype))
     optimizer = make_optimizer(rule, s.regime)
     abstract = abstract_params(plan.config, plan.l2a_config, plan.dtype)
     mask = regime_mask(abstract, s.regime)

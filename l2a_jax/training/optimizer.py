@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, BFloat16, Float32, PRNGKeyArray
 
 from l2a_jax.models.params import Tree, map_with_path
 from l2a_jax.training.regimes import group_of, keep_layers, regime_mask
@@ -25,7 +26,9 @@ class OptimizerConfig:
 
     `router_lr` replaces `lr` for the router (None: the same). These four are numbers, or traced. Decay
     touches matrices only: no norm, bias or router.
-    `attention_layers`: attention moves in these layers alone (None: in all).
+    `attention_layers`: attention moves in these layers alone (None: in all). `momentum_dtype` is that of the first
+    moment (None: float32); the second stays float32, because at beta2 0.999 what a step changes in it is less than
+    half of a bfloat16's last place and would never be seen.
     """
 
     lr: Any
@@ -39,6 +42,7 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     final: float = 0.0
     attention_layers: tuple[int, ...] | None = None
+    momentum_dtype: Any = None
 
 
 def learning_rate(config: OptimizerConfig, peak: Any) -> Callable:
@@ -57,13 +61,19 @@ def learning_rate(config: OptimizerConfig, peak: Any) -> Callable:
     return schedule
 
 
+def is_matrix(path: str) -> bool:
+    """Whether a leaf is an attention, MLP or embedding kernel: nearly all parameters, and no norm, bias or router."""
+    return path.endswith(("kernel", "embedding")) and group_of(path) != "router"
+
+
 def decayed(params: Tree) -> Tree:
-    """True for the matrices that weight decay touches: attention, MLP and embedding kernels."""
+    """True for the matrices, which weight decay touches."""
+    return map_with_path(lambda path, _: is_matrix(path), params)
 
-    def is_matrix(path, _):
-        return path.endswith(("kernel", "embedding")) and group_of(path) != "router"
 
-    return map_with_path(is_matrix, params)
+def master_dtype_of(path: str, master_dtype: Any) -> Any:
+    """What a trained leaf is kept in: matrices in `master_dtype`, the few others in float32, where it costs nothing."""
+    return jnp.dtype(master_dtype) if is_matrix(path) else jnp.dtype(jnp.float32)
 
 
 def make_optimizer(config: OptimizerConfig, regime: str) -> optax.GradientTransformation:
@@ -78,7 +88,7 @@ def make_optimizer(config: OptimizerConfig, regime: str) -> optax.GradientTransf
 
     def adamw(peak, decay):
         return optax.adamw(learning_rate(config, peak), config.beta1, config.beta2, config.epsilon,
-                           weight_decay=decay, mask=decayed)
+                           weight_decay=decay, mask=decayed, mu_dtype=config.momentum_dtype)
 
     trained = optax.chain(optax.clip_by_global_norm(config.clip), per_rate(adamw))
 
@@ -91,3 +101,31 @@ def make_optimizer(config: OptimizerConfig, regime: str) -> optax.GradientTransf
     # Before, so that clipping sees what is trained; after, because decay needs no gradient.
     narrowed = optax.stateless(lambda updates, params: keep_layers(updates, config.attention_layers))
     return optax.chain(narrowed, everything, narrowed)
+
+
+def widened(tree: Tree) -> Tree:
+    """The leaves in float32, in which every update is computed whatever the masters are stored in."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+
+
+def narrowed(updated: Tree, stored: Tree, key: PRNGKeyArray) -> Tree:
+    """Float32 leaves in the dtypes of `stored`, those in bfloat16 rounded stochastically.
+
+    To the nearest, an update below 1/256 of its weight would be lost, every time; this way it is right on average.
+    """
+    leaves, structure = jax.tree.flatten(updated)
+    kept = [round_stochastically(new, jax.random.fold_in(key, index)) if old.dtype == jnp.bfloat16
+            else new.astype(old.dtype)
+            for index, (new, old) in enumerate(zip(leaves, jax.tree.leaves(stored), strict=True))]
+    return jax.tree.unflatten(structure, kept)
+
+
+def round_stochastically(x: Float32[Array, "*shape"], key: PRNGKeyArray) -> BFloat16[Array, "*shape"]:
+    """One of the two bfloat16 around each number, the nearer the likelier, so that the expectation is `x`.
+
+    A bfloat16 is the upper half of a float32: add a uniform 16-bit number to the lower half, and cut it off.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    upper = ((bits + noise) >> 16).astype(jnp.uint16)
+    return jnp.where(jnp.isfinite(x), jax.lax.bitcast_convert_type(upper, jnp.bfloat16), x.astype(jnp.bfloat16))

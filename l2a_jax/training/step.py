@@ -21,7 +21,7 @@ from l2a_jax.models.params import Tree, by_layer, map_with_path, param_dtype, st
 from l2a_jax.models.qwen2 import hidden_states
 from l2a_jax.nn import routing
 from l2a_jax.training.loss import cross_entropy, token_nll
-from l2a_jax.training.optimizer import OptimizerConfig, make_optimizer
+from l2a_jax.training.optimizer import OptimizerConfig, make_optimizer, master_dtype_of, narrowed, widened
 from l2a_jax.training.regimes import combine, keep_layers, partition
 
 
@@ -66,12 +66,14 @@ class Dials(NamedTuple):
 
 
 def initial_state(trainable: Tree, optimizer: optax.GradientTransformation, master_dtype: Any) -> TrainState:
-    """Step 0: masters in `master_dtype` (the router always float32) and a fresh optimizer over them alone.
+    """Step 0: matrices' masters in `master_dtype`, the others in float32, and a fresh optimizer over them alone.
 
     Masters are copies, never views of `trainable`: a step donates its state.
     """
-    masters = map_with_path(lambda path, leaf: jnp.array(leaf, param_dtype(path, master_dtype), copy=True), trainable)
-    return TrainState(jnp.zeros((), jnp.int32), masters, optimizer.init(masters), jnp.ones((), bool))
+    masters = map_with_path(lambda path, leaf: jnp.array(leaf, master_dtype_of(path, master_dtype), copy=True),
+                            trainable)
+    moments = jax.jit(lambda masters: optimizer.init(widened(masters)))(masters)
+    return TrainState(jnp.zeros((), jnp.int32), masters, moments, jnp.ones((), bool))
 
 
 def split_params(params: Tree, mask: Tree, unroll: bool) -> tuple[Tree, Tree]:
@@ -83,6 +85,10 @@ def split_params(params: Tree, mask: Tree, unroll: bool) -> tuple[Tree, Tree]:
 def compute_params(trainable: Tree, frozen: Tree, dtype: Any) -> Tree:
     """The whole tree in the compute dtype, the router in float32; differentiable in `trainable`."""
     return combine(map_with_path(lambda path, leaf: leaf.astype(param_dtype(path, dtype)), trainable), stacked(frozen))
+
+
+_ROUNDING = 2**32 - 1
+"""What a step's key is folded with for the rounding of masters: the index of no micro-batch."""
 
 
 class _Sums(NamedTuple):
@@ -137,9 +143,10 @@ def train_step(
         micro, real, index = inputs
         gradients, sums = jax.grad(loss, has_aux=True)(state.trainable, micro, real,
                                                        jax.random.fold_in(step_key, index))
-        return jax.tree.map(jnp.add, carry, (gradients, sums)), None
+        return jax.tree.map(jnp.add, carry, (widened(gradients), sums)), None
 
-    zeros = jax.tree.map(jnp.zeros_like, state.trainable), _Sums(*(jnp.zeros(()),) * 3, *(jnp.zeros(layers),) * 2)
+    nothing = _Sums(*(jnp.zeros(()),) * 3, *(jnp.zeros(layers),) * 2)
+    zeros = jax.tree.map(jnp.zeros_like, widened(state.trainable)), nothing
     inputs = (batch, real, jnp.arange(batch.tokens.shape[0]))
     if batch.tokens.shape[0] == 1:  # no second copy of the gradients where there is nothing to add
         (gradients, sums), _ = accumulate(zeros, jax.tree.map(lambda x: x[0], inputs))
@@ -147,11 +154,14 @@ def train_step(
         (gradients, sums), _ = jax.lax.scan(accumulate, zeros, inputs)
 
     gradients = keep_layers(gradients, objective.attention_layers)
-    norm = optax.global_norm(jax.tree.map(lambda g: g.astype(jnp.float32), gradients))
+    norm = optax.global_norm(gradients)
     mean_nll = sums.nll / counted
     healthy = state.healthy & jnp.isfinite(mean_nll) & jnp.isfinite(norm) & jnp.isfinite(sums.penalty)
-    updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
-    updated = TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), optimizer_state, healthy)
+    masters = widened(state.trainable)
+    updates, optimizer_state = optimizer.update(gradients, state.optimizer, masters)
+    masters = narrowed(optax.apply_updates(masters, updates), state.trainable,
+                       jax.random.fold_in(step_key, _ROUNDING))
+    updated = TrainState(state.step + 1, masters, optimizer_state, healthy)
     state = jax.tree.map(lambda new, old: jnp.where(healthy, new, old), updated, state._replace(healthy=healthy))
 
     metrics = {"loss": mean_nll, "accuracy": sums.correct / counted, "grad_norm": norm, "tokens": real_tokens,

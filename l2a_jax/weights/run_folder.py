@@ -50,6 +50,7 @@ def load_run(path: Path, dtype: Any) -> Pretrained:
     """
     # Training stands above weights in the house; only this function, which reads what training wrote, looks up.
     from l2a_jax.training.checkpoint import LATEST, Checkpoints
+    from l2a_jax.training.optimizer import master_dtype_of
     from l2a_jax.training.regimes import combine, partition, regime_mask
     from l2a_jax.weights.pretrained import Pretrained, load_pretrained
 
@@ -68,7 +69,8 @@ def load_run(path: Path, dtype: Any) -> Pretrained:
         frozen = partition(params, mask)[1]
     if trained:
         masters = jnp.dtype(fields["settings"]["master_dtype"])
-        like = map_with_path(lambda name, leaf: jax.ShapeDtypeStruct(leaf.shape, param_dtype(name, masters)), trained)
+        like = map_with_path(
+            lambda name, leaf: jax.ShapeDtypeStruct(leaf.shape, master_dtype_of(name, masters)), trained)
         _, trained = Checkpoints(path).load_trainable(LATEST, like)
         trained = map_with_path(lambda name, leaf: leaf.astype(param_dtype(name, dtype)), trained)
     return Pretrained(config, l2a_config, combine(trained, frozen), run_tokenizer(path), hash_run(path))
