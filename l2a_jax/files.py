@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import shutil
+import stat
 import sys
 import tempfile
 import time
@@ -23,9 +24,11 @@ from typing import Any
 from l2a_jax.errors import UserError
 
 log = logging.getLogger("l2a_jax")
-_KINDS = {dict: "an object", list: "a list", str: "a text", int: "a number", float: "a number", bool: "true or false",
+KINDS = {dict: "an object", list: "a list", str: "a text", int: "a number", float: "a number", bool: "true or false",
           type(None): "null"}
 _PARTIAL = ".partial-"
+_POLL = 0.05
+"""Seconds between two looks at a lock that somebody else holds."""
 _YOUNG = 60.0
 """Seconds for which a partial folder is left alone even if nobody holds it: its maker may be about to."""
 
@@ -56,7 +59,7 @@ def parse_json(text: str | bytes, where: str, expect: type | None = dict) -> Any
     except ValueError as error:  # also bytes that are no text, and numbers of thousands of digits
         raise UserError(f"{where} is not readable JSON: {error}") from error
     if expect is not None and not isinstance(value, expect):
-        raise UserError(f"{where} holds {_KINDS[type(value)]}; expected {_KINDS[expect]}")
+        raise UserError(f"{where} holds {KINDS[type(value)]}; expected {KINDS[expect]}")
     return value
 
 
@@ -86,18 +89,32 @@ def plain(value: Any) -> Any:
     return value
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all. UserError where the system refuses."""
-    temporary = path.with_name(f".{path.name}{_PARTIAL}{os.getpid()}")
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, which takes its name once the block has ended well, and is removed otherwise.
+
+    UserError where the system refuses.
+    """
+    temporary = _temporary(path)
     try:
         try:
-            temporary.write_text(text, encoding="utf-8")
+            yield temporary
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name[:50]}{_PARTIAL}{os.getpid()}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all. UserError where the system refuses."""
+    with whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -114,6 +131,33 @@ def check_writable(folder: Path, what: str) -> None:
             probe.flush()
     except OSError as error:
         raise UserError(f"{what} {folder} cannot be written: {error.strerror or error}") from error
+
+
+def check_file(path: Path, what: str) -> None:
+    """Prove that the file `path` can be written, with the folders above it, and leave nothing of that behind.
+
+    UserError, beginning with `what`, where it cannot.
+    """
+    made: list[Path] = []
+    try:
+        for folder in reversed([path.parent, *path.parent.parents]):
+            if not folder.is_dir():
+                if folder.exists():
+                    raise NotADirectoryError(errno.ENOTDIR, f"{folder} is no folder")
+                folder.mkdir(exist_ok=True)
+                made.append(folder)
+        with contextlib.suppress(FileNotFoundError):
+            if stat.S_ISDIR(path.stat().st_mode):  # where the name is too long, this says so
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=path.parent) as probe:
+            probe.write(b"0" * 4096)
+            probe.flush()
+    except OSError as error:
+        raise UserError(f"{what} {path} cannot be written: {error.strerror or error}") from error
+    finally:
+        for folder in reversed(made):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 @contextlib.contextmanager
@@ -153,16 +197,21 @@ def _sweep(parent: Path) -> None:
 
 
 @contextlib.contextmanager
-def claim(path: Path) -> Iterator[str | None]:
+def claim(path: Path, wait: float = 0.0) -> Iterator[str | None]:
     """Hold the lock file `path` for the block: yields None, or, where another process holds it, who that is.
 
-    The file says who holds it; it goes when the block ends, and binds nobody once its process has ended.
+    `wait`: seconds to wait for it first. The file says who holds it; it goes when the block ends, and binds nobody once
+    its process has ended.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + wait
     while True:
         held = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             if not _try_lock(held):
+                if time.monotonic() < until:
+                    time.sleep(_POLL)
+                    continue
                 yield os.read(held, 4096).decode(errors="replace").strip() or "another process"
                 return
             # Whoever had it before may have removed the file that we opened: then somebody else can lock a new one.

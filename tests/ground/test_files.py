@@ -102,3 +102,47 @@ def test_a_lock_names_its_holder_and_ends_with_it(tmp_path):
     with files.owned(tmp_path, "--resume"):
         assert path.exists()
     assert not path.exists()
+
+
+def test_a_lock_is_waited_for(tmp_path):
+    from threading import Timer
+
+    path = tmp_path / ".lock"
+    first = files.claim(path)
+    assert first.__enter__() is None
+    with files.claim(path, wait=0.1) as other:
+        assert "process" in other
+    timer = Timer(0.2, first.__exit__, (None, None, None))
+    timer.start()
+    with files.claim(path, wait=30.0) as other:
+        assert other is None
+    timer.join()
+
+
+@pytest.mark.parametrize(("place", "said"), [
+    ("a/b/c.json", None), ("c.json", None), ("file/c.json", "file is no folder"),
+    ("file/below/c.json", "file is no folder"), ("folder", "Is a directory"), ("a/" + "n" * 300, "File name too long"),
+    ("n" * 300 + "/c.json", "File name too long")])
+def test_a_place_is_tried_before_the_work_and_left_as_it_was(tmp_path, place, said):
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "folder").mkdir()
+    if said is None:
+        files.check_file(tmp_path / place, "--out")
+    else:
+        with pytest.raises(UserError, match=rf"--out .* cannot be written: .*{said}"):
+            files.check_file(tmp_path / place, "--out")
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"] and (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_file_written_in_a_block_is_whole_or_not_there(tmp_path):
+    path = tmp_path / "value.bin"
+    with files.whole(path) as partial:
+        partial.write_bytes(b"1")
+        assert not path.exists()
+    with pytest.raises(RuntimeError), files.whole(path) as partial:
+        partial.write_bytes(b"2")
+        raise RuntimeError
+    with pytest.raises(UserError, match=r"value.bin cannot be written: No space"), files.whole(path) as partial:
+        partial.write_bytes(b"3")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert path.read_bytes() == b"1" and os.listdir(tmp_path) == ["value.bin"]
