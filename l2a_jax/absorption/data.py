@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from l2a_jax.data.dataset import open_data
+from l2a_jax.data.encoder import make_encoder
 from l2a_jax.data.mixing import permutation
 from l2a_jax.data.recall import VOCABULARY, RecallCorpus
 from l2a_jax.errors import UserError
@@ -76,8 +77,10 @@ def text_corpus(spec: Sequence[str], tokenizer: Any, seq_len: int, held_out: flo
 
     Raises UserError as `open_data` does, and where either side has too little text for a window.
     """
+    # An id, not a count: where the tokenizer leaves some out, the largest lies beyond the number of tokens.
+    vocabulary = make_encoder(tokenizer).vocabulary
     data = open_data(spec, tokenizer, seq_len=seq_len, batch_size=1, seed=0, packing="concat", held_out=held_out,
-                     cache_dir=cache_dir)
+                     cache_dir=cache_dir, vocab_size=vocabulary)
     about = data.describe()
     sides = []
     for side in ("train_documents", "held_out_documents"):
@@ -92,7 +95,6 @@ def text_corpus(spec: Sequence[str], tokenizer: Any, seq_len: int, held_out: flo
         if count < 1:
             raise UserError(f"--data has {stream.size} {side.replace('_', ' ')} tokens; expected more than {seq_len}")
         sides.append(Windows(stream, np.arange(count, dtype=np.int32) * seq_len))
-    vocabulary = max(len(tokenizer.get_vocab()), data.end_id + 1)
     keep = ("documents", "tokens", "unique_tokens", "held_out_documents", "held_out_tokens")
     description = {key: about[key] for key in keep} | {
         "train_windows": sides[0].starts.size, "held_out_windows": sides[1].starts.size, "held_out_share": held_out,

@@ -81,7 +81,7 @@ def open_subject(source: str, data: Sequence[str], batches: int | None, seq_len:
     if not data or loaded.tokenizer is None:
         raise UserError(f"{source} says nothing of its data; give text with --data (and a model with a tokenizer)")
     packed = open_data(data, loaded.tokenizer, seq_len=seq_len or 1_024, batch_size=batch_size or 4, seed=0,
-                       held_out=0.02)
+                       held_out=0.02, vocab_size=loaded.config.vocab_size)
     return Subject(loaded.config, loaded.l2a_config, loaded.params, None, list(packed.held_out(batches or 16)), False,
                    dtype)
 

@@ -14,12 +14,12 @@ import numpy as np
 
 from l2a_jax.data.batch import Batch
 from l2a_jax.data.echo import with_echoes
-from l2a_jax.data.encoder import make_encoder
+from l2a_jax.data.encoder import check_ids, make_encoder
 from l2a_jax.data.mixing import Mix, interleave, make_mix, permutation, ranks
 from l2a_jax.data.packing import Plan, best_fit, concatenate
 from l2a_jax.data.recipes import Domain, resolve
 from l2a_jax.data.split import held_out_identities
-from l2a_jax.data.store import TokenStore
+from l2a_jax.data.store import TokenStore, largest_id
 from l2a_jax.data.tokenise import tokenised
 from l2a_jax.errors import UserError
 
@@ -209,6 +209,7 @@ def open_data(
     join: str | None = None,
     end_id: int | None = None,
     echo: float = 0.0,
+    vocab_size: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> PackedData:
@@ -229,6 +230,8 @@ def open_data(
         join: field whose equal neighbours form one document; None keeps the recipe's (`source` for narrative), ""
             joins nothing.
         echo: share of the rows trained on in which earlier text is repeated (`l2a_jax.data.echo`); never held-out ones.
+        vocab_size: rows of the embedding that will look the ids up; a text with an id beyond them is refused. None
+            only where no model is given yet.
         process_index, process_count: which equal part of each batch this process reads.
 
     Raises:
@@ -247,6 +250,9 @@ def open_data(
     )
     encoder = make_encoder(tokenizer, end_id)
     stores = [tokenised(domain, encoder, cache_dir) for domain in domains]
+    for domain, store in zip(domains, stores, strict=True):
+        if vocab_size is not None:
+            check_ids([largest_id(store)], vocab_size, f"the domain {domain.name!r} of --data")
     identities = held_out_identities([store.identities for store in stores], held_out)
 
     plans = []

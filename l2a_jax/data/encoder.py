@@ -66,6 +66,19 @@ def make_encoder(tokenizer: Any, end_id: int | None = None) -> Encoder:
     )
 
 
+def check_ids(ids: Sequence[int] | np.ndarray, vocab_size: int, where: str) -> None:
+    """UserError where the model's embedding has no row for one of `ids`: a gather would take its last row instead.
+
+    What counts is what occurs in the text: many a tokenizer has ids beyond the embedding that no text uses.
+    """
+    if not len(ids):
+        return
+    for worst in (int(np.min(ids)), int(np.max(ids))):
+        if not 0 <= worst < vocab_size:
+            raise UserError(f"the tokenizer gives id {worst} for {where}, but the model's vocabulary has {vocab_size} "
+                            "rows; is it this model's tokenizer?")
+
+
 def _whole(fast):
     """The same tokenizer without truncation and padding, which somebody may have left on."""
     if fast.truncation is None and fast.padding is None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import difflib
 import glob
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
-from l2a_jax.data.text import SUFFIXES, suffix
+from l2a_jax.data.files import SUFFIXES, find, once
 from l2a_jax.errors import UserError
 
 FILES = "files"
@@ -72,7 +73,7 @@ RECIPES: dict[str, tuple[Domain, ...]] = {
 
 
 def resolve(spec: str | Iterable[str]) -> tuple[Domain, ...]:
-    """The domains that `--data` entries stand for, in the order given, each with its files sorted by path.
+    """The domains that `--data` entries stand for, in the order given, each with its files (see `data.files`).
 
     Raises:
         UserError: an unknown recipe, an entry that matches no file, a format that is not read.
@@ -86,11 +87,10 @@ def resolve(spec: str | Iterable[str]) -> tuple[Domain, ...]:
             elif known.hub != domain.hub or known.entry != domain.entry:
                 raise UserError(f"--data {entry}: the domain {domain.name!r} is already given by another entry")
             else:
-                files = known.files + tuple(file for file in domain.files if file not in known.files)
-                domains[domain.name] = replace(known, files=files)
+                domains[domain.name] = replace(known, files=known.files + domain.files)
     if not domains:
         raise UserError(f"--data names nothing; expected a recipe ({', '.join(RECIPES)}) or files")
-    return tuple(domains.values())
+    return tuple(replace(domain, files=once(domain.files)) for domain in domains.values())
 
 
 def _entry(entry: str) -> tuple[Domain, ...]:
@@ -99,7 +99,7 @@ def _entry(entry: str) -> tuple[Domain, ...]:
     name, equals, place = entry.partition("=")
     if equals and name in RECIPES:
         return _local_recipe(name, place)
-    if not equals or _matches(entry):
+    if not equals or find(entry, f"--data {entry}"):
         return (Domain(FILES, FILES, files=_files(entry, entry)),)
     similar = difflib.get_close_matches(name, RECIPES, n=1)
     if similar or not name.isidentifier():
@@ -129,28 +129,16 @@ def _local_recipe(name: str, place: str) -> tuple[Domain, ...]:
     return tuple(domains)
 
 
-def _matches(place: str) -> list[Path]:
-    path = Path(place).expanduser()
-    if path.is_dir():
-        return sorted(file for file in path.rglob("*") if file.is_file() and suffix(file) in SUFFIXES)
-    if path.exists():
-        return [path]
-    return sorted(Path(file) for file in glob.glob(str(path), recursive=True) if Path(file).is_file())
-
-
 def _files(place: str, entry: str) -> tuple[Path, ...]:
-    found = _matches(place)
+    found = find(place, f"--data {entry}")
     if not found:
-        path = Path(place).expanduser()
+        path = Path(os.path.expanduser(place))
         if path.is_dir():
             raise UserError(f"--data {entry}: the folder holds no {', '.join(SUFFIXES)} file (also .gz)")
         if path.parent == Path(".") and not path.suffix and not glob.has_magic(place):
             raise UserError(f"--data {entry}: neither a recipe nor a file; "
                             + _expected(difflib.get_close_matches(place, RECIPES, n=1)))  # fmt: skip
         raise UserError(f"--data {entry}: no file matches {place}")
-    for file in found:
-        if suffix(file) not in SUFFIXES:
-            raise UserError(f"--data {entry}: {file} is no {', '.join(SUFFIXES)} file (also .gz)")
     return tuple(found)
 
 

@@ -8,11 +8,9 @@ with the right name is a finished store or a damaged one, never an unfinished on
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import shutil
-import tempfile
-import time
 import zlib
 from array import array
 from collections.abc import Iterator
@@ -24,6 +22,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64, UInt64
 
+from l2a_jax import files
 from l2a_jax.errors import UserError
 
 FORMAT = 1
@@ -45,6 +44,17 @@ class TokenStore:
     folder: Path
 
 
+def largest_id(store: TokenStore) -> int:
+    """The largest token id of a store: what an embedding must have a row for. A store of before this was written down
+    is read through once and told it."""
+    if "largest_id" not in store.meta:
+        at = range(0, store.tokens.size, CHUNK)
+        store.meta["largest_id"] = max((int(store.tokens[i : i + CHUNK].max()) for i in at), default=0)
+        with contextlib.suppress(UserError):  # a cache that is only read is no mistake
+            files.write_json(store.folder / "meta.json", store.meta)
+    return store.meta["largest_id"]
+
+
 def _checksums(path: Path, chunks: np.ndarray | None = None) -> list[int]:
     """CRC-32 of the chunks of a file, all of them or those named. Read, not mapped: a chunk at a time in memory."""
     found = []
@@ -62,10 +72,16 @@ class StoreWriter:
         self._folder, self.dtype = folder, np.dtype(dtype)
         self._file = open(folder / "tokens.bin", "wb")  # noqa: SIM115 (closed by `finish` or `close`)
         self._offsets, self._identities = array("q", [0]), array("Q")
-        self.tokens = 0
+        self.tokens = self.largest_id = 0
 
     def append(self, ids: np.ndarray) -> None:
-        """More tokens of the current document."""
+        """More tokens of the current document. UserError on ids that the store's type does not hold."""
+        if ids.size:
+            least, most = int(ids.min()), int(ids.max())
+            if least < 0 or most > np.iinfo(self.dtype).max:
+                raise UserError(f"the tokenizer gives id {least if least < 0 else most}; expected 0 to the largest of "
+                                "its vocabulary")
+            self.largest_id = max(self.largest_id, most)
         self._file.write(ids.astype(self.dtype).tobytes())
         self.tokens += ids.size
 
@@ -87,6 +103,7 @@ class StoreWriter:
             "dtype": self.dtype.name,
             "documents": len(self._identities),
             "tokens": self.tokens,
+            "largest_id": self.largest_id,
             "sizes": {name: (self._folder / name).stat().st_size for name in names},
             "checksums": {name: _checksums(self._folder / name) for name in names},
         }
@@ -101,37 +118,20 @@ class StoreWriter:
 
 @contextmanager
 def writing(folder: Path, dtype: str) -> Iterator[StoreWriter]:
-    """A writer into a temporary folder beside `folder`, renamed to it if the block ends well and removed if not.
+    """A writer of the store `folder`, which is there once the block has ended well, and nothing of it otherwise.
 
-    If another process has finished the same store meanwhile, that one stays.
+    If another process has finished the same store meanwhile, that one stays. UserError where the cache cannot be
+    written; what reads the text inside the block tells of its own files (see `data.text`).
     """
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(folder.parent)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
-        partial.chmod(0o755)  # a cache may be shared
+        with files.partial_folder(folder) as partial, contextlib.closing(StoreWriter(partial, dtype)) as writer:
+            yield writer
+    except BrokenPipeError:  # whoever was told of the progress, not the cache
+        raise
     except OSError as error:
-        raise UserError(f"the token cache {folder.parent} cannot be written ({error.strerror}); "
-                        "expected a folder to write to: set L2A_CACHE") from None  # fmt: skip
-    writer = StoreWriter(partial, dtype)
-    try:
-        yield writer
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not (folder / "meta.json").exists():
-                raise
-    finally:
-        writer.close()
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _sweep(parent: Path, age: float = 86400.0) -> None:
-    """Removes what a killed build left behind, once nothing has been written to it for a day."""
-    for left in parent.glob(".*.partial-*"):
-        newest = max((f.stat().st_mtime for f in (left, *left.glob("*"))), default=0.0)
-        if time.time() - newest > age:
-            shutil.rmtree(left, ignore_errors=True)
+        if not (folder / "meta.json").exists():
+            raise UserError(f"the token cache {folder.parent} cannot be written ({error.strerror or error}); "
+                            "expected a folder to write to, with room: set L2A_CACHE") from error  # fmt: skip
 
 
 def open_store(folder: Path) -> TokenStore:

@@ -8,24 +8,23 @@ from __future__ import annotations
 
 import gzip
 import io
-import json
 import re
 import shutil
 import string
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from l2a_jax.data.files import PARQUET, check_regular, suffix
 from l2a_jax.errors import UserError
+from l2a_jax.files import parse_json
 
 SEPARATOR = "<|endoftext|>"
 """Splits a plain text file into documents; a file without it is one document."""
-
-TEXT, LINES, PARQUET = (".txt", ".raw", ".tokens"), (".jsonl",), (".parquet",)
-SUFFIXES = TEXT + LINES + PARQUET
 
 LAYOUTS = ("text", "content", "{question}\n{answer}")
 """What the text of a record may be called, in the order tried on the first record, where no field is given."""
@@ -65,35 +64,42 @@ class _Counted(io.FileIO):
         return count
 
 
-def suffix(path: Path) -> str:
-    """The suffix that tells the format: `.jsonl` for `a.jsonl` and `a.jsonl.gz`."""
-    return Path(path.name.removesuffix(".gz")).suffix.lower()
-
-
 def _open(path: Path, on_read: Callable[[int], None]) -> io.BufferedIOBase:
+    check_regular(path)
     raw = io.BufferedReader(_Counted(path, on_read), buffer_size=1 << 20)
     return gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
 
 
-def read_lines(path: Path, on_read: Callable[[int], None] = lambda n: None) -> Iterator[tuple[int, str]]:
-    """(line number from 1, line with its ending, bytes decoded as they are). Raises `UserError` on bytes not UTF-8."""
-    offset = 0
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What can go wrong while a file is read, as UserErrors that name it."""
     try:
-        with _open(path, on_read) as file:
-            for number, raw in enumerate(file, start=1):
-                try:
-                    line = raw.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    where = offset + error.start
-                    raise UserError(
-                        f"{path} is not UTF-8: byte 0x{raw[error.start]:02x} at offset {where} (line {number})"
-                        + (" of the uncompressed text" if path.suffix == ".gz" else "")
-                        + "; convert the file to UTF-8"
-                    ) from None
-                yield number, line.removeprefix("\ufeff") if number == 1 else line
-                offset += len(raw)
+        yield
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be decompressed: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def read_lines(path: Path, on_read: Callable[[int], None] = lambda n: None) -> Iterator[tuple[int, str]]:
+    """(line number from 1, line with its ending, bytes decoded as they are).
+
+    Raises UserError where the file cannot be read or decompressed, and on bytes that are not UTF-8.
+    """
+    offset = 0
+    with _reading(path), _open(path, on_read) as file:
+        for number, raw in enumerate(file, start=1):
+            try:
+                line = raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                where = offset + error.start
+                raise UserError(
+                    f"{path} is not UTF-8: byte 0x{raw[error.start]:02x} at offset {where} (line {number})"
+                    + (" of the uncompressed text" if path.suffix == ".gz" else "")
+                    + "; convert the file to UTF-8"
+                ) from None
+            yield number, line.removeprefix("\ufeff") if number == 1 else line
+            offset += len(raw)
 
 
 def separated(lines: Iterable[str]) -> Iterator[Fragment]:
@@ -127,41 +133,60 @@ def articles(lines: Iterable[str]) -> Iterator[Fragment]:
         line = after
 
 
-def read_records(path: Path, on_read: Callable[[int], None] = lambda n: None) -> Iterator[tuple[str, Mapping]]:
-    """(place for error messages, record) for each line of a .jsonl file or row of a .parquet file."""
+def read_records(
+    path: Path,
+    on_read: Callable[[int], None] = lambda n: None,
+    needed: Callable[[Collection[str]], Collection[str]] = lambda names: names,
+) -> Iterator[tuple[str, Mapping]]:
+    """(place, record) from .jsonl, .jsonl.gz or .parquet; blank lines are skipped.
+
+    `needed`: of a parquet file's columns, those to read; the others may be damaged, or of a kind that is not read.
+    Raises UserError, naming the file and the line or row, on whatever does not read.
+    """
     if suffix(path) in PARQUET:
-        yield from _parquet_rows(path, on_read)
+        yield from _parquet_rows(path, on_read, needed)
         return
     for number, line in read_lines(path, on_read):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number} is not JSON: {error.msg} at column {error.colno}") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{path}, line {number} holds a JSON {type(record).__name__}; expected an object a line")
-        yield f"{path}, line {number}", record
+        if line.strip():
+            place = f"{path}, line {number}"
+            yield place, parse_json(line, place)
 
 
-def _parquet_rows(path: Path, on_read: Callable[[int], None]) -> Iterator[tuple[str, Mapping]]:
+def _parquet_rows(path: Path, on_read: Callable[[int], None], needed: Callable[[Collection[str]], Collection[str]]
+                  ) -> Iterator[tuple[str, Mapping]]:
     try:
-        import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise UserError(f"{path}: reading .parquet files needs pyarrow; pip install pyarrow") from None
-    with _open(path, on_read) as file, tempfile.TemporaryFile() as seekable:
+    with _reading(path), _open(path, on_read) as file, tempfile.TemporaryFile() as seekable:
         if path.suffix == ".gz":
             shutil.copyfileobj(file, seekable)
             file = seekable
-        try:
-            number = 0
-            for rows in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=256):
-                for record in rows.to_pylist():
-                    number += 1
-                    yield f"{path}, row {number}", record
-        except pyarrow.ArrowInvalid as error:
-            raise UserError(f"{path} is not a whole parquet file: {error}") from None
+        with _parsing(path, "its index"):
+            parquet = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
+            columns = list(needed(parquet.schema_arrow.names))
+            batches = parquet.iter_batches(batch_size=256, columns=columns)
+        number = 0
+        while True:
+            with _parsing(path, f"the part after row {number}"):
+                rows = next(batches, None)
+                records = [] if rows is None else rows.to_pylist()
+            if rows is None:
+                return
+            for record in records:
+                number += 1
+                yield f"{path}, row {number}", record
+
+
+@contextmanager
+def _parsing(path: Path, what: str) -> Iterator[None]:
+    """pyarrow raises a dozen types for a damaged page, by where in it the damage is, some of them plain OSErrors."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} does not read as parquet: {what} is damaged, or of a kind that is not read "
+                        f"({type(error).__name__}: {reason})") from error  # fmt: skip
 
 
 def record_text(
@@ -189,7 +214,10 @@ def record_text(
     current: str | None = None
     for place, record in records:
         if template is None:
-            template = _template(field, place, record)
+            template = _template(field, record)
+        if template is None:
+            wanted = "text field " + repr(field) if field else "text field (" + ", ".join(map(repr, LAYOUTS)) + ")"
+            raise UserError(f"{place} has no {wanted}; its fields are {', '.join(map(repr, record)) or 'none'}")
         text = _format(template, place, record)
         source = str(record[join]) if join and record.get(join) is not None else None
         if source is not None and source == current:
@@ -207,17 +235,31 @@ def record_text(
         yield Fragment(text, True)
 
 
-def _template(field: str | None, place: str, record: Mapping) -> str:
+def needed_columns(field: str | None, join: str | None) -> Callable[[Collection[str]], Collection[str]]:
+    """For `read_records`: the columns that `record_text` will ask for; all of them where it will find none."""
+
+    def needed(names: Collection[str]) -> Collection[str]:
+        found = _template(field, names)
+        return names if found is None else [name for name in names if name in (*_fields(found), join)]
+
+    return needed
+
+
+def _template(field: str | None, names: Collection[str]) -> str | None:
+    """The first layout whose fields are all among `names`."""
     for layout in LAYOUTS if field is None else (field,):
         template = layout if "{" in layout else "{" + layout + "}"
-        try:
-            names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-        except ValueError as error:
-            raise UserError(f"the text field {field!r} is no template: {error}") from None
-        if names and all(name in record for name in names):
+        fields = _fields(template)
+        if fields and all(name in names for name in fields):
             return template
-    wanted = "text field " + repr(field) if field else "text field (" + ", ".join(map(repr, LAYOUTS)) + ")"
-    raise UserError(f"{place} has no {wanted}; its fields are {', '.join(map(repr, record)) or 'none'}")
+    return None
+
+
+def _fields(template: str) -> list[str]:
+    try:
+        return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise UserError(f"the text field {template!r} is no template: {error}") from None
 
 
 def _format(template: str, place: str, record: Mapping) -> str:

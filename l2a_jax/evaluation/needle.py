@@ -19,6 +19,7 @@ import numpy as np
 
 from l2a_jax.config import position_limit
 from l2a_jax.data import recall
+from l2a_jax.data.encoder import check_ids
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation.loglikelihood import Request, log_likelihoods
 from l2a_jax.evaluation.needle_plot import draw_heat_map, format_table
@@ -175,8 +176,12 @@ def build_prompts(model: Pretrained, options: NeedleOptions) -> list[Prompt]:
     else:
         form = CodeForm(model.tokenizer, options.digits)
         hay = text_haystack(options.haystack, model.tokenizer, max(options.lengths), options.join)
-    return [_prompt(form, hay, options, length, depth, seed)
-            for length in options.lengths for depth in options.depths for seed in options.seeds]
+    prompts = [_prompt(form, hay, options, length, depth, seed)
+               for length in options.lengths for depth in options.depths for seed in options.seeds]
+    for prompt in prompts:
+        for ids in (prompt.tokens, *prompt.answer_tokens):
+            check_ids(ids, model.config.vocab_size, f"the haystack {', '.join(options.haystack)}")
+    return prompts
 
 
 def _prompt(form: Form, hay: Haystack, options: NeedleOptions, length: int, depth: float, seed: int) -> Prompt:

@@ -6,7 +6,6 @@ already, for the embedded one.
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,9 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from l2a_jax.data import recall
+from l2a_jax.data.files import SUFFIXES, find, once
 from l2a_jax.data.recipes import Domain
-from l2a_jax.data.text import SUFFIXES, pieces, suffix
+from l2a_jax.data.text import pieces
 from l2a_jax.data.tokenise import fragments
 from l2a_jax.errors import UserError
 from l2a_jax.weights.tokenizer import Tokenizer
@@ -159,7 +159,7 @@ def text_haystack(places: Sequence[str], tokenizer: Tokenizer, longest: int, joi
 
     `longest`: tokens of hay in the longest context; `join`: the field whose equal neighbours form one document.
     """
-    files = tuple(path for place in places for path in _files(place))
+    files = once(path for place in places for path in _files(place))
     parts, total = [], 0
     for text in _texts(files, join):
         parts.append(np.asarray(tokenizer.encode(text, add_special_tokens=False), np.int32))
@@ -179,24 +179,15 @@ def text_haystack(places: Sequence[str], tokenizer: Tokenizer, longest: int, joi
     return Haystack(tokens, ends[inverse], named)
 
 
-def _texts(files: Sequence[Path], join: str | None) -> Iterator[str]:
-    domain = Domain("haystack", "haystack", files=tuple(files), join=join)
+def _texts(files: tuple[Path, ...], join: str | None) -> Iterator[str]:
+    domain = Domain("haystack", "haystack", files=files, join=join)
     for piece in pieces(fragments(domain)):
         if piece.text:
             yield piece.text + "\n\n" if piece.ends else piece.text
 
 
 def _files(place: str) -> list[Path]:
-    path = Path(place).expanduser()
-    if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.is_file() and suffix(file) in SUFFIXES)
-    elif path.exists():
-        found = [path]
-    else:
-        found = sorted(Path(file) for file in glob.glob(str(path), recursive=True) if Path(file).is_file())
+    found = find(place, f"the haystack {place}")
     if not found:
         raise UserError(f"the haystack {place} is no file, folder or pattern that holds {', '.join(SUFFIXES)} text")
-    for file in found:
-        if suffix(file) not in SUFFIXES:
-            raise UserError(f"the haystack file {file} is no {', '.join(SUFFIXES)} file (also .gz)")
     return found

@@ -113,7 +113,8 @@ def score_windows(
     UserError naming the window where a loss is not finite.
     """
     count, length = windows.tokens.shape
-    check_tokens(jnp.asarray(windows.tokens), model.config)
+    for ids in (windows.tokens, np.where(windows.scored, windows.targets, 0)):
+        check_tokens(jnp.asarray(ids), model.config)
     rows = max(1, min(count, batch_tokens // length))
     layer, pruned = model.l2a_config, None
     if layer is not None:  # as numbers: one program for every choice of layers

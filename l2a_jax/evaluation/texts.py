@@ -10,8 +10,8 @@ No special tokens are added.
 
 from __future__ import annotations
 
-import glob
 import hashlib
+import io
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
@@ -20,11 +20,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int32
 
-from l2a_jax.data.encoder import make_encoder
+from l2a_jax.data.encoder import check_ids, make_encoder
+from l2a_jax.data.files import SUFFIXES, TEXT, digest, find, once, suffix
 from l2a_jax.data.hub import hub_records
 from l2a_jax.data.recall import IDS
 from l2a_jax.data.recipes import Hub
-from l2a_jax.data.text import SUFFIXES, TEXT, Fragment, read_lines, read_records, record_text, separated, suffix
+from l2a_jax.data.text import Fragment, needed_columns, read_lines, read_records, record_text, separated
 from l2a_jax.errors import UserError
 
 WIKITEXT = "wikitext"
@@ -42,8 +43,9 @@ class Text(NamedTuple):
 
 
 def wikitext_join(raw: str) -> str:
-    """The usual WikiText perplexity string of the raw file's content."""
-    return "\n\n".join(line + "\n" if line.strip() else "" for line in raw.split("\n")[:-1])
+    """The usual WikiText perplexity string of the raw file's content: rows as on the hub, which were read as Python
+    reads text, so any line end is a newline, and a last line may lack its own."""
+    return "\n\n".join(line if line.strip() else "" for line in io.StringIO(raw, newline=None))
 
 
 def read_text(entry: str, flag: str = "--text") -> Text:
@@ -54,13 +56,10 @@ def read_text(entry: str, flag: str = "--text") -> Text:
     name, _, split = entry.partition(":")
     if name == WIKITEXT and not Path(entry).exists():
         return _from_hub(entry, split or "test", flag)
-    paths = _matches(entry)
+    paths = once(find(entry, f"{flag} {entry}"))
     if not paths:
         raise UserError(f"{flag} {entry}: no such file; expected {WIKITEXT}, a file, a folder or a glob of "
                         f"{', '.join(SUFFIXES)} (also .gz)")
-    for path in paths:
-        if suffix(path) not in SUFFIXES:
-            raise UserError(f"{flag} {entry}: {path} is no {', '.join(SUFFIXES)} file (also .gz)")
     raw = [fnmatch(path.name.lower(), "wiki*raw*") and suffix(path) in TEXT for path in paths]
     documents: list[str] = []
     for path, is_raw in zip(paths, raw, strict=True):
@@ -69,7 +68,7 @@ def read_text(entry: str, flag: str = "--text") -> Text:
         elif suffix(path) in TEXT:
             documents += _documents(separated(line for _, line in read_lines(path)))
         else:
-            documents += _documents(record_text(read_records(path)))
+            documents += _documents(record_text(read_records(path, needed=needed_columns(None, None))))
     documents = [document for document in documents if document.strip()]
     if not documents:
         raise UserError(f"{flag} {entry}: there is no text in it")
@@ -77,21 +76,19 @@ def read_text(entry: str, flag: str = "--text") -> Text:
     if any(raw) and rule == "documents":
         rule = "documents (WikiText raw files joined as usual)"
     return Text(entry if len(paths) > 1 else paths[0].name, tuple(documents), rule,
-                {path.name: _digest(path) for path in paths})
+                {path.name: digest(path) for path in paths})
 
 
 def tokenise(text: Text, tokenizer: Any, vocab_size: int) -> Int32[np.ndarray, " n"]:
-    """The token ids of a text. UserError where the tokenizer has ids that the model has no row for."""
+    """The token ids of a text. UserError where the model's embedding has no row for one of them."""
     encoder = make_encoder(tokenizer)
     parts = encoder.encode(text.documents)
     joined = []
     for index, part in enumerate(parts):
         joined += [part] if index == 0 else [np.asarray([encoder.end_id]), part]
-    ids = np.concatenate(joined).astype(np.int32)
-    if len(ids) and ids.max() >= vocab_size:
-        raise UserError(f"the tokenizer gives id {ids.max()} for {text.name}, but the model's vocabulary has "
-                        f"{vocab_size} rows; is it this model's tokenizer?")
-    return ids
+    ids = np.concatenate(joined)
+    check_ids(ids, vocab_size, text.name)
+    return ids.astype(np.int32)
 
 
 def speaks_recall(tokenizer: Any) -> bool:
@@ -110,15 +107,6 @@ def _from_hub(entry: str, split: str, flag: str) -> Text:
                 {entry: hashlib.sha256(joined.encode()).hexdigest()})
 
 
-def _matches(entry: str) -> list[Path]:
-    path = Path(entry).expanduser()
-    if path.is_dir():
-        return sorted(file for file in path.rglob("*") if file.is_file() and suffix(file) in SUFFIXES)
-    if path.exists():
-        return [path]
-    return sorted(Path(found) for found in glob.glob(str(path), recursive=True) if Path(found).is_file())
-
-
 def _documents(fragments: Iterable[Fragment]) -> list[str]:
     documents: list[list[str]] = []
     for fragment in fragments:
@@ -126,8 +114,3 @@ def _documents(fragments: Iterable[Fragment]) -> list[str]:
             documents.append([])
         documents[-1].append(fragment.text)
     return ["".join(parts) for parts in documents]
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

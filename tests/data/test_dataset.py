@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from l2a_jax.data import TrainingData, decode_row
+from l2a_jax.data import TrainingData, decode_row, open_data
 from l2a_jax.errors import UserError
 
 END = 256
@@ -297,3 +297,23 @@ def test_a_domain_of_copies_of_what_another_holds_out(opened, write, texts):
     b = write("b.jsonl", [found[int(held[0])]])
     with pytest.raises(UserError, match="domain 'b' has no document to train on"):
         opened([f"a={a}", f"b={b}"], held_out=0.3)
+
+
+@pytest.mark.parametrize("size", [256, 122, 1])
+def test_text_with_ids_beyond_the_embedding_is_refused(opened, write, size):
+    """The end mark is 256 and stands in every text, `z` is the largest of the others."""
+    path = write("a.txt", ["a to z"])
+    with pytest.raises(UserError, match=rf"gives id 256 for the domain 'mine' of --data, .*vocabulary has {size} rows"):
+        opened([f"mine={path}"], vocab_size=size)
+    again = opened([f"mine={path}"], vocab_size=257)
+    assert again.fingerprint == opened([f"mine={path}"]).fingerprint, "a check is no part of the data"
+
+
+def test_ids_that_no_text_uses_may_lie_beyond_the_embedding(tokenizer, write, tmp_path):
+    """As in Qwen2.5, whose tokenizer is given more special tokens than one model or another has rows for."""
+    wide = type(tokenizer).from_str(tokenizer.to_str())
+    wide.add_special_tokens(["<|one|>", "<|two|>"])
+    options = {"seq_len": 8, "batch_size": 1, "seed": 0, "cache_dir": tmp_path / "cache", "vocab_size": 257}
+    open_data([str(write("a.txt", ["plain text"]))], wide, **options)
+    with pytest.raises(UserError, match="gives id 258"):
+        open_data([str(write("b.txt", ["marked <|two|> text"]))], wide, **options)

@@ -10,7 +10,7 @@ import pytest
 from l2a_jax.data import tokenise
 from l2a_jax.data.encoder import make_encoder
 from l2a_jax.data.recipes import resolve
-from l2a_jax.data.store import CHUNK, open_store, writing
+from l2a_jax.data.store import CHUNK, largest_id, open_store, writing
 from l2a_jax.data.tokenise import cache_folder, tokenised
 from l2a_jax.errors import UserError
 
@@ -66,10 +66,48 @@ def test_hashes_of_old_files_are_remembered_but_not_of_fresh_ones(write, texts, 
     monkeypatch.setattr(time, "time", lambda: later)
     old = tokenise._file_hash(path, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(tokenise.hashlib, "file_digest", lambda *a: pytest.fail("read again"))
+        patch.setattr(tokenise, "digest", lambda *a: pytest.fail("read again"))
         assert tokenise._file_hash(path, tmp_path) == old
     write("a.txt", ["other"])
     assert tokenise._file_hash(path, tmp_path) != old
+
+
+def _rewritten(path, data):
+    path.write_bytes(data)
+
+
+def _replaced(path, data):
+    other = path.with_name("other")
+    other.write_bytes(data)
+    other.replace(path)
+
+
+def _patched(path, data):
+    with path.open("r+b") as file:
+        file.seek(len(data) - 1)
+        file.write(data[-1:])
+
+
+def _behind_a_link(path, data):
+    path.rename(path.with_name("one"))
+    path.with_name("two").write_bytes(data)
+    path.symlink_to("two")
+
+
+@pytest.mark.parametrize("change", [_rewritten, _replaced, _patched, _behind_a_link])
+def test_a_file_of_the_same_size_and_time_is_read_anew(build, write, opened, monkeypatch, change):
+    """As `cp -p`, `rsync -t` and archives leave it."""
+    path = write("a.txt", ["once upon a time"])
+    os.utime(path, ns=(10**18, 10**18))
+    later = time.time() + 60  # old enough to be remembered
+    monkeypatch.setattr(time, "time", lambda: later)
+    first, data = build(path), opened(path, held_out=0.0, seq_len=8)
+    time.sleep(0.02)  # the clock's grain
+    change(path, b"once upon a timE")
+    os.utime(path, ns=(10**18, 10**18))
+    assert path.stat().st_size == 16 and path.stat().st_mtime_ns == 10**18
+    assert build(path).tokens.tolist() != first.tokens.tolist()
+    assert opened(path, held_out=0.0, seq_len=8).fingerprint != data.fingerprint, "what --resume compares"
 
 
 @pytest.mark.parametrize("name", ["tokens.bin", "offsets.npy", "identities.npy"])
@@ -234,3 +272,30 @@ def test_a_transformers_tokenizer(tokenizer):
     encoder, plain = make_encoder(wrapped), make_encoder(tokenizer)
     assert encoder.end_id == plain.end_id == 256, "documents end with <|endoftext|>, not with a turn's end"
     assert encoder.encode(["abc"])[0].tolist() == plain.encode(["abc"])[0].tolist()
+
+
+def test_the_largest_id_is_kept_and_found_for_stores_that_do_not_say_it(build, write, tmp_path, monkeypatch):
+    path = write("a.txt", ["az"])
+    store = build(path)
+    assert store.meta["largest_id"] == largest_id(store) == 256 == store.tokens.max()
+    meta = store.folder / "meta.json"
+    old = {name: value for name, value in store.meta.items() if name != "largest_id"}
+    meta.write_text(json.dumps(old))
+    with monkeypatch.context() as patch:
+        patch.setattr("l2a_jax.files.write_json", lambda *a: (_ for _ in ()).throw(UserError("read only")))
+        assert largest_id(build(path)) == 256 and json.loads(meta.read_text()) == old
+    assert largest_id(build(path)) == 256 and json.loads(meta.read_text()) == {**old, "largest_id": 256}
+    assert build(path).meta["checksums"] == store.meta["checksums"]
+
+
+@pytest.mark.parametrize("ids", [[1, 70_000, 2], [3, -1], [2**40]])
+def test_ids_that_the_store_does_not_hold_are_refused_and_not_wrapped(write, tmp_path, ids):
+    class Odd:
+        eos_token_id, vocab_size = 0, 257
+
+        def encode(self, text, add_special_tokens):
+            return ids
+
+    (domain,) = resolve(str(write("a.jsonl", ["x"])))
+    with pytest.raises(UserError, match=rf"gives id {max(ids, key=abs) if min(ids) >= 0 else -1};"):
+        tokenised(domain, make_encoder(Odd()), tmp_path / "c")

@@ -79,8 +79,8 @@ def test_the_layout_of_records_is_found_or_given():
         ('{"text": "x"}\n', "{text", r"the text field '{text' is no template"),
         ('{"text": "x"}\n', "{}", r"line 1 has no text field '{}'"),
         ('{"text": 3}\n', None, r"line 1: field 'text' is int; expected text"),
-        ('{"text": "x"}\n{"text": \n', None, r"line 2 is not JSON"),
-        ('["x"]\n', None, r"line 1 holds a JSON list; expected an object"),
+        ('{"text": "x"}\n{"text": \n', None, r"line 2 is not readable JSON"),
+        ('["x"]\n', None, r"line 1 holds a list; expected an object"),
         ('{"text": "\\ud800"}\n', None, r"line 1: the text holds half a surrogate pair"),
     ],
 )
@@ -128,5 +128,5 @@ def test_parquet(tmp_path, suffix):
 
 def test_a_damaged_parquet_file_is_named(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"no parquet at all")
-    with pytest.raises(UserError, match=r"a\.parquet is not a whole parquet file"):
+    with pytest.raises(UserError, match=r"a\.parquet does not read as parquet"):
         list(read_records(tmp_path / "a.parquet"))

@@ -194,3 +194,9 @@ def test_empty_and_short_haystacks(bytes_model, novel, tmp_path):
 def test_options_that_make_no_sense(changes, message):
     with pytest.raises(UserError, match=message):
         NeedleOptions(**changes)
+
+
+def test_hay_and_answers_beyond_the_embedding_are_refused(bytes_model, novel):
+    config = dataclasses.replace(bytes_model.config, vocab_size=100)  # the bytes' ids go to 255
+    with pytest.raises(UserError, match=r"gives id \d+ for the haystack .*novel.*vocabulary has 100 rows"):
+        build_prompts(bytes_model._replace(config=config), text_options(novel))

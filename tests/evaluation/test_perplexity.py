@@ -164,6 +164,28 @@ def test_the_wikitext_string(tmp_path):
     assert texts.read_text(str(plain)).documents == ("one\r\ntwo\n",) and texts.read_text(str(plain)).rule == "text"
 
 
+@pytest.mark.parametrize(("raw", "rows"), [
+    (b" = Title = ", [" = Title = "]),
+    (b" = Title = \n", [" = Title = \n"]),
+    (b" = T = \n \n the last line", [" = T = \n", "", " the last line"]),
+    (b" = T = \r\n \r\n A line . \r\n", [" = T = \n", "", " A line . \n"]),
+    (b" = T = \r\n last", [" = T = \n", " last"]),
+    (b" = T = \n\n \n\n", [" = T = \n", "", "", ""]),
+    (b" a\n ", [" a\n", ""]),
+    (b"\xef\xbb\xbf = T = \n b \xe2\x80\xa8 c \x0c d\n", [" = T = \n", " b \u2028 c \x0c d\n"]),
+])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_rows_of_a_wikitext_file_are_the_lines_that_python_reads(tmp_path, raw, rows, packed):
+    """As on the hub, whose rows were made with `for row in file`, blank ones emptied; published numbers join them."""
+    path = tmp_path / ("wiki.test.raw" + ".gz" * packed)
+    path.write_bytes(gzip.compress(raw) if packed else raw)
+    plain = tmp_path / "lines"
+    plain.write_bytes(raw)
+    with plain.open(encoding="utf-8-sig") as file:
+        assert [line if line.strip() else "" for line in file] == rows
+    assert texts.read_text(str(path)).documents == ("\n\n".join(rows),)
+
+
 def test_documents_are_divided_by_the_end_of_text(tmp_path):
     from l2a_jax.data.recall import EOS, IDS, make_tokenizer
 

@@ -136,7 +136,7 @@ def test_a_pair_without_a_token_to_score_is_refused_as_lm_eval_does(model, case)
 
 
 @pytest.mark.parametrize("change, name, message", [
-    ({"hellaswag": [HELLASWAG[0], "{not json"]}, "hellaswag", r"hellaswag_val.jsonl, line 2 is not JSON"),
+    ({"hellaswag": [HELLASWAG[0], "{not json"]}, "hellaswag", r"hellaswag_val.jsonl, line 2 is not readable JSON"),
     ({"hellaswag": [{**HELLASWAG[0], "endings": "one"}]}, "hellaswag", r"line 1: field 'endings' is str 'one'"),
     ({"hellaswag": [{**HELLASWAG[0], "label": 4}]}, "hellaswag", r"line 1: the label is 4; .* from 0 to 3"),
     ({"piqa": [PIQA[0], {"goal": "x", "sol1": "y"}, PIQA[1]]}, "piqa", r"line 2: field 'sol2' is missing"),
