@@ -24,6 +24,7 @@ from l2a_jax.data.tokenise import tokenised
 from l2a_jax.errors import UserError
 
 PACKINGS = ("best_fit", "concat")
+_DIGITS = 16
 ORDER = 1
 """Raised whenever the same arguments would give other batches than before."""
 
@@ -174,6 +175,7 @@ class PackedData:
                 "empty_documents": store.meta["empty_documents"],
                 "text_bytes": store.meta["text_bytes"],
                 "files": store.meta["files"],
+                "sources": _sources(part),
             }
         keys = ("documents", "tokens", "unique_tokens", "rows", "held_out_documents", "held_out_tokens")
         total = {key: sum(domain[key] for domain in domains.values()) for key in keys}
@@ -190,8 +192,18 @@ class PackedData:
             "echo": self.echo,
             "dropped_domains": list(self.dropped),
             "domains": domains,
+            "tokenizer": self.parts[0].store.meta["key"]["tokenizer"][:_DIGITS],
             "fingerprint": self.fingerprint,
         }
+
+
+def _sources(part: Part) -> dict[str, str]:
+    """What a domain was read from, and a hash of the text of each: what `changes.difference` names."""
+    meta = part.store.meta
+    if part.domain.hub:  # known by its name; what was read under it, only its tokens tell
+        tokens = json.dumps(meta["checksums"]["tokens.bin"])
+        return {part.domain.hub.path: hashlib.sha256(tokens.encode()).hexdigest()[:_DIGITS]}
+    return {str(path): text[:_DIGITS] for path, text in zip(part.domain.files, meta["key"]["source"], strict=True)}
 
 
 def open_data(
