@@ -29,6 +29,8 @@ KINDS = {dict: "an object", list: "a list", str: "a text", int: "a number", floa
 _PARTIAL = ".partial-"
 _POLL = 0.05
 """Seconds between two looks at a lock that somebody else holds."""
+_ABANDONED = 86_400.0
+"""Seconds without a change after which a partial folder that cannot be locked is nobody's."""
 _YOUNG = 60.0
 """Seconds for which a partial folder is left alone even if nobody holds it: its maker may be about to."""
 
@@ -57,7 +59,7 @@ def parse_json(text: str | bytes, where: str, expect: type | None = dict) -> Any
     except RecursionError:
         raise UserError(f"{where} is not readable JSON: it is nested too deeply") from None
     except ValueError as error:  # also bytes that are no text, and numbers of thousands of digits
-        raise UserError(f"{where} is not readable JSON: {error}") from error
+        raise UserError(f"{where} is not readable JSON: {str(error).split(';')[0]}") from error
     if expect is not None and not isinstance(value, expect):
         raise UserError(f"{where} holds {KINDS[type(value)]}; expected {KINDS[expect]}")
     return value
@@ -190,7 +192,10 @@ def _sweep(parent: Path) -> None:
                 continue
             held = os.open(left, os.O_RDONLY)
             try:
-                if _try_lock(held):
+                lock = _try_lock(held)
+                # Where nothing can be locked, only age tells a killed writer from one at work.
+                if lock or (lock is None and time.time() - max(f.stat().st_mtime for f in (left, *left.rglob("*")))
+                            > _ABANDONED):
                     shutil.rmtree(left, ignore_errors=True)
             finally:
                 os.close(held)
@@ -208,7 +213,7 @@ def claim(path: Path, wait: float = 0.0) -> Iterator[str | None]:
     while True:
         held = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            if not _try_lock(held):
+            if _try_lock(held) is False:
                 if time.monotonic() < until:
                     time.sleep(_POLL)
                     continue
@@ -246,8 +251,8 @@ def _same_file(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _try_lock(descriptor: int) -> bool:
-    """Whether the lock is ours now. A file system without locks is said, and counts as ours."""
+def _try_lock(descriptor: int) -> bool | None:
+    """Whether the lock is ours now; None, with a warning, on a file system without locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -255,6 +260,7 @@ def _try_lock(descriptor: int) -> bool:
             return False
         log.warning("this file system cannot lock (%s): two processes in one folder will not notice each other",
                     error.strerror)
+        return None
     return True
 
 

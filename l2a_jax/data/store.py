@@ -22,10 +22,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64, UInt64
 
-from l2a_jax import files
+from l2a_jax import files, shapes
 from l2a_jax.errors import UserError
 
 FORMAT = 1
+FILES = ("tokens.bin", "offsets.npy", "identities.npy")
+_META = {"sizes": dict.fromkeys(FILES, shapes.at_least(0)), "checksums": {name: [int] for name in FILES},
+         "dtype": shapes.one_of("uint16", "uint32"), "documents": shapes.at_least(0), "tokens": shapes.at_least(0),
+         "largest_id?": shapes.at_least(0)}
 CHUNK = 1 << 24
 """Bytes of tokens.bin under one checksum."""
 CHECKED = 256
@@ -97,15 +101,14 @@ class StoreWriter:
         self._file.close()
         np.save(self._folder / "offsets.npy", np.asarray(self._offsets, np.int64))
         np.save(self._folder / "identities.npy", np.asarray(self._identities, np.uint64))
-        names = ("tokens.bin", "offsets.npy", "identities.npy")
         meta |= {
             "format": FORMAT,
             "dtype": self.dtype.name,
             "documents": len(self._identities),
             "tokens": self.tokens,
             "largest_id": self.largest_id,
-            "sizes": {name: (self._folder / name).stat().st_size for name in names},
-            "checksums": {name: _checksums(self._folder / name) for name in names},
+            "sizes": {name: (self._folder / name).stat().st_size for name in FILES},
+            "checksums": {name: _checksums(self._folder / name) for name in FILES},
         }
         with open(self._folder / "meta.json", "w") as file:
             json.dump(meta, file, indent=1)
@@ -113,7 +116,9 @@ class StoreWriter:
             os.fsync(file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        """Of no effect after `finish`; before it, what could not be written any more is of no use either."""
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 @contextmanager
@@ -134,34 +139,37 @@ def writing(folder: Path, dtype: str) -> Iterator[StoreWriter]:
                             "expected a folder to write to, with room: set L2A_CACHE") from error  # fmt: skip
 
 
-def open_store(folder: Path) -> TokenStore:
-    """Maps a store after checking sizes and checksums. Raises `UserError` that names the damaged file."""
+def open_store(folder: Path, about: dict[str, Any] | None = None) -> TokenStore:
+    """Maps a store after checking sizes and checksums. `about`: the shape of what its maker wrote into meta.json.
+
+    Raises UserError that names the damaged file, and what to do.
+    """
 
     def check(good: bool, name: str, what: str) -> None:
         if not good:
             raise UserError(f"{folder / name} is damaged: {what}; delete the folder {folder} and it is built again")
 
+    check((folder / "meta.json").exists(), "meta.json", "it is missing")
     try:
-        meta = json.loads((folder / "meta.json").read_text())
-        sizes, checksums, dtype = meta["sizes"], meta["checksums"], np.dtype(meta["dtype"])
-        documents, tokens = int(meta["documents"]), int(meta["tokens"])
-    except FileNotFoundError:
-        check(False, "meta.json", "it is missing")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        check(False, "meta.json", f"it does not read ({type(error).__name__})")
-    for name, size in sizes.items():
-        path = folder / name
+        meta = files.read_json(folder / "meta.json", None)
+    except UserError as error:
+        check(False, "meta.json", f"it does not read ({error})")
+    misfit = shapes.misfit(meta, _META | (about or {}))
+    check(misfit is None, "meta.json", f"it does not read ({misfit})")
+    for name in FILES:
+        path, size, checksums = folder / name, meta["sizes"][name], meta["checksums"][name]
         check(path.exists(), name, "it is missing")
         found = path.stat().st_size
         check(found == size, name, f"it has {found} bytes instead of {size}")
-        chunks = np.unique(np.linspace(0, max(len(checksums[name]) - 1, 0), CHECKED).astype(int))
-        chunks = chunks[: len(checksums[name])]
-        wrong = [c for c, crc in zip(chunks, _checksums(path, chunks), strict=True) if crc != checksums[name][c]]
+        check(len(checksums) == -(-size // CHUNK), "meta.json", f"it has {len(checksums)} checksums of {name}")
+        chunks = np.unique(np.linspace(0, max(len(checksums) - 1, 0), CHECKED).astype(int))[: len(checksums)]
+        wrong = [c for c, crc in zip(chunks, _checksums(path, chunks), strict=True) if crc != checksums[c]]
         check(not wrong, name, f"its checksum differs in the {CHUNK >> 20} MiB from byte {wrong and wrong[0] * CHUNK}")
-    ids = np.memmap(folder / "tokens.bin", dtype, "r") if tokens else np.zeros(0, dtype)
+    ids = np.memmap(folder / "tokens.bin", meta["dtype"], "r") if meta["tokens"] else np.zeros(0, meta["dtype"])
     offsets = np.load(folder / "offsets.npy", mmap_mode="r")
     identities = np.load(folder / "identities.npy", mmap_mode="r")
-    consistent = ids.size == tokens and offsets.size == documents + 1 and identities.size == documents
-    check(consistent, "meta.json", "its counts do not match the files")
+    sizes = (ids.size, offsets.size - 1, identities.size)
+    check(sizes == (meta["tokens"], meta["documents"], meta["documents"]), "meta.json",
+          "its counts do not match the files")
     # A plain view: slicing np.memmap costs several times the copy of a short document.
     return TokenStore(np.asarray(ids), np.asarray(offsets), np.asarray(identities), meta, folder)

@@ -71,14 +71,14 @@ def _open(path: Path, on_read: Callable[[int], None]) -> io.BufferedIOBase:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """What can go wrong while a file is read, as UserErrors that name it."""
+def _reading(path: Path, after: Callable[[], str] = str) -> Iterator[None]:
+    """What can go wrong while a file is read, as UserErrors that name it. `after`: how far it was read."""
     try:
         yield
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be decompressed: {error}") from None
+        raise UserError(f"{path} cannot be decompressed{after()}: {error}") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise UserError(f"{path} cannot be read{after()}: {error.strerror or error}") from error
 
 
 def read_lines(path: Path, on_read: Callable[[int], None] = lambda n: None) -> Iterator[tuple[int, str]]:
@@ -86,8 +86,8 @@ def read_lines(path: Path, on_read: Callable[[int], None] = lambda n: None) -> I
 
     Raises UserError where the file cannot be read or decompressed, and on bytes that are not UTF-8.
     """
-    offset = 0
-    with _reading(path), _open(path, on_read) as file:
+    offset = number = 0
+    with _reading(path, lambda: f" after line {number}" * (number > 0)), _open(path, on_read) as file:
         for number, raw in enumerate(file, start=1):
             try:
                 line = raw.decode("utf-8")
@@ -164,8 +164,12 @@ def _parquet_rows(path: Path, on_read: Callable[[int], None], needed: Callable[[
             file = seekable
         with _parsing(path, "its index"):
             parquet = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
-            columns = list(needed(parquet.schema_arrow.names))
+            names = parquet.schema_arrow.names
+            columns = list(needed(names))
             batches = parquet.iter_batches(batch_size=256, columns=columns)
+        if not names or len({*columns}) < len(columns):
+            twice = next((name for name in columns if columns.count(name) > 1), None)
+            raise UserError(f"{path} has no columns" if twice is None else f"{path} has two columns {twice!r}")
         number = 0
         while True:
             with _parsing(path, f"the part after row {number}"):
@@ -274,11 +278,16 @@ def _format(template: str, place: str, record: Mapping) -> str:
                 raise UserError(f"{place}: field {name!r} is {type(value).__name__}; expected text")
             parts.append(value or "")
     text = "".join(parts)
+    check_text(text, place)
+    return text
+
+
+def check_text(text: str, place: str) -> None:
+    """UserError where a text from JSON has no UTF-8 form, which a tokenizer needs: JSON can spell half a character."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"{place}: the text holds half a surrogate pair at character {error.start}") from None
-    return text
 
 
 def pieces(fragments: Iterable[Fragment], size: int = PIECE) -> Iterator[Piece]:

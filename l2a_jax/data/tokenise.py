@@ -41,6 +41,8 @@ from l2a_jax.files import write_text
 BATCH = 1 << 21
 """Characters handed to the tokenizer at once: enough pieces for all cores, some tens of megabytes of tokens."""
 
+_ABOUT = {"key": {"source": list, "tokenizer": str}, "files": [str], "text_bytes": int, "empty_documents": int}
+
 
 def cache_folder(cache_dir: str | os.PathLike | None = None) -> Path:
     """Where stores live: `cache_dir`, else `$L2A_CACHE`, else `l2a_jax/tokens` in the user's cache folder."""
@@ -74,7 +76,7 @@ def tokenised(domain: Domain, encoder: Encoder, cache_dir: str | os.PathLike | N
     folder = cache / f"{domain.name}-{name}"
     if not folder.exists():
         _build(domain, encoder, folder, {"key": key})
-    return open_store(folder)
+    return open_store(folder, _ABOUT)
 
 
 def _file_hash(path: Path, cache: Path) -> str:
@@ -86,7 +88,7 @@ def _file_hash(path: Path, cache: Path) -> str:
     """
     check_regular(path)
     before = _state(path)
-    known = cache / "hashes" / hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]
+    known = cache / "hashes" / hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
     with contextlib.suppress(OSError, ValueError):
         remembered, state = known.read_text().split("\n")
         if state == before:

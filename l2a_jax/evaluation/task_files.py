@@ -7,10 +7,12 @@ metrics stay lm-eval's own.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from l2a_jax.data.text import read_lines, read_records
+from l2a_jax.data.files import check_regular, once
+from l2a_jax.data.text import check_text, read_lines, read_records
 from l2a_jax.errors import UserError
 
 Record = Mapping[str, Any]
@@ -50,7 +52,11 @@ def read_task(name: str, folder: Path) -> TaskFile:
     task = LOCAL_TASKS[name]
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; expected one that holds {task.pattern}")
-    found = sorted(path for suffix in ("", ".gz") for path in folder.glob(task.pattern + suffix))
+    patterns = (task.pattern, f"{task.pattern}.gz")
+    found = sorted(path for path in folder.iterdir() if any(fnmatch(path.name, one) for one in patterns))
+    for path in found:
+        check_regular(path)
+    found = once(found)
     if not found:
         raise UserError(f"{folder} holds no {task.pattern} (also .gz), which the task {name!r} needs")
     if len(found) > 1:
@@ -71,6 +77,8 @@ def _read_labels(path: Path, expected: int) -> list[str]:
     if not file.is_file():
         raise UserError(f"{file} is missing; expected the labels of {path.name}, one a line")
     labels = [line.strip() for _, line in read_lines(file)]
+    while labels and not labels[-1]:  # blank lines at the end of a file are no labels
+        labels.pop()
     if len(labels) != expected:
         raise UserError(f"{file} holds {len(labels)} labels; {path.name} has {expected} items")
     return labels
@@ -80,6 +88,7 @@ def _text(place: str, record: Record, field: str) -> str:
     value = record.get(field)
     if not isinstance(value, str):
         raise UserError(f"{place}: field {field!r} is {_kind(record, field)}; expected text")
+    check_text(value, place)
     return value
 
 
@@ -87,13 +96,13 @@ def _choices(place: str, record: Record, field: str) -> list[str]:
     value = record.get(field)
     if not isinstance(value, list) or len(value) < 2 or not all(isinstance(one, str) and one for one in value):
         raise UserError(f"{place}: field {field!r} is {_kind(record, field)}; expected two or more texts, none empty")
+    check_text("".join(value), place)
     return value
 
 
 def _label(place: str, label: Any, choices: int) -> int:
     """A label as a number; the hub writes some as text."""
-    whole = isinstance(label, int | str) and not isinstance(label, bool) and str(label).isdigit()
-    if not whole or int(label) >= choices:
+    if isinstance(label, bool) or not isinstance(label, int | str) or str(label) not in map(str, range(choices)):
         raise UserError(f"{place}: the label is {label!r}; expected a whole number from 0 to {choices - 1}")
     return int(label)
 
@@ -119,7 +128,9 @@ def _piqa(place: str, record: Record, label: str | None) -> Document:
 def _arc(place: str, record: Record, label: str | None) -> Document:
     choices = _choices(place, record, "choices")
     letters = [chr(ord("A") + index) for index in range(len(choices))]
-    return {"id": str(record.get("id", place)), "question": _text(place, record, "question"),
+    identity = str(record.get("id", place))
+    check_text(identity, place)
+    return {"id": identity, "question": _text(place, record, "question"),
             "choices": {"text": choices, "label": letters},
             "answerKey": letters[_label(place, record.get("label"), len(choices))]}
 
