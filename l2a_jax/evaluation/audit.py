@@ -109,7 +109,7 @@ def audit(
 
 def format_audit(report: dict[str, Any]) -> str:
     """The audit as a text table."""
-    marked = any("recall_accuracy" in row for row in report["rows"].values())
+    marked = any(row.get("recall_accuracy") is not None for row in report["rows"].values())
     lines = [f"{'routing':<10} {'perplexity':>11} {'sd (seeds)':>11} {'routed':>8} {'worse by, nats/token [95 %]':>32}"
              + (f" {'recall':>8}" if marked else "")]
     for name, row in report["rows"].items():
@@ -117,8 +117,12 @@ def format_audit(report: dict[str, Any]) -> str:
         low, high = row["worse_95"]
         worse = "-" if name == "learned" else f"{row['worse']:+.4f} [{low:+.4f}, {high:+.4f}]"
         lines.append(f"{name:<10} {row['perplexity']:>11.3f} {spread:>11} {row['density']:>8.1%} {worse:>32}"
-                     + (f" {row['recall_accuracy']:>8.1%}" if marked else ""))
+                     + (f" {_share(row.get('recall_accuracy')):>8}" if marked else ""))
     return "\n".join(lines)
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -136,7 +140,7 @@ def _keys(seed, windows):
 
 
 def _row(scores: list[Scores], learned: Scores, windows: Windows) -> dict[str, Any]:
-    perplexities = [float(np.exp(one.nll.sum() / one.tokens.sum())) for one in scores]
+    perplexities = [intervals.exp(one.nll.sum() / one.tokens.sum()) for one in scores]
     mean_nll = np.mean([one.nll for one in scores], axis=0)
     worse, interval = intervals.paired_windows(mean_nll, learned.nll, learned.tokens)
     row = {"perplexity": float(np.mean(perplexities)), "nll": float(mean_nll.sum() / learned.tokens.sum()),

@@ -164,7 +164,7 @@ def format_collapse(report: dict[str, Any]) -> str:
         lines.append(f"not measured: {', '.join(report['not_measured'])}")
     for name in ("greedy", "sampled") if report["generation"] else ():
         row = report["generation"][name]
-        shown = ", ".join(f"{key.replace('_', ' ')} {row[key]:.2f}" for key in _SHOWN if row[key] is not None)
+        shown = ", ".join(f"{key.replace('_', ' ')} {row[key]:.2f}" for key in _SHOWN if row.get(key) is not None)
         lines.append(f"{name} text: {shown}, longest loop {row['longest_loop']} tokens")
     return "\n".join(lines)
 

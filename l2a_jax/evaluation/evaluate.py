@@ -34,6 +34,7 @@ from l2a_jax.evaluation import (
 )
 from l2a_jax.evaluation.perplexity import Windows
 from l2a_jax.evaluation.tasks import FOLDERS
+from l2a_jax.files import check_file
 from l2a_jax.training.metrics import read_metrics
 from l2a_jax.weights.pretrained import Pretrained, load_pretrained, locate, read_config, source_tokenizer
 from l2a_jax.weights.run_folder import is_run_folder
@@ -152,6 +153,7 @@ def evaluate(options: Options) -> tuple[dict[str, Any], Path]:
     Raises UserError on bad input before anything is computed; tasks that were finished before an error stay written.
     """
     plan = make_plan(options)
+    _check_place(plan)
     log.info("%s: %s", options.source, ", ".join(plan.tasks))
     with jax.default_matmul_precision(plan.precision):
         model = subject.with_layer(load_pretrained(options.source, jnp.dtype(plan.dtype)), plan.config, plan.layer,
@@ -163,32 +165,32 @@ def evaluate(options: Options) -> tuple[dict[str, Any], Path]:
         elif options.prune_layers:
             unpruned = model._replace(l2a_config=dataclasses.replace(
                 model.l2a_config, pruned_layers=() if plan.own is None else plan.own.pruned_layers))
-        merged = results.open_results(plan.path, subject.describe(model, options.source, options.route, plan.own),
-                                      replace=plan.replace)
+        head = subject.describe(model, options.source, options.route, plan.own)
+        results.open_results(plan.path, head, replace=plan.replace)
         for name, run in _steps(plan, model, unpruned):
             log.info("%s ...", name)
             started = time.monotonic()
-            found = run(merged["tasks"])
+            found = run()
             seconds = time.monotonic() - started
             settings = dataclasses.asdict(options) | {"dtype": plan.dtype, "batch_tokens": plan.batch_tokens}
-            for task, entry in found.items():
-                merged["tasks"][task] = {**entry, "provenance": results.provenance(settings, seconds)}
-            results.write_results(plan.path, merged)
+            origin = results.provenance(settings, seconds)
+            results.merge_results(plan.path, head, {task: {**entry, "provenance": origin} for task, entry in
+                                                    found.items()}, replace=plan.replace)
             log.info("%s: done in %.1f s", name, seconds)
     return results.read_results(plan.path), plan.path
 
 
-def _steps(plan: Plan, model: Pretrained, unpruned: Pretrained) -> list[tuple[str, Callable[[dict], dict[str, Any]]]]:
+def _steps(plan: Plan, model: Pretrained, unpruned: Pretrained) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
     """(name, function) in the order of running; collapse first, which also reports on a model that nothing else can
     run. A function returns results by task name."""
     o = plan.options
     passes = {"backend": o.backend, "batch_tokens": plan.batch_tokens}
     steps: list[tuple[str, Callable]] = []
     if "collapse" in plan.tasks:
-        steps.append(("collapse", lambda _: {"collapse": _collapse(plan, model)}))
+        steps.append(("collapse", lambda: {"collapse": _collapse(plan, model)}))
     if {"perplexity", "audit"} & set(plan.tasks):
 
-        def text(_):
+        def text():
             scores = perplexity.score_windows(model, plan.windows, **passes)
             found = {"perplexity": perplexity.result(scores, plan.windows)}
             if "audit" in plan.tasks:
@@ -197,11 +199,11 @@ def _steps(plan: Plan, model: Pretrained, unpruned: Pretrained) -> list[tuple[st
 
         steps.append(("perplexity" + (" and routing audit" if "audit" in plan.tasks else ""), text))
     if _pruning(o):
-        steps.append(("pruning", lambda _: {"pruning": pruning_cost.report(unpruned, model, plan.windows, **passes)}))
+        steps.append(("pruning", lambda: {"pruning": pruning_cost.report(unpruned, model, plan.windows, **passes)}))
     lm_tasks = tuple(name for name in plan.tasks if name not in OWN_TASKS)
     if lm_tasks:
 
-        def benchmarks(_):
+        def benchmarks():
             from l2a_jax.evaluation.tasks import evaluate_tasks
 
             return evaluate_tasks(model, lm_tasks, limit=o.limit, num_fewshot=o.num_fewshot, task_data=o.task_data,
@@ -209,7 +211,7 @@ def _steps(plan: Plan, model: Pretrained, unpruned: Pretrained) -> list[tuple[st
 
         steps.append((", ".join(lm_tasks), benchmarks))
     if "needle" in plan.tasks:
-        steps.append(("needle", lambda _: {"needle": needle_task.run(model, plan.needle, plan.path, o.backend)}))
+        steps.append(("needle", lambda: {"needle": needle_task.run(model, plan.needle, plan.path, o.backend)}))
     return steps
 
 
@@ -291,6 +293,16 @@ def _place(options: Options) -> tuple[Path, bool]:
     return place, False
 
 
+def _check_place(plan: Plan) -> None:
+    """What will be written can be, and what is there can be merged into: found out before anything is computed."""
+    samples = [f"samples_{name}.jsonl" for name in plan.tasks if name not in OWN_TASKS and plan.options.log_samples]
+    pictures = [needle_task.picture(plan.path).name] if "needle" in plan.tasks else []
+    for name in (plan.path.name, *samples, *pictures):
+        check_file(plan.path.with_name(name), "--out" if plan.options.out is not None else "the results")
+    if plan.path.exists():
+        results.read_results(plan.path)
+
+
 def _variant(options: Options) -> str:
     """What sets this model apart from its source, as part of a file's name; empty for the source as it is."""
     parts = [f"{name.replace('_', '-')}-{value}" for name, value in sorted(options.layer.items())]
@@ -309,10 +321,10 @@ def summary(found: dict[str, Any]) -> str:
             text, count = entry["text"], entry["tokens"]
             lines.append(f"perplexity {entry['perplexity']:.3f} [{low:.3f}, {high:.3f}] over {count:,} tokens "
                          f"of {text['name']} (context {text['context']}, stride {text['stride']}, {text['rule']})")
-            if "recall_accuracy" in entry:
+            if entry.get("recall_accuracy") is not None:
                 lines.append(f"recall accuracy {entry['recall_accuracy']:.1%}")
-            if "sparsity" in entry:
-                layers = " ".join(f"{value:.0%}" for value in entry["sparsity_per_layer"])
+            if entry.get("sparsity") is not None:
+                layers = " ".join(f"{value:.0%}" for value in entry.get("sparsity_per_layer") or ())
                 lines.append(f"not routed: {entry['sparsity']:.1%} (by layer: {layers})")
         elif name == "audit":
             lines += ["routing audit:", audit.format_audit(entry)]
@@ -324,6 +336,7 @@ def summary(found: dict[str, Any]) -> str:
             lines.append(needle_task.format_table(entry))
         else:
             shown = [f"{metric} {entry[metric]:.3f} +- {intervals.Z * entry[f'{metric}_stderr']:.3f}"
-                     for metric in ("acc", "acc_norm") if entry.get(f"{metric}_stderr") is not None]
+                     for metric in ("acc", "acc_norm")
+                     if entry.get(metric) is not None and entry.get(f"{metric}_stderr") is not None]
             lines.append(f"{name}: {', '.join(shown)} (95 %, {entry['n']} items, {entry['num_fewshot']}-shot)")
     return "\n".join(lines)

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
+from l2a_jax.errors import UserError
+
 Z = 1.959963984540054
 """The normal quantile of a two-sided 95 % interval."""
 
@@ -21,14 +23,25 @@ Interval = tuple[float, float]
 
 def token_mean(nll: Float[np.ndarray, " B"], tokens: Int[np.ndarray, " B"]) -> tuple[float, float]:
     """(mean over tokens, its standard error) of per-window sums over `tokens` each; NaN error for a single window.
+    UserError where there is no token: a mean over nothing is no number.
 
     m = sum(nll) / sum(tokens);  se = sqrt(B / (B - 1) * sum((nll - m tokens)^2)) / sum(tokens).
     """
     nll, tokens = np.asarray(nll, np.float64), np.asarray(tokens, np.float64)
+    if not tokens.sum() > 0:
+        raise UserError("there is no scored token, so there is no mean over tokens")
     count, mean = len(nll), float(nll.sum() / tokens.sum())
     if count < 2:
         return mean, math.nan
     return mean, float(np.sqrt(count / (count - 1) * np.square(nll - mean * tokens).sum()) / tokens.sum())
+
+
+def exp(nats: float) -> float:
+    """e^nats: infinite beyond what float64 holds, NaN where there is no number."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
 
 
 def around(mean: float, error: float) -> Interval:
@@ -47,14 +60,19 @@ def paired_windows(nll: Float[np.ndarray, " B"], baseline: Float[np.ndarray, " B
 
 
 def paired_items(correct: Sequence[float], baseline: Sequence[float]) -> tuple[float, Interval]:
-    """(difference of the accuracies, its 95 % interval) of two runs over the same items."""
+    """(difference of the accuracies, its 95 % interval) of two runs over the same items. UserError for no item."""
+    if not len(correct):
+        raise UserError("there is no item, so there is no accuracy")
     difference = np.asarray(correct, np.float64) - np.asarray(baseline, np.float64)
     error = float(difference.std(ddof=1) / math.sqrt(len(difference))) if len(difference) > 1 else math.nan
     return float(difference.mean()), around(float(difference.mean()), error)
 
 
 def share(successes: float, count: int) -> Interval:
-    """Wilson's 95 % interval of a share (E. B. Wilson, 1927): honest at 0 and at 1, where the normal one is a point."""
+    """Wilson's 95 % interval of a share (E. B. Wilson, 1927): honest at 0 and at 1, where the normal one is a point.
+    UserError for a share of nothing."""
+    if not count > 0:
+        raise UserError("there is no item, so there is no share")
     p, z2 = successes / count, Z * Z
     middle = (p + z2 / (2 * count)) / (1 + z2 / count)
     half = Z * math.sqrt(p * (1 - p) / count + z2 / (4 * count * count)) / (1 + z2 / count)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from l2a_jax.files import whole
 
 PANELS = {"exact_match": "greedy output is the answer\n{mean:.0%}",
           "ranked_first": "answer is the likeliest of {n}\n{mean:.0%} (chance {chance:.0%})"}
@@ -50,9 +51,5 @@ def draw_heat_map(result: dict[str, Any], path: Path) -> None:
                     fontsize=10)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with whole(path) as partial:
         figure.savefig(partial, format="png")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

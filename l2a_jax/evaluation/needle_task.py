@@ -42,7 +42,11 @@ def make_options(given: dict[str, Any], model: Pretrained) -> NeedleOptions:
 def run(model: Pretrained, options: NeedleOptions, results: Path, backend: str) -> dict[str, Any]:
     """The grid's result; its heat map goes beside the results, under their name."""
     found = needle.evaluate_needle(model, options, backend=backend)
-    picture = results.with_name(results.stem.replace("eval", "needle", 1) + ".png")
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    needle.draw_heat_map(found, picture)
-    return {**found, "heat_map": picture.name}
+    drawn = picture(results)
+    needle.draw_heat_map(found, drawn)
+    return {**found, "heat_map": drawn.name}
+
+
+def picture(results: Path) -> Path:
+    """Where the heat map goes."""
+    return results.with_name(results.stem.replace("eval", "needle", 1) + ".png")

@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -110,9 +109,11 @@ def score_windows(
     """One pass over the windows under the router's own decisions, or under `decisions`.
 
     Where few places are scored (the answer of a needle), the vocabulary's logits are computed at those alone. Raises
-    UserError naming the window where a loss is not finite.
+    UserError where no place is scored at all, and naming the window where a loss is not finite.
     """
     count, length = windows.tokens.shape
+    if not windows.scored.any():
+        raise UserError(f"{label}: no token of {windows.about.get('name', 'the text')} is to be scored")
     for ids in (windows.tokens, np.where(windows.scored, windows.targets, 0)):
         check_tokens(jnp.asarray(ids), model.config)
     rows = max(1, min(count, batch_tokens // length))
@@ -141,7 +142,7 @@ def score_windows(
                 routed.append(found.decisions[:, : stop - start] & windows.real[None, start:stop])
                 entropy = entropy + found.entropy.astype(np.float64)
             seen = windows.scored[:stop]
-            report(stop, f"{stop} of {count} windows, perplexity {_exp(nll[:stop][seen].mean()):.3f}")
+            report(stop, f"{stop} of {count} windows, perplexity {_so_far(nll[:stop][seen])}")
     marked = None
     if windows.marked is not None and (windows.marked & windows.scored).any():
         marked = float(correct[windows.marked & windows.scored].mean())
@@ -161,7 +162,8 @@ def result(scores: Scores, windows: Windows) -> dict[str, Any]:
     two runs over the same windows (the same `hash`) are compared pair by pair."""
     mean, error = intervals.token_mean(scores.nll, scores.tokens)
     out: dict[str, Any] = {
-        "perplexity": _exp(mean), "perplexity_95": [_exp(bound) for bound in intervals.around(mean, error)],
+        "perplexity": intervals.exp(mean),
+        "perplexity_95": [intervals.exp(bound) for bound in intervals.around(mean, error)],
         "nll": mean, "nll_stderr": error, "accuracy": float(scores.correct.sum() / scores.tokens.sum()),
         "tokens": int(scores.tokens.sum()), "text": windows.about,
         "interval": "normal, over windows as clusters",
@@ -222,8 +224,8 @@ def _check_finite(nll, windows, start, stop):
                         f"its token {place}, is not finite; `--tasks collapse` says where the model breaks")
 
 
-def _exp(nats: float) -> float:
-    return math.exp(nats) if nats < 700 else math.inf
+def _so_far(nll: np.ndarray) -> str:
+    return f"{intervals.exp(nll.mean()):.3f}" if nll.size else "-"
 
 
 def _hash(*arrays: np.ndarray) -> str:

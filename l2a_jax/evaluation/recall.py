@@ -87,5 +87,6 @@ def format_report(report: dict[str, Any]) -> str:
         rows += [(f"layer {index}", entry) for index, entry in enumerate(report["router_per_layer"])]
         for name, entry in rows:
             precision = "-" if entry["precision"] is None else f"{entry['precision']:.1%}"
-            lines.append(f"{name:<12} {precision:>10} {entry['recall']:>10.1%} {entry['routed']:>10.1%}")
+            recall = "-" if entry["recall"] is None else f"{entry['recall']:.1%}"
+            lines.append(f"{name:<12} {precision:>10} {recall:>10} {entry['routed']:>10.1%}")
     return "\n".join(lines)

@@ -7,7 +7,6 @@ merged as they finish, each write whole or not at all, so an interrupted evaluat
 from __future__ import annotations
 
 import datetime
-import json
 import logging
 import pathlib
 import platform
@@ -18,13 +17,16 @@ from typing import Any
 import jax
 
 from l2a_jax.errors import UserError
-from l2a_jax.files import plain, write_json
+from l2a_jax.evaluation.results_shape import check
+from l2a_jax.files import claim, plain, read_json, write_json
 from l2a_jax.version import __version__
 
 log = logging.getLogger("l2a_jax.eval")
 FILE = "eval.json"
 IDENTITY = ("source_hash", "model_config", "l2a_config", "route")
 """What two results must share to stand in one file."""
+WAIT = 60.0
+"""Seconds to wait for another process that is merging into the same file; it takes milliseconds."""
 
 
 def provenance(settings: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -62,14 +64,16 @@ def open_results(path: pathlib.Path, model: dict[str, Any], *, replace: bool) ->
 
 
 def read_results(path: pathlib.Path) -> dict[str, Any]:
-    """The results in a file. UserError where it is not one of ours."""
+    """The results in a file: of the shape that its readers expect, numbers that are not finite as numbers.
+
+    UserError naming the file and the key where it is not so.
+    """
+    found = _numbers(read_json(path))
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(found, dict) or not isinstance(found.get("tasks"), dict):
-        raise UserError(f"{path} has no tasks; expected the eval.json that eval/run.py writes")
-    return _numbers(found)
+        check(found, str(path))
+    except UserError as error:
+        raise UserError(f"{error}. It is not as eval/run.py writes it: move it away, and evaluate again") from error
+    return found
 
 
 def _numbers(value: Any) -> Any:
@@ -81,10 +85,15 @@ def _numbers(value: Any) -> Any:
     return float(value) if isinstance(value, str) and value in ("nan", "inf", "-inf") else value
 
 
-def write_results(path: pathlib.Path, results: dict[str, Any]) -> None:
-    """Write the file, and the folder where there is none. UserError where that cannot be."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+def merge_results(path: pathlib.Path, model: dict[str, Any], tasks: dict[str, Any], *, replace: bool) -> dict[str, Any]:
+    """Add `tasks` to what the file holds now, which another evaluation may have written meanwhile; returns all of it.
+
+    Makes the file, and its folder, where there is none. UserError as `open_results`, or where it cannot be written.
+    """
+    with claim(path.with_name(f".{path.name}.lock"), wait=WAIT) as other:
+        if other is not None:
+            raise UserError(f"{path} is being written by {other}, for {WAIT:.0f} s now; stop it, and evaluate again")
+        results = open_results(path, model, replace=replace)
+        results["tasks"] |= plain(tasks)
         write_json(path, results)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error}") from error
+    return results

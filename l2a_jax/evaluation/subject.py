@@ -8,7 +8,6 @@ token. Both hold for every task, generation included, and neither needs decision
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from l2a_jax.config import MODELS, L2AConfig, ModelConfig, to_dict
 from l2a_jax.errors import UserError
 from l2a_jax.files import read_json
 from l2a_jax.models.params import abstract_params, add_routing
+from l2a_jax.shapes import number, require
 from l2a_jax.training.regimes import count_parameters
 from l2a_jax.weights.pretrained import Pretrained, locate
 from l2a_jax.weights.run_folder import is_run_folder
@@ -88,11 +88,10 @@ def describe(model: Pretrained, source: str, route: str, own: L2AConfig | None) 
 def run_facts(path: Path) -> dict[str, Any]:
     """What a run's own files say of its training; numbers that are not there (an unfinished run) are None."""
     settings = read_json(path / "config.json")["settings"]
-    try:
-        summary = json.loads((path / "summary.json").read_text())
-    except (OSError, ValueError):
-        summary = {}
     names = ("trained_parameters", "tokens_seen", "tokens_per_trained_parameter", "steps", "loss_last_5_percent",
              "held_out_perplexity")
+    file = path / "summary.json"
+    summary = read_json(file) if file.exists() else {}
+    require(summary, {f"{name}?": number for name in names}, str(file))
     return {"data": list(settings["data"]) or "synthetic recall corpus", "seed": settings["seed"],
             "model": settings["model"], **{name: summary.get(name) for name in names}}

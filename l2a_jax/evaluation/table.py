@@ -16,7 +16,7 @@ from l2a_jax.data.counts import format_count
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import intervals, reported
 from l2a_jax.evaluation.results import FILE, read_results
-from l2a_jax.files import write_json
+from l2a_jax.files import check_file, write_json, write_text
 
 BENCHMARKS = {"hellaswag": "HellaSwag", "piqa": "PIQA", "arc_challenge": "ARC-C"}
 """Columns show acc, which the study's numbers resemble (it does not say), and acc_norm after a stroke."""
@@ -64,14 +64,11 @@ def write(table: dict[str, Any], out: Path) -> tuple[Path, Path]:
     """Write `out`.md and `out`.json (a folder: table.md and table.json in it). UserError where that cannot be."""
     stem = out.with_suffix("") if out.suffix in (".md", ".json") else out / "table"
     paths = stem.with_name(stem.name + ".md"), stem.with_name(stem.name + ".json")
-    try:
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        partial = paths[0].with_name(f".{paths[0].name}.partial")
-        partial.write_text(markdown(table), encoding="utf-8")
-        partial.replace(paths[0])
-        write_json(paths[1], table)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error}") from error
+    for path in paths:
+        check_file(path, "--out")
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    write_text(paths[0], markdown(table))
+    write_json(paths[1], table)
     return paths
 
 
@@ -105,11 +102,12 @@ def _perplexity(entry, other, row):
     cell = {"value": entry["perplexity"], "interval": entry["perplexity_95"], "tokens": entry["tokens"],
             "text": entry["text"]["name"], "context": entry["text"]["context"], "stride": entry["text"]["stride"],
             "difference": None}
-    if other is not None and entry["text"]["hash"] == other["text"]["hash"]:
+    if other is not None and entry["text"]["hash"] == other["text"]["hash"] and (
+            entry["window_tokens"] == other["window_tokens"]):
         nll, base, tokens = (np.asarray(x) for x in (entry["window_nll"], other["window_nll"], entry["window_tokens"]))
         nats, (low, high) = intervals.paired_windows(nll, base, tokens)
-        cell["difference"] = {"nats": nats, "interval": [low, high], "ratio": math.exp(nats),
-                              "ratio_95": [math.exp(low), math.exp(high)]}
+        cell["difference"] = {"nats": nats, "interval": [low, high], "ratio": intervals.exp(nats),
+                              "ratio_95": [intervals.exp(low), intervals.exp(high)]}
     elif other is not None:
         row["notes"].append("perplexity is of other windows than the baseline's: no paired difference")
     return cell
@@ -122,14 +120,14 @@ def _benchmark(task, entry, other, row):
     cell = {"value": entry["acc"], "interval": list(intervals.share(sum(correct), len(correct))), "n": entry["n"],
             "num_fewshot": entry["num_fewshot"], "acc_norm": entry.get("acc_norm"), "acc_norm_interval": None,
             "difference": None, "difference_norm": None}
-    if "correct_norm" in entry:
+    if entry.get("correct_norm"):
         cell["acc_norm_interval"] = list(intervals.share(sum(entry["correct_norm"]), len(entry["correct_norm"])))
     if other is None:
         return cell
     same = all(entry.get(key) == other.get(key) for key in ("n", "num_fewshot", "source", "version", "limit"))
     if same:
         for kind, name in (("correct", "difference"), ("correct_norm", "difference_norm")):
-            if kind in entry and kind in other:
+            if entry.get(kind) and other.get(kind):
                 difference, interval = intervals.paired_items(entry[kind], other[kind])
                 cell[name] = {"value": difference, "interval": list(interval)}
     else:
@@ -153,7 +151,9 @@ def _cells(row, versus):
         return f"{scale * cell['value']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}] ({shown})"
 
     def count(value):
-        return "-" if value is None else format_count(int(value)) if value else "0"
+        if value is None:
+            return "-"
+        return str(value) if not math.isfinite(value) else format_count(int(value)) if value else "0"
 
     perplexity = row["perplexity"]
     cells = [row["run"], row["regime"] + ("" if row["route"] in ("learned", None) else f", {row['route']} routed"),

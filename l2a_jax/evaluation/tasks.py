@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation.task_files import TaskFile, read_task
+from l2a_jax.files import plain, whole
 from l2a_jax.weights.pretrained import Pretrained
 
 if TYPE_CHECKING:
@@ -168,14 +168,9 @@ def _write_samples(folder: Path, name: str, samples: list[dict]) -> None:
     """One object an item; the file appears whole or not at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    path, partial = folder / f"samples_{name}.jsonl", folder / f".samples_{name}.{os.getpid()}"
-    try:
-        with partial.open("w", encoding="utf-8") as stream:
-            for sample in samples:
-                stream.write(json.dumps(_sample_row(sample), ensure_ascii=False) + "\n")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole(folder / f"samples_{name}.jsonl") as partial, partial.open("w", encoding="utf-8") as stream:
+        for sample in samples:
+            stream.write(json.dumps(plain(_sample_row(sample)), ensure_ascii=False) + "\n")
 
 
 def _sample_row(sample: dict) -> dict[str, Any]:

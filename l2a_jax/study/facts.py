@@ -5,7 +5,6 @@ A number that was not measured is None. Nothing is compared that is not over the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +52,8 @@ def perplexity_ratio(found: dict | None, base: dict | None, task: str = "perplex
         return None
     nats, (low, high) = intervals.paired_windows(*(np.asarray(one["window_nll"]) for one in (mine, other)),
                                                  np.asarray(mine["window_tokens"]))
-    return {"nats": nats, "nats_95": [low, high], "ratio": _exp(nats), "ratio_95": [_exp(low), _exp(high)]}
+    return {"nats": nats, "nats_95": [low, high], "ratio": intervals.exp(nats),
+            "ratio_95": [intervals.exp(low), intervals.exp(high)]}
 
 
 def benchmark_difference(found: dict | None, base: dict | None, task: str,
@@ -140,7 +140,7 @@ def _audit(audit, ratio) -> dict[str, Any] | None:
                            "worse": {name: entry["worse"] for name, entry in audit["rows"].items()},
                            "worse_95": {name: entry["worse_95"] for name, entry in audit["rows"].items()}}
     if ratio is not None:
-        out["ratio"] = {name: _exp(ratio["nats"] + entry["worse"]) for name, entry in audit["rows"].items()}
+        out["ratio"] = {name: intervals.exp(ratio["nats"] + entry["worse"]) for name, entry in audit["rows"].items()}
     return out
 
 
@@ -180,10 +180,6 @@ def _status(found, row) -> str:
 
 def _mixture(row: Row) -> str:
     return ", ".join(entry.partition("=")[0] for entry in row.data)
-
-
-def _exp(nats: float) -> float:
-    return math.exp(nats) if nats < 700 else math.inf
 
 
 def as_results(found: dict[str, Any], row: Row) -> dict[str, Any]:

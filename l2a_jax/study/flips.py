@@ -105,7 +105,7 @@ def format_flips(report: dict[str, Any]) -> str:
 def _row(scores: list[Scores], learned: Scores, windows: Windows) -> dict[str, Any]:
     worse, interval = intervals.paired_windows(np.mean([one.nll for one in scores], axis=0), learned.nll,
                                                learned.tokens)
-    by_seed = [float(np.exp(one.nll.sum() / one.tokens.sum())) for one in scores]
+    by_seed = [intervals.exp(one.nll.sum() / one.tokens.sum()) for one in scores]
     density = np.mean([(one.decisions & windows.real).mean(axis=0).sum() / windows.real.sum() for one in scores])
     return {"density": float(density), "perplexity": float(np.mean(by_seed)), "perplexity_by_seed": by_seed,
             "worse": worse, "worse_95": list(interval)}

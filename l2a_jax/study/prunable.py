@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import intervals
 from l2a_jax.evaluation.perplexity import BATCH_TOKENS, Scores, Windows, routing_rates, score_windows
@@ -100,7 +98,7 @@ def format_prunable(report: dict[str, Any]) -> str:
 def _row(scores: Scores, before: Scores, model: Pretrained, cache_tokens: int) -> dict[str, Any]:
     cost, interval = intervals.paired_windows(scores.nll, before.nll, before.tokens)
     size, whole = cache_saving(model, cache_tokens)
-    return {"perplexity": float(np.exp(scores.nll.sum() / scores.tokens.sum())), "cost": cost,
+    return {"perplexity": intervals.exp(scores.nll.sum() / scores.tokens.sum()), "cost": cost,
             "cost_95": list(interval), "cache_bytes": int(size), "cache_bytes_unpruned": int(whole)}
 
 

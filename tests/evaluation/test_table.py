@@ -30,14 +30,19 @@ def made_up(regime="router_strict", nll=3.0, correct=(1, 0, 1, 1), window_hash="
         "run": {"trained_parameters": 21_504, "tokens_seen": 12_000_000, "tokens_per_trained_parameter": 558.0},
         "tasks": {
             "perplexity": {"perplexity": math.exp(nats.sum() / 2_000), "perplexity_95": [19.0, 21.0], "tokens": 2_000,
-                           "text": {"name": "t", "context": 100, "stride": 100, "hash": window_hash},
+                           "text": {"name": "t", "rule": "text", "context": 100, "stride": 100, "hash": window_hash},
                            "window_nll": nats.tolist(), "window_tokens": [100] * 20, "sparsity": 0.87},
-            "audit": {"gap": 0.15, "gap_95": [0.1, 0.2], "seeds": 3, "rows": {"learned": {"perplexity": 20.0}}},
+            "audit": {"gap": 0.15, "gap_95": [0.1, 0.2], "seeds": 3, "rows": {"learned": {
+                "perplexity": 20.0, "density": 0.1, "worse": 0.0, "worse_95": [0.0, 0.0]}}},
             "hellaswag": {"acc": sum(correct) / len(correct), "acc_norm": 0.5, "correct": list(correct),
                           "correct_norm": [1, 0, 1, 0], "n": len(correct), "num_fewshot": 0, "version": 1,
                           "source": "x", "limit": None},
-            "needle": {"overall": {"exact_match": 0.75, "ranked_first": 0.9, "n": 60}, "lengths": [512, 2_048]},
-            "collapse": {"verdict": "healthy"}, **extra},
+            "needle": {"overall": {"exact_match": 0.75, "exact_match_stderr": 0.1, "ranked_first": 0.9,
+                                   "mean_rank": 1.5, "n": 60},
+                       "lengths": [512, 2_048], "depths": [0.5], "exact_match": [[0.5, 1.0]],
+                       "ranked_first": [[0.8, 1.0]], "distractors": 7, "needles": 1, "per_cell": 30},
+            "collapse": {"verdict": "healthy", "rule": "no rule of the table holds", "findings": [],
+                         "not_measured": [], "generation": None}, **extra},
     }
 
 
@@ -102,7 +107,7 @@ def test_the_studys_rows():
 
 
 @pytest.mark.parametrize(("content", "message"), [(None, "has no eval.json"), ("{", "not readable JSON"),
-                                                  ('{"a": 1}', "has no tasks")])
+                                                  ('{"a": 1}', "source is missing")])
 def test_files_that_are_no_results(main, tmp_path, capsys, content, message):
     if content is not None:
         (tmp_path / "eval.json").write_text(content)
