@@ -6,6 +6,10 @@ Standard library alone: a command can say what is wrong before anything slow has
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
+
+FEW = 12
+"""As many names as a message lists: one layer's tensors."""
 
 
 class UserError(ValueError):
@@ -17,6 +21,19 @@ class UserError(ValueError):
 
 class Unsupported(UserError, NotImplementedError):
     """What was asked for exists, but not for this device, dtype or shape; the message says which and why."""
+
+
+def few(names: Iterable[object], most: int = FEW) -> str:
+    """Names for a message: the first of them, and how many more there are."""
+    listed = [str(name) for name in names]
+    more = len(listed) - most
+    return ", ".join(listed[:most]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def shown(value: object) -> str:
+    """A value for a message, cut if it is long."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def sentence(error: BaseException) -> str | None:

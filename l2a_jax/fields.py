@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from l2a_jax.errors import UserError
+from l2a_jax.errors import UserError, shown
 
 MOST = 2**31 - 1
 """The largest count: what an int32, which compiled programs count in, can hold."""
@@ -158,7 +158,7 @@ def check(settings: Any, spell: Callable[[str], str] = flag, names: Iterable[str
     for name in hints if names is None else names:
         wrong = problem(getattr(settings, name), hints[name])
         if wrong is not None:
-            raise error(f"{spell(name)} is {_shown(getattr(settings, name))}; expected {wrong}")
+            raise error(f"{spell(name)} is {shown(getattr(settings, name))}; expected {wrong}")
 
 
 def problem(value: Any, hint: Any) -> str | None:
@@ -198,8 +198,3 @@ def problem(value: Any, hint: Any) -> str | None:
         return None if isinstance(value, (str, Path)) else "a path"
     kind = origin or hint
     return None if isinstance(value, kind) else {"str": "a text", "dict": "an object"}.get(kind.__name__, kind.__name__)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

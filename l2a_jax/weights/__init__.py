@@ -2,7 +2,8 @@
 
 from l2a_jax.weights.export import convert, save_pretrained
 from l2a_jax.weights.pretrained import Pretrained, load_pretrained, read_config, source_hash
-from l2a_jax.weights.tokenizer import Tokenizer, load_tokenizer
+from l2a_jax.weights.tokenizer import Tokenizer
+from l2a_jax.weights.tokenizer_folder import load_tokenizer
 
 __all__ = [
     "Pretrained",

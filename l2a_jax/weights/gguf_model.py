@@ -6,17 +6,21 @@ model untied, as in transformers.
 
 from __future__ import annotations
 
-from l2a_jax.config import ModelConfig, RopeScaling
-from l2a_jax.errors import UserError
+from typing import Any
+
+from l2a_jax.config import ModelConfig
+from l2a_jax.errors import UserError, shown
+from l2a_jax.weights.ends import END_OF_TEXT
 from l2a_jax.weights.gguf_file import GGUFFile
+from l2a_jax.weights.gguf_keys import ARCHITECTURE, check_keys, rope_scaling
 from l2a_jax.weights.hf_config import shortest_float32
-from l2a_jax.weights.tokenizer import Tokenizer, byte_level_bpe
+from l2a_jax.weights.tokenizer import Tokenizer, byte_level_bpe, spelled
 
-ARCHITECTURE = "qwen2"
-PRE_TOKENIZERS = ("qwen2", "deepseek-r1-qwen")
-"""Names under which GGUF files carry Qwen2's splitting rule; files older than the field carry none."""
+PRE_TOKENIZERS = ("qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "megrez")
+"""Names under which llama.cpp knows Qwen2's splitting rule; files older than the field carry none."""
 
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+_TYPES = range(7)
 
 
 def gguf_config(file: GGUFFile) -> ModelConfig:
@@ -28,12 +32,13 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
         raise UserError(f"{file.path} is one of {file.fields['split.count']} parts of a model; merge them into one")
     if "token_embd.weight" not in file.shapes:
         raise UserError(f"{file.path} does not fit its configuration; missing: token_embd.weight")
+    check_keys(file)
 
     def field(name: str, default: int | None = None) -> int:
         value = file.fields.get(f"{ARCHITECTURE}.{name}", default)
         if value is None:
             raise UserError(f"{file.path} misses the field {ARCHITECTURE}.{name}")
-        if not isinstance(value, int):
+        if not isinstance(value, int) or isinstance(value, bool):
             raise UserError(f"{file.path}: {ARCHITECTURE}.{name} is {value!r}; expected a whole number")
         return value
 
@@ -53,7 +58,7 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
             num_kv_heads=field("attention.head_count_kv", heads),
             head_dim=head_dim,
             rope_theta=shortest_float32(file.fields.get(f"{ARCHITECTURE}.rope.freq_base", 10_000.0)),
-            rope=_rope(file),
+            rope=rope_scaling(file),
             rms_norm_eps=shortest_float32(file.fields[f"{ARCHITECTURE}.attention.layer_norm_rms_epsilon"]),
             tie_embeddings="output.weight" not in file.shapes,
             max_positions=field("context_length"),
@@ -67,23 +72,13 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
     return config
 
 
-def _rope(file: GGUFFile) -> RopeScaling:
-    fields = {key.removeprefix("qwen2.rope.scaling."): value for key, value in file.fields.items()
-              if key.startswith("qwen2.rope.scaling.")}
-    kind = fields.get("type", "none")
-    if kind == "none":
-        return RopeScaling()
-    if kind not in ("linear", "yarn"):
-        raise UserError(f"{file.path} scales RoPE by {kind!r}; expected none, linear or yarn")
-    original = fields.get("original_context_length") if kind == "yarn" else None
-    return RopeScaling(kind, shortest_float32(fields.get("factor", 1.0)), original)
-
-
 def gguf_tokenizer(file: GGUFFile) -> Tokenizer | None:
-    """The file's byte-level BPE, token for token what transformers builds from the same file; None if it has none.
+    """The file's byte-level BPE; None if it has none.
 
-    Like transformers, this applies no Unicode normalisation, because the file states none; Qwen2's own
-    tokenizer.json applies NFC first. The two differ only on text that is not in NFC.
+    A token's type says what it is, as in llama.cpp: control, user-defined and unknown tokens are matched whole in the
+    text, whatever they are spelled in; all others are reached by merges alone. The file states no Unicode
+    normalisation, so none is applied (as in llama.cpp and transformers); a folder written from it has Qwen2's own,
+    NFC, which transformers applies to every folder of a Qwen2 model. The two differ only on text that is not in NFC.
     Raises UserError on another kind of tokenizer.
     """
     fields = {key.removeprefix("tokenizer.ggml."): value for key, value in file.fields.items()}
@@ -99,31 +94,57 @@ def gguf_tokenizer(file: GGUFFile) -> Tokenizer | None:
     if not whole or not isinstance(types, list) or len(types) != len(tokens):
         raise UserError(f"{file.path} needs a list of tokens, one of their types and one of merges; it holds no such "
                         "lists, or they do not fit: corrupt")
+    odd = next((index for index, kind in enumerate(types) if kind not in _TYPES), None)
+    if odd is not None:
+        raise UserError(f"{file.path}: token {odd} is of type {shown(types[odd])}; expected 0 to {_TYPES[-1]}")
+    ids = _ids(tokens, types, file)
+    texts = list(ids)
 
-    def token(name: str) -> str | None:
+    def role(name: str) -> int | None:
         index = fields.get(name)
-        if index is None:
-            return None
-        if not isinstance(index, int) or not 0 <= index < len(tokens):
-            raise UserError(f"{file.path}: {name} is {index}, of {len(tokens)} tokens")
-        return tokens[index]
+        if index is not None and (type(index) is not int or not 0 <= index < len(tokens)):
+            raise UserError(f"{file.path}: {name} is {shown(index)}, of {len(tokens)} tokens")
+        return index
 
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": token("bos_token_id"),
-        "eos_token": token("eos_token_id"),
-        "pad_token": token("padding_token_id"),
-        "add_bos_token": bool(fields.get("add_bos_token", False)),
-        "chat_template": file.fields.get("tokenizer.chat_template"),
-    }
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    for name, key in (("bos_token", "bos_token_id"), ("eos_token", "eos_token_id"), ("pad_token", "padding_token_id"),
+                      ("unk_token", "unknown_token_id")):
+        if role(key) is not None:
+            settings[name] = texts[role(key)]
+    for name in ("bos", "eos"):
+        asked = fields.get(f"add_{name}_token", False)
+        if asked and role(f"{name}_token_id") is None:
+            raise UserError(f"{file.path}: add_{name}_token is true, but there is no {name}_token_id")
+        if name == "bos" or asked:
+            settings[f"add_{name}_token"] = bool(asked)
+    if (template := file.fields.get("tokenizer.chat_template")) is not None:
+        settings["chat_template"] = template
+    turns = [role(name) for name in ("eot_token_id", "eom_token_id") if role(name) is not None]
+    ends = [role("eos_token_id"), *turns, ids.get(END_OF_TEXT)] if turns else []
     return byte_level_bpe(
-        vocabulary=tokens,
+        vocabulary=ids,
         merges=[tuple(merge.split(" ")) for merge in merges],
-        special=[text for text, kind in zip(tokens, types, strict=True) if kind == _CONTROL],
-        added=[text for text, kind in zip(tokens, types, strict=True) if kind == _USER_DEFINED],
-        settings={key: value for key, value in settings.items() if value is not None},
+        special=[text for text, kind in zip(texts, types, strict=True) if kind in (_CONTROL, _UNKNOWN)],
+        added=[text for text, kind in zip(texts, types, strict=True) if kind == _USER_DEFINED],
+        settings=settings,
         normalise=False,
+        ends=tuple(dict.fromkeys(end for end in ends if end is not None)),
     )
+
+
+def _ids(tokens: list[str], types: list[int], file: GGUFFile) -> dict[str, int]:
+    """The id of each token by its text: as it stands where it is matched in text, else in the byte alphabet. Raises
+    UserError where two are the same."""
+    found: dict[str, int] = {}
+    matched = {token for token, kind in zip(tokens, types, strict=True) if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)}
+    taken = set(tokens)
+    for index, token in enumerate(tokens):
+        text = token or f"[EMPTY_{index}]"
+        if text not in matched and spelled(text) not in taken:
+            text = spelled(text)
+        if found.setdefault(text, index) != index:
+            raise UserError(f"{file.path}: token {shown(token)} stands twice, with the ids {found[text]} and {index}")
+    return found
 
 
 def _texts(array: object) -> bool:

@@ -21,17 +21,20 @@ from l2a_jax.files import read_json
 from l2a_jax.models.params import Tree
 from l2a_jax.weights import run_folder
 from l2a_jax.weights.assemble import Tensors, assemble, block_rows, floating
+from l2a_jax.weights.ends import GENERATION
 from l2a_jax.weights.gguf_file import GGUFFile
 from l2a_jax.weights.gguf_model import gguf_config, gguf_tokenizer
 from l2a_jax.weights.hf_config import parse_config
 from l2a_jax.weights.hf_folder import HFFolder, shard_files
-from l2a_jax.weights.tokenizer import Tokenizer, load_tokenizer
+from l2a_jax.weights.tokenizer import Tokenizer
+from l2a_jax.weights.tokenizer_folder import FILES as TOKENIZER_FILES
+from l2a_jax.weights.tokenizer_folder import load_tokenizer
 
 TINY = "qwen2.5-tiny"
 """The source name of the small model that is part of the package."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer.json", "tokenizer_config.json",
-              "vocab.json", "merges.txt", "chat_template.jinja"]
+_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", GENERATION, "adapter_config.json",
+              *TOKENIZER_FILES]
 
 
 class Pretrained(NamedTuple):

@@ -6,8 +6,9 @@ transformers, so nothing imports torch.
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
 from l2a_jax.errors import UserError
-from l2a_jax.weights.ends import END_OF_TEXT, folder_end_ids
+from l2a_jax.weights.ends import END_OF_TEXT
 
 QWEN2_SPLIT = "|".join((
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",  # English contractions
@@ -30,6 +31,9 @@ QWEN2_SPLIT = "|".join((
     r"\s+",
 ))
 """Where Qwen2 cuts text before byte-pair merging: a parameter of the trained vocabulary."""
+
+ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""The names under which files state what a token is for."""
 
 
 @dataclass(frozen=True)
@@ -100,105 +104,96 @@ class Tokenizer:
                                                       encoding="utf-8")
 
     def _role(self, name: str) -> int | None:
-        token = self.settings.get(name)
-        text = token.get("content") if isinstance(token, dict) else token
-        return None if text is None else self.token_id(text)
-
-
-def load_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a Hugging Face folder: `tokenizer.json`, or `vocab.json` with `merges.txt`; None if neither.
-
-    Raises UserError if a file is damaged.
-    """
-    ends = folder_end_ids(folder)
-    settings = _json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
-    template = folder / "chat_template.jinja"
-    if template.exists():
-        settings = {**settings, "chat_template": template.read_text(encoding="utf-8")}
-    if (folder / "tokenizer.json").exists():
-        try:
-            backend = Backend.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # tokenizers raises plain Exception
-            raise UserError(f"{folder / 'tokenizer.json'} is not a readable tokenizer: {error}") from error
-        # Whoever saved it may have left these on; as in transformers, they are a caller's choice.
-        backend.no_truncation()
-        backend.no_padding()
-        return Tokenizer(backend, settings, ends)
-    if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-        vocabulary = _json(folder / "vocab.json")
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-        merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-        extra = settings.get("added_tokens_decoder", {}).values()
-        return byte_level_bpe(
-            vocabulary=vocabulary,
-            merges=merges,
-            special=[token["content"] for token in extra if token.get("special")],
-            added=[token["content"] for token in extra if not token.get("special")],
-            settings=settings,
-            normalise=True,
-            ends=ends,
-        )
-    return None
+        text = content_of(self.settings.get(name))
+        return self.token_id(text) if isinstance(text, str) else None
 
 
 def byte_level_bpe(
-    vocabulary: Sequence[str] | dict[str, int],
+    vocabulary: Sequence[str] | Mapping[str, int],
     merges: Sequence[tuple[str, ...]],
-    special: Sequence[str],
-    added: Sequence[str],
+    special: Sequence[str | AddedToken],
+    added: Sequence[str | AddedToken],
     settings: dict[str, Any],
     normalise: bool,
     ends: tuple[int, ...] = (),
+    ids: Mapping[str, int] | None = None,
 ) -> Tokenizer:
     """Qwen2's byte-level BPE from its parts.
 
-    `vocabulary` is spelled in the byte alphabet (a token that is not gets respelled); `special` and `added` tokens are
-    matched whole in the text. A token marked special that is not in the byte alphabet is a mislabelled ordinary one
-    and is skipped, as in transformers. `normalise` applies Unicode NFC first.
-    Raises UserError if the merges do not fit the vocabulary.
+    `vocabulary` is spelled in the byte alphabet. `special` and `added` tokens are matched whole in the text, whatever
+    they are spelled in; `ids` are theirs, where the vocabulary does not say them. `normalise` applies Unicode NFC
+    first. Raises UserError if the merges do not fit the vocabulary.
     """
-    spelling = _byte_alphabet()
-    alphabet = set(spelling.values())
+    ids = dict(ids or {})
+    if not isinstance(vocabulary, Mapping):
+        vocabulary = {token: index for index, token in enumerate(vocabulary)}
+    whole = [token if isinstance(token, AddedToken) else AddedToken(token, normalized=False, special=kind)
+             for kind, tokens in ((True, special), (False, added)) for token in tokens]
+    whole.sort(key=lambda token: ids.get(token.content, -1))
 
-    def spelled(token: str) -> str:
-        return token if set(token) <= alphabet else "".join(spelling[byte] for byte in token.encode("utf-8"))
+    def build(vocabulary: dict[str, int]) -> Backend:
+        try:
+            backend = Backend(BPE(vocab=vocabulary, merges=list(merges), fuse_unk=False))
+        except Exception as error:  # tokenizers raises plain Exception
+            raise UserError(f"the tokenizer's merges do not fit its vocabulary: {error}") from error
+        backend.normalizer = normalizers.NFC() if normalise else None
+        backend.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ])
+        backend.decoder = decoders.ByteLevel()
+        backend.add_tokens(whole)
+        return backend
 
-    if not isinstance(vocabulary, dict):
-        vocabulary = {spelled(token): index for index, token in enumerate(vocabulary)}
-    try:
-        backend = Backend(BPE(vocab=vocabulary, merges=list(merges), fuse_unk=False))
-    except Exception as error:  # tokenizers raises plain Exception
-        raise UserError(f"the tokenizer's merges do not fit its vocabulary: {error}") from error
-    backend.normalizer = normalizers.NFC() if normalise else None
-    backend.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special if set(t) <= alphabet])
-    backend.add_tokens([AddedToken(t, normalized=False, special=False) for t in added
-                        if normalise or t in vocabulary])
-    tokenizer = Tokenizer(backend, settings, ends)
-    if settings.get("add_bos_token") and tokenizer.bos_token_id is not None:
-        bos = settings["bos_token"]
+    backend = build(vocabulary)
+    if any(backend.token_to_id(content) != index for content, index in ids.items()):
+        # Added one after the other they do not come to stand where the files say: then the vocabulary says it.
+        backend = build({**vocabulary, **ids})
+    return Tokenizer(post_process(backend, settings), settings, ends)
+
+
+def post_process(backend: Backend, settings: Mapping[str, Any]) -> Backend:
+    """Let the tokens before and after every text be those of `add_bos_token` and `add_eos_token`, where these are
+    stated: as in transformers, they stand above what the backend was saved with, and a role that is not named is not
+    added."""
+    if "add_bos_token" not in settings and "add_eos_token" not in settings:
+        return backend
+    around = []
+    for role in ("bos_token", "eos_token"):
+        content = content_of(settings.get(role)) if settings.get(f"add_{role}") else None
+        index = None if content is None else backend.token_to_id(content)
+        around.append((None, None) if index is None else (content, index))
+    (bos, bos_id), (eos, eos_id) = around
+    if backend.encode("").ids != [index for index in (bos_id, eos_id) if index is not None]:
+        template = [bos, "$A", eos]
         backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.bos_token_id)]
+            single=[part for part in template if part is not None],
+            pair=[part for part in (*template, bos, "$B", eos) if part is not None],
+            special_tokens=[(content, index) for content, index in dict(around).items() if content is not None],
         )
-    return tokenizer
+    return backend
 
 
+def content_of(token: Any) -> Any:
+    """The text of a token, which files hold bare or with its flags."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def spelled(token: str) -> str:
+    """A token in the byte alphabet, which ordinary tokens of a byte-level vocabulary are spelled in."""
+    spelling = _byte_alphabet()
+    return token if _letters().issuperset(token) else "".join(spelling[byte] for byte in token.encode("utf-8"))
+
+
+@functools.cache
+def _letters() -> frozenset[str]:
+    return frozenset(_byte_alphabet().values())
+
+
+@functools.cache
 def _byte_alphabet() -> dict[int, str]:
     """The visible character that stands for each byte in a byte-level vocabulary (GPT-2's convention)."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = [byte for byte in range(256) if byte not in visible]
     return {**{byte: chr(byte) for byte in visible}, **{byte: chr(256 + i) for i, byte in enumerate(hidden)}}
 
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__}; expected an object")
-    return value

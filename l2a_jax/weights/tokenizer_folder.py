@@ -1,0 +1,143 @@
+"""The tokenizer of a Hugging Face folder, from whichever of its files state what.
+
+Several files may state the id of one token: `vocab.json`, `added_tokens.json`, `tokenizer_config.json` (under
+`added_tokens_decoder`) and `tokenizer.json`. They are all read, and must agree. So must the two that state roles,
+`tokenizer_config.json` and `special_tokens_map.json`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
+
+from l2a_jax.errors import UserError
+from l2a_jax.files import read_json, read_text
+from l2a_jax.weights.ends import END_OF_TEXT, folder_end_ids
+from l2a_jax.weights.tokenizer import ROLES, Tokenizer, byte_level_bpe, content_of, post_process
+
+VOCABULARY, MERGES, WHOLE = "vocab.json", "merges.txt", "tokenizer.json"
+SETTINGS, ROLE_MAP, ADDED, TEMPLATE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                                       "chat_template.jinja")
+FILES = (VOCABULARY, MERGES, WHOLE, SETTINGS, ROLE_MAP, ADDED, TEMPLATE)
+_DECODER = "added_tokens_decoder"
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+def load_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer of a Hugging Face folder: `tokenizer.json`, or `vocab.json` with `merges.txt`; None if neither.
+
+    Raises UserError if a file is damaged, or two of them contradict each other.
+    """
+    whole = folder / WHOLE
+    if not whole.exists() and not ((folder / VOCABULARY).exists() and (folder / MERGES).exists()):
+        for name in (SETTINGS, ROLE_MAP):
+            _optional(folder / name)
+        return None
+    settings = _settings(folder)
+    added = _added(folder, settings)
+    vocabulary = _vocabulary(folder / VOCABULARY)
+    ends = folder_end_ids(folder)
+    if not whole.exists():
+        _agree(_ids(added), f"{SETTINGS} or {ADDED}", vocabulary, str(folder / VOCABULARY))
+        lines = read_text(folder / MERGES).split("\n")
+        merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+        return _with_defaults(byte_level_bpe(
+            vocabulary, merges, [], list(added.values()), settings, normalise=True, ends=ends, ids=_ids(added)))
+    read_text(whole)  # says what is wrong with a file that is no text
+    try:
+        backend = Backend.from_file(str(whole))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise UserError(f"{whole} is not a readable tokenizer: {error}") from error
+    # Whoever saved it may have left these on; as in transformers, they are a caller's choice.
+    backend.no_truncation()
+    backend.no_padding()
+    stated = backend.get_vocab()
+    _agree(stated, str(whole), vocabulary, str(folder / VOCABULARY))
+    backend.add_tokens([token for _, token in sorted(added.items()) if token.content not in stated])
+    _agree(backend.get_vocab(), str(whole), _ids(added), f"{SETTINGS} or {ADDED}")
+    return _with_defaults(Tokenizer(post_process(backend, settings), settings, ends))
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """What `tokenizer_config.json` says, with the roles of `special_tokens_map.json` and the template beside it."""
+    settings, roles = _optional(folder / SETTINGS), _optional(folder / ROLE_MAP)
+    for role in ROLES:
+        here, there = content_of(settings.get(role)), content_of(roles.get(role))
+        if here is None and there is not None:
+            settings[role] = roles[role]
+        elif there is not None and here != there:
+            raise UserError(f"{folder}: {role} is {here!r} in {SETTINGS} and {there!r} in {ROLE_MAP}")
+    if "additional_special_tokens" in roles:
+        settings.setdefault("additional_special_tokens", roles["additional_special_tokens"])
+    if (folder / TEMPLATE).exists():
+        settings["chat_template"] = read_text(folder / TEMPLATE)
+    return settings
+
+
+def _added(folder: Path, settings: dict[str, Any]) -> dict[int, AddedToken]:
+    """Added tokens by the id that `tokenizer_config.json` and `added_tokens.json` state."""
+    extra = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []
+    extra = extra.values() if isinstance(extra, dict) else extra
+    special = {content_of(settings.get(role)) for role in ROLES} | {content_of(token) for token in extra}
+    found: dict[int, tuple[AddedToken, str]] = {}
+
+    def state(index: Any, token: AddedToken, name: str) -> None:
+        number = int(index) if str(index).isdecimal() else -1
+        if isinstance(index, bool) or number < 0:
+            raise UserError(f"{folder / name} gives {token.content!r} the id {index!r}; expected a whole number")
+        other, where = found.setdefault(number, (token, name))
+        if other.content != token.content:
+            raise UserError(f"{folder}: id {number} is {other.content!r} in {where} and {token.content!r} in {name}")
+        twin = next((i for i, (known, _) in found.items() if known.content == token.content and i != number), None)
+        if twin is not None:
+            raise UserError(f"{folder}: {token.content!r} has the id {twin} in {found[twin][1]} and {number} in {name}")
+
+    decoder = settings.get(_DECODER) or {}
+    if not isinstance(decoder, dict) or not all(isinstance(content_of(token), str) for token in decoder.values()):
+        raise UserError(f"{folder / SETTINGS}: {_DECODER} is not readable; expected tokens by their id")
+    for index, token in decoder.items():
+        flags = {name: bool(token[name]) for name in _FLAGS if isinstance(token, dict) and name in token}
+        state(index, AddedToken(content_of(token), **{"normalized": False, **flags}), SETTINGS)
+    for content, index in _optional(folder / ADDED).items():
+        state(index, AddedToken(content, normalized=content not in special, special=content in special), ADDED)
+    return {index: token for index, (token, _) in found.items()}
+
+
+def _ids(added: dict[int, AddedToken]) -> dict[str, int]:
+    return {token.content: index for index, token in added.items()}
+
+
+def _agree(first: dict[str, int], where: str, second: dict[str, int], other: str) -> None:
+    """UserError where two statements give one token two ids, or one id two tokens."""
+    for content, index in second.items():
+        if first.get(content, index) != index:
+            raise UserError(f"{content!r} has the id {first[content]} in {where} and {index} in {other}")
+    names = {index: content for content, index in first.items()}
+    for content, index in second.items():
+        if names.get(index, content) != content:
+            raise UserError(f"id {index} is {names[index]!r} in {where} and {content!r} in {other}")
+
+
+def _vocabulary(path: Path) -> dict[str, int]:
+    vocabulary = _optional(path)
+    odd = next((token for token, index in vocabulary.items() if type(index) is not int or index < 0), None)
+    if odd is not None:
+        raise UserError(f"{path} gives {odd!r} the id {vocabulary[odd]!r}; expected a whole number")
+    if len(set(vocabulary.values())) != len(vocabulary):
+        raise UserError(f"{path} gives one id to two tokens")
+    return vocabulary
+
+
+def _with_defaults(tokenizer: Tokenizer) -> Tokenizer:
+    """Roles that no file states are those of transformers' Qwen2 tokenizer, where the token exists."""
+    if tokenizer.token_id(END_OF_TEXT) is not None:
+        for role in ("eos_token", "pad_token"):
+            tokenizer.settings.setdefault(role, END_OF_TEXT)
+    return tokenizer
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}
