@@ -76,19 +76,38 @@ def read_json(path: Path, expect: type | None = dict) -> Any:
     return parse_json(content, str(path), expect)
 
 
-def plain(value: Any) -> Any:
-    """Arrays and numpy scalars as JSON numbers and lists; a number that is not finite as a string, never as 0."""
+def native(value: Any) -> Any:
+    """Arrays and numpy scalars as Python's numbers and lists, all else as it is."""
     if isinstance(value, dict):
-        return {name: plain(entry) for name, entry in value.items()}
+        return {name: native(entry) for name, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(entry) for entry in value]
+        return [native(entry) for entry in value]
     if hasattr(value, "__array__"):
         import numpy as np
 
-        return plain(np.asarray(value).tolist())
+        return np.asarray(value).tolist()
+    return value
+
+
+def plain(value: Any) -> Any:
+    """`native`, for JSON: a number that is not finite becomes a text, never 0. Compute and print before this."""
+    value = native(value)
+    if isinstance(value, dict):
+        return {name: plain(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [plain(entry) for entry in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
+
+
+def from_plain(value: Any) -> Any:
+    """The inverse of `plain`: texts that spell a number which is not finite are numbers again."""
+    if isinstance(value, dict):
+        return {name: from_plain(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [from_plain(entry) for entry in value]
+    return float(value) if value in ("nan", "inf", "-inf") else value
 
 
 @contextlib.contextmanager

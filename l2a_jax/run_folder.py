@@ -1,26 +1,30 @@
-"""What the folder of a training run holds beside its checkpoints.
+"""What a training run writes into its folder beside its checkpoints (`run_files` reads it).
 
 `config.json` (everything needed to repeat the run), `metrics.jsonl` (an object a step), `summary.json`, `curves.png`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
+import os
 import pathlib
 import platform
 import sys
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
+from l2a_jax import files
 from l2a_jax.config import to_dict
+from l2a_jax.data.recipes import absolute
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import recall
-from l2a_jax.files import write_json
 from l2a_jax.models.params import abstract_params
 from l2a_jax.training import metrics
 from l2a_jax.training.checkpoint import BEST, Checkpoints
@@ -36,17 +40,26 @@ def default_run_dir(regime: str) -> pathlib.Path:
     return pathlib.Path("runs") / f"{regime}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def create(run_dir: pathlib.Path) -> None:
-    """An empty, writable folder for a new run; UserError where it cannot be one."""
-    if run_dir.exists() and any(run_dir.iterdir()):
-        raise UserError(f"--run-dir {run_dir} is not empty; choose another, or continue it with --resume {run_dir}")
+@contextlib.contextmanager
+def new(run_dir: pathlib.Path) -> Iterator[None]:
+    """An empty, writable folder for a new run, owned for the block. UserError where it cannot be one.
+
+    If the block ends before it has written `config.json`, the folders made for it are removed again.
+    """
+    made: list[pathlib.Path] = []
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        probe = run_dir / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"--run-dir {run_dir} cannot be written: {error}") from error
+        made = [path for path in (run_dir, *run_dir.parents) if not os.path.exists(path)]
+        files.check_writable(run_dir, "--run-dir")
+        with files.owned(run_dir, "--run-dir"):
+            if any(path.name != ".lock" for path in run_dir.iterdir()):
+                raise UserError(f"--run-dir {run_dir} is not empty; choose another, or continue it with "
+                                f"--resume {run_dir}")
+            yield
+    finally:
+        if made and not os.path.exists(run_dir / "config.json"):
+            for path in made:
+                with contextlib.suppress(OSError):
+                    path.rmdir()
 
 
 def write_config(run_dir: pathlib.Path, plan: Plan, source: str) -> None:
@@ -55,9 +68,10 @@ def write_config(run_dir: pathlib.Path, plan: Plan, source: str) -> None:
     if source_path is not None and pathlib.Path(source_path).expanduser().exists():
         source_path = str(pathlib.Path(source_path).expanduser().absolute())
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    write_json(run_dir / "config.json", {
+    files.write_json(run_dir / "config.json", {
         "settings": dataclasses.asdict(plan.settings),
         "model_source": source_path,
+        "data_source": [absolute(entry) for entry in plan.settings.data],
         "source_hash": source,
         "model_config": to_dict(plan.config),
         "l2a_config": None if plan.l2a_config is None else to_dict(plan.l2a_config),
@@ -79,8 +93,11 @@ def summarise(
     plan, s = run.plan, run.plan.settings
     records = metrics.read_metrics(run_dir / "metrics.jsonl")
     trained = count_parameters(abstract_params(plan.config, plan.l2a_config), run.mask, s.attention_layers)
-    tokens = sum(record["tokens"] for record in records)
-    speeds = sorted(record["tokens_per_second"] for record in records)
+    # Counted from the data, whose order is fixed, not from records, which can be lost.
+    batches = int(state.step) * s.grad_accum
+    usage = plan.data.usage(batches) if hasattr(plan.data, "usage") else None
+    tokens = round(batches * plan.data.tokens_per_batch) if usage is None else usage["tokens"]
+    speeds = sorted(record["tokens_per_second"] for record in records if "tokens_per_second" in record)
     summary = {
         "regime": s.regime, "steps": int(state.step), "trained_parameters": trained, "tokens_seen": tokens,
         "tokens_per_trained_parameter": tokens / trained if trained else None,
@@ -88,15 +105,16 @@ def summarise(
         "peak_memory_gb": metrics.peak_memory_gb(), "estimated_memory_gb": run.memory_bytes / 1e9,
         "seconds_this_session": seconds, "data": plan.data.describe(), **held_out,
     }
-    if hasattr(plan.data, "usage"):
-        summary["data_used"] = plan.data.usage(int(state.step) * s.grad_accum)
-    if records:
-        tail = records[-max(1, len(records) // 20):]
+    if usage is not None:
+        summary["data_used"] = usage
+    tail = [record for record in records if record["step"] > int(state.step) - max(1, int(state.step) // 20)]
+    if tail:
         summary["loss_last_5_percent"] = sum(record["loss"] for record in tail) / len(tail)
         if "sparsity" in tail[-1]:
             summary["sparsity_last_step"] = tail[-1]["sparsity"]
     if "held_out_loss" in held_out:
-        summary["held_out_perplexity"] = float(np.exp(held_out["held_out_loss"]))
+        with np.errstate(over="ignore"):
+            summary["held_out_perplexity"] = float(np.exp(held_out["held_out_loss"]))
         best = Checkpoints(run_dir).metadata(BEST)
         if best is not None:
             summary["best_checkpoint"] = {"step": best["step"], "held_out_loss": best["best"]}

@@ -8,14 +8,17 @@ or data that is not the same.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import json
 import logging
 import os
 import pathlib
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -26,18 +29,20 @@ import optax
 from l2a_jax import presets, run_folder
 from l2a_jax.config import MODELS, L2AConfig, ModelConfig, position_limit
 from l2a_jax.data.batch import Batch, TrainingData
+from l2a_jax.data.changes import difference
 from l2a_jax.data.dataset import open_data
 from l2a_jax.data.preview import decode_row
 from l2a_jax.data.recall import RecallCorpus, make_tokenizer
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import recall
-from l2a_jax.files import plain, write_json
+from l2a_jax.files import owned, plain, write_json
 from l2a_jax.models.params import Tree, abstract_params, add_routing, init_params
 from l2a_jax.presets import Settings
+from l2a_jax.run_files import RunConfig, read_run
 from l2a_jax.training import memory, metrics
 from l2a_jax.training.checkpoint import BEST, LATEST, Checkpoints
 from l2a_jax.training.diagnose import first_non_finite
-from l2a_jax.training.loop import NonFinite, Schedule, Stopped, fit, stacked_batch
+from l2a_jax.training.loop import NonFinite, Schedule, Stopped, StopRequest, fit, stacked_batch
 from l2a_jax.training.optimizer import OptimizerConfig, make_optimizer
 from l2a_jax.training.regimes import check_attention_layers, count_parameters, regime_mask
 from l2a_jax.training.remat import checkpoint_policy
@@ -212,44 +217,92 @@ def load_tree(plan: Plan) -> tuple[Tree, Tree | None, str]:
 
 def train(settings: Settings, run_dir: pathlib.Path) -> dict[str, Any]:
     """Train as `settings` say into the new folder `run_dir`; returns the summary that `summary.json` holds."""
-    plan = make_plan(settings)
-    _announce(plan)
-    run = compile_run(plan)
-    params, source_params, source = load_tree(plan)
-    run_folder.create(run_dir)
-    run_folder.write_config(run_dir, plan, source)
-    trainable, frozen = run.split(params)
-    del params  # an unrolled step has copies of the frozen leaves
-    state = initial_state(trainable, run.optimizer, jnp.dtype(settings.master_dtype))
-    return _fit_and_score(run, run_dir, state, frozen, source_params)
+    with _stoppable(run_dir, "nothing is trained yet, and nothing is kept") as stop, run_folder.new(run_dir):
+        plan = make_plan(settings)
+        _announce(plan)
+        stop.at_once = False  # from here on JAX works, which must not be torn down in the middle
+        run = compile_run(plan)
+        stop.check()
+        params, source_params, source = load_tree(plan)
+        stop.check()
+        run_folder.write_config(run_dir, plan, source)
+        trainable, frozen = run.split(params)
+        del params  # an unrolled step has copies of the frozen leaves
+        state = initial_state(trainable, run.optimizer, jnp.dtype(settings.master_dtype))
+        return _fit_and_score(run, run_dir, state, frozen, source_params, stop)
 
 
 def resume(run_dir: pathlib.Path) -> dict[str, Any]:
     """Continue the run in `run_dir` from its newest checkpoint, bit for bit as if it had never stopped."""
-    path = run_dir / "config.json"
-    if not path.exists():
+    if not (run_dir / "config.json").exists():
         raise UserError(f"--resume {run_dir}: there is no config.json; expected the folder of an earlier run")
-    recorded = json.loads(path.read_text())
-    settings = Settings(**{name: tuple(value) if isinstance(value, list) else value
-                           for name, value in recorded["settings"].items()})
-    plan = make_plan(settings)
-    _announce(plan)
-    if plan.data.fingerprint != recorded["data_fingerprint"]:
-        raise UserError(f"--resume {run_dir}: the data is not what the run began with "
-                        f"({plan.data.fingerprint}, not {recorded['data_fingerprint']})")
-    run = compile_run(plan)
-    params, source_params, source = load_tree(plan)
-    if source != recorded["source_hash"]:
-        raise UserError(f"--resume {run_dir}: the weights of {plan.source} have changed since the run began "
-                        f"(hash {source[:12]}, not {recorded['source_hash'][:12]})")
-    trainable, frozen = run.split(params)
-    del params
-    if Checkpoints(run_dir).metadata(LATEST) is None:  # stopped before the first checkpoint: the start is exact too
-        state = initial_state(trainable, run.optimizer, jnp.dtype(settings.master_dtype))
-    else:
-        state = Checkpoints(run_dir).load(LATEST, run.like)
-    log.info("resuming after step %d of %d", int(state.step), plan.steps)
-    return _fit_and_score(run, run_dir, state, frozen, source_params)
+    recorded = read_run(run_dir).whole()
+    unchanged = f"the run is as it was; continue with: python train/run.py --resume {run_dir}"
+    with _stoppable(run_dir, unchanged) as stop, owned(run_dir, "--resume"):
+        plan = plan_of(recorded, f"--resume {run_dir}")
+        _announce(plan)
+        _check_machine(plan, recorded, f"--resume {run_dir}")
+        Checkpoints(run_dir).metadata(LATEST)  # damage is said before compiling
+        stop.at_once = False
+        run = compile_run(plan)
+        stop.check()
+        params, source_params, source = load_tree(plan)
+        stop.check()
+        if source != recorded.source_hash:
+            raise UserError(f"--resume {run_dir}: the weights of {plan.source} have changed since the run began "
+                            f"(hash {source[:12]}, not {recorded.source_hash[:12]})")
+        trainable, frozen = run.split(params)
+        del params
+        if not Checkpoints(run_dir).steps(LATEST):  # stopped before the first checkpoint: the start is exact too
+            state = initial_state(trainable, run.optimizer, jnp.dtype(plan.settings.master_dtype))
+        else:
+            state = Checkpoints(run_dir).load(LATEST, run.like)
+        log.info("resuming after step %d of %d", int(state.step), plan.steps)
+        return _fit_and_score(run, run_dir, state, frozen, source_params, stop)
+
+
+def plan_of(recorded: RunConfig, what: str) -> Plan:
+    """The plan of a recorded run, from whatever folder it is asked for. UserError, beginning with `what`, where the
+    data is not what it was."""
+    settings = recorded.settings
+    plan = make_plan(dataclasses.replace(
+        settings, model=None if settings.model is None else recorded.source or settings.model,
+        data=settings.data if recorded.data_source is None else recorded.data_source))
+    if plan.data.fingerprint != recorded.data_fingerprint:
+        raise UserError(f"{what}: the data is not what the run began with: "
+                        f"{difference(recorded.data, plan.data.describe())}")
+    return plan
+
+
+def _check_machine(plan: Plan, recorded: RunConfig, what: str) -> None:
+    """Refuse to go on in another precision than the run began with; say where the device is another."""
+    device = jax.devices()[0].device_kind
+    if recorded.dtype is not None and plan.dtype.name != recorded.dtype:
+        raise UserError(f"{what}: the run computes in {recorded.dtype}, and on this device ({device}) it would go on "
+                        f"in {plan.dtype.name}; resume it where it began ({recorded.device or 'not recorded'}), or "
+                        f'write "dtype": "{recorded.dtype}" into the settings of {recorded.path}')
+    began = (recorded.device or "").partition(" x ")[2]
+    if began and began != device:
+        log.warning("the run began on %s and goes on on %s: its numbers will not be the same to the last bit", began,
+                    device)
+
+
+@contextlib.contextmanager
+def _stoppable(run_dir: pathlib.Path, before: str) -> Iterator[StopRequest]:
+    """Signals ask for a stop; where one is honoured, say what is kept (`before`: if nothing has been trained yet), and
+    end with the status that a shell expects."""
+    with StopRequest(at_once=True) as stop:
+        try:
+            yield stop
+            return
+        except Stopped as stopped:
+            step, number = stopped.step, stopped.signal_number
+        except KeyboardInterrupt:
+            step, number = None, stop.signal_number or signal.SIGINT
+    kept = before if step is None else f"continue with: python train/run.py --resume {run_dir}"
+    done = "stopped before the first step" if step is None else f"stopped after step {step}, which is saved"
+    print(f"{done}; {kept}", file=sys.stderr)
+    raise SystemExit(128 + number)
 
 
 def dry_run(settings: Settings) -> str:
@@ -264,8 +317,8 @@ def dry_run(settings: Settings) -> str:
     return f"{json.dumps(plain(about), indent=2)}\nfirst row:\n{sample}"
 
 
-def _fit_and_score(run: Run, run_dir: pathlib.Path, state: TrainState, frozen: Tree,
-                   source_params: Tree | None) -> dict:
+def _fit_and_score(run: Run, run_dir: pathlib.Path, state: TrainState, frozen: Tree, source_params: Tree | None,
+                   stop: StopRequest) -> dict:
     """Train to the end, evaluate, write the summary and the curves; say what happened where it cannot."""
     plan, s = run.plan, run.plan.settings
     checkpoints = Checkpoints(run_dir)
@@ -281,18 +334,21 @@ def _fit_and_score(run: Run, run_dir: pathlib.Path, state: TrainState, frozen: T
     began = time.perf_counter()
     if run.step is not None:
         records = metrics.MetricsLog(run_dir / "metrics.jsonl", int(state.step))
+        missing = metrics.missing_steps(records.kept, int(state.step))
+        if missing is not None:
+            log.warning("%s: %s; what the summary says of losses and speeds is of the others",
+                        run_dir / "metrics.jsonl", missing)
         try:
             state = fit(state, lambda state, batch: run.step(state, frozen, batch, key), plan.data,
                         Schedule(plan.steps, s.grad_accum, s.save_every, s.eval_every), log=records,
-                        checkpoints=checkpoints, evaluate=evaluate, metadata={}, best=best)
+                        checkpoints=checkpoints, evaluate=evaluate, metadata={}, best=best,
+                        stop=stop)
         except NonFinite as failure:
             where = first_non_finite(failure.state.trainable, frozen,
                                      stacked_batch(plan.data, failure.step - 1, s.grad_accum),
                                      jax.random.fold_in(key, failure.step - 1), run.objective)
             raise UserError(f"{failure}; {where}. That update was withheld, and the last good checkpoint is in "
                             f"{checkpoints.root}") from failure
-        except Stopped as stopped:
-            raise SystemExit(_say_stopped(stopped, run_dir)) from None
 
     summary = run_folder.summarise(run, run_dir, state, evaluate(state), time.perf_counter() - began)
     if plan.is_demo:
@@ -356,12 +412,6 @@ def _announce(plan: Plan) -> None:
         log.info("layer: %s", plan.l2a_config)
     if trained:
         log.info("%s tokens in all, %.3g per trained parameter", f"{tokens:,}", tokens / trained)
-
-
-def _say_stopped(stopped: Stopped, run_dir: pathlib.Path) -> int:
-    print(f"stopped after step {stopped.step}, which is saved; continue with: python train/run.py --resume {run_dir}",
-          file=sys.stderr)
-    return 128 + stopped.signal_number
 
 
 def set_deterministic() -> None:

@@ -9,7 +9,6 @@ before and no longer after, attention has absorbed them.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import pathlib
 from collections.abc import Callable, Sequence
@@ -29,9 +28,10 @@ from l2a_jax.data.recall import needs_memory
 from l2a_jax.errors import UserError
 from l2a_jax.models.params import Tree
 from l2a_jax.nn import routing
+from l2a_jax.run_files import read_run
 from l2a_jax.training.step import Objective, evaluate_batch
 from l2a_jax.weights.pretrained import load_pretrained, locate
-from l2a_jax.weights.run_folder import is_run_folder
+from l2a_jax.weights.run_folder import run_source
 
 log = logging.getLogger("l2a_jax")
 
@@ -59,17 +59,14 @@ class Score(NamedTuple):
 def open_subject(source: str, data: Sequence[str], batches: int | None, seq_len: int | None, batch_size: int | None
                  ) -> Subject:
     """A run folder with its own data, or (with `--data`) any L2A model; UserError where there is nothing to audit."""
-    path = locate(source)
-    if is_run_folder(path) and not data:
-        from l2a_jax import presets, runs  # this experiment reads what a whole run left, so it looks up at `runs`
+    run = run_source(locate(source))
+    if run is not None and not data:
+        from l2a_jax import runs  # this experiment reads what a whole run left, so it looks up at `runs`
 
-        fields = json.loads((path / "config.json").read_text())["settings"]
-        settings = presets.Settings(**{name: tuple(value) if isinstance(value, list) else value
-                                       for name, value in fields.items()})
-        plan = runs.make_plan(settings)
+        plan = runs.plan_of(read_run(run.folder).whole(), source)
         if plan.l2a_config is None:
             raise UserError(f"{source} was trained without an L2A layer; expected a run of a routed regime")
-        held_out = list(plan.data.held_out(batches or settings.eval_batches))
+        held_out = list(plan.data.held_out(batches or plan.settings.eval_batches))
         if not held_out:
             raise UserError(f"the data of {source} has no held-out documents; give text with --data")
         after = load_pretrained(source, plan.dtype).params

@@ -31,7 +31,7 @@ from l2a_jax.absorption import distill, evaluate, model, train
 from l2a_jax.absorption.config import Arm, Attention, Preset, Recipe, TransformerConfig, digest
 from l2a_jax.absorption.data import Corpus
 from l2a_jax.errors import UserError
-from l2a_jax.files import plain, write_json
+from l2a_jax.files import native, plain, write_json
 from l2a_jax.models.params import Tree
 from l2a_jax.training.checkpoint import LATEST, Checkpoints
 from l2a_jax.training.metrics import MetricsLog, Progress, read_metrics
@@ -181,7 +181,7 @@ class Lab:
                           "gate_grad_norm_max": metrics["gate_grad_norm"].max(axis=0),
                           "tokens_per_second": tokens / (time.monotonic() - started)}
                 records.write(record)
-                history.append(plain(record))
+                history.append(native(record))
                 progress.update(record)
                 if step < self.recipe.steps and time.monotonic() > self.deadline:
                     save()

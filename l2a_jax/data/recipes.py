@@ -93,6 +93,16 @@ def resolve(spec: str | Iterable[str]) -> tuple[Domain, ...]:
     return tuple(replace(domain, files=once(domain.files)) for domain in domains.values())
 
 
+def absolute(entry: str) -> str:
+    """The entry as it is read from any folder: its place, if it has one, as an absolute path."""
+    name, equals, place = entry.partition("=")
+    if entry in RECIPES:
+        return entry
+    if not equals or _matches(entry):
+        return str(Path(entry).expanduser().absolute())
+    return f"{name}={Path(place).expanduser().absolute()}"
+
+
 def _entry(entry: str) -> tuple[Domain, ...]:
     if entry in RECIPES:
         return RECIPES[entry]

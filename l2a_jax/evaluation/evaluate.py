@@ -37,7 +37,7 @@ from l2a_jax.evaluation.tasks import FOLDERS
 from l2a_jax.files import check_file
 from l2a_jax.training.metrics import read_metrics
 from l2a_jax.weights.pretrained import Pretrained, load_pretrained, locate, read_config, source_tokenizer
-from l2a_jax.weights.run_folder import is_run_folder
+from l2a_jax.weights.run_folder import run_source
 
 log = logging.getLogger("l2a_jax.eval")
 OWN_TASKS = ("collapse", "perplexity", "audit", "needle")
@@ -216,8 +216,8 @@ def _steps(plan: Plan, model: Pretrained, unpruned: Pretrained) -> list[tuple[st
 
 
 def _collapse(plan: Plan, model: Pretrained) -> dict[str, Any]:
-    path = locate(plan.options.source)
-    records = read_metrics(path / "metrics.jsonl") if is_run_folder(path) else []
+    run = run_source(locate(plan.options.source))
+    records = [] if run is None else read_metrics(run.folder / "metrics.jsonl")
     if texts.speaks_recall(model.tokenizer):  # its words are the corpus's: prompts are the beginnings of held-out rows
         prompts, stops = [row[:24].tolist() for row in plan.windows.tokens[:8]], ()
     elif model.tokenizer is None:
@@ -284,9 +284,9 @@ def _place(options: Options) -> tuple[Path, bool]:
     variant = _variant(options)
     if options.out is not None:
         return options.out / results.FILE, False
-    path = locate(options.source)
-    if is_run_folder(path):
-        return path / (f"eval{variant}.json"), True
+    run = run_source(locate(options.source))
+    if run is not None:
+        return run.folder / (f"eval{f'-{run.label}' if run.label else ''}{variant}.json"), True
     name = re.sub(r"[^\w.-]+", "-", Path(options.source).name or "model").removesuffix(".gguf")
     place = Path("runs") / f"eval-{name}{variant}" / results.FILE
     log.info("no --out: results go to %s", place)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from pathlib import Path
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,12 +17,12 @@ import jax.numpy as jnp
 from l2a_jax import presets
 from l2a_jax.config import MODELS, L2AConfig, ModelConfig, to_dict
 from l2a_jax.errors import UserError
-from l2a_jax.files import read_json
 from l2a_jax.models.params import abstract_params, add_routing
-from l2a_jax.shapes import number, require
+from l2a_jax.run_files import read_run, read_summary
+from l2a_jax.training.checkpoint import BEST, Checkpoints
 from l2a_jax.training.regimes import count_parameters
 from l2a_jax.weights.pretrained import Pretrained, locate
-from l2a_jax.weights.run_folder import is_run_folder
+from l2a_jax.weights.run_folder import RunSource, run_source
 
 log = logging.getLogger("l2a_jax.eval")
 ROUTES = ("learned", "all", "none")
@@ -79,19 +79,25 @@ def describe(model: Pretrained, source: str, route: str, own: L2AConfig | None) 
             "parameters": count_parameters(abstract_params(model.config, model.l2a_config)),
             "regime": "baseline" if model.l2a_config is None else "untrained layer" if own is None else "routed",
             "run": None}
-    path = locate(source)
-    if is_run_folder(path):
-        head |= {"regime": read_json(path / "config.json")["settings"]["regime"], "run": run_facts(path)}
+    run = run_source(locate(source))
+    if run is not None:
+        head |= {"regime": read_run(run.folder).settings.regime, "run": run_facts(run)}
     return head
 
 
-def run_facts(path: Path) -> dict[str, Any]:
-    """What a run's own files say of its training; numbers that are not there (an unfinished run) are None."""
-    settings = read_json(path / "config.json")["settings"]
+def run_facts(run: RunSource) -> dict[str, Any]:
+    """What a run's own files say of its training; numbers that are not there (an unfinished run) are None.
+
+    The summary is about the run's end: of another checkpoint than the newest, only its step and loss are known.
+    """
     names = ("trained_parameters", "tokens_seen", "tokens_per_trained_parameter", "steps", "loss_last_5_percent",
              "held_out_perplexity")
-    file = path / "summary.json"
-    summary = read_json(file) if file.exists() else {}
-    require(summary, {f"{name}?": number for name in names}, str(file))
-    return {"data": list(settings["data"]) or "synthetic recall corpus", "seed": settings["seed"],
-            "model": settings["model"], **{name: summary.get(name) for name in names}}
+    settings, summary = read_run(run.folder).settings, read_summary(run.folder)
+    facts = {name: summary.get(name) for name in names}
+    if run.label:
+        saved = Checkpoints(run.folder).metadata(run.kind, run.step) or {"step": None}
+        loss = saved.get("best") if run.kind == BEST else None
+        facts = {**dict.fromkeys(names), "trained_parameters": facts["trained_parameters"], "steps": saved["step"],
+                 "held_out_perplexity": None if loss is None else math.exp(loss), "checkpoint": run.label}
+    return {"data": list(settings.data) or "synthetic recall corpus", "seed": settings.seed,
+            "model": settings.model, **facts}

@@ -1,12 +1,18 @@
 """Checkpoints: the trainable subtree, the optimizer and the step, written by Orbax; the frozen base only by its name.
 
-A run keeps the newest checkpoint and, apart from it, the best one on held-out text. Orbax writes into a temporary
-folder and renames it, so a killed process never leaves a checkpoint that looks whole and is not.
+A run keeps its two newest checkpoints (if one is damaged, there is one before it) and, apart from them, the best one on
+held-out text. A checkpoint takes its name when it is whole, so a killed process never leaves one that looks whole and
+is not; `checksums.json` in it tells whether its bytes are still those that were written.
 """
 
 from __future__ import annotations
 
+import hashlib
+import logging
+import os
 import pathlib
+import shutil
+from collections.abc import Container
 from typing import Any
 
 import jax
@@ -14,71 +20,178 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from l2a_jax.errors import UserError
+from l2a_jax.files import read_json, write_json
 from l2a_jax.models.params import Tree
 from l2a_jax.training.step import TrainState
 
+log = logging.getLogger("l2a_jax")
 LATEST, BEST = "latest", "best"
+KEPT = {LATEST: 2, BEST: 1}
+SUMS = "checksums.json"
+_METADATA = "_CHECKPOINT_METADATA"
+_PARTIAL = ".partial"
 
 
 class Checkpoints:
-    """The `checkpoints/` folder of a run: `latest/STEP` and `best/STEP`, one of each."""
+    """The `checkpoints/` folder of a run: `latest/STEP`, two of them, and `best/STEP`, one.
+
+    Only whoever owns the run may `save`; reading changes nothing. `step` None is the newest of its kind.
+    """
 
     def __init__(self, run_dir: pathlib.Path):
         self.root = run_dir.absolute() / "checkpoints"
 
+    def steps(self, kind: str) -> list[int]:
+        """The steps of the whole checkpoints of this kind, ascending."""
+        try:
+            names = os.listdir(self.root / kind)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def folder(self, kind: str, step: int | None = None) -> pathlib.Path:
+        """The folder of a checkpoint. UserError where there is none."""
+        steps = self.steps(kind)
+        if not steps:
+            raise UserError(f"{self.root / kind} holds no complete checkpoint")
+        if step is not None and step not in steps:
+            raise UserError(f"{self.root / kind} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
+        return self.root / kind / str(steps[-1] if step is None else step)
+
     def save(self, kind: str, state: TrainState, metadata: dict[str, Any]) -> None:
-        """Write `state`; the one before is deleted only after this one is complete. Blocks until it is.
+        """Write `state` and return when it is whole. UserError where the system refuses; what was there stays.
 
-        A run resumed from before the best checkpoint comes by it again, bit for bit the same: nothing is written then.
+        The oldest goes before the new one comes, so there is never more on the disk than what is kept and one whole
+        checkpoint of the kind is always there. A run resumed from before the best checkpoint comes by it again, bit
+        for bit the same: nothing is written then.
         """
-        step = int(state.step)
-        with self._open(kind) as folder:
-            if folder.latest is None or folder.latest.step < step:
-                parts = {"trainable": state.trainable, "optimizer": _numbered(state.optimizer)}
-                folder.save_checkpointables(step, parts, custom_metadata=metadata)
+        step, folder = int(state.step), self.root / kind
+        if (self.steps(kind) or [-1])[-1] >= step:
+            return
+        partial = folder / _PARTIAL
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for left in os.listdir(folder):  # what killed processes did not finish
+                if not left.isdecimal():
+                    shutil.rmtree(folder / left, ignore_errors=True)
+            self._drop(kind, max(1, KEPT[kind] - 1))
+            parts = {"trainable": state.trainable, "optimizer": _numbered(state.optimizer)}
+            ocp.save_checkpointables(partial / str(step), parts, custom_metadata={**metadata, "checksums": SUMS})
+            write_json(partial / str(step) / SUMS, {"step": step, "sha256": _sums(partial / str(step))})
+            (partial / str(step)).rename(folder / str(step))
+        except Exception as error:  # Orbax raises many kinds for one fact: the system refuses
+            kept = "; ".join(str(self.root / kind / str(step)) for step in self.steps(kind)) or "none"
+            raise UserError(f"the checkpoint {folder / str(step)} cannot be written: {_first_line(error)} (whole ones "
+                            f"there: {kept})") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        self._drop(kind, KEPT[kind])
 
-    def metadata(self, kind: str = LATEST) -> dict[str, Any] | None:
-        """What was saved beside the newest state of this kind, and its `step`; None where there is none."""
-        if not (self.root / kind).is_dir():
+    def metadata(self, kind: str = LATEST, step: int | None = None) -> dict[str, Any] | None:
+        """What was saved beside a state, and its `step`; None where there is none. UserError where it is damaged."""
+        if step is None and not self.steps(kind):
             return None
-        with self._open(kind) as folder:
-            if folder.latest is None:
-                return None
-            return {**(folder.checkpointables_metadata(folder.latest).custom_metadata or {}),
-                    "step": folder.latest.step}
+        folder = self.folder(kind, step)
+        self._check_sums(kind, folder, ())
+        try:
+            found = dict(ocp.checkpointables_metadata(folder).custom_metadata or {})
+        except Exception as error:
+            raise self._damaged(kind, folder, f"its metadata cannot be read ({_first_line(error)})") from error
+        return {**found, "step": int(folder.name)}
 
     def load(self, kind: str, like: TrainState) -> TrainState:
         """The newest state of this kind, in the structure of `like` (arrays or shapes). UserError where it differs."""
-        step, parts = self._load(kind, {"trainable": like.trainable, "optimizer": _numbered(like.optimizer)})
+        step, parts = self._load(kind, {"trainable": like.trainable, "optimizer": _numbered(like.optimizer)}, None)
         leaves = [parts["optimizer"][name] for name in sorted(parts["optimizer"])]
         optimizer = jax.tree.unflatten(jax.tree.structure(like.optimizer), leaves)
         return TrainState(jnp.asarray(step, jnp.int32), parts["trainable"], optimizer, jnp.ones((), bool))
 
-    def load_trainable(self, kind: str, like: Tree) -> tuple[int, Tree]:
+    def load_trainable(self, kind: str, like: Tree, step: int | None = None) -> tuple[int, Tree]:
         """The step and the trainable masters alone: what evaluation and export need."""
-        step, parts = self._load(kind, {"trainable": like})
+        step, parts = self._load(kind, {"trainable": like}, step)
         return step, parts["trainable"]
 
-    def _load(self, kind, parts):
+    def _load(self, kind, parts, step):
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), parts)
-        if self.metadata(kind) is None:
-            raise UserError(f"{self.root / kind} holds no complete checkpoint")
-        with self._open(kind) as folder:
-            step = folder.latest.step
-            try:
-                return step, folder.load_checkpointables(step, abstract)
-            except Exception as error:  # Orbax raises many kinds for one fact: the files are not what was expected
-                raise UserError(f"the checkpoint {self.root / kind / str(step)} is damaged or does not fit this run: "
-                                f"{str(error).strip().splitlines()[0]}") from error
+        folder = self.folder(kind, step)
+        self._check_sums(kind, folder, parts)
+        try:
+            return int(folder.name), ocp.load_checkpointables(folder, abstract)
+        except Exception as error:
+            raise self._damaged(kind, folder, "it cannot be read, or does not fit this run "
+                                              f"({_first_line(error)})") from error
 
-    def _open(self, kind: str) -> ocp.training.Checkpointer:
-        return ocp.training.Checkpointer(
-            self.root / kind,
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=ocp.training.preservation_policies.LatestN(1),
-            cleanup_tmp_directories=True,
-        )
+    def _check_sums(self, kind: str, folder: pathlib.Path, parts: Container[str]) -> None:
+        """UserError unless the files beside and in the `parts` have the bytes that were written. Without sums there is
+        no telling, which is said: checkpoints of older versions have none."""
+        if not (folder / SUMS).exists():
+            if SUMS.encode() in _bytes(folder / _METADATA):
+                raise self._damaged(kind, folder, f"its {SUMS} is missing")
+            log.info("%s was written without checksums: damage to its numbers would not be noticed", folder)
+            return
+        try:
+            recorded = read_json(folder / SUMS)
+            sums, step = dict(recorded["sha256"]), recorded["step"]
+        except (UserError, KeyError, TypeError, ValueError) as error:
+            raise self._damaged(kind, folder, f"its {SUMS} cannot be read ({_first_line(error)})") from error
+        if str(step) != folder.name:
+            raise self._damaged(kind, folder, f"it was written as step {step}")
+        for name, value in sums.items():
+            top, slash, _ = name.partition("/")
+            if slash and top not in parts:
+                continue
+            if not (folder / name).is_file():
+                raise self._damaged(kind, folder, f"its file {name} is missing")
+            if _sum(folder / name) != value:
+                raise self._damaged(kind, folder, f"its file {name} is not what was written (the checksums differ)")
+
+    def _damaged(self, kind: str, folder: pathlib.Path, what: str) -> UserError:
+        before = [step for step in self.steps(kind) if step < int(folder.name)]
+        best = self.steps(BEST) if kind == LATEST else []
+        if before:
+            advice = f"remove that folder, and the one before it, {folder.parent / str(before[-1])}, is the newest"
+        elif kind == BEST:
+            advice = f"the newest is in {self.root / LATEST}; without {folder} --resume finds another best"
+        else:
+            advice = "there is none before it: without that folder --resume begins from the start"
+        if best:
+            advice += f"; {self.root / BEST / str(best[-1])} is another"
+        return UserError(f"the checkpoint {folder} is damaged: {what}; {advice}")
+
+    def _drop(self, kind: str, kept: int) -> None:
+        for step in self.steps(kind)[:-kept]:
+            # Under another name first: a folder with a step's name is a whole checkpoint.
+            gone = self.root / kind / f".{step}{_PARTIAL}"
+            (self.root / kind / str(step)).rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
+
+
+def _sums(folder: pathlib.Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): _sum(path) for path in files}
+
+
+def _sum(path: pathlib.Path) -> str:
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _bytes(path: pathlib.Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return text if len(text) <= 300 else f"{text[:297]}..."
 
 
 def _numbered(tree: Any) -> dict[str, Any]:

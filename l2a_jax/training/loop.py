@@ -6,7 +6,13 @@ checkpoint is written only when the records up to its step are on disk: a resume
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import math
+import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,10 +22,12 @@ import jax
 import numpy as np
 
 from l2a_jax.data.batch import Batch, TrainingData
-from l2a_jax.files import plain
+from l2a_jax.files import native
 from l2a_jax.training.checkpoint import BEST, LATEST
 from l2a_jax.training.metrics import Progress, peak_memory_gb
 from l2a_jax.training.step import TrainState
+
+_log = logging.getLogger("l2a_jax")
 
 
 class NonFinite(RuntimeError):
@@ -31,29 +39,70 @@ class NonFinite(RuntimeError):
 
 
 class Stopped(Exception):
-    """The run was asked to stop (SIGINT or SIGTERM) and has saved; `step` updates are done."""
+    """The run was asked to stop and has saved; `step` updates are done (None: training had not begun)."""
 
-    def __init__(self, step: int, signal_number: int):
-        super().__init__(f"stopped after step {step}")
+    def __init__(self, step: int | None, signal_number: int):
+        super().__init__("stopped before the first step" if step is None else f"stopped after step {step}")
         self.step, self.signal_number = step, signal_number
 
 
 class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a request that the loop honours between steps; a second one kills."""
+    """Turns SIGINT (Ctrl-C), SIGTERM and SIGHUP (a lost connection) into a request that is honoured between steps.
+
+    A second one is answered by saying that the first is being honoured; a third ends the process at once. Python's own
+    handlers wait for whatever runs in C++, a compilation above all, so a thread listens, answers, and ends. Under
+    `nohup`, which ignores SIGHUP, it stays ignored. While `at_once` is set, when there is no step to finish, a request
+    is a KeyboardInterrupt.
+    """
+
+    _NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self, at_once: bool = False):
+        self.at_once = at_once
+        self.signal_number: int | None = None
 
     def __enter__(self):
-        self.signal_number = None
-        self._previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._previous = {number: signal.signal(number, self._ask) for number in self._NUMBERS
+                          if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN}
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._wakeup = signal.set_wakeup_fd(self._write)
+        self._listener = threading.Thread(target=self._listen, args=(self._read,), daemon=True)
+        self._listener.start()
         return self
 
-    def _ask(self, number, frame):
+    def check(self) -> None:
+        """Raises Stopped where a stop was asked for: for the time before the first step, when nothing is to save."""
         if self.signal_number is not None:
+            raise Stopped(None, self.signal_number)
+
+    def _ask(self, number, frame):
+        if self.signal_number is None:
+            self.signal_number = number
+        if self.at_once:
             raise KeyboardInterrupt
-        self.signal_number = number
+
+    def _listen(self, read: int) -> None:
+        asked = 0
+        while number := os.read(read, 1)[0]:
+            if number not in self._previous:
+                continue
+            asked += 1
+            if asked == 3:
+                os._exit(128 + number)
+            said = {1: "stopping once the step, save or compilation that runs now is done",
+                    2: "still stopping; once more ends the process at once, and what is not saved is lost"}
+            with contextlib.suppress(OSError):  # a terminal that is gone
+                print(said[asked], file=sys.stderr, flush=True)
 
     def __exit__(self, *exception):
+        signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        os.write(self._write, b"\0")
+        self._listener.join()
+        os.close(self._read)
+        os.close(self._write)
 
 
 @dataclass(frozen=True)
@@ -99,11 +148,14 @@ def fit(
     evaluate: Callable[[TrainState], dict[str, Any]],
     metadata: dict[str, Any],
     best: float = float("inf"),
+    stop: StopRequest | None = None,
 ) -> TrainState:
     """Train from `state.step` to `schedule.steps` and return the last state, saved.
 
     `evaluate` returns held-out metrics, among them `held_out_loss`, by which the best checkpoint is kept (`best`: the
-    lowest so far). Raises NonFinite or Stopped; the newest complete checkpoint is whole in either case.
+    lowest so far); one that is not finite is said and recorded, and is never the best. `stop`: a request that is in
+    force already (None: one of its own). Raises NonFinite or Stopped; the newest complete checkpoint is whole in
+    either case.
     """
     start = int(state.step)
     progress = Progress(schedule.steps, start)
@@ -118,14 +170,14 @@ def fit(
             return
         step, metrics = pending
         pending = None
-        record = plain(jax.device_get(metrics))
+        record = native(jax.device_get(metrics))
         now = time.perf_counter()
         healthy = record.pop("healthy")
         if not healthy:
             raise NonFinite(step, float(record["loss"]), state)
         record["tokens_per_second"] = record["tokens"] / (now - clock)
         clock = now
-        record = {"step": step, **record, "peak_memory_gb": peak_memory_gb(), **plain(held_out)}
+        record = {"step": step, **record, "peak_memory_gb": peak_memory_gb(), **native(held_out)}
         log.write(record)
         progress.update(record)
 
@@ -134,7 +186,7 @@ def fit(
                                        "best": best})
 
     try:
-        with StopRequest() as stop:
+        with contextlib.nullcontext(stop) if stop is not None else StopRequest() as stop:
             for done in range(start, schedule.steps):
                 batch = stacked_batch(data, done, schedule.accumulate)
                 state, metrics = run_step(state, batch)
@@ -151,9 +203,14 @@ def fit(
                     else:
                         held_out = {}
                     flush(held_out)
-                    if held_out.get("held_out_loss", float("inf")) < best:
-                        best = float(held_out["held_out_loss"])
-                        save(BEST)
+                    if "held_out_loss" in held_out:
+                        loss = float(held_out["held_out_loss"])
+                        if not math.isfinite(loss):
+                            _log.warning("step %d: the held-out loss is not finite (%s); training goes on, and this is "
+                                         "not the best checkpoint", step, loss)
+                        elif loss < best:
+                            best = loss
+                            save(BEST)
                 if step % schedule.save_every == 0 or last or stopping:
                     flush({})
                     save(LATEST)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import logging
 import os
 import pathlib
 import resource
@@ -13,36 +16,87 @@ from typing import Any
 import jax
 import numpy as np
 
-from l2a_jax.files import plain
+from l2a_jax.errors import UserError
+from l2a_jax.files import from_plain, plain, write_text
+from l2a_jax.shapes import at_least, misfit, number
+
+log = logging.getLogger("l2a_jax")
 
 
 def read_metrics(path: pathlib.Path, last_step: int | None = None) -> list[dict[str, Any]]:
-    """The records up to `last_step`; a last line that a killed process left unfinished is dropped."""
-    records = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                break
-            if last_step is None or record["step"] <= last_step:
-                records.append(record)
-    return records
+    """The records up to `last_step`, by step; numbers that were not finite are floats again.
+
+    A last line that a killed process left unfinished is dropped; other lines that are no records are left out with a
+    warning that counts them. No file, no records. UserError where there is one that cannot be read.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    records, bad = {}, []
+    for place, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        record = _record(line)
+        if record is not None:
+            records[record["step"]] = record
+        elif place < len(lines):
+            bad.append(place)
+    if bad:
+        log.warning("%s: %d of %d lines are no records and are left out (%s%s); expected an object with a step and its "
+                    "loss a line", path, len(bad), len(lines) - (not lines[-1]), "line " if len(bad) == 1 else "lines ",
+                    ", ".join(map(str, bad[:5])) + (" ..." if len(bad) > 5 else ""))
+    return [records[step] for step in sorted(records) if last_step is None or step <= last_step]
+
+
+RECORD = {
+    "step": at_least(0), "loss": number, "sparsity_per_layer?": [number],
+    **{f"{name}?": number for name in ("tokens", "tokens_per_second", "sparsity", "held_out_loss")},
+}
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """The record that a line spells; None where it is none."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return from_plain(record) if misfit(record, RECORD) is None else None
+
+
+def missing_steps(records: list[dict[str, Any]], last_step: int) -> str | None:
+    """Which of the steps 1 to `last_step` have no record, in words; None where all have one."""
+    missing = sorted(set(range(1, last_step + 1)) - {record["step"] for record in records})
+    if not missing:
+        return None
+    return (f"{len(missing)} of {last_step} steps have no record (the first is step {missing[0]}, the last "
+            f"{missing[-1]})")
 
 
 class MetricsLog:
-    """`metrics.jsonl`, one object a step, each step once: records after `start` (the checkpoint's) are rewritten."""
+    """`metrics.jsonl`, one object a step, each step once: records after `start` (the checkpoint's) are written anew.
+
+    UserError where the system refuses; the lines written before stay whole.
+    """
 
     def __init__(self, path: pathlib.Path, start: int):
-        kept = read_metrics(path, start)
-        temporary = path.with_name(f".{path.name}.partial")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(temporary, path)
-        self._file = path.open("a")
+        self.kept = read_metrics(path, start)
+        write_text(path, "".join(json.dumps(plain(record)) + "\n" for record in self.kept))
+        self._path = path
+        self._file = path.open("ab", buffering=0)
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(plain(record)) + "\n")
-        self._file.flush()
+        line = (json.dumps(plain(record)) + "\n").encode()
+        before = self._file.seek(0, os.SEEK_END)
+        try:
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(before)
+            raise UserError(f"{self._path} cannot be written: {error.strerror or error}") from error
 
     def close(self) -> None:
         self._file.close()
@@ -97,19 +151,23 @@ def draw_curves(records: list[dict[str, Any]], path: pathlib.Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    routed = bool(records) and "sparsity_per_layer" in records[0]
+    routed = [record for record in records if record.get("sparsity_per_layer")]
     figure, axes = plt.subplots(1, 3 if routed else 2, figsize=(15 if routed else 10, 4), constrained_layout=True)
-    steps = [record["step"] for record in records]
-    axes[0].plot(steps, [record["loss"] for record in records], lw=1, label="training")
-    held = [(r["step"], r["held_out_loss"]) for r in records if "held_out_loss" in r]
-    if held:
-        axes[0].plot(*zip(*held, strict=True), "o-", ms=3, label="held out")
+
+    def points(name):
+        return zip(*[(r["step"], r[name]) for r in records if isinstance(r.get(name), (int, float))] or [((), ())],
+                   strict=True)
+
+    axes[0].plot(*points("loss"), lw=1, label="training")
+    if any("held_out_loss" in record for record in records):
+        axes[0].plot(*points("held_out_loss"), "o-", ms=3, label="held out")
     axes[0].set(title="loss (nats per token)", xlabel="step")
     axes[0].legend()
-    axes[1].semilogy(steps, [record["grad_norm"] for record in records], lw=1)
+    axes[1].semilogy(*points("grad_norm"), lw=1)
     axes[1].set(title="gradient norm of what is trained", xlabel="step")
     if routed:
-        layers = np.array([record["sparsity_per_layer"] for record in records]).T
+        steps = [record["step"] for record in routed]
+        layers = np.array([record["sparsity_per_layer"] for record in routed]).T
         for index, layer in enumerate(layers):
             axes[2].plot(steps, layer, lw=0.8, color=plt.cm.viridis(index / max(len(layers) - 1, 1)))
         axes[2].plot(steps, layers.mean(axis=0), lw=2, color="black", label="mean")
