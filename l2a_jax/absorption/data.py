@@ -125,4 +125,4 @@ def gpt2_tokenizer(place: str) -> Any:
         raise
     except Exception as error:  # tokenizers raises plain Exception
         raise UserError(f"--tokenizer {place} is neither a readable tokenizer nor one on the hub: "
-                        f"{str(error).splitlines()[0]}") from error
+                        f"{' '.join(str(error).split())[:200] or type(error).__name__}") from error

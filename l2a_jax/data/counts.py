@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from decimal import Decimal
 
 from l2a_jax.errors import UserError
 
@@ -14,13 +15,19 @@ _COUNT = re.compile(r"\s*([0-9][0-9_,]*(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([kmbgt]?)\s
 def parse_count(text: str | int, what: str = "a count") -> int:
     """`"12M"` -> 12,000,000. Decimal units k, M, B (or G) and T in either case; `1.5k`, `1e6`, `2_048`, `12,000` too.
 
-    Raises `UserError` for anything else, for zero, and for a fraction of one; `what` names the flag in the message.
+    Raises `UserError` for anything else, for zero, for a fraction of one, and for more than 64 bits hold; `what` names
+    the flag in the message.
     """
     match = _COUNT.fullmatch(str(text))
-    value = float("nan") if match is None else float(re.sub("[_,]", "", match[1])) * _UNITS[match[2].lower()]
-    if not (value >= 1 and value == round(value)):
-        raise UserError(f"{what} is {text!r}; expected a whole number above 0 such as 500, 20k, 12M or 1.5B")
-    return round(value)
+    # Decimal: a float would round the last digits of a long count, and make infinity of 1e999.
+    try:
+        value = Decimal(0) if match is None else Decimal(re.sub("[_,]", "", match[1])) * _UNITS[match[2].lower()]
+    except ArithmeticError:  # an exponent beyond even its range
+        value = Decimal(0)
+    if not 1 <= value < 2**63 or value % 1:
+        shown = repr(text) if len(str(text)) < 40 else f"{str(text)[:30]!r}..."
+        raise UserError(f"{what} is {shown}; expected a whole number above 0 such as 500, 20k, 12M or 1.5B")
+    return int(value)
 
 
 def format_count(count: int) -> str:

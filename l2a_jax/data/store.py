@@ -128,13 +128,15 @@ def writing(folder: Path, dtype: str) -> Iterator[StoreWriter]:
     If another process has finished the same store meanwhile, that one stays. UserError where the cache cannot be
     written; what reads the text inside the block tells of its own files (see `data.text`).
     """
+    begun = False
     try:
         with files.partial_folder(folder) as partial, contextlib.closing(StoreWriter(partial, dtype)) as writer:
+            begun = True
             yield writer
     except BrokenPipeError:  # whoever was told of the progress, not the cache
         raise
     except OSError as error:
-        if not (folder / "meta.json").exists():
+        if not begun or not (folder / "meta.json").exists():
             raise UserError(f"the token cache {folder.parent} cannot be written ({error.strerror or error}); "
                             "expected a folder to write to, with room: set L2A_CACHE") from error  # fmt: skip
 

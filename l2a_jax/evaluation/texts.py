@@ -34,7 +34,8 @@ _SPLITS = ("test", "validation", "train")
 
 
 class Text(NamedTuple):
-    """Documents, how they are joined (see above), and the SHA-256 of every file by name."""
+    """Documents, how they are joined (see above), and the SHA-256 of every file by name, or by path where
+    two have one name."""
 
     name: str
     documents: tuple[str, ...]
@@ -75,8 +76,10 @@ def read_text(entry: str, flag: str = "--text") -> Text:
     rule = WIKITEXT if all(raw) and len(documents) == 1 else "text" if len(documents) == 1 else "documents"
     if any(raw) and rule == "documents":
         rule = "documents (WikiText raw files joined as usual)"
+    names = [path.name for path in paths]
     return Text(entry if len(paths) > 1 else paths[0].name, tuple(documents), rule,
-                {path.name: digest(path) for path in paths})
+                {name if names.count(name) == 1 else str(path): digest(path)
+                 for name, path in zip(names, paths, strict=True)})
 
 
 def tokenise(text: Text, tokenizer: Any, vocab_size: int) -> Int32[np.ndarray, " n"]:

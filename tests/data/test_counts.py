@@ -33,3 +33,16 @@ def test_weights_as_people_write_them():
 def test_weights_that_do_not_read(entry):
     with pytest.raises(UserError, match=r"--mix is .*expected NAME=NUMBER"):
         parse_weights([entry], "--mix")
+
+
+@pytest.mark.parametrize("text", ["1e999", "9" * 5_000, "1e400T", "9223372036854775808", "1e999999T", "1e" + "9" * 30,
+                                  "1." + "3" * 5_000, "1e-3", "0.0", "inf"])
+def test_counts_at_the_ends_are_refused_in_a_short_sentence(text):
+    with pytest.raises(UserError, match=r"--tokens is .*expected a whole number above 0") as found:
+        parse_count(text, "--tokens")
+    assert len(str(found.value)) < 140
+
+
+def test_long_counts_keep_their_last_digits():
+    assert parse_count("9007199254740993") == 9_007_199_254_740_993 and parse_count(2**63 - 1) == 2**63 - 1
+    assert parse_count("1.000000000000000001e18") == 10**18 + 1

@@ -164,6 +164,15 @@ def test_the_wikitext_string(tmp_path):
     assert texts.read_text(str(plain)).documents == ("one\r\ntwo\n",) and texts.read_text(str(plain)).rule == "text"
 
 
+def test_every_file_of_a_text_has_its_hash(tmp_path):
+    for name in ("one/part.txt", "two/part.txt", "two/other.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    found = texts.read_text(str(tmp_path)).files
+    assert list(found) == [str(tmp_path / "one/part.txt"), "other.txt", str(tmp_path / "two/part.txt")]
+    assert len(set(found.values())) == 3
+
+
 @pytest.mark.parametrize(("raw", "rows"), [
     (b" = Title = ", [" = Title = "]),
     (b" = Title = \n", [" = Title = \n"]),

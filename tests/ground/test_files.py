@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -146,3 +147,30 @@ def test_a_file_written_in_a_block_is_whole_or_not_there(tmp_path):
         partial.write_bytes(b"3")
         raise OSError(errno.ENOSPC, "No space left on device")
     assert path.read_bytes() == b"1" and os.listdir(tmp_path) == ["value.bin"]
+
+
+@pytest.mark.parametrize(("age", "kept"), [(3_600, True), (100_000, False)])
+def test_without_locks_only_a_day_of_silence_abandons_a_partial_folder(tmp_path, monkeypatch, caplog, age, kept):
+    """Its writer may be at work: the folder's own time does not change while a file in it grows."""
+    left = tmp_path / ".out.partial-x"
+    left.mkdir()
+    (left / "tokens.bin").write_bytes(b"half")
+    at = time.time() - age
+    os.utime(left, (1, 1))
+    os.utime(left / "tokens.bin", (at, at))
+    os.utime(left, (1, 1))
+
+    def no_locks(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with files.partial_folder(tmp_path / "out") as partial:
+        assert partial.exists()
+    assert left.exists() == kept and (tmp_path / "out").is_dir()
+    with files.owned(tmp_path / "out", "x"):
+        assert "cannot lock" in caplog.text
+
+
+def test_a_number_of_thousands_of_digits_is_told_in_the_user_s_terms():
+    with pytest.raises(UserError, match=r"a.json, line 2 is not readable JSON: .*value has 5000 digits$"):
+        files.parse_json("[" + "9" * 5_000 + "]", "a.json, line 2", None)
