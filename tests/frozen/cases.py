@@ -37,8 +37,8 @@ def machine() -> str:
 
     cpu = platform.machine()
     if pathlib.Path("/proc/cpuinfo").exists():
-        lines = dict(line.split(":", 1) for line in pathlib.Path("/proc/cpuinfo").read_text().split("\n\n")[0].split("\n")
-                     if ":" in line)
+        first = pathlib.Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+        lines = dict(line.split(":", 1) for line in first.split("\n") if ":" in line)
         cpu += "".join(value for name, value in lines.items() if name.strip() in ("model name", "flags", "Features"))
     return f"jax {jax.__version__}, processor {hashlib.sha256(cpu.encode()).hexdigest()[:12]}"
 
@@ -64,6 +64,7 @@ def losses(name: str, folder: pathlib.Path) -> dict:
 def logits(name: str) -> dict:
     """Numbers of the logits of the tiny model with an untrained layer, decisions forced and half of them local."""
     import jax
+    import jax.numpy as jnp
     import numpy as np
 
     import l2a_jax as l2a
@@ -75,8 +76,8 @@ def logits(name: str) -> dict:
     tokens = rng.integers(1, model.config.vocab_size, (2, 31), dtype=np.int32)
     decisions = rng.random((model.config.num_layers, *tokens.shape)) < 0.5
     segments = np.repeat([[1] * 17 + [2] * 14, [1] * 29 + [0] * 2], 1, axis=0).astype(np.int32)
-    out = jax.jit(lambda p: l2a.forward(p, tokens, model.config, layer, segment_ids=segments, decisions=decisions,
-                                        backend="xla"))(params)
+    given = {"segment_ids": jnp.asarray(segments), "decisions": jnp.asarray(decisions), "backend": "xla"}
+    out = jax.jit(lambda p: l2a.forward(p, jnp.asarray(tokens), model.config, layer, **given))(params)
     found = np.asarray(out.logits, np.float64)
     return {"some": found[:, [0, 7, 16, 17, 28], 3:9].ravel().tolist(), "sum": found[segments > 0].sum(),
             "router": np.asarray(out.routing.logits, np.float64)[:, 0, ::9].ravel().tolist()}
