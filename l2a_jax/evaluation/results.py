@@ -18,7 +18,7 @@ import jax
 
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation.results_shape import check
-from l2a_jax.files import claim, plain, read_json, write_json
+from l2a_jax.files import claim, from_plain, plain, read_json, write_json
 from l2a_jax.version import __version__
 
 log = logging.getLogger("l2a_jax.eval")
@@ -68,21 +68,12 @@ def read_results(path: pathlib.Path) -> dict[str, Any]:
 
     UserError naming the file and the key where it is not so.
     """
-    found = _numbers(read_json(path))
+    found = from_plain(read_json(path))
     try:
         check(found, str(path))
     except UserError as error:
         raise UserError(f"{error}. It is not as eval/run.py writes it: move it away, and evaluate again") from error
     return found
-
-
-def _numbers(value: Any) -> Any:
-    """Inverse of `files.plain` for numbers that are not finite, which JSON has no way to say."""
-    if isinstance(value, dict):
-        return {name: _numbers(entry) for name, entry in value.items()}
-    if isinstance(value, list):
-        return [_numbers(entry) for entry in value]
-    return float(value) if isinstance(value, str) and value in ("nan", "inf", "-inf") else value
 
 
 def merge_results(path: pathlib.Path, model: dict[str, Any], tasks: dict[str, Any], *, replace: bool) -> dict[str, Any]:

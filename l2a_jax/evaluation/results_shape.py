@@ -7,9 +7,9 @@ from typing import Any
 from l2a_jax.errors import UserError
 from l2a_jax.shapes import at_least, each, nullable, one_of, require, share, some
 
-_INTERVAL = [float, 2]
+INTERVAL = [float, 2]
 _TEXT = {"name": str, "rule": str, "hash": str, "context": int, "stride": int}
-_AUDIT_ROW = {"perplexity": float, "density": share, "worse": float, "worse_95": _INTERVAL, "perplexity_sd?": float,
+_AUDIT_ROW = {"perplexity": float, "density": share, "worse": float, "worse_95": INTERVAL, "perplexity_sd?": float,
               "recall_accuracy?": share}
 _WRITTEN = {**{f"{name}?": float for name in ("distinct_1", "distinct_2", "distinct_4", "unigram_entropy",
                                               "ends_in_loop")}, "longest_loop": int}
@@ -17,15 +17,15 @@ _WRITTEN = {**{f"{name}?": float for name in ("distinct_1", "distinct_2", "disti
 BENCHMARK = {"n": at_least(1), "num_fewshot": int, "acc": share, "correct": some(one_of(0, 1)), "acc_norm?": share,
              "correct_norm?": some(one_of(0, 1)), "acc_stderr?": float, "acc_norm_stderr?": float}
 TASKS: dict[str, Any] = {
-    "perplexity": {"perplexity": float, "perplexity_95": _INTERVAL, "tokens": at_least(1), "text": _TEXT,
+    "perplexity": {"perplexity": float, "perplexity_95": INTERVAL, "tokens": at_least(1), "text": _TEXT,
                    "window_nll": some(float), "window_tokens": some(at_least(0)), "sparsity?": share,
                    "sparsity_per_layer?": [share], "recall_accuracy?": share},
-    "audit": {"gap": float, "gap_95": _INTERVAL, "seeds": int, "rows": each(_AUDIT_ROW)},
+    "audit": {"gap": float, "gap_95": INTERVAL, "seeds": int, "rows": each(_AUDIT_ROW)},
     "collapse": {"verdict": str, "rule": str, "findings": [str], "not_measured": [str],
                  "generation": nullable({"greedy": _WRITTEN, "sampled": _WRITTEN})},
     "pruning": {"pruned_layers": [int], "cache_tokens": int, "cache_bytes_before": at_least(1),
                 "cache_bytes_after": int, "cache_saved": int, "perplexity_before": float, "perplexity_after": float,
-                "cost": float, "cost_95": _INTERVAL},
+                "cost": float, "cost_95": INTERVAL},
     "needle": {"lengths": some(at_least(1)), "depths": some(share), "exact_match": [[share]], "ranked_first": [[share]],
                "distractors": at_least(1), "needles": int, "per_cell": int,
                "overall": {"n": at_least(1), "exact_match": share, "exact_match_stderr": float, "ranked_first": share,

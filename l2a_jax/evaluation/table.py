@@ -17,9 +17,25 @@ from l2a_jax.errors import UserError
 from l2a_jax.evaluation import intervals, reported
 from l2a_jax.evaluation.results import FILE, read_results
 from l2a_jax.files import check_file, write_json, write_text
+from l2a_jax.shapes import some
 
+_INTERVAL = [float, 2]
+_DIFFERENCE = {"value": float, "interval": _INTERVAL}
+_CELL = {"value": float, "interval": _INTERVAL, "n": int, "acc_norm?": float, "difference?": _DIFFERENCE}
 BENCHMARKS = {"hellaswag": "HellaSwag", "piqa": "PIQA", "arc_challenge": "ARC-C"}
 """Columns show acc, which the study's numbers resemble (it does not say), and acc_norm after a stroke."""
+
+
+TABLE = {"baseline?": str, "reported_by": str, "rows": [{
+    "run": str, "regime": str, "route?": str, "notes": [str], "sparsity?": float, "verdict?": str,
+    **{f"{name}?": float for name in ("trained_parameters", "tokens_seen", "tokens_per_trained_parameter")},
+    "perplexity?": {"value": float, "interval": _INTERVAL, "tokens": int,
+                    "difference?": {"ratio": float, "ratio_95": _INTERVAL}},
+    **{f"{task}?": _CELL for task in BENCHMARKS}, "needle?": {**_CELL, "lengths": some(int)},
+    "audit?": {"gap": float, "gap_95": _INTERVAL},
+    "reported?": {"regime": str, "data?": str, "trained?": str, "perplexity": float, "needle": str,
+                  **{f"{task}?": float for task in BENCHMARKS}}}]}
+"""What `markdown` needs of a table that was read from a file: what `make_table` made, each key there or null."""
 
 
 def load(source: str | Path) -> tuple[str, dict[str, Any]]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from l2a_jax.evaluation import intervals
 from l2a_jax.study.row import BENCHMARKS, Row
-from l2a_jax.study.runner import read_row
+from l2a_jax.study.row_file import read_row
 
 # What the repair is held to: the greatest loss, in points, that a paired interval may leave open.
 ALLOWED = {"hellaswag": 1.0, "piqa": 2.0, "arc_challenge": 3.5}
@@ -23,17 +23,8 @@ SPARSITY, PARAMETERS = 0.9, 65_000
 def load(folder: Path, rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     """The files of those `rows` that have one and whose training is the declared one, by name."""
     found = {row.name: read_row(folder / f"{row.name}.json") for row in rows}
-    return {row.name: numbers(found[row.name]) for row in rows
+    return {row.name: found[row.name] for row in rows
             if found[row.name] is not None and found[row.name]["training_hash"] == row.training_hash}
-
-
-def numbers(value: Any) -> Any:
-    """Undo `files.plain`: numbers that are not finite, which JSON has no way to say."""
-    if isinstance(value, dict):
-        return {name: numbers(entry) for name, entry in value.items()}
-    if isinstance(value, list):
-        return [numbers(entry) for entry in value]
-    return float(value) if isinstance(value, str) and value in ("nan", "inf", "-inf") else value
 
 
 def result(found: dict[str, Any] | None, task: str) -> dict[str, Any] | None:

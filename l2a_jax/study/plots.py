@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from l2a_jax.files import whole
 from l2a_jax.study.facts import SPARSITY
 
 Fact = dict[str, Any]
@@ -207,6 +208,7 @@ def _save(draw: Callable[[Any], Any], path: Path) -> bool:
     import matplotlib.pyplot as plt
 
     figure = draw(plt)
-    figure.savefig(path, dpi=110)
+    with whole(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")
     plt.close(figure)
     return True

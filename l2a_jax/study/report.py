@@ -5,7 +5,6 @@ Every table is of declared rows: one without a file says "not run" and why, and 
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +14,10 @@ import numpy as np
 
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import reported, table
-from l2a_jax.files import write_json
+from l2a_jax.files import check_file, from_plain, read_json, whole, write_json, write_text
+from l2a_jax.shapes import require
 from l2a_jax.study import damage, plots
-from l2a_jax.study.facts import as_results, facts, load, numbers, perplexity_ratio, result
+from l2a_jax.study.facts import as_results, facts, load, perplexity_ratio, result
 from l2a_jax.study.page import group_of, markdown, ratio_rows
 from l2a_jax.study.row import Row
 from l2a_jax.study.rows import all_rows
@@ -46,24 +46,23 @@ def collect(folder: Path, rows: Sequence[Row] | None = None) -> dict[str, Any]:
 
 def write(folder: Path, out: Path, rows: Sequence[Row] | None = None) -> list[Path]:
     """Write the report; returns the files. UserError where no row was run or nothing can be written."""
+    for name in ("replication.md", "replication.json"):
+        check_file(out / name, "--report")
     made = collect(folder, rows)
     if not any("device" in row for row in made["rows"]):
         raise UserError(f"{folder} holds no file of a declared row; run train/study.py --out {folder} first")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        figures = {name: f"replication_{name}.png" for name, drawn in _figures(made, out).items() if drawn}
-        for picture in sorted(folder.glob("*_picture.png"))[:1]:
-            if not picture.is_relative_to(out):
-                picture = Path(shutil.copyfile(picture, out / picture.name))
-            figures["picture"] = picture.relative_to(out).as_posix()
-        made["figures"] = figures
-        paths = [out / "replication.md", out / "replication.json"]
-        write_json(paths[1], made)
-        partial = out / ".replication.md.partial"
-        partial.write_text(markdown(made, figures), encoding="utf-8")
-        partial.replace(paths[0])
-    except OSError as error:
-        raise UserError(f"--report {out} cannot be written: {error}") from error
+    out.mkdir(parents=True, exist_ok=True)
+    figures = {name: f"replication_{name}.png" for name, drawn in _figures(made, out).items() if drawn}
+    for picture in sorted(folder.glob("*_picture.png"))[:1]:
+        if not picture.is_relative_to(out):
+            with whole(out / picture.name) as partial:
+                shutil.copyfile(picture, partial)
+            picture = out / picture.name
+        figures["picture"] = picture.relative_to(out).as_posix()
+    made["figures"] = figures
+    paths = [out / "replication.md", out / "replication.json"]
+    write_json(paths[1], made)
+    write_text(paths[0], markdown(made, figures))
     return [*paths, *(out / name for name in figures.values())]
 
 
@@ -71,12 +70,10 @@ def main_tables(path: Path) -> str:
     """The main table of every size that was run, as markdown, from the numbers of a `replication.json`.
 
     UserError where the file is not one."""
-    try:
-        made = numbers(json.loads(path.read_text()))
-        return "\n".join(f"## {entry['size']}\n\n{table.markdown(entry['table'])}" for entry in made["main"]
-                         if entry["table"] is not None)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a study's replication.json ({type(error).__name__}: {error})") from error
+    made = from_plain(read_json(path))
+    require(made, {"main": [{"size": str, "table?": table.TABLE}]}, f"{path} is not a study's replication.json")
+    return "\n".join(f"## {entry['size']}\n\n{table.markdown(entry['table'])}" for entry in made["main"]
+                     if entry["table"] is not None)
 
 
 def _figures(made, out) -> dict[str, bool]:

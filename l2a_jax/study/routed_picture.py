@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 from jaxtyping import Float64, Int
 
 from l2a_jax.errors import UserError
+from l2a_jax.files import whole
 
 COLUMNS, LINES = 96, 60
 """Characters a line, and lines a picture at most: what does not fit is left out, and the title says so."""
@@ -81,12 +81,8 @@ def draw_routed_text(tokens: Int[np.ndarray, " T"], share: Float64[np.ndarray, "
                     label="share of layers that route")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with whole(path) as partial:
         figure.savefig(partial, format="png")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
     return count
 
 

@@ -10,25 +10,22 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import gzip
-import json
 import logging
 import platform
 import time
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import filelock
 import jax
 
 from l2a_jax.errors import UserError
-from l2a_jax.files import write_json
+from l2a_jax.files import check_file, claim, write_json
 from l2a_jax.study.measures import Subject, measure
 from l2a_jax.study.row import Row
+from l2a_jax.study.row_file import FORMAT, read_row
 from l2a_jax.study.session import Session
 from l2a_jax.study.trained import load_masters, save_masters, train_row
 from l2a_jax.training import metrics
@@ -37,7 +34,6 @@ from l2a_jax.training.memory import tree_bytes
 from l2a_jax.version import __version__
 
 log = logging.getLogger("l2a_jax.study")
-FORMAT = 1
 KEEP_BYTES = 2_000_000
 SPEED = {"0.5b": 90_000, "1.5b": 35_000, "3b": 15_000}
 """Tokens a second that a row is planned with before one of its size was run: cautious for an H100."""
@@ -71,35 +67,11 @@ def is_done(row: Row, out: Path) -> bool:
     return found is not None and found["training_hash"] == row.training_hash and not _missing(row, found)
 
 
-def read_row(path: Path) -> dict[str, Any] | None:
-    """A row's file, or what `gzip` made of it; None where there is neither. UserError where it is not one of ours."""
-    packed = path.with_name(f"{path.name}.gz")
-    if not path.exists():
-        path = packed
-    if not path.exists():
-        return None
-    try:
-        found = json.loads(gzip.decompress(path.read_bytes()) if path == packed else path.read_bytes())
-        if found["format"] != FORMAT:
-            raise KeyError("format")
-    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not the file of a row ({type(error).__name__}: {error}); move it away") from error
-    return found
-
-
 @contextmanager
 def claimed(row: Row, out: Path) -> Iterator[bool]:
     """Whether the row is this process's to run, for as long as the block lasts; the system frees it if we die."""
-    lock = filelock.FileLock(out / ".locks" / f"{row.name}.lock")
-    try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
+    with claim(out / ".locks" / f"{row.name}.lock") as other:
+        yield other is None
 
 
 def run_rows(rows: Sequence[Row], session: Session, out: Path, *, deadline: float = float("inf"),
@@ -108,9 +80,9 @@ def run_rows(rows: Sequence[Row], session: Session, out: Path, *, deadline: floa
     rows that failed). What another process runs is looked at once more at the end, in case it gave up.
 
     A row that cannot run (it does not fit the device) fails by itself, with its error in its file. Raises
-    KeyboardInterrupt when asked to stop.
+    KeyboardInterrupt when asked to stop, and UserError where `out` cannot be written or holds a damaged file.
     """
-    (out / ".locks").mkdir(parents=True, exist_ok=True)
+    check_file(out / ".locks" / "row.lock", "--out")
     waiting = [row for row in order(rows) if row.not_run is None and not is_done(row, out)]
     log.info("%d rows: %d to do, %d done, %d not to be run", len(rows), len(waiting),
              sum(row.not_run is None for row in rows) - len(waiting), sum(row.not_run is not None for row in rows))

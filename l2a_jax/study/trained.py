@@ -9,6 +9,8 @@ from __future__ import annotations
 import io
 import logging
 import time
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from l2a_jax import runs
+from l2a_jax.errors import UserError
+from l2a_jax.files import whole
 from l2a_jax.models.params import Tree, add_routing, map_with_path
 from l2a_jax.runs import Plan
 from l2a_jax.study.row import Row
@@ -24,7 +28,7 @@ from l2a_jax.study.session import Session
 from l2a_jax.training import memory, metrics
 from l2a_jax.training.diagnose import first_non_finite
 from l2a_jax.training.loop import NonFinite, Schedule, fit, stacked_batch
-from l2a_jax.training.regimes import count_parameters
+from l2a_jax.training.regimes import count_parameters, partition, regime_mask
 from l2a_jax.training.step import compute_params, initial_state
 
 log = logging.getLogger("l2a_jax.study")
@@ -145,14 +149,24 @@ def save_masters(masters: Tree, path: Path) -> None:
     map_with_path(lambda name, leaf: leaves.update({name: np.asarray(leaf, np.float32)}), masters)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **leaves)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(buffer.getvalue())
-    partial.replace(path)
+    with whole(path) as partial:
+        partial.write_bytes(buffer.getvalue())
 
 
 def load_masters(session: Session, row: Row, path: Path) -> Tree:
-    """The whole tree of a row whose trained leaves were kept."""
-    with np.load(path) as file:
-        kept = {name: file[name] for name in file.files}
-    return map_with_path(lambda name, leaf: jnp.asarray(kept[name], leaf.dtype) if name in kept else leaf,
-                         start_params(session, row))
+    """The whole tree of a row whose trained leaves were kept. UserError where the file does not hold just those."""
+    advice = "move it away, and the row is trained again"
+    try:
+        with np.load(path) as file:
+            kept = {name: file[name] for name in file.files}
+    except (OSError, EOFError, ValueError, KeyError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); {advice}") from error
+    params = start_params(session, row)
+    shapes: dict[str, tuple[int, ...]] = {}
+    map_with_path(lambda name, leaf: shapes.update({name: leaf.shape}), partition(params, regime_mask(
+        params, row.regime))[0])
+    for name in sorted(shapes.keys() | kept.keys()):
+        shape = kept[name].shape if name in kept else "missing"
+        if shape != shapes.get(name):
+            raise UserError(f"{path}: {name} is {shape}; expected {shapes.get(name, 'nothing of that name')}; {advice}")
+    return map_with_path(lambda name, leaf: jnp.asarray(kept[name], leaf.dtype) if name in kept else leaf, params)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from l2a_jax.errors import UserError
-from l2a_jax.evaluation import evaluate, intervals, perplexity, recall, results, subject, table
+from l2a_jax.evaluation import evaluate, intervals, perplexity, recall, results, table
 from l2a_jax.files import claim
 from l2a_jax.weights.pretrained import TINY, load_pretrained
 from tests.evaluation.test_table import made_up
@@ -135,23 +135,6 @@ def test_another_models_results_stay(tmp_path):
     with pytest.raises(UserError, match="its source_hash differ"):
         results.merge_results(path, other, {}, replace=False)
     assert results.merge_results(path, other, {}, replace=True)["tasks"] == {}
-
-
-@pytest.mark.parametrize(("content", "said"), [
-    (b"[]", "holds a list"), (b'{"tokens_seen": "many"}', "tokens_seen is 'many'; expected a number"),
-    (b'{"steps": 3', "is not readable JSON"), (b"\xff\xfe", "is not readable JSON"),
-    (b'{"tokens_seen": 5, "held_out_perplexity": "nan"}', None)])
-def test_a_summary_that_is_there_is_read_or_refused(content, said, tmp_path):
-    """One that is not there is of an unfinished run, whose numbers are not known."""
-    settings = {"data": [], "seed": 0, "model": None}
-    (tmp_path / "config.json").write_text(json.dumps({"settings": settings}))
-    assert subject.run_facts(tmp_path)["tokens_seen"] is None
-    (tmp_path / "summary.json").write_bytes(content)
-    if said is None:
-        assert subject.run_facts(tmp_path)["tokens_seen"] == 5
-    else:
-        with pytest.raises(UserError, match=f"summary.json.*{said}"):
-            subject.run_facts(tmp_path)
 
 
 PLACES = {

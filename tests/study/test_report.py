@@ -3,6 +3,7 @@
 import gzip
 import json
 import pathlib
+import re
 import runpy
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import intervals
-from l2a_jax.files import write_json
+from l2a_jax.files import from_plain, write_json
 from l2a_jax.study import damage, facts, report, runner
 from l2a_jax.study.rows import choose
 
@@ -121,7 +122,7 @@ def test_the_report_holds_what_was_run_and_says_what_was_not(folder, tmp_path, c
 
 def test_differences_are_paired():
     base, row = choose(("baseline-0.5b", "router_only-diverse-0.5b"))
-    one, two = (facts.numbers(json.loads(json.dumps(value, default=lambda x: x.tolist())))
+    one, two = (from_plain(json.loads(json.dumps(value, default=lambda x: x.tolist())))
                 for value in (fabricate(base), fabricate(row, 0.2, bits="1010110011")))
     found = facts.facts(two, row, one)
     nats, interval = intervals.paired_windows(np.array(two["evaluations"]["perplexity"]["result"]["window_nll"]), NLL,
@@ -185,8 +186,55 @@ def test_a_packed_file_counts_and_a_damaged_one_does_not_pass(tmp_path):
     flipped = [whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1:] for place in range(middle, middle + 40)]
     for damaged in (whole[:-20], *flipped):
         packed.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"baseline-0.5b\.json\.gz is not the file of a row"):
+        with pytest.raises(UserError, match=r"baseline-0.5b\.json\.gz cannot be decompressed"):
             facts.load(tmp_path, [row])
+
+
+def _changed(row, key, value):
+    found = json.loads(json.dumps(fabricate(row), default=lambda x: x.tolist()))
+    inside = found
+    *parents, last = key.split("/")
+    for parent in parents:
+        inside = inside[parent]
+    inside.update({last: value}) if value is not ... else inside.pop(last)
+    return found
+
+
+@pytest.mark.parametrize(("key", "value", "said"), [
+    (None, [1], "holds a list; expected an object"), (None, "{", "is not readable JSON"),
+    ("format", 2, "format is 2; expected one of 1"), ("training_hash", ..., "training_hash is missing"),
+    ("training_hash", 5, "training_hash is 5; expected a text"), ("training", ..., "training is missing"),
+    ("training", [], "training is a list; expected an object"), ("status", "new", "status is 'new'; expected one of"),
+    ("training/tokens_seen", "many", "training.tokens_seen is 'many'"), ("environment", None, "environment is null"),
+    ("evaluations", [], "evaluations is a list"), ("evaluations/piqa", None, "evaluations.piqa is null"),
+    ("evaluations/piqa/hash", ..., "evaluations.piqa.hash is missing"),
+    ("evaluations/piqa/result", "x", "evaluations.piqa.result is 'x'"),
+    ("evaluations/piqa/result/acc_bits", 5, "result of piqa: acc_bits is 5; expected a text"),
+    ("evaluations/perplexity/result/window_nll", [], "result of perplexity: window_nll is a list; expected"),
+    ("evaluations/needle/result/lengths/2048/by_depth", None, "lengths.2048.by_depth is null; expected a list")])
+def test_a_row_that_is_no_row_is_named_by_file_and_key(key, value, said, tmp_path):
+    row = choose(("baseline-0.5b",))[0]
+    content = value if key is None else _changed(row, key, value)
+    (tmp_path / f"{row.name}.json").write_text(content if value == "{" else json.dumps(content))
+    for read in (lambda: facts.load(tmp_path, [row]), lambda: runner.is_done(row, tmp_path)):
+        with pytest.raises(UserError, match=rf"baseline-0\.5b\.json.*{said}.*Move the file away, and the row is run"):
+            read()
+
+
+@pytest.mark.parametrize(("content", "said"), [
+    ([], "holds a list"), ({}, "main is missing"), ({"main": {}}, "main is an object; expected a list"),
+    ({"main": [{"table": None}]}, r"main\[0\].size is missing"),
+    ({"main": [{"size": "0.5b", "table": {"reported_by": "x", "rows": 5}}]}, r"main\[0\].table.rows is 5"),
+    ({"main": [{"size": "0.5b", "table": {"reported_by": "x", "rows": [{"run": "a"}]}}]}, "regime is missing")])
+def test_numbers_of_no_study_are_refused(content, said, tmp_path, capsys):
+    (tmp_path / "replication.json").write_text(json.dumps(content))
+    assert rebuild([str(tmp_path / "replication.json")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and re.search(said, error) and error.count("\n") == 1
+
+
+def test_the_studys_own_numbers_are_read():
+    assert "| baseline-0.5b | baseline |" in report.main_tables(ROOT / "eval" / "results" / "replication.json")
 
 
 def test_effects_wait_for_every_cell(folder):

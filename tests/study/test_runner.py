@@ -1,6 +1,7 @@
 """Rows from start to end on the tiny model: files, skipping, shared programs, the time limit, findings."""
 
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -212,6 +213,53 @@ def test_the_report_reads_what_the_runner_writes(done, rows, tmp_path):
     assert "notes" in text and "not finite at step" in text and "| two | " in text
 
 
+def _cut(content):
+    return content[: len(content) // 2]
+
+
+def _rewritten(**changes):
+    """The same archive with leaves replaced, or taken out (None)."""
+    def damage(content):
+        with np.load(io.BytesIO(content)) as file:
+            leaves = {name: file[name] for name in file.files} | changes
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **{name: leaf for name, leaf in leaves.items() if leaf is not None})
+        return buffer.getvalue()
+
+    return damage
+
+
+ROUTER = "layers/router/kernel"
+DAMAGED = {
+    "cut": (_cut, "one.npz is damaged"), "empty": (lambda _: b"", "one.npz is damaged"),
+    "no archive": (lambda _: b"weights", "one.npz is damaged"),
+    "a bit": (lambda content: content[:200] + bytes([content[200] ^ 1]) + content[201:], "one.npz"),
+    "a leaf is missing": (_rewritten(**{ROUTER: None}), "layers/router/kernel is missing; expected"),
+    "a leaf of another model": (_rewritten(**{ROUTER: np.zeros((3, 5, 2))}), r"layers/router/kernel is \(3, 5, 2\)"),
+    "a leaf too many": (_rewritten(other=np.zeros(3)), r"other is \(3,\); expected nothing of that name"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_kept_leaves_that_are_damaged_are_named(case, session, rows, done, tmp_path):
+    """Before: leaves that were not there were taken from the untrained model, without a word."""
+    damage, said = DAMAGED[case]
+    (tmp_path / "one.npz").write_bytes(damage((done / "one.npz").read_bytes()))
+    with pytest.raises(UserError, match=f"{said}.*move it away, and the row is trained again"):
+        trained.load_masters(session, rows[1], tmp_path / "one.npz")
+
+
+@pytest.mark.parametrize("place", ["file/out", "n" * 300])
+def test_a_folder_that_cannot_be_written_is_found_out_first(place, session, rows, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("kept")
+    monkeypatch.setattr(runner, "_attempt", lambda *given: pytest.fail("a row was begun"))
+    with pytest.raises(UserError, match=r"--out .* cannot be written"):
+        runner.run_rows(rows, session, tmp_path / place)
+    with pytest.raises(UserError, match=r"--report .* cannot be written"):
+        report.write(tmp_path, tmp_path / place, rows)
+    assert os.listdir(tmp_path) == ["file"]
+
+
 def test_what_cannot_run_fails_alone(session, rows, tmp_path):
     missing = dataclasses.replace(rows[1], name="big", size="1.5b")
     assert runner.run_rows([rows[0], missing], session, tmp_path) == ([], ["big"])
@@ -223,5 +271,5 @@ def test_what_cannot_run_fails_alone(session, rows, tmp_path):
     assert found["status"] == "failed" and set(found["evaluations"]) == {"perplexity", "needle"}
     assert runner.run_rows([rows[0]], session, tmp_path) == ([], [])
     (tmp_path / "plain.json").write_text("{}")
-    with pytest.raises(UserError, match="not the file of a row"):
+    with pytest.raises(UserError, match=r"plain\.json: format is missing.*Move the file away"):
         runner.run_rows([rows[0]], session, tmp_path)
