@@ -35,6 +35,8 @@ def find(place: str, label: str) -> list[Path]:
     Raises UserError, beginning with `label` (the flag and its value), on a file of another format, on what is no
     regular file, and on what cannot be looked at.
     """
+    if not place.strip():  # an unset variable, which `Path` takes for the current folder
+        raise UserError(f"{label}: an empty name; expected a file, a folder or a pattern (. is the current folder)")
     path = Path(os.path.expanduser(place))  # `Path.expanduser` raises on `~nobody`
     try:
         if path.is_dir():

@@ -125,7 +125,7 @@ def _local_recipe(name: str, place: str) -> tuple[Domain, ...]:
     domains = []
     for domain in recipe:
         files = tuple(file for file in found if fnmatch(file.name, domain.pattern)
-                      and not any(fnmatch(file.name, pattern) for pattern in domain.exclude))  # fmt: skip
+                      and not any(fnmatch(file.name.lower(), pattern) for pattern in domain.exclude))  # fmt: skip
         if not files and len(recipe) == 1 and not Path(place).is_dir():
             files = found  # named one by one: the user has chosen
         if not files:

@@ -45,16 +45,21 @@ _ABOUT = {"key": {"source": list, "tokenizer": str}, "files": [str], "text_bytes
 
 
 def cache_folder(cache_dir: str | os.PathLike | None = None) -> Path:
-    """Where stores live: `cache_dir`, else `$L2A_CACHE`, else `l2a_jax/tokens` in the user's cache folder."""
+    """Where stores live: `cache_dir`, else `$L2A_CACHE`, else `l2a_jax/tokens` in the user's cache folder.
+
+    Raises UserError where that is in the home folder of a user who has none.
+    """
     if cache_dir is not None:
-        return Path(cache_dir).expanduser()
-    if os.environ.get("L2A_CACHE"):
-        return Path(os.environ["L2A_CACHE"]).expanduser()
-    if sys.platform == "darwin":
-        base = Path("~/Library/Caches")
+        place = Path(cache_dir)
+    elif os.environ.get("L2A_CACHE"):
+        place = Path(os.environ["L2A_CACHE"])
     else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    return base.expanduser() / "l2a_jax" / "tokens"
+        base = "~/Library/Caches" if sys.platform == "darwin" else os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        place = Path(base) / "l2a_jax" / "tokens"
+    try:
+        return place.expanduser()
+    except RuntimeError:  # a container's user without an entry and without HOME
+        raise UserError(f"there is no home folder for the token cache {place}; set L2A_CACHE") from None
 
 
 def tokenised(domain: Domain, encoder: Encoder, cache_dir: str | os.PathLike | None = None) -> TokenStore:

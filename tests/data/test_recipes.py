@@ -36,6 +36,9 @@ def test_local_files_take_the_place_of_the_hub(folder):
 
 def test_a_folder_of_wikitext_never_gives_its_test_set(folder):
     assert names(resolve(f"wikitext={folder}")) == {"wikitext": ["wiki.train.tokens", "wikitext_train.txt"]}
+    (folder / "wiki.TEST.raw").write_text("x")
+    (folder / "wiki.Valid.raw").write_text("x")
+    assert names(resolve(f"wikitext={folder}")) == {"wikitext": ["wiki.train.tokens", "wikitext_train.txt"]}
     assert names(resolve(f"wikitext={folder}/code_x.txt")) == {"wikitext": ["code_x.txt"]}
 
 
@@ -55,6 +58,9 @@ def test_named_files_are_a_domain_of_their_own(folder):
     [
         ("divers", "neither a recipe nor a file; did you mean 'diverse'"),
         ("nothing", "neither a recipe nor a file; expected 'wikitext' or 'diverse', or files"),
+        ("", "an empty name; expected a file"),
+        ("notes=", "an empty name"),
+        ("diverse= ", "an empty name"),
         ("divers={}", "no recipe is called 'divers'; did you mean 'diverse'"),
         ("{}/none-*.jsonl", "no file matches"),
         ("{}/none.txt", "no file matches"),

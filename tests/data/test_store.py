@@ -229,6 +229,8 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
     assert cache_folder() == tmp_path and cache_folder("x").name == "x"
     monkeypatch.delenv("L2A_CACHE")
     assert cache_folder().parts[-2:] == ("l2a_jax", "tokens")
+    with pytest.raises(UserError, match="no home folder for the token cache ~nobody-of-that-name/x; set L2A_CACHE"):
+        cache_folder("~nobody-of-that-name/x")
 
 
 def test_a_cache_that_cannot_be_written_is_an_error(write, texts, tokenizer, tmp_path):
