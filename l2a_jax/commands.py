@@ -6,12 +6,15 @@ so that an interruption in the middle of them ends as cleanly as one later.
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
-from l2a_jax.errors import sentence
+from l2a_jax.errors import UserError, sentence
 
 INTERRUPTED, BROKEN_PIPE = 130, 141
 """Exit statuses: 128 and the signal that a shell would name."""
@@ -47,6 +50,36 @@ def run(body: Callable[[list[str] | None], int | None], arguments: list[str] | N
             raise
         print(f"error: {said}", file=sys.stderr)
         return 2
+
+
+class Parsed(argparse.Action):
+    """Keeps what `parse(text, flag)` makes of a flag's text; argparse's own `type` drops a UserError's sentence."""
+
+    def __init__(self, *args, parse: Callable[[str, str], Any], **kwargs):
+        super().__init__(*args, **kwargs)
+        self.parse = parse
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, self.parse(values, option_string))
+
+
+def path(text: str, flag: str) -> Path:
+    """A path, which an empty text (the current folder, to pathlib) is not. For `Parsed`."""
+    if not text.strip():
+        raise UserError(f"{flag} is empty; expected a path")
+    return Path(text)
+
+
+def say_idle(given: Iterable[str], rules: Iterable[tuple[bool, Iterable[str], str]]) -> None:
+    """One line in the log for each setting of `given` that changes nothing here.
+
+    A rule is (whether it holds, the names that then have no effect, why).
+    """
+    given = list(given)
+    for holds, names, why in rules:
+        for name in given:
+            if holds and name in names:
+                logging.getLogger("l2a_jax").warning("--%s has no effect here: %s", name.replace("_", "-"), why)
 
 
 class _Outliving:

@@ -114,7 +114,8 @@ class L2AConfig:
         object.__setattr__(self, "pruned_layers", tuple(sorted(int(layer) for layer in self.pruned_layers)))
         _require(
             not (self.share_attention and self.topology == "sequential"),
-            "share_attention needs topology 'parallel': the sequential layer runs two attention sets one after another",
+            "share_attention needs topology 'parallel': the sequential layer runs two attention sets one after another "
+            "(--topology sequential goes with --no-share-attention)",
         )
         _require(
             self.topology == "parallel" or self.router_input == "pre",

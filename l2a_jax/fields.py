@@ -59,7 +59,8 @@ class Range:
         """What is expected, to one who gave `value`: an end that only float32 makes of it needs a word more."""
         rounds = isinstance(value, (float, np.floating)) and self.low <= value <= self.high
         rounds = rounds and (value != self.low or self.low_included) and (value != self.high or self.high_included)
-        return f"{self}, and finite" if value == math.inf else f"{self}, in float32 too" if rounds else str(self)
+        more = ", and finite" if value == math.inf == self.high else ", in float32 too" if rounds else ""
+        return f"{self}{more}"
 
 
 def _float32(value: float) -> float:

@@ -95,7 +95,8 @@ class Settings:
     eval_every: Annotated[int, count()] = 250
     eval_batches: Annotated[int, count()] = 8
     seed: Annotated[int, SEED] = 0
-    given: tuple[str, ...] = ()  # the flags that were spelled out; a routed source's own layer yields only to these
+    # What was asked for by a flag or a named preset; a routed source's own layer yields only to this.
+    given: tuple[str, ...] = ()
 
 
 # Function-preserving at the start, sinks kept, both paths computed: what made router-only training lossless.
@@ -152,6 +153,7 @@ def resolve(regime: str, given: dict[str, Any], presets: tuple[str, ...] = ()) -
     for name in presets:
         values |= PRESETS[name]
     values |= given
+    asked = tuple(sorted(values))
     values["data"] = tuple(values.get("data") or ())
     if values.get("model") is None and not values["data"]:
         base = DEMO_PRETRAIN if regime == "pretrain" else DEMO
@@ -166,7 +168,7 @@ def resolve(regime: str, given: dict[str, Any], presets: tuple[str, ...] = ()) -
         raise UserError("--steps and --tokens both say how long to train; give one of them")
     if "tokens" in given:
         base = {**base, "steps": None}
-    return _checked(Settings(regime=regime, preset=tuple(presets), given=tuple(sorted(given)), **{**base, **values}))
+    return _checked(Settings(regime=regime, preset=tuple(presets), given=asked, **{**base, **values}))
 
 
 def _checked(settings: Settings) -> Settings:
@@ -207,14 +209,42 @@ def layer_of(settings: Settings) -> L2AConfig | None:
 
 
 def adapt_layer(own: L2AConfig, settings: Settings, source: str) -> L2AConfig:
-    """A routed source keeps its own layer; a flag may change its numbers, but not how it is wired (UserError)."""
-    asked = layer_of(settings)
-    for name in set(STRUCTURE) & set(settings.given):
-        if getattr(asked, name) != getattr(own, name):
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(asked, name)}, but {source} was trained with "
-                            f"{getattr(own, name)}")
-    changed = {name: getattr(asked, name) for name in {*LAYER_FIELDS, "rope"} & set(settings.given)}
-    return dataclasses.replace(own, **changed)
+    """A routed source keeps its own layer; what was asked for by a flag or a named preset may change its numbers, but
+    not how it is wired (UserError)."""
+    asked = {name: getattr(settings, name) for name in LAYER_FIELDS if name in settings.given}
+    for name in STRUCTURE:
+        if asked.get(name, getattr(own, name)) != getattr(own, name):
+            by = [preset for preset in settings.preset if PRESETS[preset].get(name) == asked[name]]
+            raise UserError(f"{fields.flag(name)} is {asked[name]}" + (f" by --preset {by[-1]}" if by else "")
+                            + f", but {source} was trained with {getattr(own, name)}")
+    if "rope" in settings.given:
+        asked["rope"] = None if settings.rope is None else parse_rope(settings.rope)
+    return dataclasses.replace(own, **asked)
+
+
+def as_used(settings: Settings, layer: L2AConfig) -> Settings:
+    """The settings with the layer that is in force, where a source brought its own: what a run records."""
+    rope = layer.rope
+    spelled = None if rope is None else rope.kind if rope.kind == "none" else f"{rope.kind}:{rope.factor:.17g}"
+    return dataclasses.replace(settings, rope=spelled, **{name: getattr(layer, name) for name in LAYER_FIELDS})
+
+
+def idle(settings: Settings) -> list[tuple[bool, tuple[str, ...], str]]:
+    """Where a setting changes nothing, as rules for `commands.say_idle`."""
+    s, trained = settings, set(REGIMES[settings.regime])
+    return [
+        (s.regime in PLAIN_REGIMES, (*LAYER_FIELDS, "router_lr", "penalty", "penalty_warmup", "penalty_ramp"),
+         f"--regime {s.regime} runs a plain model, which has no L2A layer"),
+        (not trained, ("steps", "tokens", "grad_accum", "echo", "lr", "weight_decay", "warmup", "clip", "master_dtype",
+                       "remat", "unroll", "save_every", "eval_every"), f"--regime {s.regime} trains nothing"),
+        (bool(trained) and not trained & {"attention", "mlp", "embeddings"}, ("weight_decay",),
+         f"decay is of matrices, and --regime {s.regime} trains the router and norms alone"),
+        (trained == {"router"} and s.router_lr is not None, ("lr",),
+         f"--regime {s.regime} trains the router alone, whose rate is --router-lr ({s.router_lr:g})"
+         if s.router_lr else ""),
+        (s.penalty == 0 and s.regime not in PLAIN_REGIMES, ("penalty_warmup", "penalty_ramp"), "--penalty is 0"),
+        (not s.data, ("packing",), "the synthetic recall corpus is made in whole rows"),
+    ]
 
 
 def model_of(settings: Settings, config: ModelConfig) -> ModelConfig:
@@ -228,4 +258,7 @@ def steps_of(settings: Settings, tokens_per_batch: float) -> int:
     """Number of optimiser steps: as given, or as many as the token budget needs (the last one may overshoot it)."""
     if settings.steps is not None:
         return settings.steps
-    return max(1, math.ceil(settings.tokens / (tokens_per_batch * settings.grad_accum)))
+    steps = max(1, math.ceil(settings.tokens / (tokens_per_batch * settings.grad_accum)))
+    if steps > fields.MOST:
+        raise UserError(f"--tokens {settings.tokens} are {steps:,} steps; expected at most {fields.MOST:,}")
+    return steps

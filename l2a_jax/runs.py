@@ -27,6 +27,7 @@ import numpy as np
 import optax
 
 from l2a_jax import presets, run_folder
+from l2a_jax.attention import api as attention
 from l2a_jax.config import MODELS, L2AConfig, ModelConfig, position_limit
 from l2a_jax.data.batch import Batch, TrainingData
 from l2a_jax.data.changes import difference
@@ -44,7 +45,7 @@ from l2a_jax.training.checkpoint import BEST, LATEST, Checkpoints
 from l2a_jax.training.diagnose import first_non_finite
 from l2a_jax.training.loop import NonFinite, Schedule, Stopped, StopRequest, fit, stacked_batch
 from l2a_jax.training.optimizer import OptimizerConfig, make_optimizer
-from l2a_jax.training.regimes import check_attention_layers, count_parameters, regime_mask
+from l2a_jax.training.regimes import PLAIN_REGIMES, check_attention_layers, count_parameters, regime_mask
 from l2a_jax.training.remat import checkpoint_policy
 from l2a_jax.training.step import (
     Dials,
@@ -89,26 +90,30 @@ def make_plan(settings: Settings, *, read: Callable = read_source, open_data: Ca
 
     `read` and `open_data` do the reading; a study of many runs passes ones that remember.
     """
-    if settings.backend not in ("auto", "reference", "xla", "cudnn", "pallas", "pallas_interpret"):
-        raise UserError(f"--backend is {settings.backend!r}; expected auto, reference, xla, cudnn, pallas or "
-                        "pallas_interpret")
+    if settings.deterministic:
+        set_deterministic()
+    attention.check(settings.backend)
     dtype = jnp.dtype(settings.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
     source = settings.model or (None if settings.regime == "pretrain" else TINY)
     if source is None:
         config, source_layer, tokenizer = MODELS["qwen2.5-tiny"], None, make_tokenizer()
     else:
         config, source_layer, tokenizer = read(source)
-    l2a_config = presets.layer_of(settings)
-    if source_layer is not None:
-        if l2a_config is None:
+    if source_layer is None:
+        l2a_config = presets.layer_of(settings)
+    else:
+        if settings.regime in PLAIN_REGIMES:
             raise UserError(f"--regime {settings.regime} trains a plain model, but {source} has an L2A layer")
         l2a_config = presets.adapt_layer(source_layer, settings, source)
+        settings = presets.as_used(settings, l2a_config)
     config = presets.model_of(settings, config)
     check_attention_layers(settings.attention_layers, settings.regime, config.num_layers)
     limit = position_limit(config, l2a_config)
     if settings.seq_len > limit:
         raise UserError(f"--seq-len {settings.seq_len} is longer than max_positions x factor = {limit} of this model; "
                         "shorten it or choose a larger --rope factor")
+    memory.check_batch(settings.batch_size, settings.seq_len, config.hidden_size * dtype.itemsize,
+                       grad_accum=settings.grad_accum, eval_batches=0 if settings.data else settings.eval_batches)
     if settings.data:
         if tokenizer is None:
             raise UserError(f"{source} has no tokenizer, so --data cannot be read with it")
@@ -188,7 +193,7 @@ def compile_run(plan: Plan) -> Run:
         compute_params(trainable, frozen, plan.dtype), batch, decisions, objective=objective))
     if not jax.tree.leaves(trainable):
         return Run(plan, objective, mask, optimizer, like, None, evaluate, memory.tree_bytes(frozen))
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), stacked_batch(plan.data, 0, s.grad_accum))
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((s.grad_accum, *x.shape), x.dtype), plan.data.batch(0))
     step = jax.jit(functools.partial(dialled_step, objective=objective, optimizer=rule, regime=s.regime),
                    donate_argnums=0)
     started = time.perf_counter()

@@ -6,7 +6,6 @@ Without --model and --data this runs the embedded demo: a tiny model on the synt
 from __future__ import annotations
 
 import argparse
-import pathlib
 import sys
 
 from l2a_jax import commands
@@ -14,17 +13,22 @@ from l2a_jax import commands
 
 def make_parser() -> argparse.ArgumentParser:
     """Every flag; those left out keep the preset's value, so they default to "not given"."""
+    from l2a_jax.attention.backends import HELP
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.add_argument("--regime", help="baseline, router_strict, router_only, l2a_ft, l2a_paper, full_ft, pretrain")
-    parser.add_argument("--resume", type=pathlib.Path, metavar="RUN_DIR", help="continue this run, bit for bit")
-    parser.add_argument("--run-dir", type=pathlib.Path, help="new folder for the run (default: runs/REGIME-TIME)")
+    parser.add_argument("--resume", action=commands.Parsed, parse=commands.path, metavar="RUN_DIR",
+                        help="continue this run, bit for bit")
+    parser.add_argument("--run-dir", action=commands.Parsed, parse=commands.path,
+                        help="new folder for the run (default: runs/REGIME-TIME)")
     parser.add_argument("--preset", nargs="+",
-                        help="paper, repair, repair-far, 0.5b-24gb, 1.5b-24gb, 3b-24gb; flags override")
+                        help="paper, repair, repair-far, 0.5b-24gb, 1.5b-24gb, 3b-24gb; flags override; of a routed "
+                        "--model, either may change the layer's numbers, not its wiring")
     parser.add_argument("--model", help="hub id, folder, run folder or .gguf file")
     parser.add_argument("--data", nargs="+", help="wikitext, diverse, RECIPE=DIR, files, folders or globs")
     parser.add_argument("--steps", type=int, help="optimiser steps")
-    parser.add_argument("--tokens", type=_count, help="tokens to train on, such as 12M")
+    parser.add_argument("--tokens", action=commands.Parsed, parse=_count, help="tokens to train on, such as 12M")
     parser.add_argument("--seq-len", type=int, help="tokens a row")
     parser.add_argument("--batch-size", type=int, help="rows a micro-batch")
     parser.add_argument("--grad-accum", type=int, help="micro-batches a step")
@@ -50,7 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--weight-decay", type=float)
     parser.add_argument("--warmup", type=float, help="share of the run over which the learning rate rises")
     parser.add_argument("--clip", type=float, help="global norm of the gradient")
-    parser.add_argument("--backend", help="attention: auto, reference, xla, cudnn, pallas, pallas_interpret")
+    parser.add_argument("--backend", help=HELP)
     parser.add_argument("--dtype", help="what the forward pass computes in: float32 or bfloat16")
     parser.add_argument("--master-dtype", help="of trained weights and optimizer: float32 or bfloat16")
     parser.add_argument("--remat", help="recomputed in the backward pass: layer (least memory), mlp, elementwise, none")
@@ -65,10 +69,10 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _count(text: str) -> int:
+def _count(text: str, flag: str) -> int:
     from l2a_jax.data.counts import parse_count
 
-    return parse_count(text, "--tokens")
+    return parse_count(text, flag)
 
 
 def train(arguments: list[str] | None) -> None:
@@ -95,6 +99,7 @@ def train(arguments: list[str] | None) -> None:
     if "attention_layers" in flags:
         flags["attention_layers"] = parse_layers(flags["attention_layers"], "--attention-layers")
     settings = presets.resolve(regime, flags, names)
+    commands.say_idle(flags, presets.idle(settings))
     if dry:
         print(runs.dry_run(settings))
         return

@@ -3,7 +3,8 @@
 A backend is a module with `local`, `routed`, `mixed` and `full` (and `both` where it has a better way), and a
 `why_not(call)` that says in one sentence why it cannot serve a call (None: it can). `backend="auto"` takes the first
 of the device's list that can, and says once per kind of call, in the log, which one that was; a backend that was asked
-for by name and cannot serve the call raises NotImplementedError with its reason. Nothing ever falls back silently.
+for by name and cannot serve the call raises Unsupported with its reason. Nothing ever falls back silently. What a
+backend needs of the machine itself is its `machine_why_not()`, which commands ask before anything else (`check`).
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from l2a_jax.attention.backends import BACKENDS
+from l2a_jax.attention.backends import CHOICES, check_name
 from l2a_jax.attention.kernels import blocks
+from l2a_jax.errors import Unsupported
 
 log = logging.getLogger("l2a_jax.attention")
 
@@ -47,16 +49,17 @@ def _module(name: str):
 
 
 def why_not(backend: str, call: Call) -> str | None:
-    """The reason why `backend` cannot serve `call`, or None."""
-    if backend not in BACKENDS:
-        raise ValueError(f"attention backend is {backend!r}; expected auto or one of {', '.join(BACKENDS)}")
-    try:
-        module = _module(backend)
-    except ModuleNotFoundError as error:
-        if error.name != f"l2a_jax.attention.{backend}":
-            raise
-        return "is not part of this build"
-    return getattr(module, "why_not", lambda call: None)(call)
+    """The reason why `backend` cannot serve `call`, or None. UserError where there is no such backend."""
+    check_name(backend)
+    return getattr(_module(backend), "why_not", lambda call: None)(call)
+
+
+def check(backend: str, flag: str = "--backend") -> None:
+    """UserError where there is no such backend, Unsupported where this machine lacks what it needs of any call."""
+    check_name(backend, flag, CHOICES)
+    reason = None if backend == "auto" else getattr(_module(backend), "machine_why_not", lambda: None)()
+    if reason is not None:
+        raise Unsupported(f"{flag} {backend} cannot be used on this machine: {reason}")
 
 
 def _order(call: Call, platform: str) -> tuple[str, ...]:
@@ -77,7 +80,7 @@ def choose(call: Call, backend: str, platform: str) -> str:
     if backend != "auto":
         reason = why_not(backend, call)
         if reason is not None:
-            raise NotImplementedError(f"attention backend {backend!r} cannot serve {call}: {reason}")
+            raise Unsupported(f"attention backend {backend!r} cannot serve {call}: {reason}")
         return backend
     reasons = []
     for name in _order(call, platform):
@@ -88,7 +91,7 @@ def choose(call: Call, backend: str, platform: str) -> str:
                      name, said)
             return name
         reasons.append(f"{name} ({reason})")
-    raise NotImplementedError(f"no attention backend can serve {call} on {platform}: {'; '.join(reasons)}")
+    raise Unsupported(f"no attention backend can serve {call} on {platform}: {'; '.join(reasons)}")
 
 
 def _dispatch(operation, backend, q, k, v, *args, segment_ids, **options):
@@ -133,7 +136,7 @@ def local(
     """Causal attention over `window` keys including the token itself, plus the first `sinks` keys.
 
     q, k, v: one float dtype, which is the output's too. `window`, `sinks`: keys. `segment_ids`: see `reference`.
-    Raises ValueError on shapes that do not fit, NotImplementedError where the named backend cannot serve the call.
+    Raises ValueError on shapes that do not fit, Unsupported where the named backend cannot serve the call.
     """
     return _dispatch("local", backend, q, k, v, segment_ids=segment_ids, window=window, sinks=sinks)
 

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+from l2a_jax.errors import UserError
+
 BACKENDS = ("reference", "xla", "cudnn", "pallas", "pallas_interpret")
 CHOICES = ("auto", *BACKENDS)
 HELP = f"attention: {', '.join(CHOICES)}"
+
+
+def check_name(backend: str, what: str = "attention backend", names: tuple[str, ...] = BACKENDS) -> None:
+    """UserError, beginning with `what`, unless `backend` is one of `names`."""
+    if backend not in names:
+        raise UserError(f"{what} is {backend!r}; expected one of {', '.join(names)}")

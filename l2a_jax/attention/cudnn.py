@@ -5,11 +5,14 @@ from __future__ import annotations
 import jax
 
 
+def machine_why_not() -> str | None:
+    """cuDNN is NVIDIA's."""
+    return None if jax.default_backend() == "gpu" else "cuDNN needs an NVIDIA GPU"
+
+
 def why_not(call) -> str | None:
     """cuDNN knows causal and windowed causal attention in half precision, nothing else."""
-    if jax.default_backend() != "gpu":
-        return "cuDNN needs an NVIDIA GPU"
-    return shape_why_not(call)
+    return machine_why_not() or shape_why_not(call)
 
 
 def shape_why_not(call) -> str | None:

@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from l2a_jax.attention.backends import BACKENDS
+from l2a_jax.attention.backends import check_name
 from l2a_jax.attention.kernels import decode as kernel
 from l2a_jax.attention.kernels.tile import FLOOR
 from l2a_jax.attention.pallas import shape_why_not
 from l2a_jax.attention.pallas import why_not as pallas_why_not
 from l2a_jax.attention.reference import masked_softmax
+from l2a_jax.errors import Unsupported
 
 CHUNK = 256  # slots that the XLA version visits at a time
 
@@ -51,8 +52,7 @@ class _Shape(NamedTuple):
 
 def why_not(backend: str, width: int, dtype: str, sinks: int = 0) -> str | None:
     """Why `backend` cannot take decode steps over such a cache, or None."""
-    if backend not in BACKENDS:
-        raise ValueError(f"attention backend is {backend!r}; expected auto or one of {', '.join(BACKENDS)}")
+    check_name(backend)
     if backend == "cudnn":
         return "cuDNN has no per-row range of keys"
     if backend == "pallas":
@@ -63,13 +63,13 @@ def why_not(backend: str, width: int, dtype: str, sinks: int = 0) -> str | None:
 def choose(backend: str, width: int, dtype: str, sinks: int = 0) -> str:
     """The backend of a decode step: the one named, or for `auto` the kernel on a GPU, else XLA.
 
-    Raises NotImplementedError where the named backend cannot serve.
+    Raises Unsupported where the named backend cannot serve.
     """
     if backend == "auto":
         return "pallas" if why_not("pallas", width, dtype, sinks) is None else "xla"
     reason = why_not(backend, width, dtype, sinks)
     if reason is not None:
-        raise NotImplementedError(f"attention backend {backend!r} cannot decode: {reason}")
+        raise Unsupported(f"attention backend {backend!r} cannot decode: {reason}")
     return backend
 
 
@@ -89,7 +89,7 @@ def attend_cache(
 
     q, k, v: the new tokens, rotated, taken in the cache's dtype; the result has q's. `write` False: the token is in its
     slot already (a second look by the same token), and the cache comes back as it was. Where `sinks` is 0 nothing below
-    `begin` is seen. Raises ValueError on shapes that do not fit, NotImplementedError as `choose` does.
+    `begin` is seen. Raises ValueError on shapes that do not fit, Unsupported as `choose` does.
     """
     batch, slots, kv_heads, width = cache.k.shape[1:]
     if q.shape[0] != batch or k.shape != (batch, kv_heads, width) or v.shape != k.shape or q.shape[2] != width:

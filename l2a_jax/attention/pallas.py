@@ -26,13 +26,18 @@ from l2a_jax.attention.rows import take, token_rows
 DTYPES = ("bfloat16", "float16", "float32")
 
 
-def why_not(call) -> str | None:
-    """The Triton lowering wants an NVIDIA GPU of the Ampere generation or newer, and widths that are powers of two."""
+def machine_why_not() -> str | None:
+    """The Triton lowering wants an NVIDIA GPU of the Ampere generation or newer."""
     if jax.default_backend() != "gpu":
         return "the kernels are compiled for NVIDIA GPUs; pallas_interpret runs them elsewhere"
     if blocks.capability() < 8:
         return f"the kernels need compute capability 8.0, this device has {blocks.capability()}"
-    return shape_why_not(call)
+    return None
+
+
+def why_not(call) -> str | None:
+    """What the machine or the call lacks; widths are to be powers of two."""
+    return machine_why_not() or shape_why_not(call)
 
 
 def shape_why_not(call) -> str | None:

@@ -36,6 +36,25 @@ def device_bytes() -> int:
     return physical if text == "max" else min(physical, int(text))
 
 
+BATCH_BYTES = 20
+"""Of a token in a `Batch`: five arrays of four bytes."""
+
+
+def check_batch(batch_size: int, seq_len: int, token_bytes: int, *, grad_accum: int = 1, eval_batches: int = 0) -> None:
+    """UserError, naming the flag, where the tokens of a batch alone, before any work on them, exceed the device.
+
+    `token_bytes`: of one token's hidden state. `eval_batches`: that are generated and held for scoring.
+    """
+    have, micro = device_bytes(), batch_size * seq_len
+    for need, what in (
+            (micro * (token_bytes + BATCH_BYTES), f"--batch-size {batch_size} rows of {seq_len} tokens"),
+            (micro * grad_accum * BATCH_BYTES, f"--grad-accum {grad_accum} batches of {micro} tokens"),
+            (micro * eval_batches * BATCH_BYTES, f"--eval-batches {eval_batches} batches of {micro} tokens")):
+        if need > have:
+            raise UserError(f"{what} need at least {need / 1e9:,.0f} GB and the device has {have / 1e9:.1f} GB; "
+                            "expected fewer")
+
+
 def check_fits(compiled: Any, state: Any, frozen: Tree) -> int:
     """The estimate in bytes; UserError with its parts where it exceeds the device."""
     need, have = step_bytes(compiled), device_bytes()

@@ -6,13 +6,16 @@ from l2a_jax.errors import UserError
 
 @pytest.mark.parametrize(
     ("text", "count"),
-    [("12M", 12_000_000), ("1.5k", 1500), ("2_048", 2048), ("12,000", 12_000), ("1e6", 10**6), ("1B", 10**9), (7, 7)],
+    [("12M", 12_000_000), ("1.5k", 1500), ("2_048", 2048), ("12,000", 12_000), ("1e6", 10**6), ("1B", 10**9), (7, 7),
+     ("9007199254740993", 9007199254740993), ("9223372036854775807", 2**63 - 1)],
 )
 def test_counts_as_people_write_them(text, count):
     assert parse_count(text) == count
 
 
-@pytest.mark.parametrize("text", ["", "M", "0", "-3", "1.5", "12 apples", "0.0001k", "nan"])
+@pytest.mark.parametrize("text", ["", "M", "0", "-3", "1.5", "12 apples", "0.0001k", "nan", "inf", "1e400",
+                                  "1e999999999", "1e20",
+                                  "9" * 5_000, "\u0663", "12Mk"])
 def test_anything_else_is_an_error_that_names_the_flag(text):
     with pytest.raises(UserError, match=r"--tokens is .*expected a whole number"):
         parse_count(text, "--tokens")

@@ -37,6 +37,20 @@ CASES = {
     "missing model": (["--regime", "l2a_ft", "--model", "nowhere.gguf", "--data", "wikitext"], "nowhere.gguf"),
     "unknown backend": (["--regime", "l2a_ft", "--backend", "flash"], "--backend is 'flash'"),
     "unknown dtype": (["--regime", "l2a_ft", "--dtype", "float8"], "--dtype is 'float8'"),
+    "unknown backend with a model": (["--regime", "l2a_ft", "--model", "x/y", "--data", "z", "--backend", "flash"],
+                                     "--backend is 'flash'; expected one of auto, reference, xla, cudnn, pallas"),
+    "no tokens": (["--regime", "l2a_ft", "--tokens", "0"], "--tokens is '0'; expected a whole number above 0"),
+    "tokens beyond numbers": (["--regime", "l2a_ft", "--tokens", "1e999999999"], "--tokens is '1e999999999'; expected"),
+    "too many tokens": (["--regime", "l2a_ft", "--tokens", "9000000T"], "steps; expected at most 2,147,483,647"),
+    "a run folder without a name": (["--regime", "l2a_ft", "--run-dir", ""], "--run-dir is empty; expected a path"),
+    "sequential alone": (["--regime", "router_strict", "--topology", "sequential"],
+                         "--topology sequential goes with --no-share-attention"),
+    "a batch beyond memory": (["--regime", "l2a_ft", "--batch-size", "1000000000"], "--batch-size 1000000000 rows of"),
+    "long rows beyond memory": (["--regime", "baseline", "--batch-size", "2147483647", "--seq-len", "1024"],
+                                "--batch-size 2147483647 rows of 1024 tokens need at least"),
+    "micro-batches beyond memory": (["--regime", "l2a_ft", "--grad-accum", "2147483647"], "--grad-accum 2147483647"),
+    "held-out batches beyond memory": (["--regime", "l2a_ft", "--eval-batches", "2147483647"],
+                                       "--eval-batches 2147483647 batches of"),
     "negative penalty": (["--regime", "l2a_ft", "--penalty", "-1"], "--penalty is -1.0; expected at least 0"),
 }
 
@@ -44,7 +58,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_one_clear_line_and_nothing_written(name, tmp_path, capsys):
     arguments, expected = CASES[name]
-    assert load_command()([*arguments, "--run-dir", str(tmp_path / "run")]) == 2
+    assert load_command()(["--run-dir", str(tmp_path / "run"), *arguments]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("error: ") and expected in said
     assert not (tmp_path / "run").exists()

@@ -90,7 +90,7 @@ def test_a_window_that_is_switched_off_is_ignored():
         ({"rope_theta": "wide"}, "unusable"),
         ({"rope_scaling": "wide"}, "unusable"),
         ({"rms_norm_eps": None}, "unusable"),
-        ({"rms_norm_eps": float("nan")}, "unusable: rms_norm_eps is nan; expected above 0"),
+        ({"rms_norm_eps": float("nan")}, "unusable: rms_norm_eps is nan; expected between 0 and 1"),
         ({"rope_theta": -1.0}, "rope_theta is -1.0; expected above 0"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 1e400}}, "unusable"),
         ({"num_attention_heads": 0}, "expected at least 1"),
