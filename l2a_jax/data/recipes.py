@@ -98,7 +98,7 @@ def absolute(entry: str) -> str:
     name, equals, place = entry.partition("=")
     if entry in RECIPES:
         return entry
-    if not equals or _matches(entry):
+    if not equals or find(entry, f"--data {entry}"):
         return str(Path(entry).expanduser().absolute())
     return f"{name}={Path(place).expanduser().absolute()}"
 
