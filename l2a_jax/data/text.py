@@ -165,12 +165,11 @@ def _parquet_rows(path: Path, on_read: Callable[[int], None], needed: Callable[[
         with _parsing(path, "its index"):
             parquet = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
             names = parquet.schema_arrow.names
-            columns = list(needed(names))
-            batches = parquet.iter_batches(batch_size=256, columns=columns)
+        columns = list(needed(names))
         if not names or len({*columns}) < len(columns):
             twice = next((name for name in columns if columns.count(name) > 1), None)
             raise UserError(f"{path} has no columns" if twice is None else f"{path} has two columns {twice!r}")
-        number = 0
+        batches, number = parquet.iter_batches(batch_size=256, columns=columns), 0
         while True:
             with _parsing(path, f"the part after row {number}"):
                 rows = next(batches, None)

@@ -132,6 +132,8 @@ def test_only_the_columns_that_are_asked_for_are_read(tmp_path):
     assert read(path, field="{text}") == read(path)
     with pytest.raises(UserError, match=r"is damaged|no text field 'body'"):
         read(path, field="body")
+    with pytest.raises(UserError, match=r"^the text field '{text' is no template"):
+        read(path, field="{text")
 
 
 @pytest.mark.parametrize(("line", "said"), [
