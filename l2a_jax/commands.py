@@ -7,6 +7,7 @@ so that an interruption in the middle of them ends as cleanly as one later.
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -94,15 +95,20 @@ class _Outliving:
     def write(self, text):
         try:
             return self._stream.write(text)
-        except BrokenPipeError:
-            _to_nowhere(self._stream)
+        except OSError as error:
+            self._outlive(error)
             return len(text)
 
     def flush(self):
         try:
             self._stream.flush()
-        except BrokenPipeError:
-            _to_nowhere(self._stream)
+        except OSError as error:
+            self._outlive(error)
+
+    def _outlive(self, error):
+        if error.errno not in (errno.EPIPE, errno.EIO):  # a pipe's reader, a terminal
+            raise error
+        _to_nowhere(self._stream)
 
 
 def _outlive_readers() -> None:

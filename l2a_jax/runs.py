@@ -36,7 +36,7 @@ from l2a_jax.data.preview import decode_row
 from l2a_jax.data.recall import RecallCorpus, make_tokenizer
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import recall
-from l2a_jax.files import owned, plain, write_json
+from l2a_jax.files import check_file, check_writable, owned, plain, write_json
 from l2a_jax.models.params import Tree, abstract_params, add_routing, init_params
 from l2a_jax.presets import Settings
 from l2a_jax.run_files import RunConfig, read_run
@@ -222,7 +222,7 @@ def load_tree(plan: Plan) -> tuple[Tree, Tree | None, str]:
 
 def train(settings: Settings, run_dir: pathlib.Path) -> dict[str, Any]:
     """Train as `settings` say into the new folder `run_dir`; returns the summary that `summary.json` holds."""
-    with _stoppable(run_dir, "nothing is trained yet, and nothing is kept") as stop, run_folder.new(run_dir):
+    with _stoppable(run_dir, "nothing has been trained, so nothing is kept") as stop, run_folder.new(run_dir):
         plan = make_plan(settings)
         _announce(plan)
         stop.at_once = False  # from here on JAX works, which must not be torn down in the middle
@@ -247,7 +247,11 @@ def resume(run_dir: pathlib.Path) -> dict[str, Any]:
         plan = plan_of(recorded, f"--resume {run_dir}")
         _announce(plan)
         _check_machine(plan, recorded, f"--resume {run_dir}")
-        Checkpoints(run_dir).metadata(LATEST)  # damage is said before compiling
+        checkpoints = Checkpoints(run_dir)
+        check_writable(run_dir, "--resume")
+        for kind in (LATEST, BEST):  # damage, and what cannot be written, are said before compiling
+            checkpoints.metadata(kind)
+        check_file(run_dir / "metrics.jsonl", "--resume")
         stop.at_once = False
         run = compile_run(plan)
         stop.check()
@@ -258,11 +262,12 @@ def resume(run_dir: pathlib.Path) -> dict[str, Any]:
                             f"(hash {source[:12]}, not {recorded.source_hash[:12]})")
         trainable, frozen = run.split(params)
         del params
-        if not Checkpoints(run_dir).steps(LATEST):  # stopped before the first checkpoint: the start is exact too
+        if not checkpoints.steps(LATEST):  # stopped before the first checkpoint: the start is exact too
+            log.warning("there is no checkpoint: the run begins again from its start")
             state = initial_state(trainable, run.optimizer, jnp.dtype(plan.settings.master_dtype))
         else:
-            state = Checkpoints(run_dir).load(LATEST, run.like)
-        log.info("resuming after step %d of %d", int(state.step), plan.steps)
+            state = checkpoints.load(LATEST, run.like)
+            log.info("resuming after step %d of %d", int(state.step), plan.steps)
         return _fit_and_score(run, run_dir, state, frozen, source_params, stop)
 
 
@@ -276,6 +281,11 @@ def plan_of(recorded: RunConfig, what: str) -> Plan:
     if plan.data.fingerprint != recorded.data_fingerprint:
         raise UserError(f"{what}: the data is not what the run began with: "
                         f"{difference(recorded.data, plan.data.describe())}")
+    for key in ("config", "l2a_config"):
+        now, then = getattr(plan, key), getattr(recorded, "model_config" if key == "config" else key)
+        if now != then:
+            raise UserError(f"{what}: {recorded.path} records another model than its settings and source give now: "
+                            f"{then} is not {now}")
     return plan
 
 

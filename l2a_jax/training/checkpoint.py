@@ -12,7 +12,7 @@ import logging
 import os
 import pathlib
 import shutil
-from collections.abc import Container
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -20,8 +20,9 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from l2a_jax.errors import UserError
-from l2a_jax.files import read_json, write_json
+from l2a_jax.files import parse_json, read_json, write_json
 from l2a_jax.models.params import Tree
+from l2a_jax.shapes import each, require
 from l2a_jax.training.step import TrainState
 
 log = logging.getLogger("l2a_jax")
@@ -45,8 +46,10 @@ class Checkpoints:
         """The steps of the whole checkpoints of this kind, ascending."""
         try:
             names = os.listdir(self.root / kind)
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             return []
+        except NotADirectoryError:
+            raise UserError(f"{self.root / kind} is a file; expected a folder of checkpoints") from None
         return sorted(int(name) for name in names if name.isdecimal())
 
     def folder(self, kind: str, step: int | None = None) -> pathlib.Path:
@@ -93,10 +96,7 @@ class Checkpoints:
             return None
         folder = self.folder(kind, step)
         self._check_sums(kind, folder, ())
-        try:
-            found = dict(ocp.checkpointables_metadata(folder).custom_metadata or {})
-        except Exception as error:
-            raise self._damaged(kind, folder, f"its metadata cannot be read ({_first_line(error)})") from error
+        found = self._custom(kind, folder)
         return {**found, "step": int(folder.name)}
 
     def load(self, kind: str, like: TrainState) -> TrainState:
@@ -115,26 +115,31 @@ class Checkpoints:
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), parts)
         folder = self.folder(kind, step)
-        self._check_sums(kind, folder, parts)
+        checked = self._check_sums(kind, folder, parts)
         try:
             return int(folder.name), ocp.load_checkpointables(folder, abstract)
-        except Exception as error:
-            raise self._damaged(kind, folder, "it cannot be read, or does not fit this run "
-                                              f"({_first_line(error)})") from error
+        except Exception as error:  # Orbax raises many kinds, and words, for the one fact that the files do not fit
+            if checked:
+                raise UserError(f"the checkpoint {folder} is whole but not of this run: it holds other arrays than "
+                                "the config.json beside it says are trained") from error
+            raise self._damaged(kind, folder, "its arrays cannot be read, or are not those of this run") from error
 
-    def _check_sums(self, kind: str, folder: pathlib.Path, parts: Container[str]) -> None:
-        """UserError unless the files beside and in the `parts` have the bytes that were written. Without sums there is
-        no telling, which is said: checkpoints of older versions have none."""
+    def _check_sums(self, kind: str, folder: pathlib.Path, parts: Collection[str]) -> bool:
+        """Whether there are sums to tell by; checkpoints of older versions have none, which is said. UserError unless
+        the files beside and in the `parts` have the bytes that were written."""
+        custom = self._custom(kind, folder)
         if not (folder / SUMS).exists():
-            if SUMS.encode() in _bytes(folder / _METADATA):
-                raise self._damaged(kind, folder, f"its {SUMS} is missing")
-            log.info("%s was written without checksums: damage to its numbers would not be noticed", folder)
-            return
+            if "checksums" in custom:
+                raise self._damaged(kind, folder, f"its file {SUMS} is missing")
+            if parts:
+                log.info("%s was written without checksums: damage to its numbers would not be noticed", folder)
+            return False
         try:
             recorded = read_json(folder / SUMS)
-            sums, step = dict(recorded["sha256"]), recorded["step"]
-        except (UserError, KeyError, TypeError, ValueError) as error:
-            raise self._damaged(kind, folder, f"its {SUMS} cannot be read ({_first_line(error)})") from error
+            require(recorded, {"step": int, "sha256": each(str)}, SUMS)
+        except UserError as error:
+            raise self._damaged(kind, folder, f"its file {SUMS} is not what was written") from error
+        sums, step = recorded["sha256"], recorded["step"]
         if str(step) != folder.name:
             raise self._damaged(kind, folder, f"it was written as step {step}")
         for name, value in sums.items():
@@ -145,6 +150,21 @@ class Checkpoints:
                 raise self._damaged(kind, folder, f"its file {name} is missing")
             if _sum(folder / name) != value:
                 raise self._damaged(kind, folder, f"its file {name} is not what was written (the checksums differ)")
+        return True
+
+    def _custom(self, kind: str, folder: pathlib.Path) -> dict[str, Any]:
+        """What we saved beside the arrays; read by ourselves, as Orbax would look at the arrays too and log at length
+        what it does not like."""
+        try:
+            found = parse_json((folder / _METADATA).read_bytes(), _METADATA)
+            require(found, {"custom_metadata?": dict}, _METADATA)
+        except (FileNotFoundError, NotADirectoryError):
+            raise self._damaged(kind, folder, f"its file {_METADATA} is missing") from None
+        except OSError as error:
+            raise UserError(f"{folder / _METADATA} cannot be read: {error.strerror or error}") from error
+        except UserError as error:
+            raise self._damaged(kind, folder, f"its file {_METADATA} is not what was written") from error
+        return found.get("custom_metadata") or {}
 
     def _damaged(self, kind: str, folder: pathlib.Path, what: str) -> UserError:
         before = [step for step in self.steps(kind) if step < int(folder.name)]
@@ -176,15 +196,6 @@ def _sum(path: pathlib.Path) -> str:
     try:
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-
-
-def _bytes(path: pathlib.Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return b""
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
 

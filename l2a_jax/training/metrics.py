@@ -162,7 +162,8 @@ def draw_curves(records: list[dict[str, Any]], path: pathlib.Path) -> None:
     if any("held_out_loss" in record for record in records):
         axes[0].plot(*points("held_out_loss"), "o-", ms=3, label="held out")
     axes[0].set(title="loss (nats per token)", xlabel="step")
-    axes[0].legend()
+    if records:
+        axes[0].legend()
     axes[1].semilogy(*points("grad_norm"), lw=1)
     axes[1].set(title="gradient norm of what is trained", xlabel="step")
     if routed:
