@@ -7,6 +7,7 @@ is not; `checksums.json` in it tells whether its bytes are still those that were
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -84,7 +85,7 @@ class Checkpoints:
             (partial / str(step)).rename(folder / str(step))
         except Exception as error:  # Orbax raises many kinds for one fact: the system refuses
             kept = "; ".join(str(self.root / kind / str(step)) for step in self.steps(kind)) or "none"
-            raise UserError(f"the checkpoint {folder / str(step)} cannot be written: {_first_line(error)} (whole ones "
+            raise UserError(f"the checkpoint {folder / str(step)} cannot be written: {_reason(error)} (whole ones "
                             f"there: {kept})") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -200,9 +201,14 @@ def _sum(path: pathlib.Path) -> str:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _first_line(error: BaseException) -> str:
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return text if len(text) <= 300 else f"{text[:297]}..."
+def _reason(error: BaseException) -> str:
+    """Why the system refused, out of the page that TensorStore makes of it."""
+    text = str(error).strip() or type(error).__name__
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO):
+        if os.strerror(number) in text:
+            return os.strerror(number)
+    first = text.splitlines()[0]
+    return first if len(first) <= 300 else f"{first[:297]}..."
 
 
 def _numbered(tree: Any) -> dict[str, Any]:
