@@ -83,8 +83,9 @@ def absorption(arguments: list[str] | None) -> int:
 
     import jax
 
-    from l2a_jax.absorption import suite
+    from l2a_jax.absorption import report, suite
     from l2a_jax.absorption.lab import Lab, OutOfTime
+    from l2a_jax.files import check_file
 
     if flags.experiment is None and not flags.benchmark:
         parser.error("--experiment or --benchmark is needed")
@@ -107,6 +108,9 @@ def absorption(arguments: list[str] | None) -> int:
         benchmark.run(preset, backend, out)
         return 0
     names = suite.check_names(flags.experiment)
+    for name in names:
+        report.check_place(name, out)
+    check_file(run_dir / "evaluations.json", "--run-dir")
     corpus = suite.make_corpus(preset, flags.data, flags.tokenizer, flags.held_out, flags.cache_dir)
     deadline = float("inf") if flags.time_limit is None else began + flags.time_limit
     lab = Lab(preset, corpus, run_dir, deadline, backend)

@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l2a_jax.absorption import arms, train
+from l2a_jax.absorption import arms, report, train
 from l2a_jax.absorption.config import Arm, Preset
-from l2a_jax.files import write_json
+from l2a_jax.files import write_json, write_text
 from l2a_jax.training.metrics import peak_memory_gb
 
 log = logging.getLogger("l2a_jax")
@@ -50,6 +50,7 @@ def steps_per_second(arm: Arm, preset: Preset, seeds: int, dense_backend: str | 
 
 def run(preset: Preset, dense_backend: str | None, out: pathlib.Path) -> dict:
     """Measure, print, and write `absorption_benchmark.json` and `.md`."""
+    report.check_place("benchmark", out)
     if preset.model.vocab_size == 0:
         preset = dataclasses.replace(preset, model=dataclasses.replace(preset.model, vocab_size=256))
     from l2a_jax.absorption import benchmark_torch
@@ -81,6 +82,6 @@ def run(preset: Preset, dense_backend: str | None, out: pathlib.Path) -> dict:
         lines += [f"PyTorch was not measured: {reason}."]
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "absorption_benchmark.json", result)
-    (out / "absorption_benchmark.md").write_text("\n".join(lines) + "\n")
+    write_text(out / "absorption_benchmark.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
     return result

@@ -79,8 +79,10 @@ def open_subject(source: str, data: Sequence[str], batches: int | None, seq_len:
         raise UserError(f"{source} says nothing of its data; give text with --data (and a model with a tokenizer)")
     packed = open_data(data, loaded.tokenizer, seq_len=seq_len or 1_024, batch_size=batch_size or 4, seed=0,
                        held_out=0.02, vocab_size=loaded.config.vocab_size)
-    return Subject(loaded.config, loaded.l2a_config, loaded.params, None, list(packed.held_out(batches or 16)), False,
-                   dtype)
+    held_out = list(packed.held_out(batches or 16))
+    if not held_out:
+        raise UserError(f"--data {' '.join(data)} has no held-out documents; give more text")
+    return Subject(loaded.config, loaded.l2a_config, loaded.params, None, held_out, False, dtype)
 
 
 def audit(subject: Subject, others: Sequence[tuple[str, Tree, L2AConfig]], seeds: Sequence[int]) -> Report:
@@ -165,6 +167,8 @@ def _scorer(subject: Subject):
             if subject.is_recall:
                 needed = needs_memory(batch.tokens)
                 right, asked = right + float(result.correct[needed].sum()), asked + float(needed.sum())
+        if not counted:
+            raise UserError("the held-out text has no token that counts; give more text with --data")
         if not np.isfinite(nll):
             raise UserError("the model scores nats that are not finite; is the run sound?")
         return Score(nll / counted, right / asked if asked else None, routed / real)
@@ -177,6 +181,7 @@ def run(sources: Sequence[str], data: Sequence[str], out: pathlib.Path, batches:
     """`--experiment l2a_audit RUN [OTHER...]`: audit RUN, with the others' decisions among the choices."""
     if not sources:
         raise UserError("--experiment l2a_audit needs a run folder or an L2A model: l2a_audit RUN [OTHER_RUN]")
+    report.check_place("l2a_audit", out)
     subject = open_subject(sources[0], data, batches, seq_len, batch_size)
     others = []
     for source in sources[1:]:

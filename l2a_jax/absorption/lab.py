@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
-import json
 import logging
 import pathlib
 import shutil
@@ -31,8 +29,9 @@ from l2a_jax.absorption import distill, evaluate, model, train
 from l2a_jax.absorption.config import Arm, Attention, Preset, Recipe, TransformerConfig, digest
 from l2a_jax.absorption.data import Corpus
 from l2a_jax.errors import UserError
-from l2a_jax.files import native, plain, write_json
+from l2a_jax.files import check_file, claim, from_plain, native, plain, read_json, whole, write_json
 from l2a_jax.models.params import Tree
+from l2a_jax.shapes import each, number, require
 from l2a_jax.training.checkpoint import LATEST, Checkpoints
 from l2a_jax.training.metrics import MetricsLog, Progress, read_metrics
 
@@ -63,7 +62,8 @@ class Lab:
         self._params: dict[str, Tree] = {}
         self._selectors: dict[str, Tree] = {}
         self._path = run_dir / "evaluations.json"
-        self._scores: dict[str, Any] = json.loads(self._path.read_text()) if self._path.exists() else {}
+        check_file(self._path, "--run-dir")
+        self._scores: dict[str, Any] = self._stored()
         self.seconds: dict[str, float] = {}
 
     # --- arms ---
@@ -101,7 +101,8 @@ class Lab:
         self.check_time()
         with contextlib.ExitStack() as locks:
             for key in sorted(map(self.key, group)):
-                if not locks.enter_context(_claimed(self.run_dir / "arms" / f"{key}.lock", wait)):
+                lock = claim(self.run_dir / "arms" / f"{key}.lock", wait=float("inf") if wait else 0.0)
+                if locks.enter_context(lock) is not None:
                     return
             group = [arm for arm in group if self._weights(arm) is None]
             if group:
@@ -120,16 +121,30 @@ class Lab:
         return self._params[self.key(arm)]
 
     def metrics(self, arm: Arm) -> list[dict[str, Any]]:
-        """Training metrics of an arm, one record for each dispatch."""
+        """Training metrics of an arm, one record for each dispatch. UserError where its file is damaged."""
         self.prepare([arm])
-        return json.loads((self._weights(arm).parent / "training.json").read_text())
+        path = self._weights(arm).parent / "training.json"
+        members = [number, len(self.seeds)]
+        record = {"step": int, "loss": number, "gate_grad_norm_max": members}
+        try:
+            found = read_json(path, list)
+            require(found, [record], str(path))
+            require(found[-1] if found else {}, {"gate_moved": members}, f"{path}: its last record")
+        except UserError as error:
+            raise UserError(f"{error}. Move {path.parent} away, and the arm is trained again") from error
+        return from_plain(found)
 
     def _weights(self, arm: Arm) -> pathlib.Path | None:
         key = self.key(arm)
         found = next(iter(sorted((self.run_dir / "arms").glob(f"*-{key}/weights.safetensors"))), None)
         if found is not None and key not in self._params:
-            self._params[key] = _load(found)
+            self._params[key] = _load(found, self._member_shapes(model.param_shapes(self.program(arm).config)))
         return found
+
+    def _member_shapes(self, shapes: Tree) -> dict[str, tuple[int, ...]]:
+        """The shape of every leaf by its path, for all seeds."""
+        leaves = _flat(shapes, is_leaf=lambda node: isinstance(node, tuple))
+        return {path: (len(self.seeds), *shape) for path, shape in leaves}
 
     def _train(self, group: Sequence[Arm]) -> None:
         """Train a group to its end; saves on the way, on interruption and when the time is up."""
@@ -153,6 +168,9 @@ class Lab:
         step, saved = int(state.step), int(state.step)
         records = MetricsLog(folder / "metrics.jsonl", step)
         history = read_metrics(folder / "metrics.jsonl")
+        if step != (history[-1]["step"] if history else 0):
+            raise UserError(f"{folder}: metrics.jsonl ends at step {history[-1]['step'] if history else 0}, the "
+                            f"checkpoint is of step {step}; move the folder away, and the arm is trained again")
         progress = Progress(self.recipe.steps, step)
         began = time.monotonic()
 
@@ -230,8 +248,9 @@ class Lab:
         """Gates distilled on the frozen weights of `arm`, in its forward pass `native`, [seeds, ...]."""
         name = digest(self.key(arm), native, "selector")
         path = self.run_dir / "selectors" / f"{arm.name}-{name}.safetensors"
-        if name not in self._selectors and path.exists():
-            self._selectors[name] = _load(path)
+        if name not in self._selectors and path.exists() and f"kl {name}" in self._scores:
+            gate = model.param_shapes(arm.model(self.config, self.preset.experts))["layers"]["gate"]
+            self._selectors[name] = _load(path, self._member_shapes(gate))
         if name not in self._selectors:
             params = self.params(arm)
             self.check_time()
@@ -244,7 +263,8 @@ class Lab:
     def distillation_kl(self, arm: Arm, native: Attention) -> dict[str, list[float]]:
         """KL in nats at the first step and over the last tenth, by seed."""
         self.selector(arm, native)
-        return self._scores[f"kl {digest(self.key(arm), native, 'selector')}"]
+        members = [float, len(self.seeds)]
+        return self._score(f"kl {digest(self.key(arm), native, 'selector')}", {"first": members, "last": members})
 
     def _distil(self, arm: Arm, native: Attention, params: Tree) -> tuple[Tree, list, list]:
         config = arm.model(self.config, self.preset.experts)
@@ -289,7 +309,7 @@ class Lab:
             if not np.isfinite(values).all():
                 raise UserError(f"arm {arm.name} scores {values} under {attention}; expected finite nats per token")
             self._store(name, values.tolist())
-        return np.asarray(self._scores[name])
+        return np.asarray(self._score(name, [float, len(self.seeds)]))
 
     def statistics(self, arm: Arm, attention: Attention, ks: Sequence[int], *, selector: Tree | None = None,
                    selector_of: Any = None) -> dict[str, np.ndarray]:
@@ -303,46 +323,61 @@ class Lab:
                 np.asarray(ks, np.int32), config=arm.model(self.config, self.preset.experts), dtype=self.recipe.dtype,
                 length=self.recipe.seq_len)
             self._store(name, plain(jax.device_get(found)))
-        return {key: np.asarray(value) for key, value in self._scores[name].items()}
+        return {key: np.asarray(value) for key, value in self._score(name, each(self._by_seed)).items()}
 
     def _numbers(self, arm: Arm, k: int | None) -> model.Numbers:
         config = arm.model(self.config, self.preset.experts)
         return train.arm_numbers(arm, config, self.recipe, k or self.preset.top_k).model
 
-    def _store(self, name: str, value: Any) -> None:
-        self._scores[name] = value
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        write_json(self._path, self._scores)
-
-
-@contextlib.contextmanager
-def _claimed(path: pathlib.Path, wait: bool) -> Iterator[bool]:
-    """Whether the lock is ours (always, after waiting); it falls open when the process ends, however it ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
+    def _by_seed(self, value: Any) -> str | None:
+        """The shape of an array whose leading axis is the seeds."""
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+            return None if np.asarray(value, float).shape[0] == len(self.seeds) else f"{len(self.seeds)} entries"
+        except (TypeError, ValueError, IndexError):
+            return f"numbers, {len(self.seeds)} seeds of them"
+
+    def _store(self, name: str, value: Any) -> None:
+        """Keep a score, beside those that other processes have stored meanwhile."""
+        self._scores[name] = value
+        with claim(self._path.with_name(".evaluations.lock"), wait=float("inf")):
+            self._scores = {**self._stored(), **self._scores}
+            write_json(self._path, self._scores)
+
+    def _stored(self) -> dict[str, Any]:
+        return read_json(self._path) if self._path.exists() else {}
+
+    def _score(self, name: str, shape: Any) -> Any:
+        """A score of the shape that is expected. UserError where the file holds something else."""
+        try:
+            require(self._scores[name], shape, f"{self._path}: {name!r}")
+        except UserError as error:
+            raise UserError(f"{error}. Move the file away, and everything is scored again") from error
+        return self._scores[name]
+
+
+def _flat(tree: Tree, **options: Any) -> Iterator[tuple[str, Any]]:
+    for place, leaf in jax.tree_util.tree_leaves_with_path(tree, **options):
+        yield "/".join(str(entry.key) for entry in place), leaf
 
 
 def _save(path: pathlib.Path, tree: Tree) -> None:
     """Write a tree whole or not at all."""
-    flat = {"/".join(str(entry.key) for entry in place): np.ascontiguousarray(leaf)
-            for place, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(tree))}
-    temporary = path.with_name(f".{path.name}.partial")
-    save_file(flat, temporary)
-    temporary.replace(path)
+    with whole(path) as temporary:
+        save_file({name: np.ascontiguousarray(leaf) for name, leaf in _flat(jax.device_get(tree))}, temporary)
 
 
-def _load(path: pathlib.Path) -> Tree:
-    tree: Tree = {}
+def _load(path: pathlib.Path, shapes: dict[str, tuple[int, ...]]) -> Tree:
+    """The tree in a file. UserError where it is damaged, or does not hold just the leaves of these shapes."""
+    advice = "move it away and it is made again"
     try:
         flat = load_file(path)
     except Exception as error:  # safetensors raises its own kind
-        raise UserError(f"{path} is damaged ({error}); delete it and it is made again") from error
+        raise UserError(f"{path} is damaged ({error}); {advice}") from error
+    for name in sorted(shapes.keys() | flat.keys()):
+        shape = flat[name].shape if name in flat else "missing"
+        if shape != shapes.get(name):
+            raise UserError(f"{path}: {name} is {shape}; expected {shapes.get(name, 'nothing of that name')}; {advice}")
+    tree: Tree = {}
     for name, leaf in flat.items():
         *parents, last = name.split("/")
         node = tree

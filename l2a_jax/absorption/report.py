@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from l2a_jax.files import write_json
+from l2a_jax.files import check_file, whole, write_json, write_text
 
 
 @dataclass
@@ -123,7 +123,8 @@ def draw(report: Report, path: pathlib.Path) -> None:
         if any(not isinstance(points[0][0], str) for points in panel.series.values()):
             axis.legend(fontsize=8)
         axis.set(title=panel.title, ylabel=panel.ylabel, xlabel=panel.xlabel)
-    figure.savefig(path, dpi=100)
+    with whole(path) as partial:
+        figure.savefig(partial, dpi=100, format="png")
     plt.close(figure)
 
 
@@ -145,9 +146,15 @@ def write(report: Report, setting: dict[str, Any], folder: pathlib.Path) -> list
     write_json(folder / f"{stem}.json", {"experiment": report.name, "title": report.title,
                                          **{k: v for k, v in setting.items() if k != "text"},
                                          "tables": tables, "notes": report.notes})
-    (folder / f"{stem}.md").write_text(markdown(report, setting))
+    write_text(folder / f"{stem}.md", markdown(report, setting))
     draw(report, folder / f"{stem}.png")
     return [folder / f"{stem}.{kind}" for kind in ("json", "md", "png")]
+
+
+def check_place(name: str, folder: pathlib.Path) -> None:
+    """UserError where a report of this name could not be written in `folder`: found out before anything is trained."""
+    for kind in ("json", "md", "png"):
+        check_file(folder / f"absorption_{name}.{kind}", "--out")
 
 
 def perplexity(nll: Any) -> np.ndarray:

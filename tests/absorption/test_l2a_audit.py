@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,3 +54,17 @@ def test_audit_tables(subject):
 def test_a_plain_model_has_nothing_to_audit():
     with pytest.raises(UserError, match="plain model"):
         l2a_audit.open_subject("qwen2.5-tiny", [], None, None, None)
+
+
+def test_held_out_text_without_anything_to_score_is_said(subject, monkeypatch, tmp_path):
+    nothing = subject._replace(batches=[batch._replace(weights=np.zeros_like(batch.weights))
+                                        for batch in subject.batches])
+    with pytest.raises(UserError, match="no token that counts"):
+        l2a_audit.audit(nothing, [], (0,))
+    monkeypatch.setattr(l2a_audit, "open_data", lambda *given, **options: SimpleNamespace(held_out=lambda count: []))
+    monkeypatch.setattr(l2a_audit, "locate", lambda source: source)
+    monkeypatch.setattr(l2a_audit, "run_source", lambda path: None)
+    monkeypatch.setattr(l2a_audit, "load_pretrained", lambda source, dtype: SimpleNamespace(
+        l2a_config=subject.l2a_config, config=subject.config, tokenizer="one"))
+    with pytest.raises(UserError, match=r"--data a.txt has no held-out documents"):
+        l2a_audit.open_subject("model", ["a.txt"], None, None, None)
