@@ -76,6 +76,16 @@ def read_json(path: Path, expect: type | None = dict) -> Any:
     return parse_json(content, str(path), expect)
 
 
+@contextlib.contextmanager
+def reading(what: object) -> Iterator[None]:
+    """Whatever the system refuses in the block becomes a UserError that says so, and never that something is missing
+    which is there; `what` is named where the system names no file."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or what} cannot be read: {error.strerror or error}") from error
+
+
 def native(value: Any) -> Any:
     """Arrays and numpy scalars as Python's numbers and lists, all else as it is."""
     if isinstance(value, dict):
@@ -190,7 +200,7 @@ def partial_folder(out: Path) -> Iterator[Path]:
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     _sweep(out.parent)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name[:200]}{_PARTIAL}", dir=out.parent))
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name[:50]}{_PARTIAL}", dir=out.parent))
     held = os.open(partial, os.O_RDONLY)
     try:
         _try_lock(held)

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from l2a_jax.config import L2AConfig, ModelConfig
-from l2a_jax.errors import UserError
+from l2a_jax.errors import UserError, few
 from l2a_jax.models.params import Tree, map_with_path, param_dtype, param_shapes
 from l2a_jax.weights.names import IGNORED, Place, put, tensor_map
 
@@ -83,7 +83,7 @@ def floating(dtype: Any) -> np.dtype:
 
 
 def check(tensors: Tensors, places: Mapping[str, Place]) -> None:
-    """Raise one UserError that lists every missing, left-over and misshapen tensor."""
+    """Raise one UserError that lists the missing, left-over and misshapen tensors; of many, the first and how many."""
     missing = [name for name in places if name not in tensors.shapes]
     left_over = [name for name in tensors.shapes if name not in places and not IGNORED.fullmatch(name)]
     misshapen = [
@@ -92,7 +92,7 @@ def check(tensors: Tensors, places: Mapping[str, Place]) -> None:
         if name in tensors.shapes and tuple(tensors.shapes[name]) != place.shape
     ]
     problems = [
-        f"{title}: {', '.join(names)}"
+        f"{title}: {few(names)}"
         for title, names in (("missing", missing), ("left over", left_over), ("wrong shape", misshapen))
         if names
     ]

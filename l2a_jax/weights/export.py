@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,8 @@ from l2a_jax.errors import UserError
 from l2a_jax.files import partial_folder, write_json
 from l2a_jax.models.params import Tree, map_with_path, param_shapes
 from l2a_jax.weights.assemble import floating
-from l2a_jax.weights.hf_config import config_fields
+from l2a_jax.weights.carried import Carried, write_carried
+from l2a_jax.weights.hf_config import beyond_the_model, config_fields
 from l2a_jax.weights.hf_folder import INDEX, SINGLE
 from l2a_jax.weights.names import Place, take, tensor_map
 from l2a_jax.weights.pretrained import load_pretrained
@@ -32,7 +34,8 @@ def convert(source: str | Path, out: str | Path, dtype: Any = "bfloat16", shard_
     """
     check_free(out)
     model = load_pretrained(source, dtype)
-    save_pretrained(out, model.params, model.config, model.l2a_config, model.tokenizer, shard_bytes=shard_bytes)
+    save_pretrained(out, model.params, model.config, model.l2a_config, model.tokenizer, shard_bytes=shard_bytes,
+                    carried=model.carried)
     size = sum(leaf.size for leaf in jax.tree.leaves(model.params))
     kind = "plain Qwen2" if model.l2a_config is None else f"{model.l2a_config.topology} L2A"
     return f"wrote {out}: {kind}, {size:,} parameters in {floating(dtype).name}" + (
@@ -48,20 +51,29 @@ def save_pretrained(
     tokenizer: Tokenizer | None = None,
     *,
     shard_bytes: int = SHARD_BYTES,
+    carried: Carried | None = None,
 ) -> Path:
     """Write a Hugging Face folder that `load_pretrained` reads back bit for bit; a plain model loads in transformers.
 
     Every leaf keeps its dtype. A model with the L2A layer has its local set under the plain names, the second set under
-    `*_global`, and its L2AConfig in `config.json`. Files hold at most `shard_bytes` each; a larger tensor stands alone.
-    Nothing is left behind on failure. Raises UserError if `out` exists and is not empty, or cannot be written.
+    `*_global`, and its L2AConfig in `config.json`. `carried` is what the source said beyond the model, and is written
+    again; without it the tokenizer says which tokens open, end and fill a text. Files hold at most `shard_bytes` each;
+    a larger tensor stands alone. Nothing is left behind on failure.
+    Raises UserError if `out` exists and is not empty, or cannot be written.
     """
     tensors = _stored(params, config, l2a_config)
     fields = config_fields(config, l2a_config, dtype=params["embed"]["embedding"].dtype.name)
-    for role in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if tokenizer is not None and getattr(tokenizer, role) is not None:
-            fields[role] = getattr(tokenizer, role)
+    if carried is not None:
+        fields |= beyond_the_model(carried.config)
+    elif tokenizer is not None:
+        ends = tokenizer.end_ids
+        roles = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": ends[0] if len(ends) == 1 else list(ends),
+                 "pad_token_id": tokenizer.pad_token_id}
+        fields |= {role: value for role, value in roles.items() if value not in (None, [])}
     with new_folder(out) as folder:
         write_json(folder / "config.json", fields)
+        if carried is not None:
+            write_carried(carried, folder)
         if tokenizer is not None:
             tokenizer.save(folder)
         _write_shards(folder, tensors, shard_bytes)
@@ -71,11 +83,16 @@ def save_pretrained(
 def check_free(out: str | Path) -> None:
     """Raise UserError unless `out` does not exist or is an empty folder, in a place that can be written."""
     out = Path(out)
-    if out.is_dir() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty; choose a new folder")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} exists and is not a folder")
-    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    try:
+        if out.is_dir() and any(out.iterdir()):
+            raise UserError(f"{out} is not empty; choose a new folder")
+        if out.exists() and not out.is_dir():
+            raise UserError(f"{out} exists and is not a folder")
+        parent = next(folder for folder in out.absolute().parents if folder.exists())
+        if any(len(os.fsencode(part)) > os.pathconf(parent, "PC_NAME_MAX") for part in out.parts):
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+    except OSError as error:  # a name too long, a folder that may not be looked into
+        raise UserError(f"cannot write {out}: {error.strerror}") from error
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"cannot write {out}: {parent} is {'read-only' if parent.is_dir() else 'not a folder'}")
 

@@ -20,7 +20,8 @@ import gguf
 import numpy as np
 from jaxtyping import Float32
 
-from l2a_jax.errors import UserError
+from l2a_jax.errors import UserError, shown
+from l2a_jax.files import reading
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -53,9 +54,13 @@ class GGUFFile:
         self.path = Path(path)
         self.where = str(path)
         try:
-            with self.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            # An empty file cannot be mapped, and says so with a ValueError.
+            with (reading(path), self.path.open("rb") as file,
+                  mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data):
                 self.fields, self.entries = _parse(data)
-        except (OSError, ValueError, struct.error, UnicodeDecodeError, OverflowError, MemoryError) as error:
+        except UserError:
+            raise
+        except (ValueError, struct.error, OverflowError, MemoryError) as error:
             raise UserError(f"{path} is not a readable GGUF file (truncated or corrupt?): {error}") from error
         self._check_extent()
 
@@ -130,6 +135,8 @@ class _Cursor:
             inner, count = self.unpack("IQ")
             if count > len(self.data):
                 raise ValueError(f"an array of {count} values runs past the end")
+            if inner == _ARRAY:
+                raise ValueError("an array of arrays")
             if inner in _SCALARS:
                 return list(self.unpack(f"{count}{_SCALARS[inner]}"))
             return [self.value(inner) for _ in range(count)]
@@ -162,11 +169,17 @@ def _parse(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, Entry]]:
         dimensions = cursor.unpack(f"{rank}Q")
         format, offset = cursor.unpack("IQ")
         if not all(dimensions):
-            raise ValueError(f"{name} has dimensions {dimensions}")
+            raise ValueError(f"{shown(name)} has dimensions {dimensions}")
         table[name] = Entry(dimensions[::-1], gguf.GGMLQuantizationType(format), offset)
 
     alignment = fields.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
-    if not isinstance(alignment, int) or alignment < 1:
-        raise ValueError(f"alignment is {alignment!r}")
+    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+        raise ValueError(f"alignment is {shown(alignment)}; expected a power of two")
+    end = 0
+    for name, entry in table.items():
+        # As in llama.cpp: each tensor begins where the one before it ends, so damaged shapes and offsets are noticed.
+        if entry.offset != end:
+            raise ValueError(f"{name} begins at byte {entry.offset} of the data; expected {end}")
+        end += -(-entry.nbytes // alignment) * alignment
     start = -(-cursor.at // alignment) * alignment
     return fields, {name: entry._replace(offset=start + entry.offset) for name, entry in table.items()}

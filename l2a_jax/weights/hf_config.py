@@ -8,20 +8,50 @@ written under its own `model_type`, so that transformers refuses it instead of r
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import numpy as np
 
 from l2a_jax.config import L2AConfig, ModelConfig, RopeScaling, l2a_config_from_dict, to_dict
-from l2a_jax.errors import UserError
+from l2a_jax.errors import UserError, few, shown
 
 PLAIN_TYPE, L2A_TYPE = "qwen2", "l2a_qwen2"
 L2A_KEY = "l2a_config"
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _INTEGERS = (*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings")
-_ROPE_KEYS = {"rope_theta", "rope_type", "type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow",
-              "attention_factor", "mscale", "mscale_all_dim", "truncate", "partial_rotary_factor"}
+_WRITTEN = {*_INTEGERS, L2A_KEY, "model_type", "architectures", "hidden_act", "rms_norm_eps", "tie_word_embeddings",
+            "use_sliding_window", "rope_theta", "rope_scaling", "rope_parameters", "torch_dtype", "dtype"}
+_SWITCHES = ("tie_word_embeddings", "use_sliding_window")
+_ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters")
+_ALWAYS = {"rope_theta", "rope_type", "type", "factor", "partial_rotary_factor", "truncate",
+           "original_max_position_embeddings"}
+_ROPE_KEYS = {"default": _ALWAYS, "linear": _ALWAYS,
+              "yarn": _ALWAYS | {"beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"}}
+"""What the RoPE parameters may hold by their type, null aside."""
+_POSITIONS = re.compile(r"rope|rotary|yarn|alibi|original_max_position|position_embedding_type")
+"""Names of fields that can only be about positions: an unknown one is refused."""
+
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "hidden_activation": ("silu", "swish"),
+    **dict.fromkeys(("attention_bias", "qkv_bias", "is_causal"), (True,)),
+    **dict.fromkeys(("mlp_bias", "use_qk_norm", "qk_layernorm", "qk_norm", "use_mrope", "use_dynamic_ntk",
+                     "use_logn_attn", "add_cross_attention", "is_encoder_decoder", "use_parallel_residual",
+                     "parallel_attn", "alibi"), (False,)),
+    **dict.fromkeys(("partial_rotary_factor", "rotary_pct", "rope_ratio", "logit_scale", "logits_scaling",
+                     "embedding_multiplier", "residual_multiplier", "scale_emb", "scale_depth"), (1,)),
+    **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "num_nextn_predict_layers",
+                     "attn_logit_softcapping", "final_logit_softcapping", "logit_softcap"), (0,)),
+    "position_embedding_type": ("rope", "rotary"),
+    # Nothing but null: what they would stand for, only other models or other code compute.
+    **dict.fromkeys(("query_pre_attn_scalar", "attention_multiplier", "dim_model_base", "no_rope_layers", "auto_map",
+                     "compression_config", "quantization"), ()),
+}
+"""Fields that change the result in other models (or in code of the model's own), with the values at which they do not.
+
+Fields that are not named here are carried over and change nothing, as in transformers."""
 
 
 def parse_config(fields: dict[str, Any], where: str = "config.json") -> tuple[ModelConfig, L2AConfig | None]:
@@ -35,15 +65,14 @@ def parse_config(fields: dict[str, Any], where: str = "config.json") -> tuple[Mo
     missing = [name for name in _REQUIRED if fields.get(name) is None]
     if missing:
         raise UserError(f"{where} misses {', '.join(missing)}")
-    if fields.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{where} has hidden_act {fields['hidden_act']!r}; expected 'silu'")
-    if "quantization_config" in fields:
-        raise UserError(f"{where} describes quantised weights; expected bfloat16, float16 or float32")
-    odd = [name for name in _INTEGERS if not isinstance(fields.get(name), int | None)]
+    odd = [name for name in _INTEGERS if not isinstance(fields.get(name), int | None) or fields.get(name) is True]
     if odd:
-        raise UserError(f"{where} has {', '.join(f'{name} {fields[name]!r}' for name in odd)}; expected whole numbers")
+        raise UserError(f"{where} has {few(f'{name} {shown(fields[name])}' for name in odd)}; expected whole numbers")
+    none = [name for name in _INTEGERS if fields.get(name) is not None and fields[name] < 1]
+    if none:
+        raise UserError(f"{where} has {few(f'{name} {shown(fields[name])}' for name in none)}; expected at least 1")
     try:
-        _refuse_sliding_window(fields, where)
+        _refuse_other_computing(fields, where)
         heads, max_positions = fields["num_attention_heads"], fields.get("max_position_embeddings") or 32_768
         theta, rope = _parse_rope(fields, max_positions, where)
         config = ModelConfig(
@@ -115,43 +144,94 @@ def config_fields(
     return fields if l2a_config is None else {**fields, L2A_KEY: to_dict(l2a_config)}
 
 
+def beyond_the_model(fields: dict[str, Any]) -> dict[str, Any]:
+    """Those of a `config.json` that say nothing about computing: what `parse_config` does not use, and
+    `config_fields` does not write."""
+    return {name: value for name, value in fields.items() if name not in _WRITTEN and name not in _ONLY}
+
+
 def shortest_float32(value: float) -> float:
     """The shortest decimal of the same float32: 1e-06 for 9.999999974752427e-07, which is how GGUF, and whatever was
     converted from it, spells it."""
     return float(str(np.float32(value)))
 
 
-def _refuse_sliding_window(fields: dict[str, Any], where: str) -> None:
-    """Qwen2 slides only where `use_sliding_window` is set, in layers from `max_window_layers` on."""
-    slides = any(kind == "sliding_attention" for kind in fields.get("layer_types") or ())
-    if fields.get("use_sliding_window") and fields.get("sliding_window", 4_096) is not None:
-        slides |= fields.get("max_window_layers", 28) < fields["num_hidden_layers"]
-    if slides:
-        raise UserError(f"{where} asks for sliding-window attention in some layers (use_sliding_window), which a plain "
+def _refuse_other_computing(fields: dict[str, Any], where: str) -> None:
+    """UserError on a field that says to compute something else than Qwen2 with full attention."""
+    if "quantization_config" in fields:
+        raise UserError(f"{where} describes quantised weights; expected bfloat16, float16 or float32")
+    for name, accepted in _ONLY.items():
+        value = fields.get(name)
+        if value is not None and not any(value == one and isinstance(value, bool) == isinstance(one, bool)
+                                         for one in accepted):
+            told = f"; expected {' or '.join(map(repr, accepted))}" if accepted else ""
+            raise UserError(f"{where} has {name} {shown(value)}, which this library does not compute{told}")
+    unknown = [name for name in fields if _POSITIONS.search(name) and name not in (*_ROPE_FIELDS, *_ONLY)]
+    if unknown:
+        raise UserError(f"{where} has {few(unknown)}, which this library does not know; expected "
+                        f"{' or '.join(_ROPE_FIELDS)}")
+    odd = [name for name in _SWITCHES if not isinstance(fields.get(name), bool | None)]
+    if odd:
+        raise UserError(f"{where} has {odd[0]} {shown(fields[odd[0]])}; expected true or false")
+    kinds = fields.get("layer_types")
+    if kinds is None:
+        # Qwen2 slides only where `use_sliding_window` is set, in layers from `max_window_layers` on.
+        slides = (fields.get("use_sliding_window") and fields.get("sliding_window", 4_096) is not None
+                  and fields.get("max_window_layers", 28) < fields["num_hidden_layers"])
+        kinds = ["sliding_attention"] if slides else []
+    others = sorted({str(kind) for kind in kinds} - {"full_attention"})
+    if others:
+        told = "sliding-window attention" if others == ["sliding_attention"] else few(others)
+        raise UserError(f"{where} asks for {told} in some layers (layer_types, use_sliding_window), which a plain "
                         "model here does not compute")
 
 
 def _parse_rope(fields: dict[str, Any], max_positions: int, where: str) -> tuple[float, RopeScaling]:
-    given = {**(fields.get("rope_scaling") or {}), **(fields.get("rope_parameters") or {})}
-    theta = float(given.get("rope_theta") or fields.get("rope_theta") or 10_000.0)
-    kind = given.get("rope_type") or given.get("type") or "default"
-    unknown = set(given) - _ROPE_KEYS
-    if kind not in ("default", "linear", "yarn") or unknown:
-        raise UserError(f"{where} scales RoPE by {kind!r} with {sorted(given)}; expected default, linear or yarn")
+    """As in transformers: `rope_scaling`, where it says anything, stands in place of `rope_parameters`, and a base
+    inside stands above `rope_theta`."""
+    scaling, parameters = dict(fields.get("rope_scaling") or {}), dict(fields.get("rope_parameters") or {})
+    given = {name: value for name, value in (scaling or parameters).items() if value is not None}
+    base = given.get("rope_theta", fields.get("rope_theta"))
+    other = parameters.get("rope_theta")
+    if scaling and base is None and other is not None:
+        raise UserError(f"{where} gives rope_theta in rope_parameters, which rope_scaling replaces; expected it beside "
+                        "them")
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind not in _ROPE_KEYS or given.get("type", kind) != kind:
+        told = kind if given.get("type", kind) == kind else f"{kind} and {given['type']}"
+        raise UserError(f"{where} scales RoPE by {told!r} with {few(sorted(given))}; expected {', '.join(_ROPE_KEYS)}")
+    unknown = sorted(set(given) - _ROPE_KEYS[kind])
+    if unknown:
+        raise UserError(f"{where} scales RoPE by {kind!r} with {few(unknown)}, which this library does not know there; "
+                        f"expected {', '.join(sorted(_ROPE_KEYS[kind]))}")
     if given.get("partial_rotary_factor", 1.0) != 1.0 or given.get("truncate", True) is not True:
         raise UserError(f"{where} scales RoPE with partial_rotary_factor or truncate, which are not supported")
+
+    def number(name: str, default: float) -> float:
+        value = given.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"RoPE {name} is {shown(value)}; expected a number")
+        return float(value)
+
+    given["rope_theta"] = 10_000.0 if base is None else base
+    theta = number("rope_theta", 10_000.0)
     if kind == "default":
+        if number("factor", 1.0) != 1.0:
+            raise UserError(f"{where} gives RoPE the factor {given['factor']} without saying how to scale; expected "
+                            "rope_type linear or yarn")
         return theta, RopeScaling()
     if kind == "linear":
-        return theta, RopeScaling("linear", float(given["factor"]) if "factor" in given else math.nan)
-    original = int(given.get("original_max_position_embeddings") or max_positions)
-    factor = float(given.get("factor") or max_positions / original)
+        return theta, RopeScaling("linear", number("factor", math.nan))
+    original = number("original_max_position_embeddings", max_positions)
+    if original != int(original):
+        raise ValueError(f"original_max_position_embeddings is {original}; expected a whole number")
+    factor = number("factor", max_positions / (original or math.nan))
     return theta, RopeScaling(
         "yarn",
         factor,
-        original,
-        float(given.get("beta_fast") or 32.0),
-        float(given.get("beta_slow") or 1.0),
+        int(original),
+        number("beta_fast", 32.0),
+        number("beta_slow", 1.0),
         _attention_factor(given, factor),
     )
 

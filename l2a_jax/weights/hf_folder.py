@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,10 +11,13 @@ import numpy as np
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 
-from l2a_jax.errors import UserError
-from l2a_jax.files import read_json
+from l2a_jax.errors import UserError, few
+from l2a_jax.files import read_json, reading
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PREFIX = "model."
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+log = logging.getLogger("l2a_jax")
 _FLOATING = ("BF16", "F16", "F32")
 
 
@@ -29,10 +33,20 @@ class HFFolder:
         self._shapes: dict[str, tuple[int, ...]] = {}
         for shard in shard_files(self.path):
             self._read_header(shard)
-        indexed = _weight_map(self.path)
-        absent = [name for name, shard in indexed.items() if self._shard_of.get(name) != self.path / shard]
-        if absent:
-            raise UserError(f"{self.path}: the index promises tensors that its shards do not hold: {', '.join(absent)}")
+        if (self.path / SINGLE).exists():
+            if (self.path / INDEX).exists():
+                log.warning("%s: %s is read, as in transformers; %s and its shards beside it are not", self.path,
+                            SINGLE, INDEX)
+        else:
+            indexed = _weight_map(self.path)
+            absent = [name for name, shard in indexed.items() if self._shard_of.get(name) != self.path / shard]
+            if absent:
+                raise UserError(f"{self.path}: the index promises tensors that its shards do not hold: {few(absent)}")
+        self._stored = {name: name for name in self._shapes}
+        if not any(name.startswith(PREFIX) for name in self._shapes):
+            # Saved without its output matrix (transformers' Qwen2Model), a model has no prefix.
+            for name in [name for name in self._shapes if name.startswith(("embed_tokens.", "layers.", "norm."))]:
+                self.rename(name, PREFIX + name)
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -41,17 +55,25 @@ class HFFolder:
     def rows(self, name: str, start: int, stop: int) -> Float[np.ndarray, "rows ..."]:
         """Rows [start, stop) of a tensor in its stored dtype."""
         # Opened for each block: the map of a file that stays open would keep all that was read of it in memory.
+        stored = self._stored[name]
         try:
-            with safe_open(self._shard_of[name], framework="numpy") as file:
-                return file.get_slice(name)[start:stop]
+            with safe_open(self._shard_of[stored], framework="numpy") as file:
+                return file.get_slice(stored)[start:stop]
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{self._shard_of[name]}: cannot read {name}: {error}") from error
+            raise UserError(f"{self._shard_of[stored]}: cannot read {stored}: {error}") from error
 
     def drop(self, name: str) -> None:
         """Leave a tensor out, because another says the same."""
         del self._shapes[name]
 
+    def rename(self, name: str, new: str) -> None:
+        """Let a tensor be known by the name that it has in the table."""
+        self._shapes[new] = self._shapes.pop(name)
+        self._stored[new] = self._stored.pop(name)
+
     def _read_header(self, shard: Path) -> None:
+        with reading(shard), shard.open("rb") as file:
+            file.read(8)
         try:
             with safe_open(shard, framework="numpy") as file:
                 for name in file.keys():  # noqa: SIM118  (no dict: it cannot be iterated)
@@ -64,30 +86,50 @@ class HFFolder:
                     if tensor.get_dtype() not in _FLOATING:
                         raise UserError(f"{shard}: {name} is stored as {tensor.get_dtype()}; expected one of "
                                         f"{', '.join(_FLOATING)}")
-        except FileNotFoundError:
-            raise UserError(f"{self.path}: shard {shard.name} is missing") from None
         except (SafetensorError, OSError) as error:
             raise UserError(f"{shard} is not a readable safetensors file (truncated or corrupt?): {error}") from error
 
 
 def shard_files(path: Path) -> list[Path]:
-    """The safetensors files of a folder, in name order. Raises UserError if there are none, or not those indexed."""
-    names = sorted(set(_weight_map(path).values())) or ([SINGLE] if (path / SINGLE).exists() else [])
+    """The safetensors files of a folder, in name order: as in transformers the single file, else those of the index.
+
+    Raises UserError if there are none, or not those indexed, or an adapter whose model is another.
+    """
+    refuse_adapter(path)
+    names = [SINGLE] if (path / SINGLE).exists() else sorted(set(_weight_map(path).values()))
     if not names:
         names = sorted(file.name for file in path.glob("*.safetensors"))
         if len(names) != 1:
+            others = [*path.glob("*.bin"), *path.glob("*.pth"), *path.glob("*.gguf")]
+            told = f"; {few(sorted(file.name for file in others), 3)} cannot stand for them" if others else ""
             raise UserError(f"{path} has no weights: expected {SINGLE}, or {INDEX} with its shards"
-                            + (" (PyTorch .bin files are not read)" if list(path.glob("*.bin")) else ""))
-    absent = [name for name in names if not (path / name).is_file()]
+                            + (" (PyTorch .bin files are not read)" if list(path.glob("*.bin")) else told))
+    absent = [name for name in names if not (path / name).exists()]
     if absent:
-        raise UserError(f"{path}: missing {'shard' if len(absent) == 1 else 'shards'} {', '.join(absent)}")
+        raise UserError(f"{path}: missing {'shard' if len(absent) == 1 else 'shards'} {few(absent)}")
     return [path / name for name in names]
+
+
+def refuse_adapter(path: Path) -> None:
+    """Raise UserError if a folder holds an adapter (LoRA), alone or beside a model: transformers would add it."""
+    adapter = [name for name in ADAPTER if (path / name).exists()]
+    model = [name for name in (SINGLE, INDEX) if (path / name).exists()]
+    if adapter and model:
+        raise UserError(f"{path} holds a model ({model[0]}) and an adapter for one ({few(adapter)}); merge the adapter "
+                        "into its model, or remove it")
+    if adapter:
+        raise UserError(f"{path} holds an adapter ({few(adapter)}), not a model; merge it into its model first")
 
 
 def _weight_map(path: Path) -> dict[str, str]:
     if not (path / INDEX).exists():
         return {}
     weights = read_json(path / INDEX).get("weight_map")
-    if not isinstance(weights, dict) or not weights or not all(isinstance(v, str) for v in weights.values()):
+    if not isinstance(weights, dict) or not weights or not all(_inside(name) for name in weights.values()):
         raise UserError(f"{path / INDEX} has no weight_map from tensors to files")
     return weights
+
+
+def _inside(name: object) -> bool:
+    """Whether a name is that of a file in the folder, and not of one elsewhere."""
+    return isinstance(name, str) and name != "" and not Path(name).is_absolute() and ".." not in Path(name).parts

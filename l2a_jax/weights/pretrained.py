@@ -16,16 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from l2a_jax.config import L2AConfig, ModelConfig
-from l2a_jax.errors import UserError
-from l2a_jax.files import read_json
+from l2a_jax.errors import UserError, few
+from l2a_jax.files import read_json, reading
 from l2a_jax.models.params import Tree
 from l2a_jax.weights import run_folder
 from l2a_jax.weights.assemble import Tensors, assemble, block_rows, floating
+from l2a_jax.weights.carried import Carried, folder_carried
 from l2a_jax.weights.ends import GENERATION
 from l2a_jax.weights.gguf_file import GGUFFile
 from l2a_jax.weights.gguf_model import gguf_config, gguf_tokenizer
 from l2a_jax.weights.hf_config import parse_config
-from l2a_jax.weights.hf_folder import HFFolder, shard_files
+from l2a_jax.weights.hf_folder import HFFolder, refuse_adapter, shard_files
 from l2a_jax.weights.tokenizer import Tokenizer
 from l2a_jax.weights.tokenizer_folder import FILES as TOKENIZER_FILES
 from l2a_jax.weights.tokenizer_folder import load_tokenizer
@@ -39,13 +40,14 @@ _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", GENERA
 
 class Pretrained(NamedTuple):
     """A loaded model. `l2a_config` is None for a plain one, `tokenizer` where the source has none; `source_hash` is a
-    SHA-256 of its weights and configuration."""
+    SHA-256 of its weights and configuration; `carried` is what its files say beyond that, for an export."""
 
     config: ModelConfig
     l2a_config: L2AConfig | None
     params: Tree
     tokenizer: Tokenizer | None
     source_hash: str
+    carried: Carried | None = None
 
 
 def load_pretrained(source: str | Path, dtype: Any = jnp.bfloat16) -> Pretrained:
@@ -55,27 +57,30 @@ def load_pretrained(source: str | Path, dtype: Any = jnp.bfloat16) -> Pretrained
     Host memory stays near the model plus one leaf of it. Raises UserError on anything wrong with the source.
     """
     floating(dtype)
-    path = locate(source)
-    if run_folder.is_run_folder(path):
-        return run_folder.load_run(path, dtype)
-    config, l2a_config, tensors = _open(path)
-    tokenizer = gguf_tokenizer(tensors) if isinstance(tensors, GGUFFile) else load_tokenizer(path)
-    params = assemble(tensors, config, l2a_config, dtype)
-    return Pretrained(config, l2a_config, params, tokenizer, source_hash(path))
+    with reading(source):
+        path = locate(source)
+        if run_folder.is_run_folder(path):
+            return run_folder.load_run(path, dtype)._replace(carried=_carried(path))
+        config, l2a_config, tensors = _open(path)
+        tokenizer = gguf_tokenizer(tensors) if isinstance(tensors, GGUFFile) else load_tokenizer(path)
+        params = assemble(tensors, config, l2a_config, dtype)
+        return Pretrained(config, l2a_config, params, tokenizer, source_hash(path), _carried(path))
 
 
 def read_config(source: str | Path) -> tuple[ModelConfig, L2AConfig | None]:
     """The configurations of a source, from its headers. Raises UserError as `load_pretrained` does."""
-    path = locate(source)
-    return run_folder.read_run_config(path) if run_folder.is_run_folder(path) else _open(path)[:2]
+    with reading(source):
+        path = locate(source)
+        return run_folder.read_run_config(path) if run_folder.is_run_folder(path) else _open(path)[:2]
 
 
 def source_tokenizer(source: str | Path) -> Tokenizer | None:
     """The tokenizer of a source alone, without reading its tensors; None where it has none."""
-    path = locate(source)
-    if run_folder.is_run_folder(path):
-        return run_folder.run_tokenizer(path)
-    return gguf_tokenizer(GGUFFile(path)) if path.is_file() else load_tokenizer(path)
+    with reading(source):
+        path = locate(source)
+        if run_folder.is_run_folder(path):
+            return run_folder.run_tokenizer(path)
+        return gguf_tokenizer(GGUFFile(path)) if path.is_file() else load_tokenizer(path)
 
 
 def source_hash(source: str | Path) -> str:
@@ -83,18 +88,16 @@ def source_hash(source: str | Path) -> str:
 
     It covers the bytes of the files that define the model, not their folder's name nor the tokenizer.
     """
-    path = locate(source)
-    if run_folder.is_run_folder(path):
-        return run_folder.hash_run(path)
-    files = [path] if path.is_file() else [path / "config.json", *shard_files(path)]
-    digest = hashlib.sha256()
-    for file in files:
-        try:
+    with reading(source):
+        path = locate(source)
+        if run_folder.is_run_folder(path):
+            return run_folder.hash_run(path)
+        files = [path] if path.is_file() else [path / "config.json", *shard_files(path)]
+        digest = hashlib.sha256()
+        for file in files:
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
-        except OSError as error:
-            raise UserError(f"cannot read {file}: {error}") from error
-    return digest.hexdigest()
+        return digest.hexdigest()
 
 
 def locate(source: str | Path) -> Path:
@@ -104,7 +107,10 @@ def locate(source: str | Path) -> Path:
     """
     if str(source) == TINY:
         return Path(str(resources.files("l2a_jax") / "assets" / "tiny"))
-    path = Path(source).expanduser()
+    try:
+        path = Path(source).expanduser()
+    except RuntimeError:  # ~name of nobody
+        raise UserError(f"{source} does not exist; expected a hub id (owner/name), a folder, or a .gguf file") from None
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.exists():
@@ -128,13 +134,24 @@ def _download(hub_id: str) -> Path:
     return Path(folder)
 
 
+def _carried(path: Path) -> Carried | None:
+    """What the files of a source say beyond the model; a run's are those of the source that it began from."""
+    if path.is_file():
+        return None
+    if not run_folder.is_run_folder(path):
+        return folder_carried(path)
+    source = read_json(path / "config.json")["model_source"]
+    return None if source is None else _carried(locate(source))
+
+
 def _open(path: Path) -> tuple[ModelConfig, L2AConfig | None, Tensors]:
     if path.is_file():
         file = GGUFFile(path)
         return gguf_config(file), None, file
     inside = sorted(file.name for file in path.glob("*.gguf"))
     if inside and not (path / "config.json").exists():
-        raise UserError(f"{path} has no config.json; point at its file {' or '.join(inside)} instead")
+        raise UserError(f"{path} has no config.json; point at its file {few(inside, 3)} instead")
+    refuse_adapter(path)
     config, l2a_config = parse_config(read_json(path / "config.json"), str(path / "config.json"))
     folder = HFFolder(path)
     return _tie(config, folder), l2a_config, folder
@@ -142,8 +159,10 @@ def _open(path: Path) -> tuple[ModelConfig, L2AConfig | None, Tensors]:
 
 def _tie(config: ModelConfig, folder: HFFolder) -> ModelConfig:
     """Tied or not, as transformers 5 decides: a stored output matrix that differs from the embedding unties a model
-    whose configuration ties it; one that is the same is dropped."""
+    whose configuration ties it; one that is the same is dropped; one that stands alone is both."""
     embedding, output = "model.embed_tokens.weight", "lm_head.weight"
+    if config.tie_embeddings and output in folder.shapes and embedding not in folder.shapes:
+        folder.rename(output, embedding)
     if not config.tie_embeddings or output not in folder.shapes:
         return config
     shape = folder.shapes[output]

@@ -45,6 +45,8 @@ class Tokenizer:
     settings: dict[str, Any] = field(default_factory=dict)
     ends: tuple[int, ...] = ()
     """What the source says about the ends of texts; empty where it says nothing. Read `end_ids`."""
+    saves_nfc: bool = False
+    """Whether a folder gets Qwen2's Unicode normalisation, which the source (a GGUF file) cannot state."""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. Special tokens written out in the text (`<|im_end|>`) become their one id.
@@ -99,7 +101,10 @@ class Tokenizer:
 
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, which `load_tokenizer` and transformers read."""
-        self.backend_tokenizer.save(str(folder / "tokenizer.json"))
+        backend = Backend.from_str(self.backend_tokenizer.to_str())
+        if self.saves_nfc:
+            backend.normalizer = normalizers.NFC()
+        backend.save(str(folder / "tokenizer.json"))
         (folder / "tokenizer_config.json").write_text(json.dumps(self.settings, indent=2, ensure_ascii=False) + "\n",
                                                       encoding="utf-8")
 
@@ -149,7 +154,7 @@ def byte_level_bpe(
     if any(backend.token_to_id(content) != index for content, index in ids.items()):
         # Added one after the other they do not come to stand where the files say: then the vocabulary says it.
         backend = build({**vocabulary, **ids})
-    return Tokenizer(post_process(backend, settings), settings, ends)
+    return Tokenizer(post_process(backend, settings), settings, ends, saves_nfc=True)
 
 
 def post_process(backend: Backend, settings: Mapping[str, Any]) -> Backend:
