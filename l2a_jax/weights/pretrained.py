@@ -19,6 +19,7 @@ from l2a_jax.config import L2AConfig, ModelConfig
 from l2a_jax.errors import UserError, few
 from l2a_jax.files import read_json, reading
 from l2a_jax.models.params import Tree
+from l2a_jax.run_files import read_run
 from l2a_jax.weights import run_folder
 from l2a_jax.weights.assemble import Tensors, assemble, block_rows, floating
 from l2a_jax.weights.carried import Carried, folder_carried
@@ -138,9 +139,10 @@ def _carried(path: Path) -> Carried | None:
     """What the files of a source say beyond the model; a run's are those of the source that it began from."""
     if path.is_file():
         return None
-    if not run_folder.is_run_folder(path):
+    run = run_folder.run_source(path)
+    if run is None:
         return folder_carried(path)
-    source = read_json(path / "config.json")["model_source"]
+    source = read_run(run.folder).source
     return None if source is None else _carried(locate(source))
 
 

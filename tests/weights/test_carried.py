@@ -4,6 +4,7 @@ import json
 import os
 import time
 import unicodedata
+from types import SimpleNamespace
 
 import pytest
 from tiny_gguf import write_gguf
@@ -72,14 +73,17 @@ def test_what_says_how_to_compute_is_ours_and_not_carried(tmp_path):
     assert read_config(tmp_path / "b") == read_config(start)
 
 
-def test_a_run_carries_what_the_source_that_it_began_from_says(tmp_path, monkeypatch):
-    from l2a_jax.weights import run_folder
+@pytest.mark.parametrize("place", [None, "checkpoints/best"])
+def test_a_run_carries_what_the_source_that_it_began_from_says(tmp_path, monkeypatch, place):
+    from l2a_jax.weights import pretrained, run_folder
 
     start, run = source(tmp_path / "a"), tmp_path / "run"
-    run.mkdir()
-    (run / "config.json").write_text(json.dumps({"model_source": str(start)}))
+    (run / "checkpoints" / "best").mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    monkeypatch.setattr(run_folder, "describes_run", lambda fields: fields == {})
     monkeypatch.setattr(run_folder, "load_run", lambda path, dtype: load_pretrained(start, dtype))
-    convert(run, tmp_path / "out")
+    monkeypatch.setattr(pretrained, "read_run", lambda folder: SimpleNamespace(source=str(start)))
+    convert(run if place is None else run / place, tmp_path / "out")
     assert (tmp_path / "out" / "generation_config.json").read_text() == GENERATION
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == [5, 7]
 
