@@ -13,11 +13,13 @@ from l2a_jax import commands
 
 
 def make_parser() -> argparse.ArgumentParser:
+    from l2a_jax.attention.backends import HELP
+
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("source", metavar="RUN_OR_MODEL", help="hub id, folder, run folder or .gguf file")
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--prompt", help="the text to continue")
-    text.add_argument("--prompt-file", type=Path, help="a UTF-8 file with it")
+    text.add_argument("--prompt-file", action=commands.Parsed, parse=commands.path, help="a UTF-8 file with it")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="default 128")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): the likeliest token")
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this probability")
@@ -28,7 +30,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--colour", action="store_true",
                         help="on a terminal: the more layers routed a token, the warmer; plain text elsewhere")
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16 (default), float16 or float32")
-    parser.add_argument("--backend", default="auto", help="attention: auto, reference, xla, pallas")
+    parser.add_argument("--backend", default="auto", help=HELP)
     return parser
 
 

@@ -8,7 +8,6 @@ A routed model's perplexity always comes with the routing audit; --tasks collaps
 from __future__ import annotations
 
 import argparse
-import pathlib
 import sys
 
 from l2a_jax import commands
@@ -19,12 +18,14 @@ NEEDLE = ("lengths", "depths", "seeds", "needles", "generate", "haystack")
 
 def make_parser() -> argparse.ArgumentParser:
     """Every flag; those left out are "not given"."""
+    from l2a_jax.attention.backends import HELP
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.add_argument("source", metavar="SOURCE", help="run folder, hub id, folder or .gguf file")
-    parser.add_argument("--tasks", required=True, type=_names,
+    parser.add_argument("--tasks", required=True, action=commands.Parsed, parse=_names,
                         help="some of perplexity, audit, collapse, needle, hellaswag, piqa, arc_challenge, arc_easy")
-    parser.add_argument("--out", type=pathlib.Path, help="folder for eval.json")
+    parser.add_argument("--out", action=commands.Parsed, parse=commands.path, help="folder for eval.json")
 
     text = parser.add_argument_group("text (perplexity, audit, collapse)")
     text.add_argument("--text", help="file, folder, glob, or wikitext[:test|validation] from the hub")
@@ -36,11 +37,13 @@ def make_parser() -> argparse.ArgumentParser:
     tasks = parser.add_argument_group("benchmarks")
     tasks.add_argument("--limit", type=int, help="the first so many items of each task")
     tasks.add_argument("--num-fewshot", type=int, help="worked examples before each question")
-    tasks.add_argument("--task-data", type=pathlib.Path, help="folder of local task files (default: the hub)")
+    tasks.add_argument("--task-data", action=commands.Parsed, parse=commands.path,
+                       help="folder of local task files (default: the hub)")
     tasks.add_argument("--log-samples", action="store_true", help="write every item's log-likelihoods beside eval.json")
 
     needle = parser.add_argument_group("needle")
-    needle.add_argument("--needle-lengths", type=_integers, help="context lengths in tokens, such as 512,1024,2048")
+    needle.add_argument("--needle-lengths", action=commands.Parsed, parse=_integers,
+                        help="context lengths in tokens, such as 512,1024,2048")
     needle.add_argument("--needle-depths", type=int, help="how many depths, from the beginning to the end")
     needle.add_argument("--needle-seeds", type=int, help="how many draws of each cell")
     needle.add_argument("--needle-needles", type=int, help="how many needles in a haystack; one is asked for")
@@ -64,18 +67,23 @@ def make_parser() -> argparse.ArgumentParser:
     layer.add_argument("--calibration", help="text to measure --prune-sparsity on")
 
     parser.add_argument("--dtype", help="float32 (exact products too) or bfloat16")
-    parser.add_argument("--backend", help="attention: auto, reference, xla, cudnn, pallas, pallas_interpret")
+    parser.add_argument("--backend", help=HELP)
     parser.add_argument("--batch-tokens", type=int, help="tokens a batch of windows (default: 16384; on a CPU 4096)")
     parser.add_argument("--seed", type=int, help="of sampled text in the collapse report")
     return parser
 
 
-def _names(text: str) -> tuple[str, ...]:
+def _names(text: str, flag: str) -> tuple[str, ...]:
     return tuple(name for name in text.replace(" ", "").split(",") if name)
 
 
-def _integers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(",") if part.strip())
+def _integers(text: str, flag: str) -> tuple[int, ...]:
+    from l2a_jax.errors import UserError
+
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"{flag} is {text[:60]!r}; expected whole numbers with commas, such as 512,1024") from None
 
 
 def evaluate(arguments: list[str] | None) -> None:

@@ -41,7 +41,7 @@ class Range:
         if not self.low <= value <= self.high:
             return False
         # Programs compute in float32: what becomes an excluded end there, zero or infinity, is one.
-        value = value if isinstance(value, (int, np.integer)) else _float32(float(value))
+        value = value if isinstance(value, (int, np.integer)) else float32(float(value))
         return (value != math.inf and (self.low_included or value != self.low)
                 and (self.high_included or value != self.high))
 
@@ -63,7 +63,8 @@ class Range:
         return f"{self}{more}"
 
 
-def _float32(value: float) -> float:
+def float32(value: float) -> float:
+    """The number as programs see it: rounded to float32, where what is too small to be normal counts as 0."""
     with np.errstate(over="ignore"):
         rounded = float(np.float32(value))
     return 0.0 if abs(rounded) < np.finfo(np.float32).tiny else rounded

@@ -13,11 +13,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from l2a_jax import commands, fields
+from l2a_jax.attention import api as attention
+from l2a_jax.attention.backends import CHOICES
 from l2a_jax.config import L2AConfig, ModelConfig, position_limit
 from l2a_jax.data.recall import RecallCorpus, needs_memory
 from l2a_jax.errors import UserError
@@ -34,6 +37,7 @@ from l2a_jax.evaluation import (
 )
 from l2a_jax.evaluation.perplexity import Windows
 from l2a_jax.evaluation.tasks import FOLDERS
+from l2a_jax.fields import DTYPE, SEED, Choice, Filled, Range, between, count, length
 from l2a_jax.files import check_file
 from l2a_jax.training.metrics import read_metrics
 from l2a_jax.weights.pretrained import Pretrained, load_pretrained, locate, read_config, source_tokenizer
@@ -41,35 +45,35 @@ from l2a_jax.weights.run_folder import run_source
 
 log = logging.getLogger("l2a_jax.eval")
 OWN_TASKS = ("collapse", "perplexity", "audit", "needle")
-BACKENDS = ("auto", "reference", "xla", "cudnn", "pallas", "pallas_interpret")
 RECALL_ROWS, RECALL_LENGTH = 64, 128
+_NOT_ROUTED = "a share of tokens not routed, such as 0.99"
 
 
 @dataclass(frozen=True)
 class Options:
     """One evaluation. `layer` holds the layer flags that were given; lengths are tokens; None: not given."""
 
-    source: str
+    source: Annotated[str, Filled()]
     tasks: tuple[str, ...]
-    text: str | None = None
-    context: int | None = None
-    stride: int | None = None
-    max_windows: int | None = None
-    audit_seeds: int = 3
-    limit: int | None = None
-    num_fewshot: int | None = None
+    text: Annotated[str | None, Filled()] = None
+    context: Annotated[int | None, length()] = None
+    stride: Annotated[int | None, length()] = None
+    max_windows: Annotated[int | None, count()] = None
+    audit_seeds: Annotated[int, between(1, 1_000)] = 3
+    limit: Annotated[int | None, count()] = None
+    num_fewshot: Annotated[int | None, between(0, 1_000)] = None
     task_data: Path | None = None
     log_samples: bool = False
     needle: dict[str, Any] = field(default_factory=dict)
     layer: dict[str, Any] = field(default_factory=dict)
-    route: str = "learned"
-    prune_layers: tuple[int, ...] = ()
-    prune_sparsity: float | None = None
-    calibration: str | None = None
-    dtype: str | None = None
-    backend: str = "auto"
-    batch_tokens: int | None = None
-    seed: int = 0
+    route: Annotated[str, Choice(*subject.ROUTES)] = "learned"
+    prune_layers: tuple[Annotated[int, count(0)], ...] = ()
+    prune_sparsity: Annotated[float | None, Range(0, 1, high_included=False, meaning=_NOT_ROUTED)] = None
+    calibration: Annotated[str | None, Filled()] = None
+    dtype: Annotated[str | None, DTYPE] = None
+    backend: Annotated[str, Choice(*CHOICES)] = "auto"
+    batch_tokens: Annotated[int | None, count()] = None
+    seed: Annotated[int, SEED] = 0
     out: Path | None = None
 
 
@@ -98,20 +102,11 @@ class Plan(NamedTuple):
 def make_plan(options: Options) -> Plan:
     """Check all that can be checked before weights are read. Raises UserError naming the flag."""
     tasks = _tasks(options.tasks)
-    if options.backend not in BACKENDS:
-        raise UserError(f"--backend is {options.backend!r}; expected one of {', '.join(BACKENDS)}")
+    fields.check(options)
+    attention.check(options.backend)
     dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    if dtype not in ("float32", "bfloat16"):
-        raise UserError(f"--dtype is {dtype!r}; expected float32 or bfloat16")
-    for name in ("context", "stride", "max_windows", "audit_seeds", "limit", "batch_tokens"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; expected at least 1")
     if (options.prune_sparsity is None) != (options.calibration is None):
         raise UserError("--prune-sparsity measures the router on --calibration TEXT: give both")
-    if options.prune_sparsity is not None and not 0 <= options.prune_sparsity < 1:
-        raise UserError(f"--prune-sparsity is {options.prune_sparsity}; expected a share of tokens not routed, such as "
-                        "0.99, below 1")
     config, own = read_config(options.source)
     config, layer = subject.layer_of(config, own, options.layer, options.route, options.prune_layers, options.source)
     if "audit" in tasks and layer is None:
@@ -147,12 +142,33 @@ def make_plan(options: Options) -> Plan:
     return Plan(options, tasks, config, own, layer, windows, calibration, needle, dtype, batch_tokens, path, replace)
 
 
+def idle(plan: Plan) -> list[tuple[bool, tuple[str, ...], str]]:
+    """Where an option changes nothing, as rules for `commands.say_idle`."""
+    o, tasks = plan.options, set(plan.tasks)
+    reads = bool(tasks & {"perplexity", "audit", "collapse"} or _pruning(o))
+    return [
+        (not reads, ("text", "context", "stride", "max_windows"), "no task reads a text"),
+        (reads and o.text is None and o.calibration is None, ("stride",), "the rows of the recall corpus stand apart"),
+        ("audit" not in tasks, ("audit_seeds",), "no routing audit is taken"),
+        (tasks <= {*OWN_TASKS}, ("limit", "num_fewshot", "task_data", "log_samples"), "no benchmark is among --tasks"),
+        ("needle" not in tasks, tuple(map(_needle_flag, o.needle)), "needle is not among --tasks"),
+        (not (tasks & {"perplexity", "audit"} or _pruning(o)), ("batch_tokens",),
+         "it is of windows of text (perplexity, audit, pruning)"),
+        ("collapse" not in tasks, ("seed",), "only the collapse report samples"),
+        (o.route != "learned", ("temperature", "threshold"), f"--route {o.route} leaves nothing to decide"),
+        (o.route == "none", ("prune_layers",), "--route none prunes every layer"),
+    ]
+
+
 def evaluate(options: Options) -> tuple[dict[str, Any], Path]:
     """Run every task; returns the merged results and the file that holds them.
 
     Raises UserError on bad input before anything is computed; tasks that were finished before an error stay written.
     """
     plan = make_plan(options)
+    defaults = {field.name: field.default for field in dataclasses.fields(Options)}
+    given = [name for name, default in defaults.items() if getattr(options, name) != default]
+    commands.say_idle([*given, *options.layer, *(_needle_flag(name) for name in options.needle)], idle(plan))
     _check_place(plan)
     log.info("%s: %s", options.source, ", ".join(plan.tasks))
     with jax.default_matmul_precision(plan.precision):
@@ -227,6 +243,10 @@ def _collapse(plan: Plan, model: Pretrained) -> dict[str, Any]:
         stops = model.tokenizer.end_ids
     return collapse.collapse(model, plan.windows, prompts=prompts, stop_tokens=stops, records=records,
                              seed=plan.options.seed, backend=plan.options.backend)
+
+
+def _needle_flag(name: str) -> str:
+    return name if name == "haystack" else f"needle_{name}"
 
 
 def _pruning(options: Options) -> bool:

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
 
+from l2a_jax import fields
 from l2a_jax.config import position_limit
 from l2a_jax.data import recall
 from l2a_jax.data.encoder import check_ids
@@ -35,9 +36,12 @@ from l2a_jax.evaluation.needle_text import (
     recall_haystack,
     text_haystack,
 )
+from l2a_jax.fields import SEED, Distinct, Filled, between, count, length
 from l2a_jax.weights.pretrained import Pretrained
 
 __all__ = ["NeedleOptions", "draw_heat_map", "evaluate_needle", "format_table"]
+
+MOST_PROMPTS = 100_000
 
 
 @dataclass(frozen=True)
@@ -52,29 +56,22 @@ class NeedleOptions:
     document. `generate`: so many prompts, spread over the grid, are also continued by real decoding, to be read.
     """
 
-    lengths: tuple[int, ...] = (512, 1_024, 2_048, 4_096)
-    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    seeds: tuple[int, ...] = (0, 1, 2)
-    needles: int = 1
-    digits: int = 5
-    distractors: int = 7
-    haystack: tuple[str, ...] = (RECALL,)
+    lengths: Annotated[tuple[Annotated[int, length()], ...], Distinct()] = (512, 1_024, 2_048, 4_096)
+    depths: Annotated[tuple[Annotated[float, between(0, 1)], ...], Distinct()] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    seeds: Annotated[tuple[Annotated[int, SEED], ...], Distinct()] = (0, 1, 2)
+    needles: Annotated[int, count()] = 1
+    digits: Annotated[int, between(1, 18)] = 5
+    distractors: Annotated[int, between(1, 1_000)] = 7
+    haystack: Annotated[tuple[Annotated[str, Filled()], ...], Filled("a list")] = (RECALL,)
     join: str | None = "source"
-    generate: int = 0
+    generate: Annotated[int, count(0)] = 0
 
     def __post_init__(self):
-        for name in ("lengths", "depths", "seeds", "haystack"):
-            if not getattr(self, name):
-                raise UserError(f"needle {name} are empty; expected at least one")
-        for name in ("lengths", "depths", "seeds"):
-            values = getattr(self, name)
-            if len(set(values)) < len(values):
-                raise UserError(f"needle {name} {values} holds the same twice")
-        if any(not 0 <= depth <= 1 for depth in self.depths):
-            raise UserError(f"needle depths are {self.depths}; expected fractions from 0 to 1")
-        for name, least in (("needles", 1), ("digits", 1), ("distractors", 1), ("generate", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"needle {name} is {getattr(self, name)}; expected at least {least}")
+        fields.check(self, spell=lambda name: f"needle {name}")
+        prompts = len(self.lengths) * len(self.depths) * len(self.seeds)
+        if prompts > MOST_PROMPTS:
+            raise UserError(f"the needle grid of {len(self.lengths)} lengths, {len(self.depths)} depths and "
+                            f"{len(self.seeds)} seeds has {prompts:,} prompts; expected at most {MOST_PROMPTS:,}")
         if RECALL in self.haystack and len(self.haystack) > 1:
             raise UserError(f"the haystack {RECALL} cannot be mixed with files; got {', '.join(self.haystack)}")
         words = RECALL in self.haystack

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
+from l2a_jax.errors import UserError
 from l2a_jax.evaluation import needle, texts
 from l2a_jax.evaluation.needle import NeedleOptions, format_table
+from l2a_jax.fields import between, problem
 from l2a_jax.weights.pretrained import Pretrained
 
 __all__ = ["format_table", "make_options", "run"]
@@ -26,6 +28,10 @@ def make_options(given: dict[str, Any], model: Pretrained) -> NeedleOptions:
     computed.
     """
     fields = dict(given)
+    for name in ("depths", "seeds"):
+        wrong = problem(fields.get(name), Annotated[int | None, between(1, 1_000)])
+        if wrong is not None:
+            raise UserError(f"--needle-{name} is {fields[name]}; expected {wrong}")
     if texts.speaks_recall(model.tokenizer) and "haystack" not in fields:
         log.info("no --haystack: needles are hidden in the synthetic recall corpus, whose words this model speaks")
         fields.setdefault("lengths", RECALL_LENGTHS)

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from l2a_jax import presets
+from l2a_jax import fields, presets
 from l2a_jax.config import MODELS, L2AConfig, ModelConfig, to_dict
 from l2a_jax.errors import UserError
 from l2a_jax.models.params import abstract_params, add_routing
@@ -32,23 +32,20 @@ LAYER_FLAGS = ("window", "sinks", "topology", "share_attention", "router_input",
 def layer_of(config: ModelConfig, own: L2AConfig | None, given: dict[str, Any], route: str,
              prune: tuple[int, ...], source: str) -> tuple[ModelConfig, L2AConfig | None]:
     """The configurations to evaluate with. UserError where the flags contradict the source or each other."""
-    if route not in ROUTES:
-        raise UserError(f"--route is {route!r}; expected {', '.join(ROUTES)}")
+    asked = presets.Settings(regime="router_strict", given=tuple(sorted(given)), **given)
+    fields.check(asked, names=given)
     if own is None and set(given) <= {"rope"}:
         if route != "learned" or prune:
             raise UserError(f"{source} is a plain model, which has nothing to route or prune; give --window (and "
                             "--sinks, --topology) to put an untrained layer on it")
         return (dataclasses.replace(config, rope=presets.parse_rope(given["rope"])) if given else config), None
     if own is None:
-        given = {"share_attention": given.get("topology") != "sequential", **given}
-        layer = presets.layer_of(presets.Settings(regime="router_strict", **given))
+        share = given.get("share_attention", asked.topology != "sequential")
+        layer = presets.layer_of(dataclasses.replace(asked, share_attention=share))
         if route == "learned":
             log.info("the layer on %s is untrained: its router routes every token (--route none: no token)", source)
     else:
-        layer = presets.adapt_layer(own, presets.Settings(
-            regime="router_strict", given=tuple(sorted(given)),
-            **{"share_attention": own.share_attention, "topology": own.topology, "router_input": own.router_input,
-               **given}), source)
+        layer = presets.adapt_layer(own, asked, source)
     beyond = [index for index in prune if not 0 <= index < config.num_layers]
     if beyond:
         raise UserError(f"--prune-layers names {beyond[0]}; {source} has layers 0 to {config.num_layers - 1}")

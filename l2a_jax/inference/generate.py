@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from l2a_jax import fields
 from l2a_jax.config import L2AConfig, ModelConfig, position_limit
 from l2a_jax.errors import UserError
 from l2a_jax.inference.cache import Cache, Layout, layout_of
 from l2a_jax.inference.forward import DecodeParams, decode_params, decode_step, prefill
-from l2a_jax.inference.sampling import sample
+from l2a_jax.inference.sampling import Sampling, sample
 from l2a_jax.models.params import Tree, check_layers
 from l2a_jax.models.qwen2 import check_tokens
 
@@ -120,12 +121,8 @@ def request(
     for number, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise UserError(f"prompt {number} is empty; a continuation needs at least one token to follow")
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
-    if not 0 <= temperature < float("inf"):
-        raise UserError(f"temperature is {temperature}; expected 0 (the likeliest token) or above")
-    if not 0 < top_p <= 1:
-        raise UserError(f"top_p is {top_p}; expected a share of probability above 0, up to 1")
+    fields.check(Sampling(max_new_tokens, temperature, top_p, backend), spell=str)
+    temperature, top_p = fields.float32(temperature), fields.float32(top_p)
     if temperature > 0 and key is None:
         raise UserError(f"sampling at temperature {temperature} draws at random: give a key")
     if l2a_config is not None:

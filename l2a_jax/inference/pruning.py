@@ -47,7 +47,8 @@ def parse_layers(text: str, flag: str = "--prune-layers") -> tuple[int, ...]:
     found = set()
     for part in text.split(","):
         first, _, last = part.strip().partition("-")
-        if not first.isdecimal() or (last and not last.isdecimal()) or (last and int(last) < int(first)):
+        whole = first.isdecimal() and (last or first).isdecimal() and len(last or first) <= 6
+        if not whole or int(last or first) < int(first):
             raise UserError(f"{flag} {text!r}: {part.strip()!r} is no layer; expected numbers and ranges, such as "
                             "3,5-8")
         found |= set(range(int(first), int(last or first) + 1))

@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from l2a_jax.attention.backends import CHOICES
+from l2a_jax.fields import Choice, above, at_least, length
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a text is continued. `temperature` 0: the likeliest token; `top_p` 1: no cut. Both are rounded to float32."""
+
+    max_new_tokens: Annotated[int, length()] = 128
+    temperature: Annotated[float, at_least(0)] = 0.0
+    top_p: Annotated[float, above(0, 1, "a share of probability")] = 1.0
+    backend: Annotated[str, Choice(*CHOICES)] = "auto"
 
 
 def nucleus(logits: Float[Array, "B V"], top_p: Float[Array, ""] | float) -> Float[Array, "B V"]:
@@ -31,7 +47,10 @@ def sample(
     if key is None:
         tokens = jnp.argmax(logits, axis=-1)
     else:
-        scaled = logits / temperature
+        # A quotient that overflows would make equals, or NaN, of all that are as likely: what counts is the distance
+        # to the likeliest.
+        top = jnp.max(logits, axis=-1, keepdims=True)
+        scaled = jnp.where(jnp.isfinite(top / temperature), logits / temperature, (logits - top) / temperature)
         tokens = jax.random.categorical(key, scaled if top_p is None else nucleus(scaled, top_p), axis=-1)
     tokens = tokens.astype(jnp.int32)
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]

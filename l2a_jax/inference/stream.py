@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 from jaxtyping import PRNGKeyArray
 
-from l2a_jax.config import L2AConfig
+from l2a_jax import commands
+from l2a_jax.attention import api as attention
+from l2a_jax.config import L2AConfig, Sinks, Window
 from l2a_jax.errors import UserError
+from l2a_jax.fields import SEED, Choice, check, float32
 from l2a_jax.files import read_text
 from l2a_jax.inference.forward import decode_params
 from l2a_jax.inference.generate import advance, bucket, request, start
 from l2a_jax.inference.pruning import cache_saving, parse_layers, pruned
+from l2a_jax.inference.sampling import Sampling
 from l2a_jax.models.params import add_routing
 from l2a_jax.weights import Pretrained, Tokenizer, load_pretrained
 
@@ -36,11 +42,15 @@ def stream(model: Pretrained, prompt: Sequence[int], *, max_new_tokens: int, tem
 
     That is decided when a token is read, so the newest waits for the next piece; the very last one, and all of a plain
     model's, have None. The stop token is not among them. Raises UserError as `generate` does, and where the model's
-    logits are not finite.
+    logits are not finite; all but the last at once, not with the first piece.
     """
     tokens, lengths, options, settings = request(
         model.config, model.l2a_config, [prompt], max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
         key=key, stop_tokens=stop_tokens, backend=backend, params=model.params)
+    return _pieces(model, prompt, tokens, lengths, options, settings, max_new_tokens, chunk)
+
+
+def _pieces(model, prompt, tokens, lengths, options, settings, max_new_tokens, chunk):
     state = _start(model.params, tokens, lengths, settings, options, bucket(max_new_tokens, 16))
     weights = _decode_params(model.params)
     given, ended = 0, False
@@ -99,6 +109,16 @@ class Writer:
         self.before, self.held, self.shade = self.held, [], None
 
 
+@dataclass(frozen=True)
+class Asked(Sampling):
+    """The flags of `eval/generate.py` that have a range."""
+
+    window: Window | None = None
+    sinks: Sinks | None = None
+    dtype: Annotated[str, Choice("bfloat16", "float16", "float32")] = "bfloat16"
+    seed: Annotated[int, SEED] = 0
+
+
 def prepare(source: str | Path, *, window: int | None = None, sinks: int | None = None,
             prune_layers: str | None = None, dtype: Any = "bfloat16") -> Pretrained:
     """The model of a source; a plain one with `window` or `sinks` gets an untrained router, which routes everything.
@@ -124,6 +144,12 @@ def run(source: str, *, prompt: str | None, prompt_file: Path | None, window: in
         seed: int = 0, out: Any = None, **options: Any) -> None:
     """What `eval/generate.py` does: the continuation to `out` (stdout), tokens per second to stderr."""
     out = sys.stdout if out is None else out
+    asked = Asked(window=window, sinks=sinks, dtype=dtype, seed=seed, **options)
+    check(asked)
+    attention.check(asked.backend)
+    given = [field.name for field in dataclasses.fields(Asked) if getattr(asked, field.name) != field.default]
+    greedy = float32(asked.temperature) == 0
+    commands.say_idle(given, [(greedy, ("seed", "top_p"), "at --temperature 0 nothing is drawn")])
     if prompt is None:
         prompt = read_text(prompt_file, "--prompt-file")
     model = prepare(source, window=window, sinks=sinks, prune_layers=prune_layers, dtype=dtype)
@@ -136,10 +162,10 @@ def run(source: str, *, prompt: str | None, prompt_file: Path | None, window: in
         now, whole = cache_saving(model, len(ids) + options["max_new_tokens"])
         print(f"cache: {now / 1e6:.2f} MB, {whole / 1e6:.2f} MB with nothing pruned", file=sys.stderr)
     writer = Writer(model.tokenizer, out, ids, model.config.num_layers if colour and model.l2a_config else None)
-    out.write(prompt)
-    out.flush()
     pieces = stream(model, ids, key=jax.random.key(seed) if options["temperature"] > 0 else None,
                     stop_tokens=model.tokenizer.end_ids, **options)
+    out.write(prompt)
+    out.flush()
     times, counts = [time.perf_counter()], []
     for piece in pieces:
         for token, routed in piece:

@@ -186,8 +186,15 @@ def test_empty_and_short_haystacks(bytes_model, novel, tmp_path):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"lengths": ()}, "lengths are empty; expected at least one"), ({"depths": (0.5, 1.5)}, "fractions from 0 to 1"),
-    ({"seeds": (1, 1)}, "holds the same twice"), ({"needles": 0}, "needles is 0"), ({"digits": 0}, "digits is 0"),
+    ({"lengths": ()}, r"needle lengths is \(\); expected a list that is not empty"),
+    ({"depths": (0.5, 1.5)}, "each between 0 and 1"), ({"depths": (float("nan"),)}, "each between 0 and 1"),
+    ({"depths": (-0.5,)}, "each between 0 and 1"), ({"lengths": (-64,)}, "each at least 1"),
+    ({"lengths": (2**31,)}, "each at least 1, at most"), ({"seeds": (-1,)}, "each at least 0"),
+    ({"seeds": (2**63,)}, "each at least 0"), ({"digits": 10**6}, "digits is 1000000; expected between 1 and 18"),
+    ({"distractors": 10**9}, "distractors is 1000000000"), ({"generate": -1}, "generate is -1"),
+    ({"haystack": ()}, "haystack is"), ({"haystack": ("",)}, "haystack is"),
+    ({"seeds": tuple(range(10_000))}, "has 200,000 prompts; expected at most 100,000"),
+    ({"seeds": (1, 1)}, "each entry once"), ({"needles": 0}, "needles is 0"), ({"digits": 0}, "digits is 0"),
     ({"needles": 9}, "there are only 8 keys"), ({"haystack": ("recall", "x.txt")}, "cannot be mixed"),
     ({"haystack": ("x.txt",), "digits": 1, "distractors": 9}, "codes of 1 digits are only 9; 10 different"),
 ])

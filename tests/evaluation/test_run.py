@@ -197,7 +197,35 @@ BAD = {
     "sparsity without calibration": (["--tasks", "perplexity", *LAYER, "--prune-sparsity", "0.9"], "--calibration"),
     "unknown backend": (["--tasks", "perplexity", "--backend", "flash"], "--backend is 'flash'"),
     "unknown dtype": (["--tasks", "perplexity", "--dtype", "int8"], "--dtype is 'int8'"),
-    "no window": (["--tasks", "perplexity", "--window", "0"], "window is 0"),
+    "no window": (["--tasks", "perplexity", "--window", "0"], "--window is 0"),
+    "context without end": (["--tasks", "perplexity", "--context", str(2**40)], "--context is 1099511627776"),
+    "no windows": (["--tasks", "perplexity", "--max-windows", "0"], "--max-windows is 0"),
+    "no batch": (["--tasks", "perplexity", "--batch-tokens", "-1"], "--batch-tokens is -1"),
+    "too many draws": (["--tasks", "audit", *LAYER, "--audit-seeds", "1000000000"], "--audit-seeds is"),
+    "no draws": (["--tasks", "audit", *LAYER, "--audit-seeds", "0"], "--audit-seeds is 0; expected between 1 and 1000"),
+    "fewer than no shots": (["--tasks", "piqa", "--num-fewshot", "-1"], "--num-fewshot is -1"),
+    "a seed below 0": (["--tasks", "collapse", "--seed", "-1"], "--seed is -1"),
+    "a seed beyond 32 bits": (["--tasks", "collapse", "--seed", str(2**64)], "--seed is 18446744073709551616"),
+    "no share": (["--tasks", "perplexity", *LAYER, "--prune-sparsity", "nan", "--calibration", "x"],
+                 "--prune-sparsity is nan; expected a share of tokens not routed"),
+    "no text": (["--tasks", "perplexity", "--text", ""], "--text is ''; expected a text that is not empty"),
+    "no task folder": (["--tasks", "piqa", "--task-data", ""], "--task-data is empty; expected a path"),
+    "no folder": (["--tasks", "perplexity", "--out", " "], "--out is empty; expected a path"),
+    "a temperature of the router": (["--tasks", "perplexity", *LAYER, "--temperature", "inf"], "--temperature is inf"),
+    "a threshold of the router": (["--tasks", "perplexity", *LAYER, "--threshold", "1"], "--threshold is 1.0"),
+    "a window beyond positions": (["--tasks", "perplexity", "--window", str(2**40)], "--window is 1099511627776"),
+    "sinks beyond positions": (["--tasks", "perplexity", *LAYER, "--sinks", str(10**12)], "--sinks is 1000000000000"),
+    "rope without end": (["--tasks", "perplexity", "--rope", "yarn:inf"], "--rope is 'yarn:inf'"),
+    "layers without end": (["--tasks", "perplexity", *LAYER, "--prune-layers", "0-99999999999"], "--prune-layers"),
+    "needle depths": (["--tasks", "needle", "--needle-depths", "-2"], "--needle-depths is -2; expected between"),
+    "needle seeds below 0": (["--tasks", "needle", "--needle-seeds", "-1"], "--needle-seeds is -1"),
+    "endless needle seeds": (["--tasks", "needle", "--needle-seeds", "10000000000"], "--needle-seeds is 1000"),
+    "needle lengths below 0": (["--tasks", "needle", "--needle-lengths=-64"], "needle lengths is (-64,); expected"),
+    "needle lengths that are none": (["--tasks", "needle", "--needle-lengths", "64,x"],
+                                     "--needle-lengths is '64,x'; expected whole numbers with commas"),
+    "a backend of other machines": (["--tasks", "perplexity", "--backend", "cudnn"],
+                                    "--backend cudnn cannot be used on this machine"),
+    "another backend of other machines": (["--tasks", "perplexity", "--backend", "pallas"], "NVIDIA GPUs"),
     "no limit": (["--tasks", "piqa", "--limit", "0"], "--limit is 0"),
 }
 
@@ -214,6 +242,31 @@ def test_bad_input_is_refused_before_anything_is_computed(case, main, tmp_path, 
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("error: ") and message in said
     assert sorted(tmp_path.rglob("*")) == before
+
+
+IDLE = [
+    ({"tasks": ("perplexity",), "seed": 1, "limit": 3, "batch_tokens": 64}, {}, ("--seed", "--limit")),
+    ({"tasks": ("perplexity",), "audit_seeds": 5, "stride": 8}, {}, ("--audit-seeds", "--stride")),
+    ({"tasks": ("needle",), "context": 64, "num_fewshot": 1, "needle": {"lengths": (64,)}}, {},
+     ("--context", "--num-fewshot")),
+    ({"tasks": ("collapse",), "seed": 1, "batch_tokens": 64, "needle": {"seeds": 2, "haystack": ("x",)}}, {},
+     ("--batch-tokens", "--needle-seeds", "--haystack")),
+    ({"tasks": ("perplexity",), "route": "all"}, {"window": 8, "threshold": 0.4}, ("--threshold",)),
+]
+
+
+@pytest.mark.parametrize(("options", "layer", "expected"), IDLE, ids=str)
+def test_options_without_effect_are_said(options, layer, expected, monkeypatch, caplog):
+    class Enough(Exception):
+        pass
+
+    def enough(*given):
+        raise Enough
+
+    monkeypatch.setattr(evaluate, "load_pretrained", enough)
+    with caplog.at_level(logging.WARNING, "l2a_jax"), pytest.raises(Enough):
+        evaluate.evaluate(evaluate.Options(source=TINY, layer=layer, **options))
+    assert {line.split()[0] for line in caplog.messages if "has no effect here" in line} == set(expected)
 
 
 def test_a_model_of_ones_own_words_needs_a_text(main, tmp_path, monkeypatch, capsys, plain):
