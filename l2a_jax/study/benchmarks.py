@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from l2a_jax.errors import UserError
 from l2a_jax.evaluation import audit, intervals
 from l2a_jax.evaluation.loglikelihood import Request, log_likelihoods, power_of_two
 from l2a_jax.evaluation.perplexity import Scores, Windows, routing_rates, score_windows
@@ -68,7 +69,7 @@ def controls(model: Pretrained, prepared: Prepared, *, items: int = 1_000, lengt
 
     Windows are as long as the longest of them needs, a power of two. Where that is no longer than the window of a layer
     with one shared attention, a row sees everything whatever is decided: `window_covers`, and the controls are the
-    learned ones.
+    learned ones. UserError where no item fits.
     """
     kept, requests, at = [], [], 0
     for index, count in enumerate(prepared.counts[:items]):
@@ -77,6 +78,9 @@ def controls(model: Pretrained, prepared: Prepared, *, items: int = 1_000, lengt
         if max(len(one.context) + len(one.continuation) for one in mine) <= length + 1:
             kept.append(index)
             requests += mine
+    if not kept:
+        raise UserError(f"{prepared.source}: none of the first {items} items fits {length} tokens, so the controls "
+                        "have nothing to score")
     some = prepared._replace(documents=[prepared.documents[i] for i in kept],
                              counts=[prepared.counts[i] for i in kept], requests=requests)
     longest = max((len(one.context) + len(one.continuation) - 1 for one in requests), default=1)

@@ -16,6 +16,7 @@ import pytest
 
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import evaluate, intervals, perplexity, recall, results, table
+from l2a_jax.evaluation.needle import draw_heat_map
 from l2a_jax.files import claim
 from l2a_jax.weights.pretrained import TINY, load_pretrained
 from tests.evaluation.test_table import made_up
@@ -219,3 +220,26 @@ def test_windows_without_a_scored_place_have_no_perplexity():
     windows = perplexity.Windows(*[np.zeros((2, 8), np.int32)] * 2, empty, ~empty, {"name": "nothing"})
     with pytest.raises(UserError, match="no token of nothing is to be scored"):
         perplexity.score_windows(load_pretrained(TINY, jnp.float32), windows)
+
+
+def _not_finite(value):
+    """Every fractional number as a file says it that is none."""
+    if isinstance(value, dict):
+        return {name: _not_finite(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_not_finite(entry) for entry in value]
+    return "nan" if isinstance(value, float) else value
+
+
+def test_results_that_are_not_finite_are_shown_as_such(tmp_path, capsys):
+    found = _not_finite(made_up())
+    found["tasks"]["pruning"] = {"pruned_layers": [1], "cache_tokens": 8, "cache_bytes_before": 8,
+                                 "cache_bytes_after": 4, "cache_saved": 4, "perplexity_before": "inf",
+                                 "perplexity_after": "nan", "cost": "-inf", "cost_95": ["nan", "nan"]}
+    (tmp_path / "eval.json").write_text(json.dumps(found))
+    shown = evaluate.summary(results.read_results(tmp_path / "eval.json"))
+    assert "perplexity nan [nan, nan]" in shown and "inf -> nan (-inf nats" in shown and "mean rank nan" in shown
+    assert command("table")([str(tmp_path), "--baseline", str(tmp_path)]) == 0
+    assert "| nan [nan, nan] (2k tokens)<br>" in capsys.readouterr().out
+    draw_heat_map(results.read_results(tmp_path / "eval.json")["tasks"]["needle"], tmp_path / "needle.png")
+    assert (tmp_path / "needle.png").stat().st_size > 1_000

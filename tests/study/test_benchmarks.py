@@ -66,3 +66,9 @@ def test_controls_are_the_learned_decisions_exactly_where_these_cannot_matter(to
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(UserError, match="holds no piqa"):
         benchmarks.prepare(model_of(0), "piqa", str(tmp_path), None)
+
+
+def test_controls_over_no_item_are_refused(tmp_path):
+    prepared = benchmarks.prepare(model_of(0), "piqa", str(write(tmp_path)), None)
+    with pytest.raises(UserError, match=r"piqa_valid\.jsonl: none of the first 3 items fits 4 tokens"):
+        benchmarks.controls(model_of(0), prepared, items=3, length=4)
