@@ -117,8 +117,12 @@ def gguf_tokenizer(file: GGUFFile) -> Tokenizer | None:
             raise UserError(f"{file.path}: add_{name}_token is true, but there is no {name}_token_id")
         if name == "bos" or asked:
             settings[f"add_{name}_token"] = bool(asked)
-    if (template := file.fields.get("tokenizer.chat_template")) is not None:
-        settings["chat_template"] = template
+    templates = {key.removeprefix("tokenizer.chat_template").lstrip(".") or "default": value
+                 for key, value in file.fields.items() if key.startswith("tokenizer.chat_template") and
+                 isinstance(value, str)}
+    if templates:
+        named = [{"name": name, "template": template} for name, template in templates.items()]
+        settings["chat_template"] = templates["default"] if list(templates) == ["default"] else named
     turns = [role(name) for name in ("eot_token_id", "eom_token_id") if role(name) is not None]
     ends = [role("eos_token_id"), *turns, ids.get(END_OF_TEXT)] if turns else []
     return byte_level_bpe(

@@ -6,9 +6,10 @@ transformers, so nothing imports torch.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -137,10 +138,8 @@ def byte_level_bpe(
     whole.sort(key=lambda token: ids.get(token.content, -1))
 
     def build(vocabulary: dict[str, int]) -> Backend:
-        try:
+        with building("the tokenizer's merges do not fit its vocabulary"):
             backend = Backend(BPE(vocab=vocabulary, merges=list(merges), fuse_unk=False))
-        except Exception as error:  # tokenizers raises plain Exception
-            raise UserError(f"the tokenizer's merges do not fit its vocabulary: {error}") from error
         backend.normalizer = normalizers.NFC() if normalise else None
         backend.pre_tokenizer = pre_tokenizers.Sequence([
             pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated"),
@@ -177,6 +176,18 @@ def post_process(backend: Backend, settings: Mapping[str, Any]) -> Backend:
             special_tokens=[(content, index) for content, index in dict(around).items() if content is not None],
         )
     return backend
+
+
+@contextlib.contextmanager
+def building(wrong: str) -> Iterator[None]:
+    """Whatever `tokenizers` raises in the block becomes a UserError that begins with `wrong`."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # plain Exception mostly, but what panics in its Rust is none
+        told = str(error).partition("\n")[0]
+        raise UserError(f"{wrong}: {told[:200]}") from error
 
 
 def content_of(token: Any) -> Any:

@@ -13,16 +13,19 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from l2a_jax.errors import UserError
+from l2a_jax.errors import UserError, shown
 from l2a_jax.files import read_json, read_text
 from l2a_jax.weights.ends import END_OF_TEXT, folder_end_ids
-from l2a_jax.weights.tokenizer import ROLES, Tokenizer, byte_level_bpe, content_of, post_process
+from l2a_jax.weights.tokenizer import ROLES, Tokenizer, building, byte_level_bpe, content_of, post_process
 
 VOCABULARY, MERGES, WHOLE = "vocab.json", "merges.txt", "tokenizer.json"
 SETTINGS, ROLE_MAP, ADDED, TEMPLATE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                                        "chat_template.jinja")
 FILES = (VOCABULARY, MERGES, WHOLE, SETTINGS, ROLE_MAP, ADDED, TEMPLATE)
 _DECODER = "added_tokens_decoder"
+_EXTRA = ("additional_special_tokens", "extra_special_tokens")
+_MOST = 1 << 24
+"""Beyond every vocabulary there is; an id far out costs as much as all those before it."""
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -47,10 +50,8 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
         return _with_defaults(byte_level_bpe(
             vocabulary, merges, [], list(added.values()), settings, normalise=True, ends=ends, ids=_ids(added)))
     read_text(whole)  # says what is wrong with a file that is no text
-    try:
+    with building(f"{whole} is not a readable tokenizer"):
         backend = Backend.from_file(str(whole))
-    except Exception as error:  # tokenizers raises plain Exception
-        raise UserError(f"{whole} is not a readable tokenizer: {error}") from error
     # Whoever saved it may have left these on; as in transformers, they are a caller's choice.
     backend.no_truncation()
     backend.no_padding()
@@ -63,7 +64,7 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
 
 def _settings(folder: Path) -> dict[str, Any]:
     """What `tokenizer_config.json` says, with the roles of `special_tokens_map.json` and the template beside it."""
-    settings, roles = _optional(folder / SETTINGS), _optional(folder / ROLE_MAP)
+    settings, roles = (_checked(folder / name) for name in (SETTINGS, ROLE_MAP))
     for role in ROLES:
         here, there = content_of(settings.get(role)), content_of(roles.get(role))
         if here is None and there is not None:
@@ -79,15 +80,15 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 def _added(folder: Path, settings: dict[str, Any]) -> dict[int, AddedToken]:
     """Added tokens by the id that `tokenizer_config.json` and `added_tokens.json` state."""
-    extra = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []
-    extra = extra.values() if isinstance(extra, dict) else extra
-    special = {content_of(settings.get(role)) for role in ROLES} | {content_of(token) for token in extra}
+    special = {content_of(settings.get(role)) for role in ROLES}
+    special |= {content_of(token) for name in _EXTRA for token in _listed(settings.get(name))}
     found: dict[int, tuple[AddedToken, str]] = {}
 
     def state(index: Any, token: AddedToken, name: str) -> None:
         number = int(index) if str(index).isdecimal() else -1
-        if isinstance(index, bool) or number < 0:
-            raise UserError(f"{folder / name} gives {token.content!r} the id {index!r}; expected a whole number")
+        if isinstance(index, bool) or not 0 <= number < _MOST:
+            raise UserError(f"{folder / name} gives {token.content!r} the id {shown(index)}; expected a whole number "
+                            f"below {_MOST:,}")
         other, where = found.setdefault(number, (token, name))
         if other.content != token.content:
             raise UserError(f"{folder}: id {number} is {other.content!r} in {where} and {token.content!r} in {name}")
@@ -96,14 +97,44 @@ def _added(folder: Path, settings: dict[str, Any]) -> dict[int, AddedToken]:
             raise UserError(f"{folder}: {token.content!r} has the id {twin} in {found[twin][1]} and {number} in {name}")
 
     decoder = settings.get(_DECODER) or {}
-    if not isinstance(decoder, dict) or not all(isinstance(content_of(token), str) for token in decoder.values()):
+    if not isinstance(decoder, dict) or not all(_text(content_of(token)) for token in decoder.values()):
         raise UserError(f"{folder / SETTINGS}: {_DECODER} is not readable; expected tokens by their id")
     for index, token in decoder.items():
         flags = {name: bool(token[name]) for name in _FLAGS if isinstance(token, dict) and name in token}
         state(index, AddedToken(content_of(token), **{"normalized": False, **flags}), SETTINGS)
     for content, index in _optional(folder / ADDED).items():
+        if not _text(content):
+            raise UserError(f"{folder / ADDED} holds a token that is no text")
         state(index, AddedToken(content, normalized=content not in special, special=content in special), ADDED)
     return {index: token for index, (token, _) in found.items()}
+
+
+def _checked(path: Path) -> dict[str, Any]:
+    """A file of settings, whose tokens are texts and whose switches are true or false. Raises UserError if not."""
+    fields = _optional(path)
+    for name in ROLES:
+        if fields.get(name) is not None and not _text(content_of(fields[name])):
+            raise UserError(f"{path}: {name} is {shown(fields[name])}; expected a token")
+    for name in _EXTRA:
+        if not isinstance(fields.get(name), list | dict | None) or not all(
+                _text(content_of(token)) for token in _listed(fields.get(name))):
+            raise UserError(f"{path}: {name} is {shown(fields[name])}; expected a list of tokens")
+    for name in ("add_bos_token", "add_eos_token"):
+        if not isinstance(fields.get(name), bool | None):
+            raise UserError(f"{path}: {name} is {shown(fields[name])}; expected true or false")
+    return fields
+
+
+def _listed(tokens: Any) -> list[Any]:
+    return list(tokens.values() if isinstance(tokens, dict) else tokens or [])
+
+
+def _text(content: Any) -> bool:
+    """Whether it is a text that can stand in UTF-8: JSON can spell others."""
+    try:
+        return isinstance(content, str) and content.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def _ids(added: dict[int, AddedToken]) -> dict[str, int]:
@@ -123,9 +154,12 @@ def _agree(first: dict[str, int], where: str, second: dict[str, int], other: str
 
 def _vocabulary(path: Path) -> dict[str, int]:
     vocabulary = _optional(path)
-    odd = next((token for token, index in vocabulary.items() if type(index) is not int or index < 0), None)
+    odd = next((token for token, index in vocabulary.items() if type(index) is not int or not 0 <= index < _MOST), None)
     if odd is not None:
-        raise UserError(f"{path} gives {odd!r} the id {vocabulary[odd]!r}; expected a whole number")
+        raise UserError(f"{path} gives {odd!r} the id {shown(vocabulary[odd])}; expected a whole number below "
+                        f"{_MOST:,}")
+    if not all(map(_text, vocabulary)):
+        raise UserError(f"{path} holds a token that is no text")
     if len(set(vocabulary.values())) != len(vocabulary):
         raise UserError(f"{path} gives one id to two tokens")
     return vocabulary

@@ -114,6 +114,15 @@ def test_refused(tmp_path, change, message):
         tokenizer_of(tmp_path, **change)
 
 
+def test_named_templates_are_kept(tmp_path):
+    write_gguf(tmp_path / "model.gguf", metadata={
+        "tokenizer.chat_template": "plain", "tokenizer.chat_template.tool_use": "tools",
+        "tokenizer.chat_templates": ["tool_use"]})
+    settings = gguf_tokenizer(GGUFFile(tmp_path / "model.gguf")).settings
+    assert settings["chat_template"] == [{"name": "default", "template": "plain"},
+                                         {"name": "tool_use", "template": "tools"}]
+
+
 def test_a_template_beside_the_settings_survives(tmp_path):
     tokenizer_of(tmp_path).save(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("newer")

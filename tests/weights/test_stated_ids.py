@@ -134,6 +134,12 @@ def test_equal_to_transformers(tmp_path, files):
         ({"decoder": {FIRST: 7}}, "added_tokens_decoder is not readable"),
         ({"tokenizer_config": {"eos_token": "a"}, "special_tokens_map": {"eos_token": "b"}},
          r"eos_token is 'a' in tokenizer_config\.json and 'b' in special_tokens_map\.json"),
+        ({"tokenizer_config": {"pad_token": []}}, r"tokenizer_config\.json: pad_token is \[\]; expected a token"),
+        ({"tokenizer_config": {"eos_token": "\ud800"}}, "eos_token is .*; expected a token"),
+        ({"tokenizer_config": {"additional_special_tokens": 3}}, "additional_special_tokens is 3; expected a list"),
+        ({"special_tokens_map": {"additional_special_tokens": [["a"]]}}, "expected a list of tokens"),
+        ({"tokenizer_config": {"add_bos_token": "false"}}, "add_bos_token is 'false'; expected true or false"),
+        ({"added_tokens": {"<x>": 2**40}}, "the id 1099511627776; expected a whole number below"),
         ({"vocab": {**ORDINARY, "x1": 1}}, r"vocab\.json gives one id to two tokens"),
         ({"vocab": {**ORDINARY, "x1": "1"}}, r"vocab\.json gives 'x1' the id '1'"),
         ({"vocab": [1, 2]}, r"vocab\.json holds a list"),
@@ -142,6 +148,16 @@ def test_equal_to_transformers(tmp_path, files):
 def test_contradictions_are_refused(tmp_path, files, message):
     with pytest.raises(UserError, match=message):
         load_tokenizer(write(tmp_path, **files))
+
+
+def test_a_tokenizer_json_on_which_its_library_panics(tmp_path):
+    load_tokenizer(write(tmp_path, decoder=LAYOUT)).save(tmp_path)
+    whole = json.loads((tmp_path / "tokenizer.json").read_text())
+    whole["model"]["continuing_subword_prefix"] = "272"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
+    with pytest.raises(UserError, match=r"tokenizer\.json is not a readable tokenizer: .") as error:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_tokenizer_json_beside_another_vocabulary(tmp_path):
