@@ -18,7 +18,8 @@ def tabulate(arguments: list[str] | None) -> None:
                                      allow_abbrev=False)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder with eval.json, or such a file")
     parser.add_argument("--baseline", metavar="RUN", help="compare every run with this one, pair by pair")
-    parser.add_argument("--out", type=pathlib.Path, help="table.md (table.json goes beside it), or a folder")
+    parser.add_argument("--out", action=commands.Parsed, parse=commands.path,
+                        help="table.md (table.json goes beside it), or a folder")
     flags = parser.parse_args(arguments)
 
     from l2a_jax.evaluation import table

@@ -158,9 +158,14 @@ def check(settings: Any, spell: Callable[[str], str] = flag, names: Iterable[str
     """
     hints = declared(type(settings))
     for name in hints if names is None else names:
-        wrong = problem(getattr(settings, name), hints[name])
-        if wrong is not None:
-            raise error(f"{spell(name)} is {shown(getattr(settings, name))}; expected {wrong}")
+        check_value(getattr(settings, name), hints[name], spell(name), error)
+
+
+def check_value(value: Any, hint: Any, name: str, error: type[ValueError] = UserError) -> None:
+    """`error` naming `name` where `value` is not what the annotation `hint` says."""
+    wrong = problem(value, hint)
+    if wrong is not None:
+        raise error(f"{name} is {shown(value)}; expected {wrong}")
 
 
 def problem(value: Any, hint: Any) -> str | None:

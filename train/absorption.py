@@ -13,9 +13,11 @@ import os
 import pathlib
 import sys
 import time
+from typing import Annotated
 
 from l2a_jax import commands
 
+PATH = {"action": commands.Parsed, "parse": commands.path}
 STOPPED = 75  # EX_TEMPFAIL: not an error, run it again
 
 
@@ -29,9 +31,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", nargs="+", default=(), help="wikitext, diverse, RECIPE=DIR, files, folders or globs")
     parser.add_argument("--tokenizer", help="folder (tokenizer.json, or vocab.json and merges.txt), file or hub name")
     parser.add_argument("--held-out", type=float, default=0.02, help="share of the documents held out")
-    parser.add_argument("--cache-dir", type=pathlib.Path, help="where token stores live")
-    parser.add_argument("--run-dir", type=pathlib.Path, help="trained arms, scores (default: runs/absorption-PRESET)")
-    parser.add_argument("--out", type=pathlib.Path, help="reports (default: RUN_DIR/results)")
+    parser.add_argument("--cache-dir", **PATH, help="where token stores live")
+    parser.add_argument("--run-dir", **PATH, help="trained arms, scores (default: runs/absorption-PRESET)")
+    parser.add_argument("--out", **PATH, help="reports (default: RUN_DIR/results)")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="stop cleanly after so long")
     parser.add_argument("--train-only", action="store_true", help="train the arms that no other process is training, "
                         "and stop: one for each GPU, with one --run-dir; then the same command without it")
@@ -49,22 +51,57 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def resolve(flags: argparse.Namespace):
-    """The preset with the flags in place; UserError where they do not fit."""
+    """The preset with the flags in place; UserError where one is out of its range, or they do not fit."""
+    from l2a_jax import fields
     from l2a_jax.absorption import config, suite
+    from l2a_jax.attention import api
+    from l2a_jax.errors import Unsupported
+    from l2a_jax.training import memory
 
     preset = suite.check_preset(flags.preset)
     recipe = {"steps": flags.steps, "batch_size": flags.batch_size, "seq_len": flags.seq_len,
               "learning_rate": flags.lr, "warmup": flags.warmup, "weight_decay": flags.weight_decay,
               "distill_steps": flags.distill_steps, "distill_learning_rate": flags.distill_lr, "dtype": flags.dtype}
     top = {"top_k": flags.top_k, "eval_batches": flags.eval_batches, "together": flags.together,
-           "save_every": flags.save_every, "seeds": flags.seeds and tuple(flags.seeds)}
+           "save_every": flags.save_every, "seeds": None if flags.seeds is None else tuple(flags.seeds)}
     model = dataclasses.replace(preset.model, tied=not flags.untied, **_given({"dropout": flags.dropout}))
     preset = dataclasses.replace(preset, model=model, recipe=dataclasses.replace(preset.recipe, **_given(recipe)),
                                  **_given(top))
     if preset.top_k not in preset.top_ks:
         preset = dataclasses.replace(preset, top_ks=tuple(sorted({*preset.top_ks, preset.top_k})))
-    config.check(preset)
+    fields.check_value(flags.held_out, Annotated[float, fields.Range(0, 1, low_included=False, high_included=False)],
+                       "--held-out")
+    fields.check_value(flags.time_limit, Annotated[float | None, fields.at_least(0)], "--time-limit")
+    if _audits(flags):
+        config.check_ranges(preset)
+    else:
+        config.check(preset)
+        memory.check_batch(preset.recipe.batch_size, preset.recipe.seq_len, 4 * preset.model.width,
+                           eval_batches=0 if flags.data else preset.eval_batches)
+    if flags.attention == "cudnn":
+        model, recipe = preset.model, preset.recipe
+        api.check("cudnn", "--attention")
+        reason = api.why_not("cudnn", api.Call("full", recipe.batch_size, recipe.seq_len, model.heads, model.heads,
+                                               model.head_width, recipe.dtype))
+        if reason is not None:
+            raise Unsupported(f"--attention cudnn: {reason}")
     return preset
+
+
+def idle(flags: argparse.Namespace) -> list[tuple[bool, tuple[str, ...], str]]:
+    """Where a flag changes nothing, as rules for `commands.say_idle`."""
+    return [
+        (not flags.data, ("tokenizer", "held_out", "cache_dir"), "it is of --data, and there is none"),
+        (_audits(flags), ("preset", "time_limit", "train_only", "attention", "steps", "lr", "warmup", "weight_decay",
+                          "distill_steps", "distill_lr", "dtype", "dropout", "top_k", "together", "save_every",
+                          "untied"), "l2a_audit trains nothing"),
+        (flags.benchmark, ("experiment", "data", "time_limit", "train_only", "eval_batches", "save_every", "seeds"),
+         "--benchmark measures speed alone"),
+    ]
+
+
+def _audits(flags: argparse.Namespace) -> bool:
+    return bool(flags.experiment) and flags.experiment[0] == "l2a_audit" and not flags.benchmark
 
 
 def _given(values: dict) -> dict:
@@ -91,13 +128,15 @@ def absorption(arguments: list[str] | None) -> int:
         parser.error("--experiment or --benchmark is needed")
     run_dir = flags.run_dir or pathlib.Path("runs") / f"absorption-{flags.preset}"
     out = flags.out or run_dir / "results"
-    if flags.experiment and flags.experiment[0] == "l2a_audit":
+    preset = resolve(flags)
+    defaults = parser.parse_args([])
+    commands.say_idle([name for name, value in vars(flags).items() if value != getattr(defaults, name)], idle(flags))
+    if _audits(flags):
         from l2a_jax.absorption import l2a_audit
 
         l2a_audit.run(flags.experiment[1:], flags.data, out, flags.eval_batches, flags.seeds, flags.seq_len,
                       flags.batch_size)
         return 0
-    preset = resolve(flags)
     if jax.default_backend() == "gpu":  # a continued suite compiles nothing twice
         jax.config.update("jax_compilation_cache_dir", str((run_dir / "compiled").absolute()))
     backend = {"auto": "cudnn" if jax.default_backend() == "gpu" and preset.recipe.dtype == "bfloat16" else None,

@@ -12,13 +12,17 @@ import argparse
 import pathlib
 import sys
 import time
+from typing import Annotated
 
 from l2a_jax import commands
 
+PATH = {"action": commands.Parsed, "parse": commands.path}
 STOPPED = 75  # EX_TEMPFAIL: not an error, run it again
 
 
 def make_parser() -> argparse.ArgumentParser:
+    from l2a_jax.attention.backends import HELP
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("--rows", nargs="+", default=(), metavar="NAME",
@@ -28,21 +32,39 @@ def make_parser() -> argparse.ArgumentParser:
     for size in ("0.5b", "1.5b", "3b"):
         parser.add_argument(f"--model-{size.replace('.', '')}", dest=f"model_{size}", metavar="SOURCE",
                             help=f"the {size} model: hub id, folder or .gguf file")
-    parser.add_argument("--data-dir", type=pathlib.Path, help="folder with train/ (texts) and eval/ (and benchmarks)")
-    parser.add_argument("--out", type=pathlib.Path, help="folder for ROW.json")
+    parser.add_argument("--data-dir", **PATH, help="folder with train/ (texts) and eval/ (and benchmarks)")
+    parser.add_argument("--out", **PATH, help="folder for ROW.json")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="stop cleanly after so long")
     parser.add_argument("--limit", type=int, help="the first so many items of every benchmark")
     parser.add_argument("--keep", action="store_true", help="keep what was trained whatever its size (ROW.npz)")
     parser.add_argument("--list", action="store_true", help="say which rows there are, and which are done in --out")
     parser.add_argument("--dry-run", action="store_true", help="say what would be run, with every command, and stop")
-    parser.add_argument("--report", type=pathlib.Path, metavar="DIR",
+    parser.add_argument("--report", **PATH, metavar="DIR",
                         help="write replication.md, replication.json and the figures from the rows in --out")
-    parser.add_argument("--backend", default="auto", help="attention: auto, reference, xla, cudnn, pallas")
+    parser.add_argument("--backend", default="auto", help=HELP)
     parser.add_argument("--compile-ahead", type=int, default=None, metavar="N",
                         help="threads that compile the rows to come (default: 2 on a GPU, none elsewhere)")
-    parser.add_argument("--compiled", type=pathlib.Path, metavar="DIR",
+    parser.add_argument("--compiled", **PATH, metavar="DIR",
                         help="keep compiled programs here, so that the next process need not compile them")
     return parser
+
+
+def check(flags: argparse.Namespace) -> None:
+    """UserError on the first flag that is out of its range; says which ones change nothing."""
+    from l2a_jax import fields
+    from l2a_jax.attention import api
+
+    for name, hint in (("time_limit", Annotated[float | None, fields.at_least(0)]),
+                       ("limit", Annotated[int | None, fields.count()]),
+                       ("compile_ahead", Annotated[int | None, fields.between(0, 256)])):
+        fields.check_value(getattr(flags, name), hint, fields.flag(name))
+    api.check(flags.backend)
+    only = next((name for name in ("list", "report") if getattr(flags, name)), None)
+    defaults = make_parser().parse_args([])
+    commands.say_idle([name for name, value in vars(flags).items() if value != getattr(defaults, name)], [
+        (only is not None, ("data_dir", "time_limit", "keep", "backend", "compile_ahead", "compiled"),
+         f"--{only} runs nothing"),
+        (flags.dry_run, ("time_limit", "keep", "compile_ahead", "compiled"), "--dry-run runs nothing")])
 
 
 def study(arguments: list[str] | None) -> int:
@@ -55,6 +77,7 @@ def study(arguments: list[str] | None) -> int:
     from l2a_jax.study.rows import choose, with_baselines
     from l2a_jax.study.session import Session
 
+    check(flags)
     rows = [row.with_limit(flags.limit) for row in choose(tuple(flags.rows), tuple(flags.group))]
     if flags.list:
         for row in rows:

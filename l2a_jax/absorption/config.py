@@ -11,15 +11,19 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+from l2a_jax import fields
 from l2a_jax.errors import UserError
+from l2a_jax.fields import DTYPE, SEED, Choice, Distinct, Range, above, at_least, between, count, length
 
 SOFT = ("none", "multiplicative", "additive")
 SELECT = ("none", "gate", "selector", "oracle", "used", "random", "window")
 SCORES = ("own", "shuffled", "other_text")
 CONVENTIONS = ("after", "before")
 ROUTING = ("none", "learned", "random", "hash")
+_BELOW_1 = Range(0, 1, high_included=False)
+_RATE = Range(0, 1, low_included=False, high_included=False)
 
 
 class Attention(NamedTuple):
@@ -82,19 +86,20 @@ HARD = Attention(select="gate")
 class TransformerConfig:
     """Pre-norm transformer with LayerNorm, GELU and learned positions (arXiv 2603.02227, section 3.1)."""
 
-    vocab_size: int = 50_257
-    layers: int = 6
-    width: int = 256
-    heads: int = 4
-    hidden: int = 1_024
-    positions: int = 512
+    vocab_size: Annotated[int, count(0)] = 50_257
+    """0: the corpus's."""
+    layers: Annotated[int, count()] = 6
+    width: Annotated[int, count()] = 256
+    heads: Annotated[int, count()] = 4
+    hidden: Annotated[int, count()] = 1_024
+    positions: Annotated[int, length(2)] = 512
     tied: bool = True
-    dropout: float = 0.1
-    gate_width: int = 32
-    experts: int = 0
+    dropout: Annotated[float, _BELOW_1] = 0.1
+    gate_width: Annotated[int, count()] = 32
+    experts: Annotated[int, count(0)] = 0
     """Above 0: the feed-forward layer's hidden units are divided among so many experts, one of which serves a token."""
-    init_std: float = 0.02
-    gate_std: float = 0.02
+    init_std: Annotated[float, at_least(0)] = 0.02
+    gate_std: Annotated[float, at_least(0)] = 0.02
     """Of the gates; over LayerNorm's unit inputs the published 0.02 at width 256 gives sd(G) = 0.1, so that
     sigmoid(G) = 0.500 +- 0.026: a frozen random gate is nearly a constant."""
 
@@ -109,16 +114,19 @@ class Arm:
 
     name: str
     attention: Attention = DENSE
-    gate_std: float | None = None
+    gate_std: Annotated[float | None, at_least(0)] = None
     """Deviation of the gate's initial weights; None takes the model's, 0 makes a constant gate (sigmoid(0) = 0.5)."""
     gate_trained: bool = True
-    gate_width: int | None = None
-    gated_layers: tuple[int, ...] | None = None
+    gate_width: Annotated[int | None, count()] = None
+    gated_layers: tuple[Annotated[int, count(0)], ...] | None = None
     """None: all."""
-    frozen_qkv: tuple[int, ...] = ()
+    frozen_qkv: tuple[Annotated[int, count(0)], ...] = ()
     """Layers whose Q, K and V stay as they were drawn."""
-    routing: str = "none"
+    routing: Annotated[str, Choice(*ROUTING)] = "none"
     """Of a mixture of experts in place of the feed-forward layer."""
+
+    def __post_init__(self):
+        fields.check(self, spell=lambda name: f"{name} of the arm {self.name!r}")
 
     def model(self, config: TransformerConfig, experts: int) -> TransformerConfig:
         """The arm's model: `config` with the arm's own gate width and experts."""
@@ -130,20 +138,20 @@ class Arm:
 class Recipe:
     """How every arm is trained, the same for all; AdamW with warm-up, cosine to 0, clipping by global norm."""
 
-    steps: int = 50_000
-    batch_size: int = 16
-    seq_len: int = 512
-    learning_rate: float = 3e-4
-    warmup: int = 1_000
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    clip: float = 1.0
-    balance: float = 0.01
+    steps: Annotated[int, count()] = 50_000
+    batch_size: Annotated[int, count()] = 16
+    seq_len: Annotated[int, length(2)] = 512
+    learning_rate: Annotated[float, _RATE] = 3e-4
+    warmup: Annotated[int, count(0)] = 1_000
+    weight_decay: Annotated[float, at_least(0)] = 0.1
+    beta1: Annotated[float, _BELOW_1] = 0.9
+    beta2: Annotated[float, _BELOW_1] = 0.95
+    clip: Annotated[float, above(0)] = 1.0
+    balance: Annotated[float, at_least(0)] = 0.01
     """Weight of the load-balance loss of a learned router of experts (Fedus et al. 2022, equation 4)."""
-    distill_steps: int = 1_000
-    distill_learning_rate: float = 1e-3
-    dtype: str = "float32"
+    distill_steps: Annotated[int, count()] = 1_000
+    distill_learning_rate: Annotated[float, _RATE] = 1e-3
+    dtype: Annotated[str, DTYPE] = "float32"
     """What is computed in; masters, optimizer, norms' statistics, softmax and loss are float32."""
 
 
@@ -153,17 +161,17 @@ class Preset:
 
     model: TransformerConfig
     recipe: Recipe
-    seeds: tuple[int, ...]
-    top_k: int
+    seeds: Annotated[tuple[Annotated[int, SEED], ...], Distinct()]
+    top_k: Annotated[int, length()]
     """Keys that a query keeps; the published 64 of 512."""
-    top_ks: tuple[int, ...]
-    gate_widths: tuple[int, ...]
-    experts: int
-    eval_batches: int
-    scan: int
+    top_ks: tuple[Annotated[int, length()], ...]
+    gate_widths: tuple[Annotated[int, count()], ...]
+    experts: Annotated[int, count()]
+    eval_batches: Annotated[int, count()]
+    scan: Annotated[int, count()]
     """Steps in one dispatch."""
-    save_every: int
-    together: int = 1
+    save_every: Annotated[int, count()]
+    together: Annotated[int, between(1, 1_000)] = 1
     """Arms of one program trained side by side, beside the seeds."""
 
 
@@ -188,22 +196,26 @@ PRESETS = {
 }
 
 
+_FLAGS = {"learning_rate": "lr", "distill_learning_rate": "distill_lr"}
+
+
+def check_ranges(preset: Preset) -> None:
+    """Raise UserError, naming the flag, where a number of a preset (after flags) is none that it can be."""
+    for part in (preset.model, preset.recipe, preset):
+        fields.check(part, spell=lambda name: fields.flag(_FLAGS.get(name, name)),
+                     names=[name for name in fields.declared(type(part)) if name not in ("model", "recipe")])
+
+
 def check(preset: Preset) -> None:
-    """Raise UserError where the parts of a preset (after flags) do not fit each other."""
+    """Raise UserError where a number of a preset (after flags) cannot be, or its parts do not fit each other."""
+    check_ranges(preset)
     model, recipe = preset.model, preset.recipe
     conditions = [
-        (recipe.steps >= 1, f"--steps is {recipe.steps}; expected at least 1"),
-        (recipe.batch_size >= 1, f"--batch-size is {recipe.batch_size}; expected at least 1"),
-        (2 <= recipe.seq_len <= model.positions,
+        (recipe.seq_len <= model.positions,
          f"--seq-len is {recipe.seq_len}; expected 2 to the model's {model.positions} positions"),
-        (1 <= preset.top_k <= recipe.seq_len, f"--top-k is {preset.top_k}; expected 1 to {recipe.seq_len}"),
-        (len(set(preset.seeds)) == len(preset.seeds) >= 1, f"--seeds are {preset.seeds}; expected different numbers"),
+        (preset.top_k <= recipe.seq_len, f"--top-k is {preset.top_k}; expected 1 to {recipe.seq_len}"),
         (model.width % model.heads == 0, f"width {model.width} does not divide among {model.heads} heads"),
         (model.hidden % preset.experts == 0, f"hidden {model.hidden} does not divide among {preset.experts} experts"),
-        (recipe.dtype in ("float32", "bfloat16"), f"--dtype is {recipe.dtype!r}; expected float32 or bfloat16"),
-        (0 < recipe.learning_rate < 1, f"--lr is {recipe.learning_rate}; expected a number between 0 and 1"),
-        (0 <= model.dropout < 1, f"--dropout is {model.dropout}; expected 0 to below 1"),
-        (recipe.distill_steps >= 1, f"--distill-steps is {recipe.distill_steps}; expected at least 1"),
     ]
     for good, message in conditions:
         if not good:

@@ -8,10 +8,9 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from l2a_jax.errors import UserError
 from l2a_jax.evaluation import needle, texts
 from l2a_jax.evaluation.needle import NeedleOptions, format_table
-from l2a_jax.fields import between, problem
+from l2a_jax.fields import between, check_value
 from l2a_jax.weights.pretrained import Pretrained
 
 __all__ = ["format_table", "make_options", "run"]
@@ -29,9 +28,7 @@ def make_options(given: dict[str, Any], model: Pretrained) -> NeedleOptions:
     """
     fields = dict(given)
     for name in ("depths", "seeds"):
-        wrong = problem(fields.get(name), Annotated[int | None, between(1, 1_000)])
-        if wrong is not None:
-            raise UserError(f"--needle-{name} is {fields[name]}; expected {wrong}")
+        check_value(fields.get(name), Annotated[int | None, between(1, 1_000)], f"--needle-{name}")
     if texts.speaks_recall(model.tokenizer) and "haystack" not in fields:
         log.info("no --haystack: needles are hidden in the synthetic recall corpus, whose words this model speaks")
         fields.setdefault("lengths", RECALL_LENGTHS)

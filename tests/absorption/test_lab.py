@@ -9,12 +9,14 @@ import jax
 import numpy as np
 import pytest
 
+from l2a_jax import commands
 from l2a_jax.absorption import arms, data, report, suite, train
-from l2a_jax.absorption.config import DENSE, PRESETS, Attention
+from l2a_jax.absorption.config import DENSE, PRESETS, Arm, Attention
 from l2a_jax.absorption.experiments import EXPERIMENTS
 from l2a_jax.absorption.lab import Lab, OutOfTime
 from l2a_jax.errors import UserError
 from tests.absorption import cases
+from train import absorption as command
 from train.absorption import STOPPED, main
 
 PRESET = dataclasses.replace(
@@ -147,13 +149,46 @@ def test_report_says_what_was_reported():
     (["--experiment", "nothing"], "nothing"), (["--experiment", "all", "--preset", "huge"], "huge"),
     (["--experiment", "all", "--data", "x.txt"], "--tokenizer"), (["--experiment", "all", "--seq-len", "999"], "999"),
     (["--experiment", "all", "--seeds", "1", "1"], "--seeds"), (["--experiment", "l2a_audit"], "run folder"),
-    (["--experiment", "all", "--lr", "nan"], "--lr"),
+    (["--experiment", "all", "--lr", "nan"], "--lr is nan; expected between 0 and 1, both excluded"),
+    *((["--experiment", "all", flag, value], f"{flag} is ") for flag, value in (
+        ("--lr", "inf"), ("--distill-lr", "0"), ("--weight-decay", "nan"), ("--weight-decay", "-1"), ("--warmup", "-1"),
+        ("--dropout", "1"), ("--steps", "0"), ("--steps", str(2**63)), ("--eval-batches", "0"), ("--together", "0"),
+        ("--save-every", "-5"), ("--seeds", "-1"), ("--seeds", str(2**32)), ("--top-k", "0"), ("--seq-len", "1"),
+        ("--held-out", "0"), ("--held-out", "nan"), ("--time-limit", "-1"), ("--time-limit", "nan"),
+        ("--dtype", "int8"), ("--distill-steps", str(2**31)))),
+    (["--experiment", "l2a_audit", "RUN", "--eval-batches", "0"], "--eval-batches is 0; expected at least 1"),
+    (["--experiment", "l2a_audit", "RUN", "--seq-len", "-1"], "--seq-len is -1"),
+    (["--experiment", "all", "--batch-size", "1000000000"], "--batch-size 1000000000 rows of 64 tokens need at least"),
+    (["--experiment", "all", "--eval-batches", "1000000000"], "--eval-batches 1000000000 batches of"),
+    (["--experiment", "all", "--out", ""], "--out is empty; expected a path"),
+    *([] if jax.default_backend() == "gpu" else [
+        (["--experiment", "all", "--attention", "cudnn"], "--attention cudnn cannot be used on this machine")]),
     (["--experiment", "all", "--data", "x.txt", "--tokenizer", "tests"], "tokenizer.json")))
 def test_bad_input_is_one_line(flags, said, capsys, tmp_path):
     assert main([*flags, "--run-dir", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and said in error and "Traceback" not in error
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("flags", "idle"), (
+    (["--experiment", "all", "--tokenizer", "x", "--held-out", "0.1"], ["--tokenizer", "--held-out"]),
+    (["--experiment", "l2a_audit", "RUN", "--lr", "0.1", "--untied"], ["--lr", "--untied"]),
+    (["--benchmark", "--seeds", "3"], ["--seeds"]), (["--experiment", "all", "--lr", "0.1"], [])))
+def test_flags_without_effect_are_said(flags, idle, caplog):
+    parsed, defaults = command.make_parser().parse_args(flags), command.make_parser().parse_args([])
+    with caplog.at_level("WARNING", "l2a_jax"):
+        commands.say_idle([name for name in vars(parsed) if getattr(parsed, name) != getattr(defaults, name)],
+                          command.idle(parsed))
+    assert sorted(line.split()[0] for line in caplog.messages) == sorted(idle)
+
+
+@pytest.mark.parametrize(("change", "said"), (
+    ({"gate_std": float("nan")}, "gate_std of the arm 'a' is nan"), ({"gate_width": 0}, "gate_width of the arm 'a' is"),
+    ({"gated_layers": (-1,)}, "gated_layers of the arm 'a' is"), ({"routing": "top"}, "routing of the arm 'a' is")))
+def test_an_arm_that_cannot_be(change, said):
+    with pytest.raises(UserError, match=said):
+        Arm("a", **change)
 
 
 def test_the_command_stops_at_its_time_limit(tmp_path, capsys):
