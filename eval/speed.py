@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import re
 import sys
@@ -12,10 +11,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch wants memory on the same card
 
+from l2a_jax import commands
 from l2a_jax.evaluation import speed, speed_blocks, speed_cases
+from l2a_jax.files import check_file
 
 
-def main() -> None:
+def measure(given: list[str] | None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="folder for the JSON and the markdown table")
     parser.add_argument("--only", default="", help="measure the cases whose name this regular expression finds")
@@ -33,8 +34,9 @@ def main() -> None:
     parser.add_argument("--model", help="with --inference: real weights (default: random ones of the 0.5B)")
     parser.add_argument("--compile", action="store_true",
                         help="registers, spills and shared memory of every kernel for sm_89 and sm_90, without a GPU")
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    arguments = parser.parse_args(given)
+    if arguments.out is not None:
+        check_file(arguments.out / "speed.json", "--out")
     if arguments.blocks:
         speed_blocks.main(arguments.out, arguments.only)
         return
@@ -79,5 +81,9 @@ def main() -> None:
                arguments.windows)
 
 
+def main(arguments: list[str] | None = None) -> int:
+    return commands.run(measure, arguments)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -25,6 +25,12 @@ def require(value: Any, shape: Any, where: str) -> None:
         raise UserError(f"{where}: {found}")
 
 
+def require_length(value: Any, length: int, where: str, reason: str) -> None:
+    """UserError, beginning with `where`, unless a list or text has as many entries as another part of the file says."""
+    if len(value) != length:
+        raise UserError(f"{where} has {len(value)} entries; expected {length}, {reason}")
+
+
 def misfit(value: Any, shape: Any, place: str = "") -> str | None:
     """The first part of `value` that is not of its shape, and what was expected there; None where all of it is."""
     if isinstance(shape, dict):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from l2a_jax.errors import UserError
-from l2a_jax.shapes import at_least, each, nullable, one_of, require, share, some
+from l2a_jax.shapes import at_least, each, nullable, one_of, require, require_length, share, some
 
 INTERVAL = [float, 2]
 _TEXT = {"name": str, "rule": str, "hash": str, "context": int, "stride": int}
@@ -44,18 +43,12 @@ def check(found: Any, where: str) -> None:
     require(found, RESULTS, where)
     for name, entry in found["tasks"].items():
         require(entry, TASKS.get(name, BENCHMARK), f"{where}: task {name}")
-        for field, expected, reason in _lengths(name, entry):
-            if len(entry[field]) != expected:
-                raise UserError(f"{where}: task {name}: {field} has {len(entry[field])} entries; expected {expected}, "
-                                f"{reason}")
-
-
-def _lengths(name: str, entry: dict[str, Any]) -> list[tuple[str, int, str]]:
-    """(field, its length, why) of the lists that belong to one another."""
-    if name == "perplexity":
-        return [("window_tokens", len(entry["window_nll"]), "as many as window_nll")]
-    if name == "needle":
-        return [(grid, len(entry["depths"]), "as many as depths") for grid in ("exact_match", "ranked_first")]
-    if name not in TASKS:
-        return [(field, entry["n"], "which is n") for field in ("correct", "correct_norm") if entry.get(field)]
-    return []
+        place = f"{where}: task {name}"
+        if name == "perplexity":
+            require_length(entry["window_tokens"], len(entry["window_nll"]), f"{place}: window_tokens", "as window_nll")
+        elif name == "needle":
+            for grid in ("exact_match", "ranked_first"):
+                require_length(entry[grid], len(entry["depths"]), f"{place}: {grid}", "as depths")
+        elif name not in TASKS:
+            for bits in ("correct", "correct_norm"):
+                require_length(entry.get(bits) or entry["correct"], entry["n"], f"{place}: {bits}", "which is n")

@@ -23,6 +23,7 @@ from l2a_jax import attention
 from l2a_jax.evaluation.speed_cases import SpeedCase
 from l2a_jax.evaluation.speed_timing import compile_jax, matmul_ceiling, time_compiled
 from l2a_jax.evaluation.speed_torch import torch_peers
+from l2a_jax.files import write_text
 
 log = logging.getLogger("l2a_jax.speed")
 PASSES = ("fwd", "fwd+bwd")
@@ -194,6 +195,6 @@ def main(cases: list[SpeedCase], out: Path | None, name: str, with_torch: bool =
     for result in run(cases, " ".join(["python", *sys.argv]), with_torch, in_turn):
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
-            (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-            (out / f"{name}.md").write_text(markdown(result))
+            write_text(out / f"{name}.json", json.dumps(result, indent=1) + "\n")
+            write_text(out / f"{name}.md", markdown(result))
     print(markdown(result), flush=True)

@@ -17,6 +17,7 @@ from l2a_jax.attention.kernels.forward import forward
 from l2a_jax.attention.kernels.plan import Block, Spec, make_plan
 from l2a_jax.evaluation.speed_cases import HEADS, SpeedCase
 from l2a_jax.evaluation.speed_timing import compile_jax, time_compiled
+from l2a_jax.files import write_text
 
 # Each tunes the row of the table that its own call takes (`loop_of`).
 CASES = [
@@ -146,4 +147,4 @@ def main(out: Path | None, only: str) -> None:
         print(*row, kernels, flush=True)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "blocks.json").write_text(json.dumps(everything, indent=0) + "\n")
+        write_text(out / "blocks.json", json.dumps(everything, indent=0) + "\n")

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from l2a_jax.attention import pallas
 from l2a_jax.attention.kernels import blocks
+from l2a_jax.files import write_text
 
 DEVICES = {"sm_89": "NVIDIA GeForce RTX 4090", "sm_90": "NVIDIA H100"}
 _KERNELS = {"l2a_attention_forward": "forward", "l2a_attention_backward_q": "backward_q",
@@ -141,4 +142,4 @@ def main(out: Path | None) -> None:
         print(*row.values(), flush=True)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "kernels.json").write_text(json.dumps(rows, indent=0) + "\n")
+        write_text(out / "kernels.json", json.dumps(rows, indent=0) + "\n")

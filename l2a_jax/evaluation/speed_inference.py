@@ -24,6 +24,7 @@ import numpy as np
 
 from l2a_jax.config import MODELS, L2AConfig, ModelConfig
 from l2a_jax.evaluation.speed import versions
+from l2a_jax.files import write_text
 from l2a_jax.inference.cache import cache_bytes, empty_cache, layout_of
 from l2a_jax.inference.forward import decode_params, prefill
 from l2a_jax.inference.generate import Generation, Options, Settings, State, advance
@@ -202,6 +203,6 @@ def main(out: Path | None, model: str | None = None, with_torch: bool = True, on
                 row["failed"]["transformers"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "speed_inference.json").write_text(json.dumps(result, indent=1) + "\n")
-        (out / "speed_inference.md").write_text(markdown(result))
+        write_text(out / "speed_inference.json", json.dumps(result, indent=1) + "\n")
+        write_text(out / "speed_inference.md", markdown(result))
     print(markdown(result), flush=True)

@@ -13,6 +13,7 @@ from l2a_jax.attention.kernels.blocks import loop_of, table
 from l2a_jax.evaluation.speed_blocks import calls, spec_of
 from l2a_jax.evaluation.speed_cases import HEADS, SpeedCase
 from l2a_jax.evaluation.speed_timing import compile_jax, time_compiled
+from l2a_jax.files import write_text
 
 PARTS = (1, 2, 3, 4)
 _WINDOWS = {(2_048, 1): (512,), (2_048, 2): (512,), (2_048, 4): (512,), (4_096, 2): (1_024,), (4_096, 4): (2_048,),
@@ -51,4 +52,4 @@ def main(out: Path | None, only: str) -> None:
             print(json.dumps(rows[-1]), flush=True)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "shares.json").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+        write_text(out / "shares.json", "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")

@@ -26,6 +26,7 @@ from l2a_jax.data.batch import Batch
 from l2a_jax.evaluation import speed_torch_training
 from l2a_jax.evaluation.speed import versions
 from l2a_jax.evaluation.speed_timing import matmul_ceiling
+from l2a_jax.files import write_text
 from l2a_jax.models.params import abstract_params, init_params
 from l2a_jax.presets import REGIME_PRESET, layer_of, resolve
 from l2a_jax.training.memory import step_bytes
@@ -227,6 +228,6 @@ def main(cases: list[StepCase], out: Path | None, name: str = "speed_training", 
         result["steps"][-1]["torch"] = _peer(case, result) if with_torch else None
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
-            (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-            (out / f"{name}.md").write_text(markdown(result))
+            write_text(out / f"{name}.json", json.dumps(result, indent=1) + "\n")
+            write_text(out / f"{name}.md", markdown(result))
     print(markdown(result), flush=True)

@@ -146,9 +146,10 @@ def request(
         if l2a_config is None or decisions.shape != expected:
             raise ValueError(f"decisions are {decisions.shape}; expected [L, B, S] = {expected} of a routed model")
         decisions = jnp.asarray(np.pad(decisions, ((0, 0), (0, 0), (0, room - decisions.shape[2]))))
+    stop_tokens = [stop for stop in stop_tokens if 0 <= stop < config.vocab_size]  # no other can ever be chosen
     slots = -(-max(len(stop_tokens), 1) // STOP_SLOTS) * STOP_SLOTS
     stops = np.full((slots,), -1, np.int32)
-    stops[: len(stop_tokens)] = list(stop_tokens)
+    stops[: len(stop_tokens)] = stop_tokens
     options = Options(config, l2a_config, layout_of(config, l2a_config, room), temperature > 0, top_p < 1, backend)
     settings = Settings(jnp.int32(max_new_tokens), jnp.float32(temperature), jnp.float32(top_p),
                         key if temperature > 0 else None, jnp.asarray(stops), decisions)

@@ -39,7 +39,8 @@ def perplexity_ratio(found: dict | None, base: dict | None, task: str = "perplex
     mine, other = (result(one, task) for one in (found, base))
     if context is not None:
         mine, other = (None if one is None else one.get(context) for one in (mine, other))
-    if mine is None or other is None or mine["text"]["hash"] != other["text"]["hash"]:
+    if mine is None or other is None or mine["text"]["hash"] != other["text"]["hash"] or (
+            list(mine["window_tokens"]) != list(other["window_tokens"])):
         return None
     nats, (low, high) = intervals.paired_windows(*(np.asarray(one["window_nll"]) for one in (mine, other)),
                                                  np.asarray(mine["window_tokens"]))
@@ -145,7 +146,7 @@ def _needle(needle, base) -> dict[str, Any] | None:
                                                        "log_probability")}
         lengths[length]["controls"] = {name: one["exact_match"] for name, one in entry.get("controls", {}).items()}
         lengths[length]["sparsity"] = entry.get("sparsity")
-        if other is not None and other["n"] == entry["n"]:
+        if other is not None and other["n"] == entry["n"] and len(other["by_depth"]) == len(entry["by_depth"]):
             lengths[length] |= {"baseline": other["exact_match"], "baseline_by_depth": other["by_depth"]}
     compared = [entry for entry in lengths.values() if "baseline" in entry]
     at_least = all(mine >= other - 1e-9 for entry in compared

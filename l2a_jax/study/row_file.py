@@ -10,21 +10,27 @@ from typing import Any
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation.results_shape import INTERVAL
 from l2a_jax.files import from_plain, parse_json, read_json
-from l2a_jax.shapes import at_least, each, nullable, one_of, require, share, some
+from l2a_jax.shapes import at_least, each, nullable, one_of, require, require_length, share, some
 
 FORMAT = 1
+
+
+def _bits(value: Any) -> str | None:
+    return None if isinstance(value, str) and value and set(value) <= {"0", "1"} else "a text of 0 and 1"
+
+
 _ENVIRONMENT = {"date": str, "device": str, "versions": each(str)}
 _WINDOWS = {"perplexity": float, "tokens": at_least(1), "window_nll": some(float), "window_tokens": some(at_least(0)),
             "sparsity?": share, "sparsity_per_layer?": [share],
             "text": {"hash": str, "name": str, "context": int, "stride": int}}
 _NEEDLE = {"exact_match": share, "exact_match_95": INTERVAL, "n": at_least(1), "correct": at_least(0)}
-_BENCHMARK = {"acc": share, "acc_95": INTERVAL, "n": at_least(1), "source": str, "acc_bits": str, "acc_norm?": share,
-              "acc_norm_bits?": str}
+_BENCHMARK = {"acc": share, "acc_95": INTERVAL, "n": at_least(1), "source": str, "acc_bits": _bits,
+              "acc_norm?": share, "acc_norm_bits?": _bits}
 RESULTS: dict[str, Any] = {
     "perplexity": {**_WINDOWS, "perplexity_95": INTERVAL}, "contexts": each(_WINDOWS),
     "audit": {"gap": float, "gap_95": INTERVAL, "seeds": int, "rows": each({"perplexity": float, "worse": float,
                                                                            "worse_95": INTERVAL})},
-    "needle": {**_NEEDLE, "lengths": each({**_NEEDLE, "by_depth": [share], "log_probability": float,
+    "needle": {**_NEEDLE, "lengths": each({**_NEEDLE, "by_depth": some(share), "log_probability": float,
                                            "controls?": each({"exact_match": share}), "sparsity?": share})},
     "collapse": {"verdict": str}, "residual": {"relative_l2": some(float)},
     **dict.fromkeys(("hellaswag", "piqa", "arc_challenge"), _BENCHMARK),
@@ -54,10 +60,21 @@ def read_row(path: Path) -> dict[str, Any] | None:
         require(found, ROW, str(path))
         for task, entry in found["evaluations"].items():
             if "not_finite" not in entry["result"]:
-                require(entry["result"], RESULTS.get(task, dict), f"{path}: result of {task}")
+                _check_result(task, entry["result"], f"{path}: result of {task}")
     except UserError as error:
         raise UserError(f"{error}. Move the file away, and the row is run again") from error
     return found
+
+
+def _check_result(task: str, result: dict[str, Any], where: str) -> None:
+    require(result, RESULTS.get(task, dict), where)
+    for name, windows in (result if task == "contexts" else {task: result}).items():
+        if task in ("perplexity", "contexts"):
+            require_length(windows["window_tokens"], len(windows["window_nll"]), f"{where}: window_tokens of {name}",
+                           "as window_nll")
+    if RESULTS.get(task) is _BENCHMARK:
+        for bits in ("acc_bits", "acc_norm_bits"):
+            require_length(result.get(bits) or result["acc_bits"], result["n"], f"{where}: {bits}", "which is n")
 
 
 def _unpack(path: Path) -> bytes:

@@ -65,7 +65,7 @@ BROKEN = {
         ("tasks.perplexity.text", "t", "text is 't'; expected an object"),
         ("tasks.perplexity.text.hash", ..., "text.hash is missing"),
         ("tasks.perplexity.window_nll", [], "window_nll is a list; expected a list of one or more entries"),
-        ("tasks.perplexity.window_tokens", [100], "window_tokens has 1 entries; expected 20, as many as window_nll"),
+        ("tasks.perplexity.window_tokens", [100], "window_tokens has 1 entries; expected 20, as window_nll"),
         ("tasks.audit.rows", [], "task audit: rows is a list; expected an object"),
         ("tasks.audit.rows.learned", {}, "rows.learned.perplexity is missing"),
         ("tasks.hellaswag.correct", [1, 0], "task hellaswag: correct has 2 entries; expected 4, which is n"),
@@ -181,6 +181,13 @@ def test_a_table_that_cannot_be_written_is_one_line(out, tmp_path, monkeypatch, 
     before = sorted(tmp_path.rglob("*"))
     assert command("table")([".", "--out", out]) == 2
     assert capsys.readouterr().err.startswith("error: --out ") and sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("flags", [[], ["--training"], ["--inference"], ["--compile"]])
+def test_speed_tries_its_place_before_it_measures(flags, tmp_path, capsys):
+    (tmp_path / "file").write_text("kept")
+    assert command("speed")([*flags, "--out", str(tmp_path / "file" / "out")]) == 2
+    assert capsys.readouterr().err.endswith(f"speed.json cannot be written: {tmp_path / 'file'} is no folder\n")
 
 
 def test_numbers_that_are_not_finite_are_said_as_such():

@@ -45,6 +45,15 @@ def test_generation_stops_at_each_end_that_the_source_names(tmp_path):
         assert written(folder, prompt=PROMPT) == whole + "\n"
 
 
+def test_an_end_without_a_row_in_the_embedding_stops_nothing():
+    """transformers takes it too; an int32 would overflow."""
+    model = load_pretrained(TINY, jnp.float32)
+    ids, options = model.tokenizer.encode(PROMPT), {"max_new_tokens": 3, "backend": "xla"}
+    found = [generation.generate(model.params, model.config, None, [ids], stop_tokens=stops, **options)
+             for stops in ((), (2**40, 10**6, -1))]
+    assert found[0].tokens.tolist() == found[1].tokens.tolist() and not found[1].stopped.any()
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 def test_a_prompt_file_is_its_text_without_a_byte_order_mark(tmp_path, encoding):
     (tmp_path / "prompt.txt").write_text(PROMPT, encoding=encoding)

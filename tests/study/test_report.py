@@ -209,7 +209,11 @@ def _changed(row, key, value):
     ("evaluations", [], "evaluations is a list"), ("evaluations/piqa", None, "evaluations.piqa is null"),
     ("evaluations/piqa/hash", ..., "evaluations.piqa.hash is missing"),
     ("evaluations/piqa/result", "x", "evaluations.piqa.result is 'x'"),
-    ("evaluations/piqa/result/acc_bits", 5, "result of piqa: acc_bits is 5; expected a text"),
+    ("evaluations/piqa/result/acc_bits", 5, "result of piqa: acc_bits is 5; expected a text of 0 and 1"),
+    ("evaluations/piqa/result/acc_bits", "101", "result of piqa: acc_bits has 3 entries; expected 10, which is n"),
+    ("evaluations/piqa/result/acc_bits", "1012101010", "acc_bits is '1012101010'; expected a text of 0 and 1"),
+    ("evaluations/perplexity/result/window_tokens", [100], "window_tokens of perplexity has 1 entries; expected 20"),
+    ("evaluations/needle/result/lengths/2048/by_depth", [], "by_depth is a list; expected a list of one or more"),
     ("evaluations/perplexity/result/window_nll", [], "result of perplexity: window_nll is a list; expected"),
     ("evaluations/needle/result/lengths/2048/by_depth", None, "lengths.2048.by_depth is null; expected a list")])
 def test_a_row_that_is_no_row_is_named_by_file_and_key(key, value, said, tmp_path):
