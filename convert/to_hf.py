@@ -16,7 +16,8 @@ from l2a_jax import commands
 
 def convert_model(arguments: list[str] | None) -> None:
     parser = argparse.ArgumentParser(description="Export a run or a converted model as Hugging Face safetensors.")
-    parser.add_argument("source", metavar="RUN_OR_FOLDER", help="run folder, model folder, or .gguf file")
+    parser.add_argument("source", metavar="RUN_OR_FOLDER", help="run folder (its newest checkpoint; "
+                        "RUN/checkpoints/best: its best), model folder, or .gguf file")
     parser.add_argument("out", help="folder to write; new, or empty")
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16 (default), float16 or float32")
     args = parser.parse_args(arguments)

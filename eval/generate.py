@@ -16,7 +16,8 @@ def make_parser() -> argparse.ArgumentParser:
     from l2a_jax.attention.backends import HELP
 
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("source", metavar="RUN_OR_MODEL", help="hub id, folder, run folder or .gguf file")
+    parser.add_argument("source", metavar="RUN_OR_MODEL", help="hub id, folder, run folder (its newest checkpoint; "
+                        "RUN/checkpoints/best: its best) or .gguf file")
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--prompt", help="the text to continue")
     text.add_argument("--prompt-file", action=commands.Parsed, parse=commands.path, help="a UTF-8 file with it")

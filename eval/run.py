@@ -22,7 +22,8 @@ def make_parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    parser.add_argument("source", metavar="SOURCE", help="run folder, hub id, folder or .gguf file")
+    parser.add_argument("source", metavar="SOURCE", help="run folder (its newest checkpoint; "
+                        "RUN/checkpoints/best: its best), hub id, folder or .gguf file")
     parser.add_argument("--tasks", required=True, action=commands.Parsed, parse=_names,
                         help="some of perplexity, audit, collapse, needle, hellaswag, piqa, arc_challenge, arc_easy")
     parser.add_argument("--out", action=commands.Parsed, parse=commands.path, help="folder for eval.json")

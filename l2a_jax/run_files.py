@@ -6,6 +6,7 @@ older versions stay readable: a setting that did not exist yet has its default.
 
 from __future__ import annotations
 
+import dataclasses
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -74,10 +75,12 @@ def read_run(run_dir: Path) -> RunConfig:
         raise UserError(f"{path} is not that of a training run: it has no settings; expected the folder of a run")
     require(found, CONFIG, str(path))
     settings, missing = _settings(found["settings"], path)
+    for key, kind in (("model_config", ModelConfig), ("l2a_config", L2AConfig)):
+        _check_types(found.get(key) or {}, kind, f"{path}: {key}")
     try:
         model = model_config_from_dict(found["model_config"])
         layer = l2a_config_from_dict(found.get("l2a_config"))
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"{path} does not describe a model: {error}") from error
     if (layer is None) != (settings.regime in PLAIN_REGIMES):
         raise UserError(f"{path}: l2a_config is {'missing' if layer is None else 'given'}, but settings.regime is "
@@ -96,17 +99,29 @@ def _settings(found: dict[str, Any], path: Path) -> tuple[Settings, tuple[str, .
                         "train/run.py")
     if "regime" not in found:
         raise UserError(f"{path} has no settings.regime; expected the config.json that training wrote")
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
-    if isinstance(values.get("remat"), bool):  # the first runs knew only these two
-        values["remat"] = "layer" if values["remat"] else "none"
-    settings = Settings(**values)
+    if isinstance(found.get("remat"), bool):  # the first runs knew only these two
+        found = {**found, "remat": "layer" if found["remat"] else "none"}
     # Types, and what reading a model turns on; ranges may be narrower now than when the run was trained.
-    for name, hint in typing.get_type_hints(Settings).items():
-        wrong = fields.problem(getattr(settings, name), hint)
-        if wrong is not None:
-            raise UserError(f"{path}: settings.{name} is {shown(getattr(settings, name))}; expected {wrong}")
+    _check_types(found, Settings, f"{path}: settings")
+    settings = Settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in found.items()})
     fields.check(settings, spell=_speller(path), names=("regime", "master_dtype"))
     return settings, tuple(name for name in known if name not in found)
+
+
+def _check_types(values: dict[str, Any], kind: type, where: str) -> None:
+    """UserError on the first value that cannot be that of the dataclass's field of its name."""
+    for name, hint in typing.get_type_hints(kind).items():
+        value = values.get(name)
+        if name not in values:
+            continue
+        inner = [one for one in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(one)]
+        if inner and isinstance(value, dict):
+            _check_types(value, inner[0], f"{where}.{name}")
+            continue
+        optional = value is None and type(None) in typing.get_args(hint)
+        wrong = fields.problem(tuple(value) if isinstance(value, list) else value, hint)
+        if wrong is not None and not optional:
+            raise UserError(f"{where}.{name} is {shown(value)}; expected {'an object' if inner else wrong}")
 
 
 def read_summary(run_dir: Path) -> dict[str, Any]:

@@ -25,7 +25,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--preset", nargs="+",
                         help="paper, repair, repair-far, 0.5b-24gb, 1.5b-24gb, 3b-24gb; flags override; of a routed "
                         "--model, either may change the layer's numbers, not its wiring")
-    parser.add_argument("--model", help="hub id, folder, run folder or .gguf file")
+    parser.add_argument("--model", help="hub id, folder, run folder (its newest checkpoint; RUN/checkpoints/best: its "
+                        "best) or .gguf file")
     parser.add_argument("--data", nargs="+", help="wikitext, diverse, RECIPE=DIR, files, folders or globs")
     parser.add_argument("--steps", type=int, help="optimiser steps")
     parser.add_argument("--tokens", action=commands.Parsed, parse=_count, help="tokens to train on, such as 12M")

@@ -89,7 +89,7 @@ class StopRequest:
                 continue
             asked += 1
             if asked == 3:
-                os._exit(128 + number)
+                return os._exit(128 + number)
             said = {1: "stopping once the step, save or compilation that runs now is done",
                     2: "still stopping; once more ends the process at once, and what is not saved is lost"}
             with contextlib.suppress(OSError):  # a terminal that is gone
