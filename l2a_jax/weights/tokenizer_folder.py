@@ -7,6 +7,7 @@ Several files may state the id of one token: `vocab.json`, `added_tokens.json`, 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,7 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
         merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
         return _with_defaults(byte_level_bpe(
             vocabulary, merges, [], list(added.values()), settings, normalise=True, ends=ends, ids=_ids(added)))
-    read_text(whole)  # says what is wrong with a file that is no text
-    with building(f"{whole} is not a readable tokenizer"):
-        backend = Backend.from_file(str(whole))
+    backend = _whole(whole)
     # Whoever saved it may have left these on; as in transformers, they are a caller's choice.
     backend.no_truncation()
     backend.no_padding()
@@ -60,6 +59,24 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     backend.add_tokens([token for _, token in sorted(added.items()) if token.content not in stated])
     _agree(backend.get_vocab(), str(whole), _ids(added), f"{SETTINGS} or {ADDED}")
     return _with_defaults(Tokenizer(post_process(backend, settings), settings, ends))
+
+
+def _whole(path: Path) -> Backend:
+    """The tokenizer of a `tokenizer.json`, with the ids that it states. Raises UserError if it is damaged."""
+    fields = read_json(path)
+    with building(f"{path} is not a readable tokenizer"):
+        backend = Backend.from_file(str(path))
+    stated = {token["content"]: token["id"] for token in fields.get("added_tokens") or []}
+    if any(backend.token_to_id(content) != index for content, index in stated.items()):
+        # The library adds one token after the other, and so fills the gaps between their ids.
+        vocabulary = fields["model"]["vocab"]
+        if not isinstance(vocabulary, dict) or max(stated.values()) >= _MOST:
+            raise UserError(f"{path}: the ids of its added_tokens do not follow on its vocabulary")
+        _agree(vocabulary, f"the vocabulary of {path}", stated, "its added_tokens")
+        vocabulary.update(stated)
+        with building(f"{path} is not a readable tokenizer"):
+            backend = Backend.from_str(json.dumps(fields))
+    return backend
 
 
 def _settings(folder: Path) -> dict[str, Any]:

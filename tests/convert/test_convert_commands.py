@@ -95,6 +95,9 @@ def test_bfloat16_is_the_default(model, tmp_path, call):
         ("model", "model", "is not empty"),
         ("model", "model/config.json/out", "cannot write"),
         ("truncated.gguf", "out", "not a readable GGUF file"),
+        ("x" * 300, "out", "cannot be read: File name too long"),
+        ("model", "y" * 300, "File name too long"),
+        ("~nobody-of-this-name/model", "out", "does not exist"),
     ],
 )
 def test_one_line_of_error_and_status_2(model, tmp_path, monkeypatch, call, name, source, out, message):

@@ -111,7 +111,7 @@ FIELDS_UNTIED = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 32, "
                  "rms_norm_eps": 1e-6, "rope_theta": 1e4, "tie_word_embeddings": False}
 
 
-@pytest.mark.parametrize("value", [0, 3, 48, 2**31])
+@pytest.mark.parametrize("value", [0, 3, 48, 33])
 def test_alignment_is_a_power_of_two(tmp_path, value):
     write_gguf(tmp_path / "a.gguf", tokenizer=False)
     data = (tmp_path / "a.gguf").read_bytes()
@@ -119,7 +119,7 @@ def test_alignment_is_a_power_of_two(tmp_path, value):
     key = b"general.alignment"
     field = struct.pack("<Q", len(key)) + key + struct.pack("<II", 4, value)
     (tmp_path / "b.gguf").write_bytes(data[:16] + struct.pack("<Q", count + 1) + field + data[24:])
-    with pytest.raises(UserError, match=r"b\.gguf"):
+    with pytest.raises(UserError, match=f"alignment is {value}"):
         load_pretrained(tmp_path / "b.gguf")
 
 

@@ -150,6 +150,20 @@ def test_contradictions_are_refused(tmp_path, files, message):
         load_tokenizer(write(tmp_path, **files))
 
 
+@pytest.mark.parametrize("late", [FIRST + 6, FIRST + 40])
+def test_ids_with_a_gap_in_tokenizer_json(tmp_path, late):
+    load_tokenizer(write(tmp_path, decoder=LAYOUT)).save(tmp_path)
+    whole = json.loads((tmp_path / "tokenizer.json").read_text())
+    whole["added_tokens"][-1]["id"] = late
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert load_tokenizer(tmp_path).encode(f"</tool_call>{CALL}") == [late, FIRST + 3]
+    whole["added_tokens"][-1]["id"] = 5
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
+    with pytest.raises(UserError, match=r"id 5 is '&' in the vocabulary of .* and '</tool_call>' in its added_tokens"):
+        load_tokenizer(tmp_path)
+
+
 def test_a_tokenizer_json_on_which_its_library_panics(tmp_path):
     load_tokenizer(write(tmp_path, decoder=LAYOUT)).save(tmp_path)
     whole = json.loads((tmp_path / "tokenizer.json").read_text())
