@@ -12,13 +12,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch wants memory on the same card
 
 from l2a_jax import commands
-from l2a_jax.evaluation import speed, speed_blocks, speed_cases
-from l2a_jax.files import check_file
+
+MODES = ("windows", "blocks", "shares", "training", "large", "profile", "projections", "inference", "compile")
 
 
-def measure(given: list[str] | None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="folder for the JSON and the markdown table")
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--out", action=commands.Parsed, parse=commands.path,
+                        help="folder for the JSON and the markdown table")
     parser.add_argument("--only", default="", help="measure the cases whose name this regular expression finds")
     parser.add_argument("--no-torch", action="store_true", help="leave PyTorch out")
     parser.add_argument("--windows", action="store_true", help="ratios of length to window, instead of the table")
@@ -34,9 +35,42 @@ def measure(given: list[str] | None) -> None:
     parser.add_argument("--model", help="with --inference: real weights (default: random ones of the 0.5B)")
     parser.add_argument("--compile", action="store_true",
                         help="registers, spills and shared memory of every kernel for sm_89 and sm_90, without a GPU")
-    arguments = parser.parse_args(given)
-    if arguments.out is not None:
+    return parser
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """UserError where the flags contradict each other or cannot be read; says which ones change nothing."""
+    from l2a_jax.errors import UserError
+    from l2a_jax.files import check_file
+    from l2a_jax.training.regimes import check_regime
+
+    modes = [name for name in MODES if getattr(arguments, name)]
+    if len(modes) > 1 and modes != ["training", "large"]:
+        raise UserError(f"--{modes[0]} and --{modes[1]} are tables of their own; expected one of them")
+    mode = modes[-1] if modes else None
+    try:
+        re.compile(arguments.only)
+    except re.error as error:
+        raise UserError(f"--only is {arguments.only!r}; expected a regular expression ({error})") from error
+    if arguments.profile is not None:
+        check_regime(arguments.profile, "--profile")
+    defaults = make_parser().parse_args([])
+    commands.say_idle([name for name, value in vars(arguments).items() if value != getattr(defaults, name)], [
+        (mode != "inference", ("model",), "it is of --inference"),
+        (mode in ("profile", "projections", "compile"), ("only",), f"--{mode} has no cases to choose from"),
+        (mode in ("windows", "blocks", "shares", "large", "profile", "projections", "compile"), ("no_torch",),
+         f"--{mode} leaves PyTorch out anyway"),
+        (mode in ("profile", "projections"), ("out",), f"--{mode} writes no file")])
+    if arguments.out is not None and mode not in ("profile", "projections"):
         check_file(arguments.out / "speed.json", "--out")
+
+
+def measure(arguments: list[str] | None) -> None:
+    arguments = make_parser().parse_args(arguments)
+
+    from l2a_jax.evaluation import speed, speed_blocks, speed_cases
+
+    check(arguments)
     if arguments.blocks:
         speed_blocks.main(arguments.out, arguments.only)
         return

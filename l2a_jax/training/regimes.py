@@ -53,10 +53,10 @@ def group_of(path: str) -> str:
     return groups[0]
 
 
-def check_regime(regime: str) -> str:
+def check_regime(regime: str, flag: str = "--regime") -> str:
     """`regime` itself, or UserError naming the known ones."""
     if regime not in REGIMES:
-        raise UserError(f"--regime is {regime!r}; expected one of {', '.join(REGIMES)}")
+        raise UserError(f"{flag} is {regime!r}; expected one of {', '.join(REGIMES)}")
     return regime
 
 

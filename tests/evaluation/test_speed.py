@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,20 @@ from l2a_jax.attention.kernels import blocks
 from l2a_jax.attention.kernels.backward_kv import parts_of
 from l2a_jax.evaluation import speed, speed_blocks, speed_shares
 from l2a_jax.evaluation.speed_cases import SpeedCase
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (["--only", "["], "--only is '['; expected a regular expression"),
+    (["--blocks", "--windows"], "--windows and --blocks are tables of their own"),
+    (["--inference", "--training", "--large"], "--training and --large are tables of their own"),
+    (["--profile", "l2a"], "--profile is 'l2a'; expected one of baseline"),
+    (["--out", "/dev/null/x"], "--out /dev/null/x/speed.json cannot be written"), (["--out", ""], "--out is empty")])
+def test_flags_that_cannot_be_are_refused_before_anything_is_measured(flags, said, capsys, monkeypatch):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    assert runpy.run_path(str(ROOT / "eval" / "speed.py"))["main"](flags) == 2
+    assert capsys.readouterr().err.startswith(f"error: {said}")
 
 
 def test_cases_are_timed_in_turn_and_a_failing_peer_costs_only_its_own_figures(monkeypatch):
