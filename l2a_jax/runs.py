@@ -250,6 +250,7 @@ def resume(run_dir: pathlib.Path) -> dict[str, Any]:
         checkpoints = Checkpoints(run_dir)
         check_writable(run_dir, "--resume")
         for kind in (LATEST, BEST):  # damage, and what cannot be written, are said before compiling
+            checkpoints.sweep(kind)
             checkpoints.metadata(kind)
         check_file(run_dir / "metrics.jsonl", "--resume")
         stop.at_once = False
@@ -362,8 +363,9 @@ def _fit_and_score(run: Run, run_dir: pathlib.Path, state: TrainState, frozen: T
             where = first_non_finite(failure.state.trainable, frozen,
                                      stacked_batch(plan.data, failure.step - 1, s.grad_accum),
                                      jax.random.fold_in(key, failure.step - 1), run.objective)
-            raise UserError(f"{failure}; {where}. That update was withheld, and the last good checkpoint is in "
-                            f"{checkpoints.root}") from failure
+            good = checkpoints.steps(LATEST)
+            last = f"the last good checkpoint is {checkpoints.folder(LATEST)}" if good else "no checkpoint was due yet"
+            raise UserError(f"{failure}; {where}. That update was withheld; {last}") from failure
 
     summary = run_folder.summarise(run, run_dir, state, evaluate(state), time.perf_counter() - began)
     if plan.is_demo:

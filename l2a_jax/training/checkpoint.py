@@ -75,9 +75,7 @@ class Checkpoints:
         partial = folder / _PARTIAL
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for left in os.listdir(folder):  # what killed processes did not finish
-                if not left.isdecimal():
-                    shutil.rmtree(folder / left, ignore_errors=True)
+            self.sweep(kind)
             self._drop(kind, max(1, KEPT[kind] - 1))
             parts = {"trainable": state.trainable, "optimizer": _numbered(state.optimizer)}
             ocp.save_checkpointables(partial / str(step), parts, custom_metadata={**metadata, "checksums": SUMS})
@@ -90,6 +88,12 @@ class Checkpoints:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         self._drop(kind, KEPT[kind])
+
+    def sweep(self, kind: str) -> None:
+        """Remove what killed processes did not finish; for whoever owns the run."""
+        for left in (self.root / kind).glob("*"):
+            if not left.name.isdecimal():
+                shutil.rmtree(left, ignore_errors=True)
 
     def metadata(self, kind: str = LATEST, step: int | None = None) -> dict[str, Any] | None:
         """What was saved beside a state, and its `step`; None where there is none. UserError where it is damaged."""

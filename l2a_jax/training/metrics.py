@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from l2a_jax.errors import UserError
-from l2a_jax.files import from_plain, plain, write_text
+from l2a_jax.files import from_plain, plain, whole, write_text
 from l2a_jax.shapes import at_least, misfit, number
 
 log = logging.getLogger("l2a_jax")
@@ -145,7 +145,7 @@ class Progress:
 
 
 def draw_curves(records: list[dict[str, Any]], path: pathlib.Path) -> None:
-    """Loss, routing and gradient norm over steps, as one picture."""
+    """Loss, routing and gradient norm over steps, as one picture. UserError where it cannot be written."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -174,5 +174,8 @@ def draw_curves(records: list[dict[str, Any]], path: pathlib.Path) -> None:
         axes[2].plot(steps, layers.mean(axis=0), lw=2, color="black", label="mean")
         axes[2].set(title="share of tokens not routed, by layer (dark: first)", xlabel="step", ylim=(-0.02, 1.02))
         axes[2].legend()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    try:
+        with whole(path) as temporary:
+            figure.savefig(temporary, dpi=110, format="png")
+    finally:
+        plt.close(figure)

@@ -67,6 +67,28 @@ def test_the_front_of_the_package_imports_nothing_slow():
     assert done.stdout.split() == ["False", "False"], done
 
 
+@pytest.mark.parametrize("error", [errno.EPIPE, errno.EIO, errno.ENOSPC])
+def test_a_terminal_that_is_gone_ends_no_work_but_a_full_disk_is_told(error, tmp_path):
+    """What a closed connection leaves of standard error answers EIO; a log on a full disk is another matter."""
+    with (tmp_path / "stream").open("w") as file:
+
+        class Gone:
+            def write(self, text):
+                raise OSError(error, os.strerror(error))
+
+            flush = fileno = None
+
+        stream = Gone()
+        stream.flush, stream.fileno = lambda: stream.write(""), file.fileno
+        outliving = commands._Outliving(stream)
+        if error == errno.ENOSPC:
+            with pytest.raises(OSError, match="No space left"):
+                outliving.write("x")
+        else:
+            assert outliving.write("x") == 1
+            outliving.flush()
+
+
 @pytest.mark.parametrize("closed", [1, 2])
 def test_a_reader_that_goes_away_ends_no_work(closed, tmp_path):
     """`| head -1` and `2>&1 | head -1`: no traceback; telling stops, work does not."""

@@ -195,6 +195,9 @@ def test_what_killed_processes_left_is_removed_by_the_next_save_and_by_no_reader
     Checkpoints(run).metadata()
     Checkpoints(run).load(LATEST, state(0))
     assert all(folder.exists() for folder in left)  # a run in progress may be writing them
+    Checkpoints(run).sweep(LATEST)
+    assert sorted(path.name for path in newest(run).parent.iterdir()) == ["12", "8"]
+    left[0].mkdir()
     Checkpoints(run).save(LATEST, state(16), {})
     assert sorted(path.name for path in newest(run).parent.iterdir()) == ["12", "16"]
 

@@ -110,6 +110,19 @@ def test_plain_is_native_but_for_numbers_that_are_not_finite():
     assert math.isnan(native(value)["a"][1]) and native(value)["b"] == [2.5, [3]]
 
 
+def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    def fail(figure, path, **kwargs):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", fail)
+    with pytest.raises(UserError, match=r"curves.png cannot be written: No space left on device"):
+        draw_curves([], tmp_path / "curves.png")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("records", [[], [{"step": 1, "loss": 1.0}],
                                      [{"step": 1, "loss": 1.0, "grad_norm": "x"},
                                       {"step": 2, "loss": 1.0, "grad_norm": 1.0, "sparsity_per_layer": [0.5, 0.5]}]])

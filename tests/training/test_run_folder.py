@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 
 from l2a_jax import files, presets, run_files, run_folder, runs
+from l2a_jax.absorption import l2a_audit
 from l2a_jax.config import MODELS, L2AConfig, to_dict
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import subject
 from l2a_jax.training.checkpoint import BEST, LATEST, Checkpoints
 from l2a_jax.training.loop import Stopped
 from l2a_jax.training.metrics import read_metrics
-from l2a_jax.weights.pretrained import TINY, load_pretrained, locate, source_hash
+from l2a_jax.weights.pretrained import TINY, load_pretrained, locate, source_hash, source_tokenizer
 from l2a_jax.weights.run_folder import run_source
 
 MODEL = MODELS["qwen2.5-tiny"]
@@ -105,9 +106,10 @@ def write(folder, content):
 def test_every_reader_names_the_file_the_key_and_what_was_expected(name, tmp_path):
     content, expected = DAMAGED[name]
     folder = write(tmp_path / "run", content)
-    readers = [lambda: runs.resume(folder)]  # --resume
+    readers = [lambda: runs.resume(folder)]
     if name != "a model's":  # evaluation, generation and export take that one for a model
-        readers.append(lambda: load_pretrained(folder, np.float32))
+        readers += [lambda: load_pretrained(folder, np.float32), lambda: source_tokenizer(folder),
+                    lambda: l2a_audit.open_subject(str(folder), (), None, None, None)]
     for read in readers:
         with pytest.raises(UserError) as said:
             read()
