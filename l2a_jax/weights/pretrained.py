@@ -36,7 +36,7 @@ TINY = "qwen2.5-tiny"
 """The source name of the small model that is part of the package."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", GENERATION, "adapter_config.json",
-              *TOKENIZER_FILES]
+              *TOKENIZER_FILES, "additional_chat_templates/*.jinja"]
 
 
 class Pretrained(NamedTuple):

@@ -36,9 +36,13 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     Raises UserError if a file is damaged, or two of them contradict each other.
     """
     whole = folder / WHOLE
-    if not whole.exists() and not ((folder / VOCABULARY).exists() and (folder / MERGES).exists()):
+    slow = [name for name in (VOCABULARY, MERGES) if (folder / name).exists()]
+    if not whole.exists() and len(slow) < 2:
         for name in (SETTINGS, ROLE_MAP):
             _optional(folder / name)
+        if slow:
+            raise UserError(f"{folder} has {slow[0]}, but neither {WHOLE} nor "
+                            f"{MERGES if slow == [VOCABULARY] else VOCABULARY}, without which it is no tokenizer")
         return None
     settings = _settings(folder)
     added = _added(folder, settings)

@@ -174,6 +174,13 @@ def test_a_tokenizer_json_on_which_its_library_panics(tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("gone", "left"), [("merges.txt", "vocab.json"), ("vocab.json", "merges.txt")])
+def test_half_a_tokenizer_is_not_none(tmp_path, gone, left):
+    (write(tmp_path) / gone).unlink()
+    with pytest.raises(UserError, match=f"has {left}, but neither tokenizer.json nor {gone}"):
+        load_tokenizer(tmp_path)
+
+
 def test_tokenizer_json_beside_another_vocabulary(tmp_path):
     load_tokenizer(write(tmp_path, decoder=LAYOUT)).save(tmp_path)
     swapped = {**ORDINARY, "a": ORDINARY["b"], "b": ORDINARY["a"]}

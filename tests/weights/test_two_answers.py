@@ -160,6 +160,33 @@ def test_what_is_there_but_cannot_be_read_is_not_missing(tmp_path, monkeypatch, 
     assert "missing" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "generation_config.json",
+                                  "special_tokens_map.json"])
+def test_json_that_is_nested_too_deeply(tmp_path, name):
+    write_folder(tmp_path, shards=2)
+    write_gguf(tmp_path / "t.gguf")
+    source_tokenizer(tmp_path / "t.gguf").save(tmp_path)
+    (tmp_path / name).write_text('{"a": ' * 50_000 + "1" + "}" * 50_000)
+    with pytest.raises(UserError, match=f"{name} is not readable JSON: it is nested too deeply"):
+        load_pretrained(tmp_path)
+
+
+def test_single_flipped_bits_in_a_header_are_refused_or_change_nothing(tmp_path):
+    write_folder(tmp_path)
+    expected, file = load_pretrained(tmp_path, "float32").params, tmp_path / "model.safetensors"
+    data, random = file.read_bytes(), np.random.RandomState(0)
+    refused = 0
+    for _ in range(60):
+        flipped = bytearray(data)
+        flipped[random.randint(8 + int.from_bytes(data[:8], "little"))] ^= 1 << random.randint(8)
+        file.write_bytes(flipped)
+        try:
+            assert same(load_pretrained(tmp_path, "float32").params, expected)
+        except UserError:
+            refused += 1
+    assert refused > 50
+
+
 def test_a_gguf_file_that_cannot_be_read(tmp_path, monkeypatch):
     write_gguf(tmp_path / "model.gguf")
     monkeypatch.setattr(Path, "open", lambda self, *a, **k: (_ for _ in ()).throw(
