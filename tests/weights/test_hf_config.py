@@ -196,3 +196,29 @@ def test_named_layers_stand_above_the_window():
     """transformers looks at `layer_types`, and at the window only to fill them in."""
     slides = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}
     assert parse_config({**BASE, **slides, "layer_types": ["full_attention"] * 3}) == parse_config(BASE)
+
+
+HUB = {
+    "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151643,
+    "hidden_act": "silu", "hidden_size": 896, "initializer_range": 0.02, "intermediate_size": 4864,
+    "max_position_embeddings": 32768, "max_window_layers": 24, "model_type": "qwen2", "num_attention_heads": 14,
+    "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+    "sliding_window": 32768, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.40.1",
+    "use_cache": True, "use_mrope": False, "use_sliding_window": False, "vocab_size": 151936,
+}
+"""The fields of Qwen2.5-0.5B on the hub."""
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"rope_scaling": None, "layer_types": ["full_attention"] * 24, "dtype": "bfloat16"},
+        {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}, "rope_theta": None},
+        {"_name_or_path": "x", "unsloth_fixed": True, "pruned_heads": {}, "is_encoder_decoder": False,
+         "add_cross_attention": False, "torchscript": False, "head_dim": None},
+        {"dual_chunk_attention_config": {"chunk_size": 262_144}, "sliding_window": 1_010_000},
+    ],
+)
+def test_files_of_the_hub_still_load(more):
+    assert parse_config({**HUB, **more}) == (MODELS["qwen2.5-0.5b"], None)
