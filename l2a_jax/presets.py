@@ -237,8 +237,8 @@ def idle(settings: Settings) -> list[tuple[bool, tuple[str, ...], str]]:
          f"--regime {s.regime} runs a plain model, which has no L2A layer"),
         (not trained, ("steps", "tokens", "grad_accum", "echo", "lr", "weight_decay", "warmup", "clip", "master_dtype",
                        "remat", "unroll", "save_every", "eval_every"), f"--regime {s.regime} trains nothing"),
-        (bool(trained) and not trained & {"attention", "mlp", "embeddings"}, ("weight_decay", "master_dtype"),
-         f"it is of matrices, and --regime {s.regime} trains the router and norms alone"),
+        (bool(trained) and not trained & {"attention", "mlp", "embeddings"}, ("weight_decay",),
+         f"decay is of matrices, and --regime {s.regime} trains the router and norms alone"),
         (trained == {"router"} and s.router_lr is not None, ("lr",),
          f"--regime {s.regime} trains the router alone, whose rate is --router-lr ({s.router_lr:g})"
          if s.router_lr else ""),

@@ -142,7 +142,7 @@ def test_a_flag_may_repeat_the_sources_wiring(monkeypatch):
 
 IDLE = [
     ("router_strict", {"weight_decay": 0.1}, ("weight_decay",)),
-    ("router_only", {"weight_decay": 0.1, "master_dtype": "bfloat16"}, ("weight_decay", "master_dtype")),
+    ("router_only", {"weight_decay": 0.1, "master_dtype": "bfloat16"}, ("weight_decay",)),  # its first moments are
     ("l2a_ft", {"weight_decay": 0.1, "lr": 1e-4, "window": 8}, ()),
     ("baseline", {"window": 8, "lr": 1.0, "seq_len": 64}, ("window", "lr")),
     ("pretrain", {"router_lr": 1.0, "penalty": 1.0, "lr": 1.0, "flip": 0.1}, ("router_lr", "penalty", "flip")),
