@@ -31,7 +31,8 @@ def run(body: Callable[[list[str] | None], int | None], arguments: list[str] | N
     what is kept and how to go on. 141 where whoever read standard output is gone.
     """
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's, which logs what it raises, traceback and all
+    for name in ("absl", "asyncio"):  # through these Orbax logs what it raises, traceback and all
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.WARNING)
     _outlive_readers()
