@@ -20,7 +20,7 @@ def convert_model(arguments: list[str] | None) -> None:
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16 (default), float16 or float32")
     args = parser.parse_args(arguments)
 
-    from l2a_jax.weights import convert
+    from l2a_jax.sources import convert
 
     print(convert(args.source, args.out, args.dtype))
 

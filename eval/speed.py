@@ -68,51 +68,51 @@ def check(arguments: argparse.Namespace) -> None:
 def measure(arguments: list[str] | None) -> None:
     arguments = make_parser().parse_args(arguments)
 
-    from l2a_jax.evaluation import speed, speed_blocks, speed_cases
+    from l2a_jax.research.speed import attention, blocks, cases
 
     check(arguments)
     if arguments.blocks:
-        speed_blocks.main(arguments.out, arguments.only)
+        blocks.main(arguments.out, arguments.only)
         return
     if arguments.shares:
-        from l2a_jax.evaluation import speed_shares
+        from l2a_jax.research.speed import shares
 
-        speed_shares.main(arguments.out, arguments.only)
+        shares.main(arguments.out, arguments.only)
         return
     if arguments.compile:
-        from l2a_jax.evaluation import speed_compile
+        from l2a_jax.research.speed import compiled
 
-        speed_compile.main(arguments.out)
+        compiled.main(arguments.out)
         return
     if arguments.training or arguments.large:
-        from l2a_jax.evaluation import speed_training
+        from l2a_jax.research.speed import training
 
-        cases = speed_training.large_cases() if arguments.large else speed_training.standard_cases()
-        speed_training.main([case for case in cases if re.search(arguments.only, case.name)], arguments.out,
-                            "speed_training_large" if arguments.large else "speed_training",
-                            not (arguments.no_torch or arguments.large))
+        chosen = training.large_cases() if arguments.large else training.standard_cases()
+        training.main([case for case in chosen if re.search(arguments.only, case.name)], arguments.out,
+                      "speed_training_large" if arguments.large else "speed_training",
+                      not (arguments.no_torch or arguments.large))
         return
     if arguments.profile:
         # Kernels that are launched as one graph do not say where they come from.
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
-        from l2a_jax.evaluation import speed_profile, speed_training
+        from l2a_jax.research.speed import profile, training
 
-        speed_profile.main(speed_training.StepCase(arguments.profile))
+        profile.main(training.StepCase(arguments.profile))
         return
     if arguments.projections:
-        from l2a_jax.evaluation import speed_projections
+        from l2a_jax.research.speed import projections
 
-        speed_projections.main()
+        projections.main()
         return
     if arguments.inference:
-        from l2a_jax.evaluation import speed_inference
+        from l2a_jax.research.speed import inference
 
-        speed_inference.main(arguments.out, arguments.model, not arguments.no_torch, arguments.only)
+        inference.main(arguments.out, arguments.model, not arguments.no_torch, arguments.only)
         return
-    cases = speed_cases.window_cases() if arguments.windows else speed_cases.standard_cases()
-    speed.main([case for case in cases if re.search(arguments.only, case.name)], arguments.out,
-               "speed_windows" if arguments.windows else "speed", not (arguments.no_torch or arguments.windows),
-               arguments.windows)
+    chosen = cases.window_cases() if arguments.windows else cases.standard_cases()
+    attention.main([case for case in chosen if re.search(arguments.only, case.name)], arguments.out,
+                   "speed_windows" if arguments.windows else "speed", not (arguments.no_torch or arguments.windows),
+                   arguments.windows)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -25,7 +25,7 @@ def tabulate(arguments: list[str] | None) -> None:
     from l2a_jax.evaluation import table
 
     if len(flags.runs) == 1 and pathlib.Path(flags.runs[0]).name == "replication.json":
-        from l2a_jax.study import report
+        from l2a_jax.research.replication import report
 
         print(report.main_tables(pathlib.Path(flags.runs[0])), end="")
         return

@@ -20,21 +20,21 @@ if TYPE_CHECKING:
     from l2a_jax.config import MODELS, L2AConfig, ModelConfig, RopeScaling
     from l2a_jax.inference.generate import Generation, generate
     from l2a_jax.models.params import abstract_params, add_routing, init_params
-    from l2a_jax.models.qwen2 import Output, Qwen2, forward, hidden_states, unembed
+    from l2a_jax.models.transformer import Output, Qwen2, forward, hidden_states, unembed
     from l2a_jax.nn import routing
-    from l2a_jax.presets import PRESETS
+    from l2a_jax.sources import Pretrained, load_pretrained
     from l2a_jax.training.regimes import REGIMES, count_parameters, regime_mask
-    from l2a_jax.weights import Pretrained, load_pretrained
+    from l2a_jax.training.settings import PRESETS
 
 # Loaded at their first use: a command must be able to say what is wrong, and to be interrupted, before JAX is there.
 _HOMES = {
     "config": ("MODELS", "L2AConfig", "ModelConfig", "RopeScaling"),
     "inference.generate": ("Generation", "generate"),
     "models.params": ("abstract_params", "add_routing", "init_params"),
-    "models.qwen2": ("Output", "Qwen2", "forward", "hidden_states", "unembed"),
-    "presets": ("PRESETS",),
+    "models.transformer": ("Output", "Qwen2", "forward", "hidden_states", "unembed"),
+    "training.settings": ("PRESETS",),
     "training.regimes": ("REGIMES", "count_parameters", "regime_mask"),
-    "weights": ("Pretrained", "load_pretrained"),
+    "sources": ("Pretrained", "load_pretrained"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = {"attention": "attention", "routing": "nn.routing"}

@@ -1,8 +1,8 @@
 """Frozen configurations: the shape of a model, of its L2A layer, and of its rotary embedding.
 
 Everything here is hashable, so a configuration can be a static argument of a jitted function.
-Presets (what to train with) live in `l2a_jax.presets`; this file only says what a model *is*. What cannot be is a plain
-ValueError here: whoever read the numbers says where they stand.
+Presets (what to train with) live in `l2a_jax.training.settings`; this file only says what a model *is*. What cannot be
+is a plain ValueError here: whoever read the numbers says where they stand.
 """
 
 from __future__ import annotations

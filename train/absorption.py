@@ -53,9 +53,9 @@ def make_parser() -> argparse.ArgumentParser:
 def resolve(flags: argparse.Namespace):
     """The preset with the flags in place; UserError where one is out of its range, or they do not fit."""
     from l2a_jax import fields
-    from l2a_jax.absorption import config, suite
     from l2a_jax.attention import api
     from l2a_jax.errors import Unsupported
+    from l2a_jax.research.absorption import config, suite
     from l2a_jax.training import memory
 
     preset = suite.check_preset(flags.preset)
@@ -120,9 +120,9 @@ def absorption(arguments: list[str] | None) -> int:
 
     import jax
 
-    from l2a_jax.absorption import report, suite
-    from l2a_jax.absorption.lab import Lab, OutOfTime
     from l2a_jax.files import check_file
+    from l2a_jax.research.absorption import report, suite
+    from l2a_jax.research.absorption.lab import Lab, OutOfTime
 
     if flags.experiment is None and not flags.benchmark:
         parser.error("--experiment or --benchmark is needed")
@@ -132,7 +132,7 @@ def absorption(arguments: list[str] | None) -> int:
     defaults = parser.parse_args([])
     commands.say_idle([name for name, value in vars(flags).items() if value != getattr(defaults, name)], idle(flags))
     if _audits(flags):
-        from l2a_jax.absorption import l2a_audit
+        from l2a_jax.research.absorption import l2a_audit
 
         l2a_audit.run(flags.experiment[1:], flags.data, out, flags.eval_batches, flags.seeds, flags.seq_len,
                       flags.batch_size)
@@ -142,7 +142,7 @@ def absorption(arguments: list[str] | None) -> int:
     backend = {"auto": "cudnn" if jax.default_backend() == "gpu" and preset.recipe.dtype == "bfloat16" else None,
                "xla": None, "cudnn": "cudnn"}[flags.attention]
     if flags.benchmark:
-        from l2a_jax.absorption import benchmark
+        from l2a_jax.research.absorption import benchmark
 
         benchmark.run(preset, backend, out)
         return 0

@@ -80,9 +80,11 @@ def train(arguments: list[str] | None) -> None:
     parser = make_parser()
     flags = vars(parser.parse_args(arguments))
 
-    from l2a_jax import presets, run_folder, runs
     from l2a_jax.errors import UserError
     from l2a_jax.inference.pruning import parse_layers
+    from l2a_jax.runs import folder as run_folder
+    from l2a_jax.runs.train import dry_run, resume, train
+    from l2a_jax.training import settings as presets
 
     run_dir = flags.pop("run_dir", None)
     if "resume" in flags:
@@ -91,7 +93,7 @@ def train(arguments: list[str] | None) -> None:
             spelled = ", ".join(f"--{name.replace('_', '-')}" for name in flags) or "--run-dir"
             raise UserError(f"--resume continues a run with its own settings, so it takes no {spelled}; start a "
                             "new run to change them")
-        runs.resume(folder)
+        resume(folder)
         return
     if "regime" not in flags:
         parser.error("--regime is needed (or --resume RUN_DIR)")
@@ -102,9 +104,9 @@ def train(arguments: list[str] | None) -> None:
     settings = presets.resolve(regime, flags, names)
     commands.say_idle(flags, presets.idle(settings))
     if dry:
-        print(runs.dry_run(settings))
+        print(dry_run(settings))
         return
-    runs.train(settings, run_dir or run_folder.default_run_dir(regime))
+    train(settings, run_dir or run_folder.default_run_dir(regime))
 
 
 def main(arguments: list[str] | None = None) -> int:

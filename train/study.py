@@ -1,9 +1,9 @@
 """The study on real weights: `python train/study.py --group damage --model-05b FILE --data-dir DIR --out DIR`.
 
-Every row is one declared value (`l2a_jax/study/rows.py`); this command trains and measures the rows it is given, many
-in one process. Run it again with the same flags to continue: finished rows are skipped, and `--time-limit` stops it
-cleanly between phases (exit status 75). Processes that share `--out` share the work: start the same command on every
-GPU (CUDA_VISIBLE_DEVICES). `--report DIR` writes the report of what is there.
+Every row is one declared value (`l2a_jax/research/replication/rows.py`); this command trains and measures the rows it
+is given, many in one process. Run it again with the same flags to continue: finished rows are skipped, and
+`--time-limit` stops it cleanly between phases (exit status 75). Processes that share `--out` share the work: start the
+same command on every GPU (CUDA_VISIBLE_DEVICES). `--report DIR` writes the report of what is there.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ def study(arguments: list[str] | None) -> int:
 
     import jax
 
-    from l2a_jax.study import runner
-    from l2a_jax.study.rows import choose, with_baselines
-    from l2a_jax.study.session import Session
+    from l2a_jax.research.replication import runner
+    from l2a_jax.research.replication.rows import choose, with_baselines
+    from l2a_jax.research.replication.session import Session
 
     check(flags)
     rows = [row.with_limit(flags.limit) for row in choose(tuple(flags.rows), tuple(flags.group))]
@@ -85,7 +85,7 @@ def study(arguments: list[str] | None) -> int:
             print(f"{state}{row.group:<11}{row.name:<40}{row.question}")
         return 0
     if flags.report is not None:
-        from l2a_jax.study import report
+        from l2a_jax.research.replication import report
 
         print("written: " + ", ".join(map(str, report.write(_needed(flags.out, "--out"), flags.report))))
         return 0

@@ -141,17 +141,3 @@ def needs_memory(tokens: Int[np.ndarray, "B T"]) -> Bool[np.ndarray, "B T"]:
     """The ground truth: True at position t where token t + 1 is the answer to a question about a distant fact."""
     previous = np.concatenate([np.full_like(tokens[:, :1], PAD), tokens[:, :-1]], axis=1)
     return previous == TELL
-
-
-def make_tokenizer():
-    """The corpus's vocabulary as a word-level tokenizer: one id a word, words and stops apart by spaces."""
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import models, pre_tokenizers
-
-    from l2a_jax.weights.tokenizer import Tokenizer
-
-    backend = Backend(models.WordLevel(IDS, unk_token=SPECIAL[PAD]))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.add_special_tokens(SPECIAL[: EOS + 1])
-    return Tokenizer(backend, {"eos_token": SPECIAL[EOS], "pad_token": SPECIAL[PAD],
-                               "tokenizer_class": "PreTrainedTokenizerFast"})

@@ -27,7 +27,7 @@ from l2a_jax.errors import UserError
 from l2a_jax.evaluation import intervals
 from l2a_jax.evaluation.perplexity import BATCH_TOKENS, Scores, Windows, routing_rates, score_windows
 from l2a_jax.nn import routing
-from l2a_jax.weights.pretrained import Pretrained
+from l2a_jax.sources import Pretrained
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 5e-3}
 """Nats per token by which a window may differ when its own decisions are forced: rounding of the compute dtype."""

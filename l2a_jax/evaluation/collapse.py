@@ -19,10 +19,10 @@ import numpy as np
 from l2a_jax.evaluation import repetition, verdict
 from l2a_jax.evaluation.perplexity import Windows
 from l2a_jax.models.params import Tree, map_with_path
-from l2a_jax.models.qwen2 import hidden_states, unembed
+from l2a_jax.models.transformer import hidden_states, unembed
 from l2a_jax.nn import routing
+from l2a_jax.sources import Pretrained
 from l2a_jax.training.loss import CHUNK
-from l2a_jax.weights.pretrained import Pretrained
 
 WINDOWS, LENGTH = 8, 1_024
 """Held-out windows looked at, and tokens of each: enough for counts and means, a few seconds on any device."""

@@ -39,9 +39,8 @@ from l2a_jax.evaluation.perplexity import Windows
 from l2a_jax.evaluation.tasks import FOLDERS
 from l2a_jax.fields import DTYPE, SEED, Choice, Filled, Range, between, count, length
 from l2a_jax.files import check_file
+from l2a_jax.sources import Pretrained, load_pretrained, locate, read_config, run_source, source_tokenizer
 from l2a_jax.training.metrics import read_metrics
-from l2a_jax.weights.pretrained import Pretrained, load_pretrained, locate, read_config, source_tokenizer
-from l2a_jax.weights.run_folder import run_source
 
 log = logging.getLogger("l2a_jax.eval")
 OWN_TASKS = ("collapse", "perplexity", "audit", "needle")

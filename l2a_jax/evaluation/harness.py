@@ -9,7 +9,7 @@ from lm_eval.api.model import TemplateLM
 
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation.loglikelihood import Request, Scores, log_likelihoods
-from l2a_jax.weights.pretrained import Pretrained
+from l2a_jax.sources import Pretrained
 
 
 class HarnessModel(TemplateLM):

@@ -22,9 +22,9 @@ from l2a_jax.data.packing import best_fit_rows
 from l2a_jax.data.progress import progress
 from l2a_jax.errors import UserError
 from l2a_jax.models.params import Tree
-from l2a_jax.models.qwen2 import hidden_states
+from l2a_jax.models.transformer import hidden_states
+from l2a_jax.sources import Pretrained
 from l2a_jax.training.loss import token_nll
-from l2a_jax.weights.pretrained import Pretrained
 
 ROW = 1_024
 """Tokens in a row of packed requests; a longer request gets a row of the next power of two."""

@@ -37,7 +37,7 @@ from l2a_jax.evaluation.needle_text import (
     text_haystack,
 )
 from l2a_jax.fields import SEED, Distinct, Filled, between, count, length
-from l2a_jax.weights.pretrained import Pretrained
+from l2a_jax.sources import Pretrained
 
 __all__ = ["NeedleOptions", "draw_heat_map", "evaluate_needle", "format_table"]
 

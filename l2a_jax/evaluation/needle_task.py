@@ -11,7 +11,7 @@ import numpy as np
 from l2a_jax.evaluation import needle, texts
 from l2a_jax.evaluation.needle import NeedleOptions, format_table
 from l2a_jax.fields import between, check_value
-from l2a_jax.weights.pretrained import Pretrained
+from l2a_jax.sources import Pretrained
 
 __all__ = ["format_table", "make_options", "run"]
 

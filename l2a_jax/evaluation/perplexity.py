@@ -30,10 +30,10 @@ from l2a_jax.errors import UserError
 from l2a_jax.evaluation import intervals
 from l2a_jax.evaluation.loglikelihood import power_of_two
 from l2a_jax.models.params import check_layers
-from l2a_jax.models.qwen2 import check_tokens, hidden_states
+from l2a_jax.models.transformer import check_tokens, hidden_states
 from l2a_jax.nn import routing
+from l2a_jax.sources import Pretrained
 from l2a_jax.training.loss import token_nll
-from l2a_jax.weights.pretrained import Pretrained
 
 CONVENTION = ("window k reads tokens [kS, kS+C) and predicts the next of each; the first window is scored everywhere, "
               "later ones at their last S places; mean over all tokens but the text's first")

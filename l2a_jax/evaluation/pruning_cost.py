@@ -13,7 +13,7 @@ from l2a_jax.evaluation import intervals
 from l2a_jax.evaluation.perplexity import BATCH_TOKENS, Windows, result, routing_rates, score_windows
 from l2a_jax.inference.cache import cache_bytes
 from l2a_jax.inference.pruning import prune_by_sparsity, pruned
-from l2a_jax.weights.pretrained import Pretrained
+from l2a_jax.sources import Pretrained
 
 log = logging.getLogger("l2a_jax.eval")
 CACHE_TOKENS = 32_768

@@ -14,15 +14,15 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from l2a_jax import fields, presets
+from l2a_jax import fields
 from l2a_jax.config import MODELS, L2AConfig, ModelConfig, to_dict
 from l2a_jax.errors import UserError
 from l2a_jax.models.params import abstract_params, add_routing
-from l2a_jax.run_files import read_run, read_summary
-from l2a_jax.training.checkpoint import BEST, Checkpoints
+from l2a_jax.sources import Pretrained, RunSource, locate, run_source
+from l2a_jax.training import settings as presets
+from l2a_jax.training.checkpoints import BEST, Checkpoints
 from l2a_jax.training.regimes import count_parameters
-from l2a_jax.weights.pretrained import Pretrained, locate
-from l2a_jax.weights.run_folder import RunSource, run_source
+from l2a_jax.training.run_files import read_run, read_summary
 
 log = logging.getLogger("l2a_jax.eval")
 ROUTES = ("learned", "all", "none")

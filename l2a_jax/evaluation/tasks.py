@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation.task_files import TaskFile, read_task
 from l2a_jax.files import plain, whole
-from l2a_jax.weights.pretrained import Pretrained
+from l2a_jax.sources import Pretrained
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task

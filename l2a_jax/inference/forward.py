@@ -17,9 +17,9 @@ from l2a_jax import attention
 from l2a_jax.attention.decode import attend_cache
 from l2a_jax.config import L2AConfig, ModelConfig, rope_of
 from l2a_jax.inference.cache import Cache, Layout, empty_cache, full_reads, put, ring_of, ring_reads
-from l2a_jax.models.l2a import Context, attend, join_projections
+from l2a_jax.models.layer import Context, attend, join_projections
 from l2a_jax.models.params import Tree
-from l2a_jax.models.qwen2 import unembed
+from l2a_jax.models.transformer import unembed
 from l2a_jax.nn.layers import gated_mlp, joined, linear, rms_norm
 from l2a_jax.nn.rope import rope_table
 

@@ -23,7 +23,7 @@ from l2a_jax.inference.cache import Cache, Layout, layout_of
 from l2a_jax.inference.forward import DecodeParams, decode_params, decode_step, prefill
 from l2a_jax.inference.sampling import Sampling, sample
 from l2a_jax.models.params import Tree, check_layers
-from l2a_jax.models.qwen2 import check_tokens
+from l2a_jax.models.transformer import check_tokens
 
 STOP_SLOTS = 4  # stop tokens are padded to a multiple of this, so that their number is no new shape
 

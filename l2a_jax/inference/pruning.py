@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from l2a_jax.errors import UserError
 from l2a_jax.inference.cache import cache_bytes
-from l2a_jax.weights import Pretrained
+from l2a_jax.sources import Pretrained
 
 
 def prune_by_sparsity(sparsity_per_layer: Sequence[float], threshold: float) -> tuple[int, ...]:

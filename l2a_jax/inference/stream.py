@@ -24,7 +24,8 @@ from l2a_jax.inference.generate import advance, bucket, request, start
 from l2a_jax.inference.pruning import cache_saving, parse_layers, pruned
 from l2a_jax.inference.sampling import Sampling
 from l2a_jax.models.params import add_routing
-from l2a_jax.weights import Pretrained, Tokenizer, load_pretrained
+from l2a_jax.sources import Pretrained, load_pretrained
+from l2a_jax.weights import Tokenizer
 
 CHUNK = 8  # decode steps per dispatch: seldom enough to cost nothing, often enough to read along
 SHADES = (250, 229, 221, 214, 208, 202, 196)  # of the 256-colour palette, from grey over yellow to red

@@ -8,7 +8,7 @@ import numpy as np
 
 from l2a_jax.data.batch import Batch
 from l2a_jax.models.params import Tree, map_with_path
-from l2a_jax.models.qwen2 import hidden_states, probe_layers
+from l2a_jax.models.transformer import hidden_states, probe_layers
 from l2a_jax.training.loss import cross_entropy
 from l2a_jax.training.step import Objective, compute_params
 

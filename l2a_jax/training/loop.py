@@ -23,7 +23,7 @@ import numpy as np
 
 from l2a_jax.data.batch import Batch, TrainingData
 from l2a_jax.files import native
-from l2a_jax.training.checkpoint import BEST, LATEST
+from l2a_jax.training.checkpoints import BEST, LATEST
 from l2a_jax.training.metrics import Progress, peak_memory_gb
 from l2a_jax.training.step import TrainState
 

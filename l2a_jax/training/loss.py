@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from l2a_jax.attention.kernels import blocks
 from l2a_jax.config import ModelConfig
 from l2a_jax.models.params import Tree
-from l2a_jax.training.softmax_kernel import softmax_rows
+from l2a_jax.nn.softmax_kernel import softmax_rows
 
 CHUNK = 2_048  # tokens; x 152K vocabulary x 4 bytes = 1.2 GB of float32 logits at a time, twice as many in float16
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from l2a_jax.config import L2AConfig, ModelConfig
 from l2a_jax.data.batch import Batch
 from l2a_jax.models.params import Tree, by_layer, map_with_path, param_dtype, stacked
-from l2a_jax.models.qwen2 import hidden_states
+from l2a_jax.models.transformer import hidden_states
 from l2a_jax.nn import routing
 from l2a_jax.training.loss import cross_entropy, token_nll
 from l2a_jax.training.optimizer import OptimizerConfig, make_optimizer, master_dtype_of, narrowed, widened

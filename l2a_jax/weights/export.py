@@ -20,27 +20,10 @@ from l2a_jax.weights.carried import Carried, write_carried
 from l2a_jax.weights.hf_config import beyond_the_model, config_fields
 from l2a_jax.weights.hf_folder import INDEX, SINGLE
 from l2a_jax.weights.names import Place, take, tensor_map
-from l2a_jax.weights.pretrained import load_pretrained
 from l2a_jax.weights.safetensors_file import Stored, write_safetensors
 from l2a_jax.weights.tokenizer import Tokenizer
 
 SHARD_BYTES = 5_000_000_000
-
-
-def convert(source: str | Path, out: str | Path, dtype: Any = "bfloat16", shard_bytes: int = SHARD_BYTES) -> str:
-    """Read any source and write it to `out` as a Hugging Face folder in `dtype`: what both commands do.
-
-    Returns one line that says what was written. Raises UserError as `load_pretrained` and `save_pretrained` do.
-    """
-    check_free(out)
-    model = load_pretrained(source, dtype)
-    save_pretrained(out, model.params, model.config, model.l2a_config, model.tokenizer, shard_bytes=shard_bytes,
-                    carried=model.carried)
-    size = sum(leaf.size for leaf in jax.tree.leaves(model.params))
-    kind = "plain Qwen2" if model.l2a_config is None else f"{model.l2a_config.topology} L2A"
-    return f"wrote {out}: {kind}, {size:,} parameters in {floating(dtype).name}" + (
-        "" if model.tokenizer else "; without a tokenizer, because the source has none"
-    )
 
 
 def save_pretrained(

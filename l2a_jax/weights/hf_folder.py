@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,8 +12,10 @@ import numpy as np
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 
+from l2a_jax.config import ModelConfig
 from l2a_jax.errors import UserError, few
 from l2a_jax.files import read_json, reading
+from l2a_jax.weights.assemble import block_rows
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PREFIX = "model."
@@ -133,3 +136,25 @@ def _weight_map(path: Path) -> dict[str, str]:
 def _inside(name: object) -> bool:
     """Whether a name is that of a file in the folder, and not of one elsewhere."""
     return isinstance(name, str) and name != "" and not Path(name).is_absolute() and ".." not in Path(name).parts
+
+
+def tie(config: ModelConfig, folder: HFFolder) -> ModelConfig:
+    """Tied or not, as transformers 5 decides: a stored output matrix that differs from the embedding unties a model
+    whose configuration ties it; one that is the same is dropped; one that stands alone is both."""
+    embedding, output = "model.embed_tokens.weight", "lm_head.weight"
+    if config.tie_embeddings and output in folder.shapes and embedding not in folder.shapes:
+        folder.rename(output, embedding)
+    if not config.tie_embeddings or output not in folder.shapes:
+        return config
+    shape = folder.shapes[output]
+    same = folder.shapes.get(embedding) == shape
+    step = block_rows(shape)
+    for start in range(0, shape[0] if same else 0, step):
+        blocks = (folder.rows(name, start, min(start + step, shape[0])) for name in (embedding, output))
+        if not np.array_equal(*blocks):
+            same = False
+            break
+    if same:
+        folder.drop(output)
+        return config
+    return dataclasses.replace(config, tie_embeddings=False)

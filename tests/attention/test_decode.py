@@ -12,7 +12,7 @@ import pytest
 from l2a_jax.attention import reference
 from l2a_jax.attention.decode import KV, Reads, attend_cache, why_not
 from l2a_jax.attention.kernels import decode as kernel
-from l2a_jax.evaluation.speed_compile import lower_for_cuda
+from l2a_jax.research.speed.compiled import lower_for_cuda
 
 LAYERS, BATCH, SLOTS = 2, 5, 600
 # Rows: everything; a window; an almost empty cache (the first token); a wrapped ring (a hole at its slot); not seen.

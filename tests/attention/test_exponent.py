@@ -16,7 +16,7 @@ from test_backends import assert_close, few_programs  # noqa: F401  (a fixture)
 from l2a_jax.attention import pallas, reference
 from l2a_jax.attention.kernels import blocks, split, tile
 from l2a_jax.attention.kernels.plan import Block, Spec, make_plan
-from l2a_jax.evaluation.speed_compile import example, lower_for_cuda, triton_kernels
+from l2a_jax.research.speed.compiled import example, lower_for_cuda, triton_kernels
 
 
 @pytest.mark.parametrize("width", blocks.WIDTHS)

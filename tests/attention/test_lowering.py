@@ -13,7 +13,7 @@ from l2a_jax.attention.kernels import blocks
 from l2a_jax.attention.kernels.backward_kv import parts_of
 from l2a_jax.attention.kernels.plan import Block, Spec
 from l2a_jax.attention.kernels.sinks import MAX_SINKS
-from l2a_jax.evaluation.speed_compile import example, lower_for_cuda, report, triton_kernels
+from l2a_jax.research.speed.compiled import example, lower_for_cuda, report, triton_kernels
 
 ROWS = [(arch, width, loop) for arch in blocks.SHARED_MEMORY for width in (64, 128) for loop in blocks.LOOPS]
 

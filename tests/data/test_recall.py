@@ -5,8 +5,9 @@ import pytest
 
 from l2a_jax.config import MODELS
 from l2a_jax.data.batch import TrainingData
-from l2a_jax.data.recall import IDS, KEEP, TELL, VOCABULARY, RecallCorpus, make_tokenizer, needs_memory
+from l2a_jax.data.recall import IDS, KEEP, TELL, VOCABULARY, RecallCorpus, needs_memory
 from l2a_jax.errors import UserError
+from l2a_jax.sources import recall_tokenizer
 
 CORPUS = RecallCorpus(256, 8, seed=3)
 
@@ -60,7 +61,7 @@ def test_emphasis_weighs_the_answers_alone():
 
 def test_tokenizer_and_vocabulary():
     assert len(VOCABULARY) == len(set(VOCABULARY)) <= MODELS["tiny"].vocab_size
-    tokenizer, text = make_tokenizer(), "the quiet river . keep metal iron . tell metal iron ."
+    tokenizer, text = recall_tokenizer(), "the quiet river . keep metal iron . tell metal iron ."
     assert tokenizer.encode(text) == [IDS[word] for word in text.split()]
     assert tokenizer.decode(tokenizer.encode(text)) == text
 

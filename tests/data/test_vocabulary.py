@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from l2a_jax import runs
-from l2a_jax.absorption import l2a_audit
-from l2a_jax.absorption.data import text_corpus
 from l2a_jax.config import MODELS
 from l2a_jax.data.encoder import check_ids
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation.loglikelihood import Request, log_likelihoods
 from l2a_jax.evaluation.perplexity import score_windows, text_windows
-from l2a_jax.presets import Settings
-from l2a_jax.study.row import Row
-from l2a_jax.study.session import Session
-from l2a_jax.weights.pretrained import TINY, Pretrained, load_pretrained
+from l2a_jax.research.absorption import l2a_audit
+from l2a_jax.research.absorption.data import text_corpus
+from l2a_jax.research.replication.row import Row
+from l2a_jax.research.replication.session import Session
+from l2a_jax.runs.plan import make_plan
+from l2a_jax.sources import TINY, Pretrained, load_pretrained
+from l2a_jax.training.settings import Settings
 
 SAID = r"gives id 256 for the domain 'files' of --data, but the model's vocabulary has 200 rows"
 
@@ -38,13 +38,13 @@ def small(tokenizer):
 def test_training_resuming_and_dry_runs_make_one_plan_which_refuses(path, small):
     settings = Settings(regime="pretrain", model="some", data=(path,), seq_len=64, batch_size=2, steps=1)
     with pytest.raises(UserError, match=SAID):
-        runs.make_plan(settings, read=lambda source: small)
+        make_plan(settings, read=lambda source: small)
     enough = (dataclasses.replace(small[0], vocab_size=257), *small[1:])
-    assert runs.make_plan(settings, read=lambda source: enough).data.tokens_per_batch > 0
+    assert make_plan(settings, read=lambda source: enough).data.tokens_per_batch > 0
 
 
 def test_the_study_refuses(path, small, monkeypatch):
-    monkeypatch.setattr(runs, "read_source", lambda source: small)
+    monkeypatch.setattr("l2a_jax.research.replication.session.read_source", lambda source: small)
     row = Row("r", "test", "does it fit?", "0.5b", "pretrain", (("seq_len", 64), ("batch_size", 2), ("steps", 1)),
               (path,))
     with pytest.raises(UserError, match=SAID):

@@ -9,7 +9,7 @@ from l2a_jax.data.recall import RecallCorpus, needs_memory
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import audit, perplexity
 from l2a_jax.models.params import add_routing
-from l2a_jax.weights.pretrained import TINY, load_pretrained
+from l2a_jax.sources import TINY, load_pretrained
 
 LAYER = L2AConfig(window=12, sinks=2)
 

@@ -12,9 +12,9 @@ import pytest
 from l2a_jax.config import L2AConfig
 from l2a_jax.data.recall import RecallCorpus, needs_memory
 from l2a_jax.evaluation import collapse, perplexity, repetition, verdict
-from l2a_jax.models import qwen2
+from l2a_jax.models import transformer as qwen2
 from l2a_jax.models.params import add_routing, map_with_path
-from l2a_jax.weights.pretrained import TINY, load_pretrained
+from l2a_jax.sources import TINY, load_pretrained
 
 HEALTHY = {
     "weights_not_finite": 0, "logits_not_finite": 0, "training_losses_not_finite": 0, "future_seen": 0.0,

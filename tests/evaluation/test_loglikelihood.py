@@ -10,8 +10,8 @@ import pytest
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import loglikelihood
 from l2a_jax.evaluation.loglikelihood import Request
-from l2a_jax.models.qwen2 import forward
-from l2a_jax.weights.pretrained import Pretrained
+from l2a_jax.models.transformer import forward
+from l2a_jax.sources import Pretrained
 from tests.models.cases import CONFIG, LAYERS, make_params
 
 reference_forward = jax.jit(forward, static_argnums=(2, 3))

@@ -15,9 +15,8 @@ from l2a_jax.errors import UserError
 from l2a_jax.evaluation.needle import NeedleOptions, build_prompts, draw_heat_map, evaluate_needle, format_table
 from l2a_jax.evaluation.needle_text import NEEDLE, OPENING, QUESTION, text_haystack
 from l2a_jax.models.params import add_routing, init_params
-from l2a_jax.models.qwen2 import forward
-from l2a_jax.weights import load_pretrained
-from l2a_jax.weights.pretrained import TINY, Pretrained
+from l2a_jax.models.transformer import forward
+from l2a_jax.sources import TINY, Pretrained, load_pretrained
 from tests.evaluation.byte_tokenizer import byte_tokenizer
 
 CONFIG = ModelConfig(260, 16, 24, 1, 2, 1, 8, max_positions=2_048)

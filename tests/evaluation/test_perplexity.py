@@ -12,8 +12,8 @@ import pytest
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import intervals, perplexity, texts
 from l2a_jax.models.params import init_params
-from l2a_jax.models.qwen2 import forward
-from l2a_jax.weights.pretrained import Pretrained
+from l2a_jax.models.transformer import forward
+from l2a_jax.sources import Pretrained
 from tests.models.cases import CONFIG, LAYERS, make_params
 
 LENGTH = 16
@@ -196,18 +196,19 @@ def test_the_rows_of_a_wikitext_file_are_the_lines_that_python_reads(tmp_path, r
 
 
 def test_documents_are_divided_by_the_end_of_text(tmp_path):
-    from l2a_jax.data.recall import EOS, IDS, make_tokenizer
+    from l2a_jax.data.recall import EOS, IDS
+    from l2a_jax.sources import recall_tokenizer
 
     with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
         file.write(json.dumps({"text": "the old"}) + "\n" + json.dumps({"text": "river"}) + "\n")
     (tmp_path / "b.txt").write_text("hill<|endoftext|>road")
     text = texts.read_text(str(tmp_path))
     assert text.rule == "documents" and len(text.files) == 2
-    ids = texts.tokenise(text, make_tokenizer(), 128)
+    ids = texts.tokenise(text, recall_tokenizer(), 128)
     words = [IDS[word] for word in "the old river hill road".split()]
     assert ids.tolist() == [*words[:2], EOS, words[2], EOS, words[3], EOS, words[4]]
     with pytest.raises(UserError, match="vocabulary has 5"):
-        texts.tokenise(text, make_tokenizer(), 5)
+        texts.tokenise(text, recall_tokenizer(), 5)
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from l2a_jax.evaluation import perplexity, texts
-from l2a_jax.weights import load_pretrained
+from l2a_jax.sources import load_pretrained
 
 pytestmark = [pytest.mark.weights, pytest.mark.torch]
 

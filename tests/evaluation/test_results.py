@@ -18,7 +18,7 @@ from l2a_jax.errors import UserError
 from l2a_jax.evaluation import evaluate, intervals, perplexity, recall, results, table
 from l2a_jax.evaluation.needle import draw_heat_map
 from l2a_jax.files import claim
-from l2a_jax.weights.pretrained import TINY, load_pretrained
+from l2a_jax.sources import TINY, load_pretrained
 from tests.evaluation.test_table import made_up
 
 ROOT = Path(__file__).parents[2]

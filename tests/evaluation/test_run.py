@@ -14,7 +14,7 @@ from l2a_jax.config import L2AConfig, to_dict
 from l2a_jax.data.recall import RecallCorpus, needs_memory
 from l2a_jax.evaluation import evaluate, perplexity, pruning_cost
 from l2a_jax.models.params import add_routing, map_with_path
-from l2a_jax.weights.pretrained import TINY, load_pretrained
+from l2a_jax.sources import TINY, load_pretrained
 
 ROOT = Path(__file__).parents[2]
 LAYER = ["--window", "12", "--sinks", "2"]

@@ -12,7 +12,7 @@ from l2a_jax.errors import UserError
 from l2a_jax.evaluation.task_files import read_task
 from l2a_jax.evaluation.tasks import evaluate_tasks
 from l2a_jax.models.params import init_params
-from l2a_jax.weights.pretrained import Pretrained
+from l2a_jax.sources import Pretrained
 from l2a_jax.weights.tokenizer import byte_level_bpe
 from tests.evaluation.byte_tokenizer import byte_tokenizer
 

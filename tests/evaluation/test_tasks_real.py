@@ -14,7 +14,7 @@ import pytest
 
 from l2a_jax.evaluation.task_files import LOCAL_TASKS, read_task
 from l2a_jax.evaluation.tasks import load_tasks
-from l2a_jax.weights import load_pretrained
+from l2a_jax.sources import load_pretrained
 
 pytestmark = [pytest.mark.weights, pytest.mark.torch]
 

@@ -85,7 +85,7 @@ def logits(name: str) -> dict:
 
 def hashes() -> dict[str, str]:
     """The training hash of every declared row of the study: what is run is known by it."""
-    from l2a_jax.study.rows import choose
+    from l2a_jax.research.replication.rows import choose
 
     return {row.name: row.training_hash for row in choose((), ())}
 

@@ -75,8 +75,8 @@ def test_results_are_tabulated(capsys):
 
 
 def test_rows_of_the_study_are_read_and_are_still_those_that_are_declared():
-    from l2a_jax.study.rows import choose
-    from l2a_jax.study.runner import read_row
+    from l2a_jax.research.replication.rows import choose
+    from l2a_jax.research.replication.runner import read_row
 
     rows = [row for row in choose() if row.not_run is None]
     assert len(rows) > 100
@@ -86,9 +86,9 @@ def test_rows_of_the_study_are_read_and_are_still_those_that_are_declared():
 
 
 def test_arms_of_the_absorption_suite_keep_their_names(tmp_path):
-    from l2a_jax.absorption import suite
-    from l2a_jax.absorption.config import PRESETS
-    from l2a_jax.absorption.lab import Lab
+    from l2a_jax.research.absorption import suite
+    from l2a_jax.research.absorption.config import PRESETS
+    from l2a_jax.research.absorption.lab import Lab
 
     corpus = suite.make_corpus(PRESETS["tiny"], (), None, 0.0, None)
     lab = Lab(PRESETS["tiny"], corpus, tmp_path)

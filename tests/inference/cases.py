@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l2a_jax.models.qwen2 import forward
+from l2a_jax.models.transformer import forward
 from tests.models.cases import CONFIG
 
 LENGTH = 48

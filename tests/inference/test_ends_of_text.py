@@ -17,8 +17,8 @@ from l2a_jax.evaluation import collapse, evaluate, needle
 from l2a_jax.evaluation.needle_text import Haystack
 from l2a_jax.inference import generate as generation
 from l2a_jax.inference import stream
-from l2a_jax.study.measures import Subject
-from l2a_jax.weights.pretrained import TINY, Pretrained, load_pretrained, locate
+from l2a_jax.research.replication.measures import Subject
+from l2a_jax.sources import TINY, Pretrained, load_pretrained, locate
 from tests.evaluation.byte_tokenizer import byte_tokenizer
 from tests.models.cases import CONFIG
 

@@ -106,7 +106,7 @@ def test_what_greedy_decoding_does_not_use_is_said(given, idle, monkeypatch, cap
 
 
 def test_a_text_too_long_is_refused_before_a_word_of_it_is_written(capsys):
-    from l2a_jax.weights.pretrained import TINY
+    from l2a_jax.sources import TINY
 
     with pytest.raises(UserError, match="longer than max_positions"):
         stream.run(TINY, prompt="the old river", prompt_file=None, max_new_tokens=5_000, temperature=0.0, top_p=1.0,

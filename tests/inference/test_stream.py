@@ -19,7 +19,8 @@ from l2a_jax.inference import generate as module
 from l2a_jax.inference import pruning, stream
 from l2a_jax.inference.cache import cache_bytes, layout_of
 from l2a_jax.inference.stream import Writer, prepare
-from l2a_jax.weights import load_pretrained, save_pretrained
+from l2a_jax.sources import load_pretrained
+from l2a_jax.weights import save_pretrained
 from l2a_jax.weights.tokenizer import _byte_alphabet, byte_level_bpe
 from tests.inference.cases import QUICK
 

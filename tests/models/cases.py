@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from l2a_jax.config import L2AConfig, ModelConfig, RopeScaling
 from l2a_jax.models.params import init_params, map_with_path
-from l2a_jax.models.qwen2 import hidden_states
+from l2a_jax.models.transformer import hidden_states
 
 CONFIG = ModelConfig(61, 32, 48, 3, 6, 2, 8, rope_theta=10_000.0, max_positions=128)
 UNTIED = dataclasses.replace(CONFIG, tie_embeddings=False)

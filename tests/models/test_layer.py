@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from l2a_jax.models.params import add_routing
-from l2a_jax.models.qwen2 import forward
+from l2a_jax.models.transformer import forward
 from l2a_jax.nn.layers import gated_mlp, rms_norm
 from l2a_jax.nn.rope import apply_rope, rope_table
 from tests.models.cases import CONFIG, LAYERS, hidden, make_params, make_tokens

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from l2a_jax.attention.reference import segment_starts
-from l2a_jax.models import l2a
-from l2a_jax.models.qwen2 import hidden_states
+from l2a_jax.models import layer as l2a
+from l2a_jax.models.transformer import hidden_states
 from l2a_jax.nn import routing
 from l2a_jax.training.remat import MODES, checkpoint_policy
 from tests.models.cases import CONFIG, LAYERS, make_params, make_tokens, packed

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from l2a_jax.attention.kernels import blocks
-from l2a_jax.evaluation.speed_compile import lower_for_cuda, triton_kernels
 from l2a_jax.nn import rope, rope_kernel
+from l2a_jax.research.speed.compiled import lower_for_cuda, triton_kernels
 
 SHAPES = [(1, 1, 3, 1, 16), (2, 70, 18, 2, 64), (1, 131, 16, 2, 128), (3, 64, 9, 1, 32)]  # B, T, M, K, H
 

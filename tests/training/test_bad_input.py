@@ -6,9 +6,10 @@ import pathlib
 
 import pytest
 
-from l2a_jax import presets, runs
 from l2a_jax.errors import UserError
+from l2a_jax.runs.train import train
 from l2a_jax.training import memory
+from l2a_jax.training import settings as presets
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -75,30 +76,30 @@ def test_missing_regime_and_unknown_flag(capsys):
 def test_unwritable_run_folder(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match="cannot be written"):
-        runs.train(presets.resolve("router_strict", {"steps": 1}), tmp_path / "run")
+        train(presets.resolve("router_strict", {"steps": 1}), tmp_path / "run")
 
 
 def test_run_folder_below_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        runs.train(presets.resolve("router_strict", {"steps": 1}), tmp_path / "file" / "run")
+        train(presets.resolve("router_strict", {"steps": 1}), tmp_path / "file" / "run")
 
 
 def test_a_run_that_cannot_fit_is_refused_with_the_estimate(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "device_bytes", lambda: 1_000_000)
     with pytest.raises(UserError, match=r"needs about .* GB and the device has 0.0 GB: .*--master-dtype bfloat16"):
-        runs.train(presets.resolve("l2a_ft", {"steps": 1}), tmp_path / "run")
+        train(presets.resolve("l2a_ft", {"steps": 1}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
     """A learning rate that blows up: the run stops, says where, and the checkpoint before it is whole."""
-    from l2a_jax.training.checkpoint import LATEST, Checkpoints
+    from l2a_jax.training.checkpoints import LATEST, Checkpoints
 
     settings = presets.resolve("l2a_ft", {"steps": 30, "lr": 1e30, "batch_size": 2, "save_every": 1, "warmup": 0.0,
                                           "clip": 1e9})
     with pytest.raises(UserError, match=r"step \d+: the loss or its gradient is not finite .* withheld; "):
-        runs.train(settings, tmp_path / "run")
+        train(settings, tmp_path / "run")
     saved = Checkpoints(tmp_path / "run").metadata(LATEST)
     records = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert saved is not None and saved["step"] == len(records)

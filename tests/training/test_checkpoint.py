@@ -15,7 +15,7 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 from l2a_jax.errors import UserError
-from l2a_jax.training.checkpoint import BEST, LATEST, SUMS, Checkpoints
+from l2a_jax.training.checkpoints import BEST, LATEST, SUMS, Checkpoints
 from l2a_jax.training.step import TrainState
 
 
@@ -174,7 +174,7 @@ def test_a_checkpoint_of_an_older_version_is_read_and_said_to_have_no_sums(tmp_p
                                    ValueError("RESOURCE_EXHAUSTED: page\nNo space left on device\nafter page")])
 @pytest.mark.parametrize("where", ["arrays", "sums"])
 def test_a_full_disk_is_one_sentence_and_leaves_a_whole_checkpoint(run, monkeypatch, error, where):
-    from l2a_jax.training import checkpoint
+    from l2a_jax.training import checkpoints as checkpoint
 
     def fail(path, *args, **kwargs):
         Path(path).mkdir(parents=True, exist_ok=True)

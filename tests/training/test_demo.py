@@ -2,13 +2,14 @@
 
 import pytest
 
-from l2a_jax import presets, runs
-from l2a_jax.weights.pretrained import TINY, load_pretrained, locate
+from l2a_jax.runs.train import train
+from l2a_jax.sources import TINY, load_pretrained, locate
+from l2a_jax.training import settings as presets
 
 
 @pytest.mark.parametrize("regime", ["l2a_ft", "router_strict"])
 def test_the_router_finds_what_needs_memory(regime, tmp_path, optimised):
-    rows = runs.train(presets.resolve(regime, {}), tmp_path / "run")["recall"]["rows"]
+    rows = train(presets.resolve(regime, {}), tmp_path / "run")["recall"]["rows"]
     baseline, trained = rows["baseline (full attention)"], rows["trained router"]
     control = rows["random routing, same rates"]
     assert baseline["recall_accuracy"] > 0.95

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l2a_jax.evaluation.speed_compile import lower_for_cuda
-from l2a_jax.models.qwen2 import unembed
+from l2a_jax.models.transformer import unembed
+from l2a_jax.nn.softmax_kernel import softmax_rows
+from l2a_jax.research.speed.compiled import lower_for_cuda
 from l2a_jax.training import loss
 from l2a_jax.training.loss import cross_entropy, logits_dtype_of, token_nll
-from l2a_jax.training.softmax_kernel import softmax_rows
 from tests.models.cases import CONFIG, UNTIED, make_params
 
 

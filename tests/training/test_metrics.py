@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from l2a_jax import run_folder
 from l2a_jax.errors import UserError
 from l2a_jax.files import native, plain
+from l2a_jax.runs import folder as run_folder
 from l2a_jax.training.metrics import MetricsLog, Progress, draw_curves, missing_steps, read_metrics
 
 

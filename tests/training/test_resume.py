@@ -98,8 +98,8 @@ def test_a_run_is_a_source_and_exports(unbroken, tmp_path):
 
     from l2a_jax import load_pretrained, regime_mask
     from l2a_jax.models.params import add_routing
+    from l2a_jax.sources import TINY
     from l2a_jax.training.regimes import partition
-    from l2a_jax.weights.pretrained import TINY
 
     trained, source = load_pretrained(unbroken, np.float32), load_pretrained(TINY, np.float32)
     start_params = add_routing(source.params, source.config, trained.l2a_config)

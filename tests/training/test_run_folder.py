@@ -14,16 +14,21 @@ import jax
 import numpy as np
 import pytest
 
-from l2a_jax import files, presets, run_files, run_folder, runs
-from l2a_jax.absorption import l2a_audit
+from l2a_jax import files
 from l2a_jax.config import MODELS, L2AConfig, to_dict
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import subject
-from l2a_jax.training.checkpoint import BEST, LATEST, Checkpoints
+from l2a_jax.research.absorption import l2a_audit
+from l2a_jax.runs import folder as run_folder
+from l2a_jax.runs import train as training
+from l2a_jax.runs.plan import Plan, compile_run, program_key
+from l2a_jax.runs.train import resume, train
+from l2a_jax.sources import TINY, load_pretrained, locate, run_source, source_hash, source_tokenizer
+from l2a_jax.training import run_files
+from l2a_jax.training import settings as presets
+from l2a_jax.training.checkpoints import BEST, LATEST, Checkpoints
 from l2a_jax.training.loop import Stopped
 from l2a_jax.training.metrics import read_metrics
-from l2a_jax.weights.pretrained import TINY, load_pretrained, locate, source_hash, source_tokenizer
-from l2a_jax.weights.run_folder import run_source
 
 MODEL = MODELS["qwen2.5-tiny"]
 
@@ -106,7 +111,7 @@ def write(folder, content):
 def test_every_reader_names_the_file_the_key_and_what_was_expected(name, tmp_path):
     content, expected = DAMAGED[name]
     folder = write(tmp_path / "run", content)
-    readers = [lambda: runs.resume(folder)]
+    readers = [lambda: resume(folder)]
     if name != "a model's":  # evaluation, generation and export take that one for a model
         readers += [lambda: load_pretrained(folder, np.float32), lambda: source_tokenizer(folder),
                     lambda: l2a_audit.open_subject(str(folder), (), None, None, None)]
@@ -125,11 +130,11 @@ def test_what_repeating_a_run_needs_is_asked_of_resume_alone(content, lacking, t
     folder = write(tmp_path / "run", content)
     assert run_files.read_run(folder).settings.regime == "l2a_ft"
     with pytest.raises(UserError, match=f"config.json does not say {lacking}, which the run needs"):
-        runs.resume(folder)
+        resume(folder)
     folder = write(folder, setting("lr", -1.0))
     assert run_files.read_run(folder).settings.lr == -1.0
     with pytest.raises(UserError, match=r"config.json: settings.lr is -1.0; expected above 0"):
-        runs.resume(folder)
+        resume(folder)
 
 
 def test_folders_of_older_versions_are_whole(tmp_path):
@@ -173,15 +178,15 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once():
     """One program serves every run of one shape."""
-    real, kept = runs.compile_run, {}
+    kept = {}
 
-    def compile_run(plan):
-        key = runs.program_key(plan), plan.steps
-        kept[key] = kept[key]._replace(plan=plan) if key in kept else real(plan)
+    def once(plan):
+        key = program_key(plan), plan.steps
+        kept[key] = kept[key]._replace(plan=plan) if key in kept else compile_run(plan)
         return kept[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "compile_run", compile_run)
+        patch.setattr("l2a_jax.runs.train.compile_run", once)
         yield
 
 
@@ -196,7 +201,7 @@ def trained(tmp_path_factory, text):
     try:
         settings = presets.resolve("router_strict", {**GIVEN, "model": "model", "data": ("text", "more=text/*.jsonl"),
                                                      "steps": 6})
-        runs.train(settings, Path("run"))
+        train(settings, Path("run"))
     finally:
         os.chdir(here)
     return folder / "run"
@@ -225,7 +230,7 @@ def back(run, step):
 def test_a_run_named_by_relative_paths_goes_on_from_anywhere(trained, run, tmp_path, monkeypatch):
     whole = json.loads((trained / "summary.json").read_text())
     monkeypatch.chdir(tmp_path)
-    found = runs.resume(back(run, 4))
+    found = resume(back(run, 4))
     assert found["held_out_loss"] == whole["held_out_loss"] and found["tokens_seen"] == whole["tokens_seen"]
     recorded = run_files.read_run(run)
     assert recorded.source == str(trained.parent / "model")
@@ -249,7 +254,7 @@ def test_tokens_stay_right_whatever_became_of_the_records(name, trained, run, ca
     assert whole["tokens_seen"] == sum(record["tokens"] for record in read_metrics(trained / "metrics.jsonl"))
     DAMAGES[name](run / "metrics.jsonl")
     good = [record["step"] for record in read_metrics(run / "metrics.jsonl") if record["step"] <= 4]
-    found = runs.resume(back(run, 4))
+    found = resume(back(run, 4))
     for key in ("tokens_seen", "tokens_per_trained_parameter", "held_out_loss", "data_used"):
         assert found[key] == whole[key], key
     assert [record["step"] for record in read_metrics(run / "metrics.jsonl")] == [*good, 5, 6]
@@ -260,9 +265,9 @@ def test_another_precision_is_refused_and_another_device_is_said(run, caplog):
     change(run, dtype="bfloat16", device="1 x NVIDIA H100")
     with pytest.raises(UserError, match=r"computes in bfloat16, and on this device .* in float32; resume it where it "
                                         r"began \(1 x NVIDIA H100\), or write \"dtype\": \"bfloat16\" into"):
-        runs.resume(run)
+        resume(run)
     change(run, dtype="float32")
-    runs.resume(run)
+    resume(run)
     assert f"the run began on NVIDIA H100 and goes on on {jax.devices()[0].device_kind}" in caplog.text
 
 
@@ -270,13 +275,13 @@ def test_another_model_or_data_than_the_run_records_is_refused(run, tmp_path):
     before = files.read_json(run / "config.json")
     change(run, model_config={**before["model_config"], "rope_theta": 5_000.0})
     with pytest.raises(UserError, match="records another model than its settings and source give now"):
-        runs.resume(run)
+        resume(run)
     change(run, **before)
     other = shutil.copytree(before["data_source"][0], tmp_path / "other")
     (other / "a.jsonl").write_text((other / "a.jsonl").read_text() + json.dumps({"text": "w1 w2 w3"}) + "\n")
     change(run, data_source=[str(other), f"more={other}/*.jsonl"])
     with pytest.raises(UserError, match=r"data is not what the run began with: .*a\.jsonl"):
-        runs.resume(run)
+        resume(run)
 
 
 @pytest.mark.parametrize("kind", [LATEST, BEST])
@@ -285,11 +290,11 @@ def test_a_damaged_checkpoint_is_said_before_compiling_and_removing_it_leads_on(
     newest = Checkpoints(run).folder(kind)
     (newest / "_CHECKPOINT_METADATA").write_bytes(b"\0" * 10)
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "compile_run", lambda plan: pytest.fail("compiled"))
+        patch.setattr("l2a_jax.runs.train.compile_run", lambda plan: pytest.fail("compiled"))
         with pytest.raises(UserError, match=f"{newest} is damaged"):
-            runs.resume(run)
+            resume(run)
     shutil.rmtree(newest)
-    assert runs.resume(run)["steps"] == 6 and Checkpoints(run).steps(LATEST)[-1] == 6
+    assert resume(run)["steps"] == 6 and Checkpoints(run).steps(LATEST)[-1] == 6
     assert not (run / ".lock").exists()
 
 
@@ -330,14 +335,14 @@ def test_a_folder_in_use_is_refused_and_one_whose_process_was_killed_is_not(run)
     other = subprocess.Popen([sys.executable, "-c", HOLD, str(run)], stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
     before = (run / "metrics.jsonl").read_bytes()
-    for begin in (lambda: runs.resume(run), lambda: runs.train(presets.resolve("router_strict", {"steps": 1}), run)):
+    for begin in (lambda: resume(run), lambda: train(presets.resolve("router_strict", {"steps": 1}), run)):
         with pytest.raises(UserError, match=rf"{run} is in use by process {other.pid} "):
             begin()
     assert (run / "metrics.jsonl").read_bytes() == before
     other.kill()
     other.communicate()
     assert (run / ".lock").exists()
-    assert runs.resume(run)["steps"] == 6
+    assert resume(run)["steps"] == 6
     assert not (run / ".lock").exists()
 
 
@@ -360,34 +365,34 @@ def test_a_run_that_does_not_begin_leaves_no_folder_of_its_own(fault, tmp_path):
 @pytest.mark.parametrize("run_dir", ["file/run", "n" * 300, "file"])
 def test_a_place_that_cannot_be_is_said_before_anything_else(run_dir, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(runs, "make_plan", lambda settings: pytest.fail("planned"))
+    monkeypatch.setattr("l2a_jax.runs.train.make_plan", lambda settings: pytest.fail("planned"))
     with pytest.raises(UserError, match=r"--run-dir .* cannot be written"):
-        runs.train(presets.resolve("router_strict", {"steps": 1}), tmp_path / run_dir)
+        train(presets.resolve("router_strict", {"steps": 1}), tmp_path / run_dir)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize(("number", "where"), [(signal.SIGINT, "compile_run"), (signal.SIGTERM, "make_plan"),
                                                (signal.SIGHUP, "load_tree"), (signal.SIGTERM, "compile_run")])
 def test_a_stop_before_the_first_step_is_one_line_and_leaves_nothing(number, where, tmp_path, monkeypatch, capfd):
-    real = getattr(runs, where)
+    real = getattr(training, where)
 
     def interrupted(*args):
         found = real(*args)
         os.kill(os.getpid(), number)
         return found
 
-    monkeypatch.setattr(runs, where, interrupted)
+    monkeypatch.setattr(f"l2a_jax.runs.train.{where}", interrupted)
     with pytest.raises(SystemExit) as stopped:
-        runs.train(presets.resolve("router_strict", {"steps": 1, "batch_size": 2}), tmp_path / "runs" / "run")
+        train(presets.resolve("router_strict", {"steps": 1, "batch_size": 2}), tmp_path / "runs" / "run")
     assert stopped.value.code == 128 + number and not list(tmp_path.iterdir())
     assert "stopped before the first step; nothing has been trained, so nothing is kept" in capfd.readouterr().err
 
 
 def test_a_held_out_loss_that_is_not_finite_does_not_end_the_run(tmp_path, monkeypatch, caplog, capsys):
-    monkeypatch.setattr(runs, "held_out_metrics", lambda evaluate, batches: {"held_out_loss": float("nan")})
-    monkeypatch.setattr(runs.Plan, "is_demo", False)  # without its report, which compiles three programs more
+    monkeypatch.setattr("l2a_jax.runs.train.held_out_metrics", lambda *_: {"held_out_loss": float("nan")})
+    monkeypatch.setattr(Plan, "is_demo", False)  # without its report, which compiles three programs more
     settings = presets.resolve("router_strict", {"steps": 2, "batch_size": 2, "grad_accum": 3, "eval_every": 1})
-    runs.train(settings, tmp_path / "run")
+    train(settings, tmp_path / "run")
     assert caplog.text.count("the held-out loss is not finite (nan)") == 2
     assert "held-out loss nan (perplexity nan)" in capsys.readouterr().out
     summary, records = run_files.read_summary(tmp_path / "run"), read_metrics(tmp_path / "run" / "metrics.jsonl")

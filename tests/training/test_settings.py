@@ -10,10 +10,11 @@ import math
 import jax
 import pytest
 
-from l2a_jax import presets, runs
 from l2a_jax.attention import api
 from l2a_jax.config import L2AConfig, ModelConfig, RopeScaling, position_limit
 from l2a_jax.errors import Unsupported, UserError
+from l2a_jax.runs.plan import dials_of, make_plan
+from l2a_jax.training import settings as presets
 from l2a_jax.training.loop import stacked_batch
 from tests.training.test_bad_input import load_command
 
@@ -73,7 +74,7 @@ MODEL = ModelConfig(32, 16, 32, 2, 2, 1, 8)
     (lambda: L2AConfig(leakage=math.nan), "leakage is nan; expected a probability"),
     (lambda: L2AConfig(pruned_layers=(-1,)), "pruned_layers is "),
     (lambda: L2AConfig(window=2**31), "window is 2147483648"),
-], ids=str)
+], ids=lambda value: value if isinstance(value, str) else "")
 def test_what_no_model_or_layer_is(make, said):
     with pytest.raises(ValueError, match="^" + said.replace("(", r"\(")):
         make()
@@ -91,7 +92,7 @@ def test_a_backend_that_this_machine_lacks_is_refused_before_anything_is_read(ba
     assert load_command()(arguments) == 2
     assert capsys.readouterr().err.startswith(f"error: --backend {backend} cannot be used on this machine: ")
     with pytest.raises(Unsupported, match="NVIDIA GPU"):
-        runs.make_plan(presets.resolve("l2a_ft", {"backend": backend, "model": "nowhere", "data": ("nothing",)}))
+        make_plan(presets.resolve("l2a_ft", {"backend": backend, "model": "nowhere", "data": ("nothing",)}))
     for usable in ("auto", "reference", "xla", "pallas_interpret"):
         api.check(usable)
 
@@ -106,7 +107,7 @@ def plan_of(layer, given, named=()):
     settings = presets.resolve("router_only", given, named)
     settings = dataclasses.replace(settings, model="RUN", data=(), echo=0.0, seq_len=512)
     config = dataclasses.replace(MODEL, max_positions=1_024)
-    plan = runs.make_plan(settings, read=lambda source: (config, layer, None))
+    plan = make_plan(settings, read=lambda source: (config, layer, None))
     return plan
 
 
@@ -116,14 +117,14 @@ def plan_of(layer, given, named=()):
     ({"flip": 0.0}, ("repair-far",), {"window": 1_024, "sinks": 4, "flip": 0.0, "rope": RopeScaling()}),
     ({}, ("3b-24gb",), {})])
 def test_a_run_from_a_routed_source_records_the_layer_that_it_uses(given, named, expected, monkeypatch):
-    monkeypatch.setattr(runs, "RecallCorpus", lambda *args, **kwargs: type("Data", (), {"tokens_per_batch": 1})())
+    monkeypatch.setattr("l2a_jax.runs.plan.RecallCorpus", lambda *_, **__: type("Data", (), {"tokens_per_batch": 1})())
     plan = plan_of(PARALLEL, {**given, "data": ("x",), "model": "RUN"}, named)
     assert plan.l2a_config == dataclasses.replace(PARALLEL, **expected)
     assert presets.layer_of(plan.settings) == plan.l2a_config
     # And once more from what was recorded, as `--resume` reads it.
     recorded = json.loads(json.dumps(dataclasses.asdict(plan.settings)))
     again = presets.Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in recorded.items()})
-    assert runs.make_plan(again, read=lambda source: (plan.config, PARALLEL, None)).l2a_config == plan.l2a_config
+    assert make_plan(again, read=lambda source: (plan.config, PARALLEL, None)).l2a_config == plan.l2a_config
 
 
 def test_wiring_is_the_sources_and_who_asked_is_named():
@@ -135,7 +136,7 @@ def test_wiring_is_the_sources_and_who_asked_is_named():
 
 
 def test_a_flag_may_repeat_the_sources_wiring(monkeypatch):
-    monkeypatch.setattr(runs, "RecallCorpus", lambda *args, **kwargs: type("Data", (), {"tokens_per_batch": 1})())
+    monkeypatch.setattr("l2a_jax.runs.plan.RecallCorpus", lambda *_, **__: type("Data", (), {"tokens_per_batch": 1})())
     plan = plan_of(OWN, {"data": ("x",), "model": "RUN", "topology": "sequential"})
     assert plan.l2a_config == OWN
 
@@ -165,19 +166,19 @@ def test_a_flag_without_effect_is_said(regime, given, expected, caplog):
 
 def test_the_rate_without_effect_has_none():
     """What the table says of `lr` in `router_strict`: the router has a rate of its own there."""
-    plan = runs.make_plan(presets.resolve("router_strict", {"lr": 1.0}))
-    assert float(runs.dials_of(plan).router_lr) == pytest.approx(1e-2)
+    plan = make_plan(presets.resolve("router_strict", {"lr": 1.0}))
+    assert float(dials_of(plan).router_lr) == pytest.approx(1e-2)
 
 
 def test_deterministic_reaches_the_compiler(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
-    runs.make_plan(presets.resolve("router_strict", {"deterministic": True}))
+    make_plan(presets.resolve("router_strict", {"deterministic": True}))
     import os
 
     assert os.environ["XLA_FLAGS"].split() == ["--xla_gpu_deterministic_ops=true"]
 
 
 def test_a_steps_batch_has_the_shapes_that_it_is_compiled_for():
-    plan = runs.make_plan(presets.resolve("router_strict", {"grad_accum": 3, "batch_size": 2, "steps": 1}))
+    plan = make_plan(presets.resolve("router_strict", {"grad_accum": 3, "batch_size": 2, "steps": 1}))
     one = plan.data.batch(0)
     assert stacked_batch(plan.data, 0, 3).tokens.shape == (3, *one.tokens.shape)

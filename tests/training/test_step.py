@@ -11,7 +11,7 @@ import pytest
 
 from l2a_jax.data.batch import Batch
 from l2a_jax.models.params import stacked
-from l2a_jax.models.qwen2 import hidden_states
+from l2a_jax.models.transformer import hidden_states
 from l2a_jax.nn import routing
 from l2a_jax.training.diagnose import first_non_finite
 from l2a_jax.training.loss import cross_entropy

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from l2a_jax.data.recall import RecallCorpus
-from l2a_jax.training.checkpoint import BEST, LATEST
+from l2a_jax.training.checkpoints import BEST, LATEST
 from l2a_jax.training.loop import Schedule, Stopped, StopRequest, fit
 from l2a_jax.training.step import TrainState
 

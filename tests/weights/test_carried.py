@@ -14,7 +14,8 @@ from tiny_tokens import TEXTS
 from l2a_jax.config import MODELS, L2AConfig
 from l2a_jax.errors import UserError
 from l2a_jax.models.params import init_params
-from l2a_jax.weights import convert, load_pretrained, load_tokenizer, read_config, save_pretrained
+from l2a_jax.sources import convert, load_pretrained, read_config
+from l2a_jax.weights import load_tokenizer, save_pretrained
 from l2a_jax.weights.gguf_file import GGUFFile
 from l2a_jax.weights.gguf_model import gguf_tokenizer
 
@@ -75,14 +76,12 @@ def test_what_says_how_to_compute_is_ours_and_not_carried(tmp_path):
 
 @pytest.mark.parametrize("place", [None, "checkpoints/best"])
 def test_a_run_carries_what_the_source_that_it_began_from_says(tmp_path, monkeypatch, place):
-    from l2a_jax.weights import pretrained, run_folder
-
     start, run = source(tmp_path / "a"), tmp_path / "run"
     (run / "checkpoints" / "best").mkdir(parents=True)
     (run / "config.json").write_text("{}")
-    monkeypatch.setattr(run_folder, "describes_run", lambda fields: fields == {})
-    monkeypatch.setattr(run_folder, "load_run", lambda path, dtype: load_pretrained(start, dtype))
-    monkeypatch.setattr(pretrained, "read_run", lambda folder: SimpleNamespace(source=str(start)))
+    monkeypatch.setattr("l2a_jax.sources.describes_run", lambda fields: fields == {})
+    monkeypatch.setattr("l2a_jax.sources._load_run", lambda path, dtype: load_pretrained(start, dtype))
+    monkeypatch.setattr("l2a_jax.sources.read_run", lambda folder: SimpleNamespace(source=str(start)))
     convert(run if place is None else run / place, tmp_path / "out")
     assert (tmp_path / "out" / "generation_config.json").read_text() == GENERATION
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == [5, 7]
@@ -159,6 +158,6 @@ def test_an_output_with_the_longest_name_that_there_is(tmp_path):
 @pytest.mark.parametrize("out", ["x" * 300, "deep/" + "y" * 300 + "/out", "z/" * 3_000])
 def test_an_output_that_cannot_be_named_is_refused_before_the_model_is_read(tmp_path, monkeypatch, out):
     start = write_folder(tmp_path / "a")
-    monkeypatch.setattr("l2a_jax.weights.export.load_pretrained", lambda *_: pytest.fail("the model was read"))
+    monkeypatch.setattr("l2a_jax.sources.load_pretrained", lambda *_: pytest.fail("the model was read"))
     with pytest.raises(UserError, match=r"cannot write .*: File name too long"):
         convert(start, tmp_path / out)

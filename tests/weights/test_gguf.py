@@ -12,8 +12,8 @@ from tiny_qwen import weights, write_folder
 
 from l2a_jax.config import RopeScaling
 from l2a_jax.errors import UserError
+from l2a_jax.sources import load_pretrained, read_config, source_hash
 from l2a_jax.weights import assemble as assembling
-from l2a_jax.weights import load_pretrained, read_config, source_hash
 from l2a_jax.weights.gguf_file import GGUFFile
 
 

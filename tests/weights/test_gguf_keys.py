@@ -10,7 +10,7 @@ from tiny_qwen import weights
 
 from l2a_jax.config import RopeScaling
 from l2a_jax.errors import UserError
-from l2a_jax.weights import load_pretrained, read_config
+from l2a_jax.sources import load_pretrained, read_config
 
 S = "qwen2.rope.scaling."
 

@@ -12,8 +12,8 @@ import pytest
 
 from l2a_jax.config import L2AConfig, RopeScaling
 from l2a_jax.models.params import add_routing
-from l2a_jax.models.qwen2 import forward
-from l2a_jax.weights import load_pretrained
+from l2a_jax.models.transformer import forward
+from l2a_jax.sources import load_pretrained
 
 pytestmark = pytest.mark.weights
 

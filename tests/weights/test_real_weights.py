@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from tiny_tokens import TEXTS
 
-from l2a_jax.models.qwen2 import forward
-from l2a_jax.weights import load_pretrained
+from l2a_jax.models.transformer import forward
+from l2a_jax.sources import load_pretrained
 
 pytestmark = [pytest.mark.weights, pytest.mark.torch]
 

@@ -10,7 +10,8 @@ from tiny_qwen import BASE, FAMILIES, bfloat16, weights, write_folder
 
 from l2a_jax.config import MODELS, L2AConfig, RopeScaling
 from l2a_jax.models.params import init_params
-from l2a_jax.weights import convert, load_pretrained, read_config, save_pretrained, source_hash
+from l2a_jax.sources import convert, load_pretrained, read_config, source_hash
+from l2a_jax.weights import save_pretrained
 
 ROUTED = {
     "shared": L2AConfig(window=8, sinks=2),

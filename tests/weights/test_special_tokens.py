@@ -6,7 +6,8 @@ import pytest
 from tiny_gguf import vocabulary, write_gguf
 
 from l2a_jax.errors import UserError
-from l2a_jax.weights import convert, load_tokenizer
+from l2a_jax.sources import convert
+from l2a_jax.weights import load_tokenizer
 from l2a_jax.weights.gguf_file import GGUFFile
 from l2a_jax.weights.gguf_model import gguf_tokenizer
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from tiny_qwen import FAMILIES, TOKENS, write_folder
 
-from l2a_jax.models.qwen2 import forward
-from l2a_jax.weights import load_pretrained
+from l2a_jax.models.transformer import forward
+from l2a_jax.sources import load_pretrained
 
 STORED = np.load(Path(__file__).with_name("reference_logits.npz"))
 KEPT = slice(3, None, 4)

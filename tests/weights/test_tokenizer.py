@@ -9,7 +9,8 @@ from tiny_gguf import ADDED, MERGES, SPECIAL, vocabulary, write_gguf
 from tiny_tokens import TEXTS
 
 from l2a_jax.errors import UserError
-from l2a_jax.weights import load_pretrained, load_tokenizer
+from l2a_jax.sources import load_pretrained
+from l2a_jax.weights import load_tokenizer
 from l2a_jax.weights.gguf_file import GGUFFile
 from l2a_jax.weights.gguf_model import gguf_tokenizer
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from tiny_qwen import BASE, FAMILIES, TOKENS, bfloat16, weights, write_folder
 
-from l2a_jax.models.qwen2 import forward
-from l2a_jax.weights import convert, load_pretrained, save_pretrained
+from l2a_jax.models.transformer import forward
+from l2a_jax.sources import convert, load_pretrained
+from l2a_jax.weights import save_pretrained
 
 torch = pytest.importorskip("torch", reason="the live comparison needs the parity extra")
 pytestmark = pytest.mark.torch

@@ -13,9 +13,8 @@ from tiny_gguf import write_gguf
 from tiny_qwen import BASE, TOKENS, weights, write_folder
 
 from l2a_jax.errors import UserError
-from l2a_jax.models.qwen2 import forward
-from l2a_jax.weights import load_pretrained, read_config, source_hash
-from l2a_jax.weights.pretrained import source_tokenizer
+from l2a_jax.models.transformer import forward
+from l2a_jax.sources import load_pretrained, read_config, source_hash, source_tokenizer
 
 
 def same(left, right):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -10,10 +11,12 @@ import pytest
 from safetensors.numpy import save_file
 from tiny_qwen import BASE, bfloat16, weights, write_folder
 
+from l2a_jax import sources
 from l2a_jax.config import MODELS, L2AConfig
 from l2a_jax.errors import UserError
-from l2a_jax.weights import convert, load_pretrained, pretrained, read_config, save_pretrained, source_hash
+from l2a_jax.sources import convert, load_pretrained, read_config, source_hash
 from l2a_jax.weights import export as exporting
+from l2a_jax.weights import save_pretrained
 
 
 def refused(source, message, dtype="bfloat16"):
@@ -189,12 +192,12 @@ def test_hub_id_without_network(monkeypatch, raised):
 
 def test_hub_id_in_offline_mode(tmp_path):
     """The real client, told to stay offline with an empty cache."""
-    code = ("from l2a_jax.weights import load_pretrained\nfrom l2a_jax.errors import UserError\n"
+    code = ("from l2a_jax.sources import load_pretrained\nfrom l2a_jax.errors import UserError\n"
             "try: load_pretrained('Qwen/Qwen2.5-0.5B')\nexcept UserError as error: print('refused:', error)")
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path,
         env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": "", "JAX_PLATFORMS": "cpu",
-             "PYTHONPATH": str(pretrained.Path(pretrained.__file__).parents[2])},
+             "PYTHONPATH": str(Path(sources.__file__).parents[1])},
     )
     assert run.stdout.startswith("refused: cannot download Qwen/Qwen2.5-0.5B"), run.stderr
 

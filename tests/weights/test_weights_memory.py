@@ -20,12 +20,12 @@ CODE = """
 import sys
 import jax, jax.numpy as jnp
 import gguf, safetensors.numpy
-import l2a_jax.weights as weights
+from l2a_jax import sources
 def peak():  # not ru_maxrss, which a child inherits from the process that started it
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 jax.block_until_ready(jnp.zeros(1_000_000, jnp.bfloat16) + 1)  # what JAX itself takes at first use
 before = peak()
-weights.convert(*sys.argv[1:])  # reads and writes, so that it bounds load_pretrained too
+sources.convert(*sys.argv[1:])  # reads and writes, so that it bounds load_pretrained too
 print(peak() - before)
 """
 

@@ -1,0 +1,293 @@
+"""The experiments of the paper and their controls. Each takes a laboratory and returns a report.
+
+Figures beside the measured ones are the paper's (arXiv 2603.02227), or, marked *, an independent replication's of the
+same recipe; both trained 50,000 steps on WikiText-103, so that only the `paper` preset may be compared with them.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from l2a_jax.models.params import Tree
+from l2a_jax.research.absorption import arms
+from l2a_jax.research.absorption.config import DENSE, HARD, Arm, Attention
+from l2a_jax.research.absorption.lab import Lab
+from l2a_jax.research.absorption.masks import f1
+from l2a_jax.research.absorption.report import Cell, Panel, Report, Table, bars, mean_text, perplexity
+
+
+def soft_gate(lab: Lab) -> Report:
+    """Learned against frozen random, constant and no gate, multiplicative and additive, under one recipe."""
+    large = arms.soft_random_large(lab.config)
+    rows = [(arms.dense, "37.32 (47.1*)"), (arms.soft_learned, "48.73 ± 0.60 (48.95 ± 0.70*)"),
+            (arms.soft_random, "49.83 ± 0.04"), (arms.soft_constant, ""), (large, ""), (arms.additive_learned, ""),
+            (arms.additive_random, "")]
+    lab.prepare([arm for arm, _ in rows])
+    base = lab.nll(arms.dense, DENSE)
+    table = Table("Held-out perplexity", note="sigmoid(G): over visible pairs, heads and layers, of held-out text. A "
+                  "constant additive gate would be dense attention exactly: the softmax takes no notice of a shift.")
+    for arm, reported in rows:
+        nll = lab.nll(arm, arms.native(arm))
+        statistics = lab.statistics(arm, arms.native(arm), lab.preset.top_ks)
+        table.rows[arm.name] = {
+            "perplexity": Cell(perplexity(nll), reported), "nats above dense": Cell(nll - base, digits=4),
+            "mean sigmoid(G)": Cell(statistics["gate_mean"].mean(axis=1), digits=3),
+            "sd sigmoid(G)": Cell(statistics["gate_sd"].mean(axis=1), digits=3)}
+    notes = [_gap(lab, "learned - frozen random", arms.soft_learned, arms.soft_random),
+             _gap(lab, "learned - constant 0.5", arms.soft_learned, arms.soft_constant),
+             _gap(lab, "frozen random - constant 0.5", arms.soft_random, arms.soft_constant),
+             _gap(lab, "frozen random at the larger scale - constant 0.5", large, arms.soft_constant),
+             _gap(lab, "constant 0.5 - dense", arms.soft_constant, arms.dense),
+             _gap(lab, "additive: learned - frozen random", arms.additive_learned, arms.additive_random)]
+    return Report("soft_gate", "Soft gates: learned, frozen random, constant, none", [table],
+                  [bars("Soft gates", "held-out perplexity", table, "perplexity")], notes)
+
+
+def _gap(lab: Lab, what: str, left: Arm, right: Arm) -> str:
+    """Difference in nats, seed by seed (arms of one seed share initial weights and data)."""
+    gap = lab.nll(left, arms.native(left)) - lab.nll(right, arms.native(right))
+    return f"{what}: {Cell(gap, digits=4).text()} nats, paired by seed"
+
+
+def hard_topk(lab: Lab) -> Report:
+    """The gate's gradient through a hard top k, and perplexities of what is trained under hard masks."""
+    rows = [arms.hard_before, arms.hard_after, arms.straight_through, arms.oracle_trained, arms.soft_learned,
+            arms.dense]
+    lab.prepare(rows)
+    gradient = Table("The gate in training", note="Largest norm of the language model's gradient on the gate over "
+                     "all steps, and the largest change of a gate weight. A learned hard gate never moves: it is the "
+                     "frozen random one, bit for bit. *hard_before*, the published order of top k and causal mask, is "
+                     "not causal: keys of the future push past ones out of the top k.")
+    scores = Table("Held-out perplexity", note=f"k = {lab.preset.top_k}. Own gate, oracle and random masks hold the "
+                   "top k of the visible keys (after the causal mask).")
+    for arm in rows:
+        records = lab.metrics(arm)
+        if arm.attention.select == "gate" or arm.attention.soft != "none":
+            gradient.rows[arm.name] = {
+                "largest gate gradient": Cell(np.max([r["gate_grad_norm_max"] for r in records], axis=0),
+                                              "0" if arm in (arms.hard_before, arms.hard_after) else "", digits=6),
+                "largest change of a gate weight": Cell(records[-1]["gate_moved"], digits=6)}
+        scores.rows[arm.name] = {
+            name: Cell(perplexity(lab.nll(arm, attention))) for name, attention in (
+                ("as trained", arms.native(arm)), ("own gate, hard", HARD), ("oracle mask", arms.ORACLE),
+                ("random mask", arms.RANDOM), ("dense", DENSE))}
+    return Report("hard_topk", "Hard top k: no gradient reaches the gate", [gradient, scores],
+                  [bars("As trained", "held-out perplexity", scores, "as trained"),
+                   bars("Own gate, hard", "held-out perplexity", scores, "own gate, hard", log=True)])
+
+
+def distill(lab: Lab) -> Report:
+    """Gates distilled on frozen weights that never saw a gate, and on weights trained along with one."""
+    bases = [(arms.dense, "mask-agnostic", "48.6", ""), (arms.soft_learned, "co-adapted", "601.6", "582, 384, 506*"),
+             (arms.soft_random, "co-adapted to a frozen random gate", "", "")]
+    lab.prepare([arm for arm, *_ in bases])
+    k = lab.preset.top_k
+    table = Table(f"Deployed with k = {k} of the visible keys: held-out perplexity", note="*Soft, masked by its own "
+                  "logits*: the multiplier stays and the k largest of the logits in use are kept, which separates the "
+                  "loss of the mask from the loss of the multiplier. Distilled minus oracle is the gate's error; "
+                  "oracle minus native is what the weights do not bear.")
+    layers, by_k = Table("F1 against the oracle mask, by layer", note="Contested queries: more than k visible keys."), \
+        Table("Share of the gap between random and oracle masks that the distilled gate closes (perplexity)")
+    panels = [Panel(f"{words} weights", "held-out perplexity", "keys kept", log=True) for _, words, *_ in bases]
+    for (arm, words, reported, oracle_reported), panel in zip(bases, panels, strict=True):
+        native = arms.native(arm)
+        selector, of = lab.selector(arm, native), "distilled in its own forward pass"
+        kl = lab.distillation_kl(arm, native)
+        counts = lab.statistics(arm, native, lab.preset.top_ks, selector=selector, selector_of=of)["agreement"]
+        own = {name: Cell(perplexity(lab.nll(arm, a)), given) for name, a, given in (
+            ("native", native, "37.32" if arm is arms.dense else "48.73" if arm is arms.soft_learned else ""),
+            ("dense", DENSE, ""), ("oracle mask", arms.ORACLE, oracle_reported), ("random mask", arms.RANDOM,
+             "638, 414, 507*" if arm is arms.soft_learned else ""), ("nearest keys", arms.WINDOW,
+             "577, 297, 385*" if arm is arms.soft_learned else ""))}
+        if native != DENSE:
+            own |= {"own gate, hard": Cell(perplexity(lab.nll(arm, HARD)),
+                                           "310, 332, 240*" if arm is arms.soft_learned else ""),
+                    "soft, masked by its own logits": Cell(perplexity(lab.nll(arm, arms.SOFT_USED)))}
+        at = lab.preset.top_ks.index(k)
+        scores = [f1(counts[:, :, at, three].sum(axis=1)) for three in (slice(0, 3), slice(3, 6))]
+        table.rows[f"{arm.name} ({words})"] = {
+            **own, "distilled gate": Cell(perplexity(lab.nll(arm, arms.SELECTOR, selector=selector, selector_of=of)),
+                                          reported),
+            "F1": Cell(scores[0], digits=3), "F1, contested": Cell(scores[1], digits=3),
+            "KL first": Cell(kl["first"], digits=3), "KL last": Cell(kl["last"], digits=3)}
+        layers.rows[arm.name] = {f"layer {layer}": Cell(f1(counts[:, layer, at, 3:6]), digits=3)
+                                 for layer in range(counts.shape[1])}
+        closed = {}
+        for each in lab.preset.top_ks:
+            masked = {name: perplexity(lab.nll(arm, a, each, selector=selector, selector_of=of))
+                      for name, a in (("random", arms.RANDOM), ("distilled", arms.SELECTOR), ("oracle", arms.ORACLE))}
+            for name, values in masked.items():
+                panel.add(f"{name} mask", each, values)
+            gap = masked["random"] - masked["oracle"]
+            closed[f"k = {each}"] = Cell((masked["random"] - masked["distilled"]) / gap,
+                                         "> 0.94" if arm is arms.dense else "", digits=3)
+        by_k.rows[arm.name] = closed
+    return Report("distill", "Gates distilled on frozen weights", [table, by_k, layers], panels)
+
+
+def stochastic(lab: Lab) -> Report:
+    """Trained under masks drawn anew at every step; deployed dense, masked, and with a distilled gate."""
+    lab.prepare([arms.stochastic, arms.dense])
+    table = Table(f"Held-out perplexity, k = {lab.preset.top_k}", note="As trained: masks drawn among all keys (before "
+                  "the causal mask), as published. The others hold the top k of the visible keys.")
+    for arm, reported in ((arms.stochastic, "78.2"), (arms.dense, "37.3")):
+        selector = lab.selector(arm, DENSE)
+        table.rows[arm.name] = {
+            "as trained": Cell(perplexity(lab.nll(arm, arms.native(arm)))),
+            "dense": Cell(perplexity(lab.nll(arm, DENSE)), reported),
+            "random mask": Cell(perplexity(lab.nll(arm, arms.RANDOM))),
+            "oracle mask": Cell(perplexity(lab.nll(arm, arms.ORACLE))),
+            "distilled gate": Cell(perplexity(lab.nll(arm, arms.SELECTOR, selector=selector, selector_of="dense"))),
+            "nearest keys": Cell(perplexity(lab.nll(arm, arms.WINDOW)))}
+    return Report("stochastic", "Trained under random masks", [table],
+                  [bars("Trained under random masks, deployed dense", "held-out perplexity", table, "dense"),
+                   bars("... deployed with a distilled gate", "held-out perplexity", table, "distilled gate")])
+
+
+def swap(lab: Lab) -> Report:
+    """After joint training, another gate in place of the model's own: what changes is what was learned."""
+    large = arms.soft_random_large(lab.config)
+    rows = [arms.soft_learned, arms.soft_random, large, arms.additive_learned]
+    lab.prepare(rows)
+    table = Table("Held-out perplexity with another gate in place of the trained one", note="*Random, same norms*: "
+                  "fresh weights with the root mean square of the trained ones, matrix by matrix. *Keys shuffled*: "
+                  "each query's gate values in another order of its visible keys. *Another text's*: values of the same "
+                  "positions in another text. The paper has it that a swap changes almost nothing.")
+    for arm in rows:
+        native = arms.native(arm)
+
+        def changed(name, function, arm=arm, native=native):
+            return Cell(perplexity(lab.nll(arm, native, change=(name, function))))
+
+        table.rows[arm.name] = {
+            "own": Cell(perplexity(lab.nll(arm, native))),
+            "random, as drawn": changed("random", lambda p: _with_gate(p, _random_gate(p, lab.config.gate_std))),
+            "random, same norms": changed("random, same norms", lambda p: _with_gate(p, _random_gate(p, None))),
+            "constant 0.5": changed("constant", lambda p: _with_gate(p, jax.tree.map(jnp.zeros_like, _gate(p)))),
+            "removed (dense)": Cell(perplexity(lab.nll(arm, DENSE))),
+            "keys shuffled": Cell(perplexity(lab.nll(arm, native._replace(scores="shuffled")))),
+            "another text's": Cell(perplexity(lab.nll(arm, native._replace(scores="other_text"))))}
+        if len(lab.seeds) > 1:
+            table.rows[arm.name]["another seed's"] = changed(
+                "another seed", lambda p: _with_gate(p, jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), _gate(p))))
+    panel = Panel("Gates swapped after training (nats above own)", "nats")
+    for column, cell in table.rows[arms.soft_learned.name].items():
+        own = np.log(table.rows[arms.soft_learned.name]["own"].values)
+        panel.add("learned", column, np.log(cell.values) - own)
+    return Report("swap", "Gates swapped after joint training", [table], [panel])
+
+
+def _gate(params: Tree) -> Tree:
+    return params["layers"]["gate"]
+
+
+def _with_gate(params: Tree, gate: Tree) -> Tree:
+    return {**params, "layers": {**params["layers"], "gate": gate}}
+
+
+def _random_gate(params: Tree, deviation: float | None) -> Tree:
+    """Fresh gate weights of a deviation, or with each matrix's own root mean square (None)."""
+    leaves, structure = jax.tree.flatten(_gate(params))
+    keys = jax.random.split(jax.random.key(99), len(leaves))
+
+    def fresh(key, leaf):
+        scale = jnp.sqrt(jnp.mean(jnp.square(leaf), axis=(-2, -1), keepdims=True)) if deviation is None else deviation
+        return scale * jax.random.normal(key, leaf.shape)
+
+    return jax.tree.unflatten(structure, [fresh(*pair) for pair in zip(keys, leaves, strict=True)])
+
+
+def closed_loop(lab: Lab) -> Report:
+    """Backbones trained on their own hard path: does a gate trained jointly then deploy?"""
+    rows = [(arms.soft_learned, "1.782*"), (arms.closed_learned, "0.0035*"), (arms.closed_random, ""),
+            (arms.indexer, ""), (arms.hard_after, ""), (arms.straight_through, "0.786 ± 0.181*")]
+    lab.prepare([arm for arm, _ in rows])
+    table = Table(f"Held-out perplexity, hard masks with k = {lab.preset.top_k} of the visible keys", note=
+                  "*closed*: half of the rows of every batch go through the hard path (the gate's own top k, no "
+                  "multiplier), half through the soft one. *indexer*: all rows on the hard path, the gate trained by "
+                  "its KL divergence to the model's attention alone. Excess: hard minus native, in nats; reported "
+                  "excesses are a follow-up's, of other details.")
+    for arm, reported in rows:
+        native, hard = lab.nll(arm, arms.native(arm)), lab.nll(arm, HARD)
+        table.rows[arm.name] = {
+            "native": Cell(perplexity(native)), "own gate, hard": Cell(perplexity(hard)),
+            "excess": Cell(hard - native, reported, digits=4),
+            "oracle mask": Cell(perplexity(lab.nll(arm, arms.ORACLE))),
+            "random mask": Cell(perplexity(lab.nll(arm, arms.RANDOM))), "dense": Cell(perplexity(lab.nll(arm, DENSE)))}
+    hard = {arm.name: lab.nll(arm, HARD) for arm, _ in rows}
+    notes = [f"closed loop, learned - frozen random, both deployed hard: "
+             f"{Cell(hard['closed_learned'] - hard['closed_random'], digits=4).text()} nats, paired by seed",
+             f"indexer - frozen random hard gate (hard_after): "
+             f"{Cell(hard['indexer'] - hard['hard_after'], digits=4).text()} nats, paired by seed"]
+    return Report("closed_loop", "Trained on the hard path", [table],
+                  [bars("Deployed hard with the own gate", "held-out perplexity", table, "own gate, hard", log=True),
+                   bars("Native", "held-out perplexity", table, "native")], notes)
+
+
+def _gap_rows(lab: Lab, table: Table, panel: Panel, label: str, x: float | str, pair: tuple[Arm, Arm]) -> None:
+    """A row of learned, frozen random and their gap."""
+    learned, random = (lab.nll(arm, Attention("multiplicative")) for arm in pair)
+    table.rows[label] = {"learned": Cell(perplexity(learned)), "frozen random": Cell(perplexity(random)),
+                         "random - learned, nats": Cell(random - learned, digits=4)}
+    panel.add("random - learned", x, random - learned)
+
+
+def mechanism(lab: Lab) -> Report:
+    """What the paper argues in words, measured: concentration, parameter asymmetry, compensation, experts."""
+    layers, standard = lab.config.layers, (arms.soft_learned, arms.soft_random)
+    every, half = tuple(range(layers)), tuple(range(layers // 2))
+    other = tuple(layer for layer in every if layer not in half)
+    widths = {width: arms.pair(f"width{width}", gate_width=width) for width in lab.preset.gate_widths}
+    widths |= {lab.config.gate_width: standard}
+    shares = {0.0: arms.pair("qkv_frozen", frozen_qkv=every), 0.5: arms.pair("qkv_half", frozen_qkv=other),
+              1.0: standard}
+    places = {"gates in all layers": standard,
+              "gates in the first half": arms.pair("gates_half", gated_layers=half),
+              "... Q/K/V frozen in the gated half": arms.pair("gated_frozen", gated_layers=half, frozen_qkv=half),
+              "... Q/K/V frozen in the other half": arms.pair("other_frozen", gated_layers=half, frozen_qkv=other)}
+    experts = arms.experts()
+    lab.prepare([arms.dense, *standard, *(a for pair in [*shares.values(), *places.values(), *widths.values()]
+                                          for a in pair), *experts])
+
+    mass = Table("Attention mass in the k largest keys, by layer", note="Mean over queries with more than k visible "
+                 "keys, softmax of the scaled products. Reported: top 64 of 512, over all layers.")
+    curve = Panel("Attention mass in the top k (dense)", "mass", "k")
+    for arm in (arms.dense, arms.soft_learned):
+        found = lab.statistics(arm, arms.native(arm), lab.preset.top_ks)["mass"]
+        for index, k in enumerate(lab.preset.top_ks):
+            paper = "0.906" if arm is arms.dense and k == 64 else ""
+            mass.rows[f"{arm.name}, k = {k}"] = {
+                "all layers": Cell(found[:, :, index].mean(axis=1), paper, digits=3),
+                **{f"layer {layer}": Cell(found[:, layer, index], digits=3) for layer in range(layers)}}
+            curve.add(arm.name, k, found[:, :, index].mean(axis=1))
+
+    by_width, width_panel = Table("Learned against frozen random, by gate width"), \
+        Panel("Gap by gate width", "nats", "gate width")
+    for width in sorted(widths):
+        _gap_rows(lab, by_width, width_panel, f"width {width}", width, widths[width])
+    by_share, share_panel = Table("... by the share of layers whose Q/K/V are trained"), \
+        Panel("Gap by share of Q/K/V trained", "nats", "share")
+    for share, pair in shares.items():
+        _gap_rows(lab, by_share, share_panel, f"{share:.0%} of the layers", share, pair)
+    by_place, place_panel = Table("... by where the gates are, and where Q/K/V may adapt"), \
+        Panel("Gap by place", "nats")
+    for label, pair in places.items():
+        _gap_rows(lab, by_place, place_panel, label, label, pair)
+    moe = Table(f"Mixture of {lab.preset.experts} experts of the same total size, one a token", note="Load: the "
+                "largest share of tokens that one expert serves, mean over layers.")
+    moe.rows["dense"] = {"perplexity": Cell(perplexity(lab.nll(arms.dense, DENSE)))}
+    for arm in experts:
+        load = lab.statistics(arm, DENSE, lab.preset.top_ks)["load"]
+        moe.rows[arm.name] = {"perplexity": Cell(perplexity(lab.nll(arm, DENSE))),
+                              "largest load": Cell(load.max(axis=-1).mean(axis=-1), digits=3)}
+    return Report("mechanism", "Mechanisms of absorption", [mass, by_width, by_share, by_place, moe],
+                  [curve, width_panel, share_panel, place_panel, bars("Experts", "held-out perplexity", moe,
+                                                                      "perplexity")],
+                  [f"gate parameters: {mean_text([2 * lab.config.width * lab.config.heads * w * layers])} at width {w}"
+                   for w in sorted(widths)])
+
+
+EXPERIMENTS = {"soft_gate": soft_gate, "hard_topk": hard_topk, "distill": distill, "stochastic": stochastic,
+               "swap": swap, "closed_loop": closed_loop, "mechanism": mechanism}

@@ -1,0 +1,123 @@
+"""What the command does: settings to a laboratory, experiments to files."""
+
+from __future__ import annotations
+
+import logging
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+import jax
+
+from l2a_jax.errors import UserError
+from l2a_jax.research.absorption import config, data, report
+from l2a_jax.research.absorption.config import Arm, Preset
+from l2a_jax.research.absorption.experiments import EXPERIMENTS
+from l2a_jax.research.absorption.lab import Lab
+from l2a_jax.research.absorption.model import count_parameters
+
+log = logging.getLogger("l2a_jax")
+
+
+def make_corpus(preset: Preset, spec: Sequence[str], tokenizer: str | None, held_out: float,
+                cache_dir: pathlib.Path | None) -> data.Corpus:
+    """The text of `--data`, or the synthetic recall corpus (as much of it as one pass needs)."""
+    recipe = preset.recipe
+    if not spec:
+        needed = recipe.steps * recipe.batch_size
+        return data.recall_corpus(recipe.seq_len, min(needed, 20_000), preset.eval_batches * recipe.batch_size)
+    if tokenizer is None:
+        raise UserError("--data needs --tokenizer: a folder or file, or a hub name such as openai-community/gpt2")
+    return data.text_corpus(spec, data.gpt2_tokenizer(tokenizer), recipe.seq_len, held_out, cache_dir)
+
+
+def setting(lab: Lab, preset_name: str) -> dict[str, Any]:
+    """What every report says about how its figures came about."""
+    recipe, counts = lab.recipe, count_parameters(lab.config)
+    tokens = recipe.steps * recipe.batch_size * recipe.seq_len
+    device = f"{jax.devices()[0].device_kind}"
+    available = lab.corpus.train.starts.size * recipe.seq_len
+    text = (
+        f"`{' '.join(['python', *sys.argv])}`: preset `{preset_name}` on {device}, jax {jax.__version__}. Every arm: "
+        f"{recipe.steps:,} steps of {recipe.batch_size} x {recipe.seq_len} tokens ({tokens:,} tokens, "
+        f"{tokens / available:.2f} passes over "
+        f"{available:,}), AdamW, peak learning rate {recipe.learning_rate:g}, {recipe.warmup} steps of warm-up, cosine "
+        f"to 0, weight decay {recipe.weight_decay:g}, clip {recipe.clip:g}, dropout {lab.config.dropout:g}, "
+        f"{recipe.dtype}; seeds {', '.join(map(str, lab.preset.seeds))}, mean ± standard deviation over them. "
+        f"Transformer: {lab.config.layers} layers, width {lab.config.width}, {lab.config.heads} heads, vocabulary "
+        f"{lab.config.vocab_size:,}; {counts['tied']:,} parameters with a tied head, {counts['untied']:,} untied, "
+        f"gates {counts['gates']:,} of them; trained {'tied' if lab.config.tied else 'untied'}. Held out: "
+        f"{lab.scored.size * recipe.seq_len:,} tokens. Distilled gates: {recipe.distill_steps:,} steps, learning rate "
+        f"{recipe.distill_learning_rate:g}. Only the `paper` preset on WikiText-103 may be compared with the reported "
+        "figures; elsewhere arms may be compared with each other.")
+    return {"text": text, "preset": preset_name, "device": device, "parameters": counts, "tokens_per_arm": tokens,
+            "recipe": recipe, "model": lab.config, "seeds": list(lab.preset.seeds), "top_k": lab.preset.top_k,
+            "corpus": {"fingerprint": lab.corpus.fingerprint, **lab.corpus.description},
+            "versions": {name: version(name) for name in ("jax", "jaxlib", "optax", "numpy")}}
+
+
+def run(names: Sequence[str], lab: Lab, preset_name: str, out: pathlib.Path) -> list[pathlib.Path]:
+    """Run experiments and write their reports as each is done. `OutOfTime` and UserError pass through."""
+    written = []
+    about = setting(lab, preset_name)
+    log.info("%s", about["text"])
+    for name in names:
+        began = time.monotonic()
+        found = EXPERIMENTS[name](lab)
+        written += report.write(found, _plain(about), out)
+        print(report.markdown(found, about))
+        log.info("%s: %.0f s; written to %s", name, time.monotonic() - began, out)
+    return written
+
+
+class _Planner(Lab):
+    """Learns which arms an experiment asks for, and goes no further."""
+
+    class Planned(Exception):
+        pass
+
+    def __init__(self, lab: Lab):
+        self.__dict__.update(lab.__dict__)
+
+    def prepare(self, arms: Sequence[Arm]) -> None:
+        self.planned = list(arms)
+        raise self.Planned
+
+
+def arms_of(names: Sequence[str], lab: Lab) -> list[Arm]:
+    """The distinct arms of experiments, in their order."""
+    found: dict[str, Arm] = {}
+    for name in names:
+        planner = _Planner(lab)
+        try:
+            EXPERIMENTS[name](planner)
+        except planner.Planned:
+            for arm in planner.planned:
+                found.setdefault(lab.key(arm), arm)
+    return list(found.values())
+
+
+def _plain(about: dict[str, Any]) -> dict[str, Any]:
+    import dataclasses
+
+    return {name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+            for name, value in about.items()}
+
+
+def check_names(names: Sequence[str]) -> list[str]:
+    """`all` and experiments by name, in the order in which they share the most. UserError for unknown ones."""
+    known = [*EXPERIMENTS]
+    for name in names:
+        if name not in (*known, "all"):
+            raise UserError(f"--experiment {name}: unknown; expected all, {', '.join(known)} or l2a_audit")
+    return known if "all" in names else [name for name in known if name in names]
+
+
+def check_preset(name: str) -> Preset:
+    """A preset by name."""
+    if name not in config.PRESETS:
+        raise UserError(f"--preset {name}: unknown; expected {', '.join(config.PRESETS)}")
+    return config.PRESETS[name]

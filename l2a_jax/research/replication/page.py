@@ -1,0 +1,338 @@
+"""`replication.md`: the numbers of `report.collect` as a page for people."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from l2a_jax.data.counts import format_count
+from l2a_jax.evaluation import reported, table
+from l2a_jax.research.replication import autopsy, damage, flips, prunable, routed_text, thresholds
+from l2a_jax.research.replication.answers import AGREES, answers
+from l2a_jax.research.replication.facts import ALLOWED, PARAMETERS
+from l2a_jax.training.settings import Settings
+
+CARD_GB = 24.0
+WEIGHTS = {"2a9129527b8b": "Qwen2.5-Coder-0.5B-Instruct, 4-bit GGUF (Q4_K_M), dequantised",
+           "e84a1e39d175": "Qwen2.5-Coder-1.5B-Instruct, 4-bit GGUF (Q4_K_M), dequantised"}
+"""Weights that we know by the beginning of their hash."""
+
+
+def markdown(made: dict[str, Any], figures: dict[str, str]) -> str:
+    """The report for people."""
+    rows = made["rows"]
+    run = [row for row in rows if "device" in row]
+    lines = ["# The study on real weights", "", *_about(run, rows), ""]
+
+    def picture(name):
+        return [f"![{name}]({figures[name]})", ""] if name in figures else []
+
+    said = answers(made)
+    lines += ["## What it says so far", "", *said, ""] if said else []
+    lines += ["## 1. The main table", ""]
+    for part in made["main"]:
+        lines += [f"### {part['size']}", ""]
+        lines += [table.markdown(part["table"])] if part["table"] is not None else []
+        lines += [f"- {name}: not run" for name in part["not_run"]] + [""]
+    lines += [*_section("Window = context apart from smaller windows", group_of(rows, "main", "router_only"), _WINDOW)]
+    lines += ["## 2. Collapse", "", *picture("collapse"), *_table(ratio_rows(rows), _COLLAPSE),
+              *_found(made, "autopsy", autopsy.format_autopsy, fenced=False)]
+    lines += ["## 3. What damages router-only", "", *picture("effects"), *_effects(made["damage"]),
+              *_together(made["together"]),
+              *picture("residual"), *_table(group_of(rows, "damage"), _DAMAGE),
+              *_table(group_of(rows, "together"), _DAMAGE),
+              "### Noise in the decisions", "", *_table(group_of(rows, "noise"), _NOISE),
+              *_found(made, "flips", flips.format_flips)]
+    lines += ["## 4. The repair", "", "*Routing costs*: by how much the learned decisions are worse than the same "
+              "trained weights with everything routed, over the audit's windows; the rest of the perplexity's distance "
+              "is the trained norms'. *random*, *static*, *none*: controls with the same weights, as a ratio to the "
+              "baseline's (the row's ratio times how much worse each is over the audit's windows). The benchmarks say "
+              "little of routing: where attention is shared and an item fits the window, as nearly all do, no decision "
+              "changes it.", "", *picture("frontier"), *_table(group_of(rows, "frontier"), _FRONTIER),
+              "### The needle beside its controls", "", "Found by the learned decisions / a static choice of layers of "
+              "the same density / random tokens at the same rates / nothing routed, and what is not routed in those "
+              "prompts. At a depth near the end the needle lies inside the window: that share is found by every one.",
+              "", *_table([row for row in group_of(rows, "frontier") if row.get("needle")], _NEEDLE),
+              *_aims(group_of(rows, "frontier")), *_found(made, "thresholds", thresholds.format_thresholds),
+              *picture("layers"), *picture("picture"),
+              *_found(made, "routed", routed_text.format_routed), *_found(made, "prunable", prunable.format_prunable)]
+    lines += ["## 5. Absorption", "", *_table(group_of(rows, "absorption"), _ABSORPTION)]
+    lines += ["## 6. Speed and memory as run", "", f"Memory is the compiled step's (arguments and temporaries), to be "
+              f"held against the {CARD_GB:g} GB of a 4090; seconds are of the phases. A row that was given a part of "
+              "the card's memory (*of*) shared the card with another: its tokens/s are not the card's.", "",
+              *_table(run, _SPEED)]
+    lines += ["## Texts as used", "", "Tokens seen of each domain without padding, its share of the run, and how often "
+              "it was read.", "", *_table([row for row in run if row.get("data_used")], _DATA)]
+    lines += ["## Commands", "", "MODEL and DATA stand for the weights and the folder of texts. All rows of a group: "
+              "`python train/study.py --group GROUP --model-05b MODEL --data-dir DATA --out OUT`; one row: "
+              "`--rows NAME`. Each row by itself:", ""]
+    for row in rows:
+        lines += [f"- **{row['name']}** ({row['status']})", "", "  ```",
+                  *(f"  {command}" for command in made["commands"][row["name"]]), "  ```"]
+    return "\n".join(lines) + "\n"
+
+
+def _about(run, rows) -> list[str]:
+    devices = sorted({row["device"] for row in run})
+    versions = sorted({f"jax {row['versions']['jax']}, Python {row['versions']['python']}" for row in run})
+    dates = sorted(row["date"][:10] for row in run)
+    part = [row["name"] for row in run if row["status"] != "done"]
+    elsewhere = [f"{row['name']}: {task} on {device}" for row in run for task, device in row["elsewhere"].items()]
+    hashes = sorted({(row["size"], row["source_hash"][:12]) for row in run if row["source_hash"]})
+    weights = "; ".join(f"{size} {WEIGHTS.get(name, 'unknown')} ({name})" for size, name in hashes)
+    return [f"{len(run) - len(part)} of {len(rows)} declared rows were run"
+            + (f" ({', '.join(part)} in part)" if part else "")
+            + f", {dates[0]} to {dates[-1]}, on {'; '.join(devices)} ({'; '.join(versions)})."
+            + (f" Measured elsewhere than trained: {'; '.join(elsewhere)}." if elsewhere else ""),
+            "", f"Weights, by hash: {weights}. Training adapts them to other text than they were made for, which alone "
+            "gains on WikiText: hold a ratio below 1 against the same weights with everything routed.", "",
+            f"*Reported*: {reported.SOURCE}. Its layer, window, penalty and texts were not published: rows of the main "
+            f"table take its likely choices, *agrees* means within a factor of {AGREES:g}. Differences are paired over "
+            "the same windows or items; brackets are 95 % intervals over those, not over seeds of training. Perplexity "
+            "is of WikiText-2 test, which no mixture called diverse was trained on; settings of the repair were chosen "
+            "on it and on the needle's prompts."]
+
+
+def group_of(rows, group, regime=None) -> list[dict[str, Any]]:
+    """The facts of one group, and of one regime in it."""
+    return [row for row in rows if row["group"] == group and regime in (None, row["regime"])]
+
+
+def ratio_rows(rows) -> list[dict[str, Any]]:
+    """The rows of the ratio sweep: those of `collapse`, and the main table's trained rows of the same size."""
+    some = [row for row in rows if row["group"] == "collapse"
+            or (row["group"] == "main" and row["size"] == "0.5b" and row["regime"] != "baseline")]
+    return sorted(some, key=lambda row: (row["regime"], row.get("tokens_per_trained_parameter") or 0))
+
+
+def _section(title, rows, columns):
+    return [f"### {title}", "", *_table(rows, columns)]
+
+
+def _table(rows, columns) -> list[str]:
+    """Markdown; a row that was not run has its status in the second column and nothing else."""
+    if not rows:
+        return ["No rows.", ""]
+    lines = ["| row | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
+    for row in rows:
+        cells = [show(row) for show in columns.values()] if "device" in row else [row["status"], *[""] * (
+            len(columns) - 1)]
+        lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _found(made, name, show, fenced=True) -> list[str]:
+    """What an instrument found, a part for each row that has it."""
+    lines = []
+    for row, found in made["instruments"][name].items():
+        lines += [f"#### {name}, {row}", "", *(["```", show(found), "```"] if fenced else [show(found)]), ""]
+    return lines
+
+
+def _number(value, form="{:.3g}") -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _count(value) -> str:
+    return "-" if value is None else format_count(int(value)) if value else "0"
+
+
+def _ratio(entry) -> str:
+    return "-" if entry is None else f"x{entry['ratio']:.3f} [{entry['ratio_95'][0]:.3f}, {entry['ratio_95'][1]:.3f}]"
+
+
+def _needle(row) -> str:
+    needle = row["needle"]
+    if needle is None:
+        return "-"
+    return ", ".join(f"{int(length):,}: {entry['exact_match']:.0%}"
+                     + (f" (baseline {entry['baseline']:.0%})" if "baseline" in entry else "")
+                     for length, entry in needle["lengths"].items())
+
+
+def _points(task):
+    def show(row):
+        entry = row["benchmarks"][task]
+        if entry is None:
+            return "-"
+        difference = entry["difference"]
+        low, high = (None, None) if difference is None else difference["points_95"]
+        return f"{entry['acc']:.1%}" + ("" if difference is None else
+                                        f"<br>{difference['points']:+.1f} [{low:+.1f}, {high:+.1f}]")
+
+    return show
+
+
+def _control(name):
+    return lambda row: _number(((row["audit"] or {}).get("ratio") or {}).get(name), "x{:.3f}")
+
+
+def _cost(row) -> str:
+    """What routing itself costs: nats by which the learned decisions are worse than the same weights, all routed."""
+    audit = row["audit"]
+    if audit is None or "all" not in audit["worse"]:
+        return "-"
+    low, high = audit["worse_95"]["all"]
+    return f"{-audit['worse']['all']:+.3f} [{-high:+.3f}, {-low:+.3f}]"
+
+
+def _trained_on(row) -> str:
+    """Tokens of a row, and what training did to keep the needle."""
+    flip, echo = (row["settings"].get(name) for name in ("flip", "echo"))
+    return (f"{row['settings'].get('seq_len', Settings.seq_len):,}" + (f", {flip:.0%} inverted" if flip else "")
+            + (f", echoes {echo:.0%}" if echo else ""))
+
+
+def _contexts(row) -> str:
+    return "<br>".join(f"{int(context):,}: x{entry['ratio']:.3f}, {_number(entry['sparsity'], '{:.1%}')}"
+                       for context, entry in row["contexts"].items()) or "-"
+
+
+def _beside_controls(length):
+    def show(row):
+        entry = row["needle"]["lengths"].get(length)
+        if entry is None or not entry["controls"]:
+            return "-"
+        found = [entry["exact_match"], *(entry["controls"][name] for name in ("static", "random", "none"))]
+        return " / ".join(f"{100 * value:g}" for value in found) + f" % ({_number(entry['sparsity'], '{:.1%}')})"
+
+    return show
+
+
+def _broken(row) -> str:
+    return "finite" if not row["non_finite"] else f"not finite at step {row['non_finite']['step']}"
+
+
+_WINDOW = {"window": lambda row: str(row["settings"].get("window", "-")), "data": lambda row: row["data"],
+           "size": lambda row: row["size"], "perplexity": lambda row: _ratio(row["perplexity_ratio"]),
+           "not routed": lambda row: _number(row["sparsity"], "{:.1%}"), "HellaSwag": _points("hellaswag"),
+           "needle": _needle}
+_COLLAPSE = {"regime": lambda row: row["regime"], "tokens": lambda row: _count(row["tokens_seen"]),
+             "trained": lambda row: _count(row["trained_parameters"]),
+             "tokens/param": lambda row: _number(row["tokens_per_trained_parameter"]),
+             "numbers": _broken, "last loss": lambda row: _number(row["loss_last_5_percent"], "{:.3f}"),
+             "held-out": lambda row: _number(row["held_out_loss"], "{:.3f}"),
+             "perplexity": lambda row: _ratio(row["perplexity_ratio"]),
+             "not routed": lambda row: _number(row["sparsity"], "{:.1%}"), "HellaSwag": _points("hellaswag"),
+             "needle": _needle, "verdict": lambda row: row["verdict"] or "-"}
+_DAMAGE = {**{factor: (lambda row, factor=factor: row["factors"][factor]) for factor in damage.FACTORS},
+           "perplexity": lambda row: _ratio(row["perplexity_ratio"]),
+           "not routed": lambda row: _number(row["sparsity"], "{:.1%}"), "routing costs, nats": _cost,
+           "random": _control("random"), "needle": _needle}
+_NOISE = {"flipped in training": lambda row: _number(row["settings"].get("flip"), "{:.0%}"),
+          "perplexity": lambda row: _ratio(row["perplexity_ratio"]),
+          "not routed": lambda row: _number(row["sparsity"], "{:.1%}"), "routing costs, nats": _cost,
+          "random": _control("random"), "needle": _needle}
+_NEEDLE = {f"in {int(length):,} tokens": _beside_controls(length) for length in ("2048", "8192", "32768")}
+_FRONTIER = {"trained on": _trained_on, "window": lambda row: str(row["settings"]["window"]),
+             "penalty": lambda row: str(row["settings"]["penalty"]),
+             "not routed": lambda row: _number(row["sparsity"], "{:.1%}"),
+             "perplexity": lambda row: _ratio(row["perplexity_ratio"]), "routing costs, nats": _cost,
+             "random": _control("random"),
+             "static": _control("static"), "none": _control("none"), "HellaSwag": _points("hellaswag"),
+             "PIQA": _points("piqa"), "ARC-C": _points("arc_challenge"), "needle": _needle,
+             "longer contexts": _contexts}
+
+
+def _absorbed(when, key):
+    return lambda row: "-" if row["absorption"] is None else _number(row["absorption"][when][key], "{:.3f}")
+
+
+_ABSORPTION = {"not routed": lambda row: _number(row["sparsity"], "{:.1%}"),
+               "perplexity": lambda row: _ratio(row["perplexity_ratio"]),
+               **{f"{key.replace('_', ' ')}, {when}": _absorbed(when, key)
+                  for when in ("before", "after") for key in ("random_worse", "none_worse", "carried")}}
+
+
+def _domains(row) -> str:
+    return ", ".join(f"{name} {_count(one['tokens'])} ({one['share']:.0%}, {one['epochs']:.2f} epochs)"
+                     for name, one in row["data_used"]["domains"].items())
+
+
+_DATA = {"tokens": lambda row: _count(row["data_used"]["tokens"]),
+         "unique": lambda row: _count(row["data_used"]["unique_tokens"]), "domains": _domains}
+_SPEED = {"device": lambda row: row["device"],
+          "tokens/s": lambda row: _number(row["tokens_per_second_median"], "{:,.0f}"),
+          "GB": lambda row: _number((row["memory"] or {}).get("compiled_gb"), "{:.1f}"),
+          "of": lambda row: _number((row["memory"] or {}).get("device_gb"), "{:.0f}"),
+          "fits 24 GB": lambda row: {None: "-", True: "yes", False: "no"}[
+              None if not (row["memory"] or {}).get("compiled_gb") else row["memory"]["compiled_gb"] <= CARD_GB],
+          "seconds": lambda row: ", ".join(f"{phase} {time:.0f}" for phase, time in (row["seconds"] or {}).items())}
+
+
+def _effects(analyses) -> list[str]:
+    if not analyses:
+        return ["Not all cells were run: no effects.", ""]
+    lines = []
+    for response, found in analyses.items():
+        main = found["main_effects"]
+        pure = main["pure_error"]
+        lines += [f"### {response}", "",
+                  f"Main effects, {main['runs']} runs, {main['residual_df']} residual degrees of freedom, residual sd "
+                  f"{main['residual_sd']:.3g}, R2 {main['r_squared']:.3f}"
+                  + ("" if pure is None else f"; pure error sd {pure['sd']:.3g} on {pure['df']}"
+                     + (f", lack of fit F({pure['lack_of_fit_df']}, {pure['df']}) = {pure['F']:.3g}, "
+                        f"p = {pure['p']:.3g}" if "F" in pure else "")) + ".", "",
+                  "| factor | level | instead of | difference | 95 % | share of squares | p | inflation |",
+                  "|---|---|---|---|---|---|---|---|"]
+        for name, term in main["terms"].items():
+            for level, entry in term["levels"].items():
+                low, high = entry["interval"]
+                lines.append(f"| {name} | {level} | {term['reference']} | {entry['difference']:+.3f} | "
+                             f"[{low:+.3f}, {high:+.3f}] | {term['share']:.1%} | {term['p']:.3g} | "
+                             f"{term['inflation']:.2f} |")
+        more = found.get("with_interactions")
+        for term in damage.INTERACTIONS if more else ():
+            entry = more["terms"][term.name]["levels"]["True"]
+            low, high = entry["interval"]
+            lines.append(f"| *{term.name}* | beyond both | | {entry['difference']:+.3f} | [{low:+.3f}, {high:+.3f}] | "
+                         f"{more['terms'][term.name]['share']:.1%} | {more['terms'][term.name]['p']:.3g} | "
+                         f"{more['terms'][term.name]['inflation']:.2f} |")
+        lines.append("")
+    return lines
+
+
+def _together(made) -> list[str]:
+    if not any(value is not None for _, values in made["crossed"] for value in values):
+        return []
+
+    def show(value):
+        return "-" if value is None else f"x{value['ratio']:.3f}" + (
+            "" if value["needle"] is None else f", needle {value['needle']:.0%}")
+
+    lines = ["### Topology, sinks and window in combination", "",
+             "Perplexity over the baseline's and the needle, nothing scaled, every gradient let through.", "",
+             "| | " + " | ".join(f"window {window:,}" for window in damage.FACTORS["window"]) + " |",
+             "|---" * (1 + len(damage.FACTORS["window"])) + "|"]
+    lines += [f"| {name} | " + " | ".join(map(show, values)) + " |" for name, values in made["crossed"]]
+    lines += ["", "### One factor changed, all else equal", "",
+              "Nats a token that a level adds, over all pairs of runs that differ in nothing else.", "",
+              "| factor | level | instead of | pairs | least | median | most | most where |",
+              "|---|---|---|---|---|---|---|---|"]
+    for factor, levels in made["pairs"].items():
+        for level, found in levels.items():
+            if found:
+                nats = [one["difference"] for one in found]
+                where = ", ".join(f"{name} {value}" for name, value in found[-1]["where"].items())
+                lines.append(f"| {factor} | {level} | {damage.FACTORS[factor][0]} | {len(found)} | {nats[0]:+.3f} | "
+                             f"{statistics.median(nats):+.3f} | {nats[-1]:+.3f} | {where} |")
+    return [*lines, ""]
+
+
+def _aims(rows) -> list[str]:
+    rows = [row for row in rows if "aim" in row]
+    if not rows:
+        return []
+    names = list(rows[0]["aim"])
+    bounds = ", ".join(f"{points:g} on {task}" for task, points in ALLOWED.items())
+    lines = [f"The aim: at most {PARAMETERS:,} parameters trained, at least 90 % not routed, perplexity at or below "
+             f"the baseline's, paired intervals that exclude a loss above {bounds} points, needle at the baseline's at "
+             "every depth. *longer contexts*: sparsity and perplexity in 8,192 and 32,768 tokens too; in 2,048 a "
+             "window of 1,024 covers half by itself.", "",
+             "| row | " + " | ".join(names) + " | all |", "|" + "---|" * (len(names) + 2)]
+    shown = {None: "-", True: "yes", False: "no"}
+    for row in rows:
+        values = list(row["aim"].values())
+        every = None if None in values and False not in values else all(value is not False for value in values)
+        lines.append(f"| {row['name']} | " + " | ".join(shown[value] for value in values) + f" | {shown[every]} |")
+    return [*lines, ""]

@@ -1,0 +1,1 @@
+"""Attention, steps and inference timed beside their peers."""

@@ -1,0 +1,200 @@
+"""Speed of attention beside every peer that is installed, in one run: JSON, and a markdown table.
+
+Ours: the Pallas kernels. Peers: cuDNN through JAX, tokamax, PyTorch's SDPA and compiled flex_attention; routed and
+mixed calls, which no peer has, stand beside dense attention over the same length.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import platform
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from l2a_jax import attention
+from l2a_jax.files import write_text
+from l2a_jax.research.speed.cases import SpeedCase
+from l2a_jax.research.speed.peers import torch_peers
+from l2a_jax.research.speed.timing import compile_jax, matmul_ceiling, time_compiled
+
+log = logging.getLogger("l2a_jax.speed")
+PASSES = ("fwd", "fwd+bwd")
+
+
+def ours(case: SpeedCase, backend: str):
+    """f(q, k, v, decisions) for one of our backends."""
+
+    def call(q, k, v, decisions):
+        if case.operation == "routed":
+            return attention.routed(q, k, v, decisions, backend=backend)
+        if case.operation == "mixed":
+            return attention.mixed(q, k, v, decisions, window=case.window, backend=backend)
+        if case.operation == "local":
+            return attention.local(q, k, v, window=case.window, backend=backend)
+        return attention.full(q, k, v, backend=backend)
+
+    return call
+
+
+def jax_peers(case: SpeedCase) -> dict:
+    """name -> f(q, k, v, decisions) for the JAX libraries at hand. Beside a routed or mixed call they are dense."""
+    if case.rate is not None:
+        case = SpeedCase("full", case.length, case.width, case.batch)
+    window = None if case.window is None else (case.window - 1, 0)
+    peers = {"cuDNN": ours(case, "cudnn")}
+    try:
+        import tokamax
+    except ImportError:
+        return peers
+    for implementation in ("mosaic", "triton"):
+        peers[f"tokamax {implementation}"] = lambda q, k, v, _, how=implementation: tokamax.dot_product_attention(
+            q, k, v, is_causal=True, local_window_size=window, implementation=how)
+    return peers
+
+
+class Prepared:
+    """A case with its inputs, and every JAX function of it compiled."""
+
+    def __init__(self, case: SpeedCase):
+        self.sets = case.inputs(case.sets)
+        self.forward_sets = [(q, k, v, decisions) for q, k, v, _, decisions in self.sets]
+        functions = {"l2a_jax": ours(case, "pallas"), **jax_peers(case)}
+        with ThreadPoolExecutor() as pool:
+            self.jobs = {name: (pool.submit(compile_jax, function, self.forward_sets),
+                                pool.submit(compile_jax, _with_backward(function), self.sets))
+                         for name, function in functions.items()}
+
+    def time(self) -> tuple[dict[str, list[float]], dict[str, str]]:
+        """({name: [fwd, fwd+bwd] in ms}, {name: why it failed})."""
+        times, failed = {}, {}
+        for name, (forward, both) in self.jobs.items():
+            try:
+                times[name] = [time_compiled(forward.result(), self.forward_sets),
+                               time_compiled(both.result(), self.sets)]
+            except Exception as error:
+                if name == "l2a_jax":
+                    raise
+                failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        return times, failed
+
+
+def measure(case: SpeedCase, with_torch: bool = True) -> dict:
+    """What the tables say of one case, peers of PyTorch included."""
+    times, failed = Prepared(case).time()
+    peers, why = {}, {}
+    if with_torch:
+        try:
+            peers, why = torch_peers(case)
+        except ImportError:
+            why = {"torch": "not installed"}
+    return _entry(case, {**times, **peers}, {**failed, **why})
+
+
+def measure_in_turn(cases: list[SpeedCase], rounds: int = 5) -> list[dict]:
+    """The same of several cases that are to be compared with each other: all are compiled first, then timed one after
+    the other in `rounds` rounds, and the median of each is taken, so that a warming card favours none."""
+    prepared = [Prepared(case) for case in cases]
+    timed = []
+    for number in range(rounds):
+        timed.append([one.time() for one in prepared])
+        log.info("round %d of %d", number + 1, rounds)
+    found = []
+    for case, *turns in zip(cases, *timed, strict=True):
+        times = [ms for ms, _ in turns]
+        always = [name for name in times[0] if all(name in ms for ms in times)]
+        failed = {name: why for _, failures in turns for name, why in failures.items()}
+        found.append(_entry(case, {name: np.median([ms[name] for ms in times], axis=0).tolist() for name in always},
+                            failed))
+    return found
+
+
+def _entry(case, ms, failed) -> dict:
+    """{"case", "teraflops", "ms": {name: [fwd, fwd+bwd]}, "failed": {name: why}} and what was to be reached."""
+    return {"case": case.name, "must": case.must, "aim": case.aim, "authors": case.authors, "ms": ms,
+            "teraflops": [case.teraflops(False), case.teraflops(True)], "failed": failed}
+
+
+def _with_backward(function):
+    def both(q, k, v, cotangent, decisions):
+        out, pull = jax.vjp(lambda q, k, v: function(q, k, v, decisions), q, k, v)
+        return out, pull(cotangent)
+
+    return both
+
+
+def run(cases: list[SpeedCase], command: str, with_torch: bool = True, in_turn: bool = False) -> Iterator[dict]:
+    """Measure the cases; after each, everything that is needed to repeat and to judge those so far. `in_turn`: by
+    `measure_in_turn`, all at once."""
+    device = jax.devices()[0]
+    result = {
+        "date": datetime.date.today().isoformat(), "command": command, "device": device.device_kind,
+        "python": platform.python_version(), "versions": versions(),
+        "matmul_teraflops_per_second": matmul_ceiling(), "cases": [],
+    }
+    if in_turn:
+        yield {**result, "cases": measure_in_turn(cases)}
+        return
+    for case in cases:
+        result["cases"].append(measure(case, with_torch))
+        log.info("%s: %s", case.name, json.dumps(result["cases"][-1]["ms"]))
+        yield result
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that decide a speed."""
+    names = ("jax", "jaxlib", "torch", "triton", "tokamax", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def markdown(result: dict) -> str:
+    """The result as a short table."""
+    ceiling = result["matmul_teraflops_per_second"]
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    lines = [
+        "# Speed of attention", "",
+        f"{result['date']}, {result['device']}, bfloat16, {versions}. Medians in ms of `{result['command']}`; random "
+        f"inputs, several sets in turn. Matrix product 8,192^3 bfloat16: {ceiling:.0f} TFLOP/s, the ceiling of the "
+        "last column. Operations are counted for visible pairs only, a backward pass as 2.5 forward passes. Beside "
+        "routed and mixed calls the peers compute dense attention; *authors* is the L2A release's kernel as measured "
+        "before on an H100, not in this run.", "",
+        "| case | pass | l2a_jax | peers | ratio to the best peer | authors | must / aim | TFLOP/s | of ceiling |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for entry in result["cases"]:
+        for i, which in enumerate(PASSES):
+            own = entry["ms"]["l2a_jax"][i]
+            peers = {name: ms[i] for name, ms in entry["ms"].items() if name != "l2a_jax" and ms[i] is not None}
+            listed = ", ".join(f"{name} {ms:.3g}" for name, ms in sorted(peers.items(), key=lambda item: item[1]))
+            ratio = f"{own / min(peers.values()):.2f}" if peers else ""
+            rate = entry["teraflops"][i] / own * 1e3
+            wanted = " / ".join("-" if x[i] is None else f"{x[i]:g}" for x in (entry["must"], entry["aim"]))
+            authors = "" if entry["authors"][i] is None else f"{entry['authors'][i]:g}"
+            lines.append(f"| {entry['case']} | {which} | **{own:.3g}** | {listed} | {ratio} | {authors} | {wanted} | "
+                         f"{rate:.0f} | {rate / ceiling:.0%} |")
+    failures = {f"{name}: {why}" for entry in result["cases"] for name, why in entry["failed"].items()}
+    return "\n".join(lines + ([""] + [f"- not measured, {failure}" for failure in sorted(failures)])) + "\n"
+
+
+def main(cases: list[SpeedCase], out: Path | None, name: str, with_torch: bool = True, in_turn: bool = False) -> None:
+    """Measure, print the table, and write NAME.json and NAME.md to `out`."""
+    result = {}
+    for result in run(cases, " ".join(["python", *sys.argv]), with_torch, in_turn):
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            write_text(out / f"{name}.json", json.dumps(result, indent=1) + "\n")
+            write_text(out / f"{name}.md", markdown(result))
+    print(markdown(result), flush=True)

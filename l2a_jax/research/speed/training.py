@@ -1,0 +1,233 @@
+"""Speed and memory of whole training steps, regime by regime, beside the matrix-product ceiling: JSON and a table.
+
+A step is the one that `train/run.py` runs (`training.step`), on random weights and tokens: neither changes its speed.
+What does is the share of routed tokens, so each regime with a router is measured as it starts (everything routed) and
+at one token in five. Operations are the model's own, not those that rematerialisation repeats.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import logging
+import statistics
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from l2a_jax.config import MODELS, ModelConfig
+from l2a_jax.data.batch import Batch
+from l2a_jax.files import write_text
+from l2a_jax.models.params import abstract_params, init_params
+from l2a_jax.research.speed import training_torch
+from l2a_jax.research.speed.attention import versions
+from l2a_jax.research.speed.timing import matmul_ceiling
+from l2a_jax.training.memory import step_bytes
+from l2a_jax.training.optimizer import OptimizerConfig, make_optimizer
+from l2a_jax.training.regimes import PLAIN_REGIMES, regime_mask
+from l2a_jax.training.remat import checkpoint_policy
+from l2a_jax.training.settings import REGIME_PRESET, layer_of, resolve
+from l2a_jax.training.step import Objective, initial_state, split_params, train_step
+
+log = logging.getLogger("l2a_jax.speed")
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """One training step. `routed`: share of routed tokens at the start (1.0: as a real run starts; the router learns
+    while it is measured). `must`, `aim`: (tokens/s, GB)."""
+
+    regime: str
+    model: str = "qwen2.5-0.5b"
+    batch: int = 4
+    length: int = 2_048
+    window: int = 512
+    remat: str = "elementwise"
+    routed: float = 1.0
+    unroll: bool = True
+    backend: str = "auto"
+    must: tuple[float | None, float | None] = (None, None)
+    aim: tuple[float | None, float | None] = (None, None)
+
+    @property
+    def name(self) -> str:
+        """Model, regime, size, and what differs from the defaults."""
+        routed = "" if self.regime in PLAIN_REGIMES else f", from {self.routed:.0%} routed"
+        return f"{self.model} {self.regime} {self.batch} x {self.length:,} W={self.window}{routed}, remat {self.remat}"
+
+
+_TARGETS = {"router_only": ((145e3, 12), (220e3, 8)), "l2a_ft": ((130e3, 12), (200e3, 9)),
+            "full_ft": ((100e3, 20), (150e3, 14))}
+
+
+def standard_cases() -> list[StepCase]:
+    """The issue's three steps, as they start and at one token in five; then what fits a 24 GB card."""
+    small = [StepCase(regime, routed=routed, must=must, aim=aim) for regime, (must, aim) in _TARGETS.items()
+             for routed in (1.0, 0.2)]
+    return [*small, StepCase("router_strict", routed=0.2), StepCase("l2a_paper", routed=0.2), StepCase("pretrain")]
+
+
+def large_cases() -> list[StepCase]:
+    """What a 24 GB card has to hold beyond 0.5B: measured under XLA_PYTHON_CLIENT_MEM_FRACTION."""
+    return [StepCase("router_strict", "qwen2.5-1.5b", remat="layer", unroll=False, routed=0.2),
+            StepCase("l2a_ft", "qwen2.5-1.5b", batch=2, remat="layer", unroll=False, routed=0.2),
+            StepCase("router_strict", "qwen2.5-3b", batch=1, remat="layer", unroll=False, routed=0.2)]
+
+
+class Step:
+    """A compiled step with its state: `run()` does one update."""
+
+    def __init__(self, case: StepCase):
+        self.case = case
+        settings = replace(resolve(case.regime, {"model": "none", "data": ("none",), "window": case.window}),
+                           backend=case.backend)
+        self.config: ModelConfig = MODELS[case.model]
+        layer = layer_of(settings)
+        if layer is not None and case.routed < 1:
+            # z is about normal for a random router: the threshold that leaves the wanted share above it.
+            level = statistics.NormalDist().inv_cdf(1 - case.routed)
+            layer = replace(layer, temperature=1.0, threshold=float(1 / (1 + np.exp(-level))))
+        self.layer = layer
+        optimizer = make_optimizer(OptimizerConfig(settings.lr, 1_000, 50, settings.router_lr), case.regime)
+        objective = Objective(self.config, layer, penalty=settings.penalty, penalty_ramp=1_000, dtype=jnp.bfloat16,
+                              backend=case.backend, remat=checkpoint_policy(case.remat), unroll=case.unroll)
+        abstract = abstract_params(self.config, layer, jnp.bfloat16)
+        mask = regime_mask(abstract, case.regime)
+        params = jax.jit(lambda key: init_params(self.config, key, layer, jnp.bfloat16))(jax.random.key(0))
+        if layer is not None and case.routed < 1:
+            kernel = params["layers"]["router"]["kernel"]
+            params["layers"]["router"]["kernel"] = jax.random.normal(jax.random.key(1), kernel.shape) * (
+                self.config.hidden_size**-0.5)
+        trainable, self.frozen = split_params(params, mask, case.unroll)
+        del params
+        self.state = initial_state(trainable, optimizer, jnp.float32)
+        del trainable
+        self.batch = _batch(case, self.config)
+        self.key = jax.random.key(2)
+        step = jax.jit(functools.partial(train_step, objective=objective, optimizer=optimizer), donate_argnums=0)
+        began = time.perf_counter()
+        self.compiled = step.lower(self.state, self.frozen, self.batch, self.key).compile()
+        self.compile_seconds = time.perf_counter() - began
+        self.bytes = step_bytes(self.compiled)
+
+    def run(self):
+        """One update; returns its metrics."""
+        self.state, metrics = self.compiled(self.state, self.frozen, self.batch, self.key)
+        return metrics
+
+
+def _batch(case: StepCase, config: ModelConfig) -> Batch:
+    """One document a row, as `segment_ids` that the training path always has."""
+    shape = (1, case.batch, case.length)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (*shape[:2], case.length + 1), dtype=np.int32)
+    positions = np.broadcast_to(np.arange(case.length, dtype=np.int32), shape)
+    return jax.tree.map(jnp.asarray, Batch(tokens=tokens[..., :-1], targets=tokens[..., 1:],
+                                           weights=np.ones(shape, np.float32), positions=positions,
+                                           segment_ids=np.ones(shape, np.int32)))
+
+
+def step_teraflops(case: StepCase, config: ModelConfig) -> float:
+    """10^12 operations of one step: 2 per weight and token forward, 2 for the gradient of the inputs, and 2 for that
+    of each trained weight; attention as 4 N H per visible pair, and 2.5 times that backward."""
+    tokens = case.batch * case.length
+    plain = case.regime in PLAIN_REGIMES
+    c = config
+    attention = c.hidden_size * c.head_dim * 2 * (c.num_heads + c.num_kv_heads)
+    sets = 1 if plain or REGIME_PRESET[case.regime] == "repair" else 2
+    mlp, head = 3 * c.hidden_size * c.intermediate_size, c.hidden_size * c.vocab_size
+    weights = c.num_layers * (sets * attention + mlp) + head
+    trained = {"router_strict": 0, "router_only": 0}.get(case.regime, c.num_layers * sets * attention)
+    trained = weights if case.regime in ("full_ft", "pretrain") else trained
+    seen = np.arange(1, case.length + 1, dtype=np.float64)
+    pairs = seen.sum() * case.batch if plain else np.minimum(seen, case.window).sum() * case.batch
+    if not plain:
+        pairs += seen.sum() * case.batch * (1 if sets == 1 else case.routed)  # `repair` computes every row
+    scores = 4 * c.num_heads * c.head_dim * pairs * 3.5 * c.num_layers
+    return (tokens * (4 * weights + 2 * trained) + scores) / 1e12
+
+
+def measure(case: StepCase, repeats: int = 5, each: int = 4) -> dict:
+    """Milliseconds a step (median over `repeats` of `each` steps), tokens/s, memory, losses, sparsity."""
+    step = Step(case)
+    losses = [float(step.run()["loss"]) for _ in range(3)]
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        for _ in range(each):
+            metrics = step.run()
+        losses.append(float(metrics["loss"]))
+        seconds.append((time.perf_counter() - began) / each)
+    if not np.isfinite(losses).all():
+        raise FloatingPointError(f"{case.name}: losses {losses}")
+    second = statistics.median(seconds)
+    tokens = case.batch * case.length
+    return {"case": case.name, "regime": case.regime, "ms": second * 1e3, "tokens_per_second": tokens / second,
+            "memory_gb": step.bytes / 1e9, "compile_seconds": step.compile_seconds, "losses": losses,
+            "sparsity": None if step.layer is None else float(metrics["sparsity"]),
+            "teraflops": step_teraflops(case, step.config), "must": case.must, "aim": case.aim}
+
+
+def markdown(result: dict) -> str:
+    """The result as a short table."""
+    ceiling = result["matmul_teraflops_per_second"]
+    lines = ["# Speed of training steps", "",
+             f"{result['date']}, {result['device']}, bfloat16, "
+             f"{', '.join(f'{name} {version}' for name, version in result['versions'].items())}. Medians of "
+             f"`{result['command']}`; random weights and tokens, one document a row, AdamW with float32 masters, "
+             "default backend. Memory is the compiled step's (arguments and temporaries). Operations are the model's "
+             "own (rematerialised ones are not counted, nor are keys beyond a window), beside a matrix product 8,192^3 "
+             f"at {ceiling:.0f} TFLOP/s.", "",
+             "*PyTorch*: the same step, compiled, with both paths dense (`training_torch`), in the same run."
+             if any(row["torch"] for row in result["steps"]) else "*PyTorch* was not measured in this run.", "",
+             "| step | not routed | ms | tokens/s | must / aim | GB | must / aim | TFLOP/s | of ceiling | PyTorch "
+             "tokens/s | GB |", "|---|---|---|---|---|---|---|---|---|---|---|"]
+    for row in result["steps"]:
+        rate = row["teraflops"] / row["ms"] * 1e3
+        wanted = [" / ".join("-" if x[i] is None else f"{x[i] / scale:g}{unit}" for x in (row["must"], row["aim"]))
+                  for i, scale, unit in ((0, 1e3, "K"), (1, 1, ""))]
+        sparsity = "-" if row["sparsity"] is None else f"{row['sparsity']:.0%}"
+        lines.append(f"| {row['case']} | {sparsity} | {row['ms']:.1f} | **{row['tokens_per_second'] / 1e3:.1f}K** | "
+                     f"{wanted[0]} | {row['memory_gb']:.2f} | {wanted[1]} | {rate:.0f} | {rate / ceiling:.0%} | "
+                     + ("- | - |" if not row["torch"] else
+                        f"{row['torch']['tokens_per_second'] / 1e3:.1f}K | {row['torch']['memory_gb']:.1f} |"))
+    lines += [f"\nNot measured: {name}: {why}" for name, why in result["failed"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def _peer(case: StepCase, result: dict) -> dict | None:
+    """PyTorch's figures, once a regime (it knows no routed share); None where it cannot be measured, with the reason in
+    `result`."""
+    known = [row["torch"] for row in result["steps"][:-1] if row["regime"] == case.regime]
+    if known:
+        return known[0]
+    try:
+        return training_torch.measure(case)
+    except Exception as error:  # whatever PyTorch raises is a reason, not our failure
+        result["failed"][f"PyTorch {case.regime}"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        return None
+
+
+def main(cases: list[StepCase], out: Path | None, name: str = "speed_training", with_torch: bool = True) -> None:
+    """Measure, print the table, and write NAME.json and NAME.md to `out`, after every case."""
+    result = {"date": datetime.date.today().isoformat(), "command": " ".join(["python", *sys.argv]),
+              "device": jax.devices()[0].device_kind, "versions": versions(),
+              "matmul_teraflops_per_second": matmul_ceiling(), "steps": [], "failed": {}}
+    for case in cases:
+        try:
+            result["steps"].append(measure(case))
+            log.info("%s", json.dumps({k: result["steps"][-1][k] for k in ("case", "ms", "memory_gb")}))
+        except jax.errors.JaxRuntimeError as error:
+            result["failed"][case.name] = str(error).splitlines()[0][:200]
+            continue
+        result["steps"][-1]["torch"] = _peer(case, result) if with_torch else None
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            write_text(out / f"{name}.json", json.dumps(result, indent=1) + "\n")
+            write_text(out / f"{name}.md", markdown(result))
+    print(markdown(result), flush=True)

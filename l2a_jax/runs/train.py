@@ -1,0 +1,218 @@
+"""What a training command does from start to end: plan, weights, fit, score, summary.
+
+What a run folder holds is in `folder`. A resumed run rebuilds everything from its `config.json` and refuses a base or
+data that is not the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from l2a_jax.data.batch import Batch
+from l2a_jax.data.preview import decode_row
+from l2a_jax.errors import UserError
+from l2a_jax.files import check_file, check_writable, owned, plain, write_json
+from l2a_jax.models.params import Tree, abstract_params
+from l2a_jax.runs import folder
+from l2a_jax.runs.demo import recall_report
+from l2a_jax.runs.plan import Plan, Run, compile_run, load_tree, make_plan, plan_of
+from l2a_jax.training import metrics
+from l2a_jax.training.checkpoints import BEST, LATEST, Checkpoints
+from l2a_jax.training.diagnose import first_non_finite
+from l2a_jax.training.loop import NonFinite, Schedule, Stopped, StopRequest, fit, stacked_batch
+from l2a_jax.training.regimes import count_parameters, regime_mask
+from l2a_jax.training.run_files import RunConfig, read_run
+from l2a_jax.training.settings import Settings
+from l2a_jax.training.step import TrainState, initial_state
+
+
+log = logging.getLogger("l2a_jax")
+
+
+def train(settings: Settings, run_dir: pathlib.Path) -> dict[str, Any]:
+    """Train as `settings` say into the new folder `run_dir`; returns the summary that `summary.json` holds."""
+    with _stoppable(run_dir, "nothing has been trained, so nothing is kept") as stop, folder.new(run_dir):
+        plan = make_plan(settings)
+        _announce(plan)
+        stop.at_once = False  # from here on JAX works, which must not be torn down in the middle
+        run = compile_run(plan)
+        stop.check()
+        params, source_params, source = load_tree(plan)
+        stop.check()
+        folder.write_config(run_dir, plan, source)
+        trainable, frozen = run.split(params)
+        del params  # an unrolled step has copies of the frozen leaves
+        state = initial_state(trainable, run.optimizer, jnp.dtype(settings.master_dtype))
+        return _fit_and_score(run, run_dir, state, frozen, source_params, stop)
+
+
+def resume(run_dir: pathlib.Path) -> dict[str, Any]:
+    """Continue the run in `run_dir` from its newest checkpoint, bit for bit as if it had never stopped."""
+    if not (run_dir / "config.json").exists():
+        raise UserError(f"--resume {run_dir}: there is no config.json; expected the folder of an earlier run")
+    recorded = read_run(run_dir).whole()
+    unchanged = f"the run is as it was; continue with: python train/run.py --resume {run_dir}"
+    with _stoppable(run_dir, unchanged) as stop, owned(run_dir, "--resume"):
+        plan = plan_of(recorded, f"--resume {run_dir}")
+        _announce(plan)
+        _check_machine(plan, recorded, f"--resume {run_dir}")
+        checkpoints = Checkpoints(run_dir)
+        check_writable(run_dir, "--resume")
+        for kind in (LATEST, BEST):  # damage, and what cannot be written, are said before compiling
+            checkpoints.sweep(kind)
+            checkpoints.metadata(kind)
+        check_file(run_dir / "metrics.jsonl", "--resume")
+        stop.at_once = False
+        run = compile_run(plan)
+        stop.check()
+        params, source_params, source = load_tree(plan)
+        stop.check()
+        if source != recorded.source_hash:
+            raise UserError(f"--resume {run_dir}: the weights of {plan.source} have changed since the run began "
+                            f"(hash {source[:12]}, not {recorded.source_hash[:12]})")
+        trainable, frozen = run.split(params)
+        del params
+        if not checkpoints.steps(LATEST):  # stopped before the first checkpoint: the start is exact too
+            log.warning("there is no checkpoint: the run begins again from its start")
+            state = initial_state(trainable, run.optimizer, jnp.dtype(plan.settings.master_dtype))
+        else:
+            state = checkpoints.load(LATEST, run.like)
+            log.info("resuming after step %d of %d", int(state.step), plan.steps)
+        return _fit_and_score(run, run_dir, state, frozen, source_params, stop)
+
+
+def _check_machine(plan: Plan, recorded: RunConfig, what: str) -> None:
+    """Refuse to go on in another precision than the run began with; say where the device is another."""
+    device = jax.devices()[0].device_kind
+    if recorded.dtype is not None and plan.dtype.name != recorded.dtype:
+        raise UserError(f"{what}: the run computes in {recorded.dtype}, and on this device ({device}) it would go on "
+                        f"in {plan.dtype.name}; resume it where it began ({recorded.device or 'not recorded'}), or "
+                        f'write "dtype": "{recorded.dtype}" into the settings of {recorded.path}')
+    began = (recorded.device or "").partition(" x ")[2]
+    if began and began != device:
+        log.warning("the run began on %s and goes on on %s: its numbers will not be the same to the last bit", began,
+                    device)
+
+
+@contextlib.contextmanager
+def _stoppable(run_dir: pathlib.Path, before: str) -> Iterator[StopRequest]:
+    """Signals ask for a stop; where one is honoured, say what is kept (`before`: if nothing has been trained yet), and
+    end with the status that a shell expects."""
+    with StopRequest(at_once=True) as stop:
+        try:
+            yield stop
+            return
+        except Stopped as stopped:
+            step, number = stopped.step, stopped.signal_number
+        except KeyboardInterrupt:
+            step, number = None, stop.signal_number or signal.SIGINT
+    kept = before if step is None else f"continue with: python train/run.py --resume {run_dir}"
+    done = "stopped before the first step" if step is None else f"stopped after step {step}, which is saved"
+    print(f"{done}; {kept}", file=sys.stderr)
+    raise SystemExit(128 + number)
+
+
+def dry_run(settings: Settings) -> str:
+    """What a run would train, as text: data, steps, memory, and one packed row as the model would see it."""
+    plan = make_plan(settings)
+    _announce(plan)
+    run = compile_run(plan)
+    about = {"steps": plan.steps, "estimated_memory_gb": round(run.memory_bytes / 1e9, 3), "data": plan.data.describe()}
+    if hasattr(plan.data, "usage"):
+        about["in_this_run"] = plan.data.usage(plan.steps * settings.grad_accum)
+    sample = decode_row(plan.data.batch(0), 0, plan.tokenizer)
+    return f"{json.dumps(plain(about), indent=2)}\nfirst row:\n{sample}"
+
+
+def _fit_and_score(run: Run, run_dir: pathlib.Path, state: TrainState, frozen: Tree, source_params: Tree | None,
+                   stop: StopRequest) -> dict:
+    """Train to the end, evaluate, write the summary and the curves; say what happened where it cannot."""
+    plan, s = run.plan, run.plan.settings
+    checkpoints = Checkpoints(run_dir)
+    key = jax.random.key(s.seed)
+    held_out = list(plan.data.held_out(s.eval_batches))
+    if not held_out:
+        log.warning("the data has no held-out documents: no held-out loss, and no best checkpoint")
+    best = (checkpoints.metadata(BEST) or {}).get("best", float("inf"))
+
+    def evaluate(state: TrainState) -> dict[str, Any]:
+        return held_out_metrics(lambda batch: run.evaluate(state.trainable, frozen, batch, None), held_out)
+
+    began = time.perf_counter()
+    if run.step is not None:
+        records = metrics.MetricsLog(run_dir / "metrics.jsonl", int(state.step))
+        missing = metrics.missing_steps(records.kept, int(state.step))
+        if missing is not None:
+            log.warning("%s: %s; what the summary says of losses and speeds is of the others",
+                        run_dir / "metrics.jsonl", missing)
+        try:
+            state = fit(state, lambda state, batch: run.step(state, frozen, batch, key), plan.data,
+                        Schedule(plan.steps, s.grad_accum, s.save_every, s.eval_every), log=records,
+                        checkpoints=checkpoints, evaluate=evaluate, metadata={}, best=best,
+                        stop=stop)
+        except NonFinite as failure:
+            where = first_non_finite(failure.state.trainable, frozen,
+                                     stacked_batch(plan.data, failure.step - 1, s.grad_accum),
+                                     jax.random.fold_in(key, failure.step - 1), run.objective)
+            good = checkpoints.steps(LATEST)
+            last = f"the last good checkpoint is {checkpoints.folder(LATEST)}" if good else "no checkpoint was due yet"
+            raise UserError(f"{failure}; {where}. That update was withheld; {last}") from failure
+
+    summary = folder.summarise(run, run_dir, state, evaluate(state), time.perf_counter() - began)
+    if plan.is_demo:
+        summary["recall"] = recall_report(run, state, frozen, source_params, held_out)
+    write_json(run_dir / "summary.json", summary)
+    if run.step is not None:
+        metrics.draw_curves(metrics.read_metrics(run_dir / "metrics.jsonl"), run_dir / "curves.png")
+    folder.print_summary(run_dir, summary)
+    return summary
+
+
+def held_out_metrics(evaluate: Callable[[Batch], Any], batches: list[Batch]) -> dict[str, Any]:
+    """Mean loss in nats and accuracy over the counted tokens, and the share of unrouted tokens per layer."""
+    if not batches:
+        return {}
+    nll = correct = counted = real = 0.0
+    unrouted = None
+    for batch in batches:
+        result = jax.device_get(evaluate(batch))
+        nll += float((result.nll * batch.weights).sum(dtype=np.float64))
+        correct += float((result.correct * batch.weights).sum())
+        counted += float(batch.weights.sum())
+        real += float(result.real.sum())
+        if result.decisions is not None:
+            unrouted = (unrouted if unrouted is not None else 0) + (~result.decisions & result.real).sum(axis=(1, 2))
+    out = {"held_out_loss": nll / counted, "held_out_accuracy": correct / counted}
+    if unrouted is not None:
+        out |= {"held_out_sparsity": float(unrouted.mean() / real), "held_out_sparsity_per_layer": unrouted / real}
+    return out
+
+
+def _announce(plan: Plan) -> None:
+    s = plan.settings
+    if plan.is_demo:
+        log.info("embedded demo: a tiny model and the synthetic recall corpus; for a real Qwen2.5 give --model (a hub "
+                 "id, folder or .gguf) and --data")
+    abstract = abstract_params(plan.config, plan.l2a_config)
+    total = count_parameters(abstract)
+    trained = count_parameters(abstract, regime_mask(abstract, s.regime), s.attention_layers)
+    tokens = round(plan.steps * s.grad_accum * plan.data.tokens_per_batch)
+    log.info("regime %s: %s of %s parameters, %s steps of %s x %s x %s tokens, seed %s, %s on %s", s.regime,
+             f"{trained:,}", f"{total:,}", plan.steps, s.grad_accum, s.batch_size, s.seq_len, s.seed, plan.dtype.name,
+             jax.devices()[0].device_kind)
+    if plan.l2a_config is not None:
+        log.info("layer: %s", plan.l2a_config)
+    if trained:
+        log.info("%s tokens in all, %.3g per trained parameter", f"{tokens:,}", tokens / trained)

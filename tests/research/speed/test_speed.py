@@ -1,0 +1,92 @@
+"""What the speed tables are made of, without a clock: medians over rounds, failing peers, and the choice of blocks."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+from l2a_jax.attention.kernels import blocks
+from l2a_jax.attention.kernels.backward_kv import parts_of
+from l2a_jax.research.speed import attention as speed
+from l2a_jax.research.speed import blocks as speed_blocks
+from l2a_jax.research.speed import shares as speed_shares
+from l2a_jax.research.speed.cases import SpeedCase
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (["--only", "["], "--only is '['; expected a regular expression"),
+    (["--blocks", "--windows"], "--windows and --blocks are tables of their own"),
+    (["--inference", "--training", "--large"], "--training and --large are tables of their own"),
+    (["--profile", "l2a"], "--profile is 'l2a'; expected one of baseline"),
+    (["--out", "/dev/null/x"], "--out /dev/null/x/speed.json cannot be written"), (["--out", ""], "--out is empty")])
+def test_flags_that_cannot_be_are_refused_before_anything_is_measured(flags, said, capsys, monkeypatch):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    assert runpy.run_path(str(ROOT / "eval" / "speed.py"))["main"](flags) == 2
+    assert capsys.readouterr().err.startswith(f"error: {said}")
+
+
+def test_cases_are_timed_in_turn_and_a_failing_peer_costs_only_its_own_figures(monkeypatch):
+    order = []
+
+    class Prepared:
+        def __init__(self, case):
+            self.case, self.calls = case, 0
+
+        def time(self):
+            self.calls += 1
+            order.append(self.case.name)
+            times = {"l2a_jax": [1.0 * self.calls, 10.0 * self.calls], "cuDNN": [2.0, 3.0]}
+            failing = self.case.window == 8 and self.calls == 2
+            return ({"l2a_jax": times["l2a_jax"]}, {"cuDNN": "no plan"}) if failing else (times, {})
+
+    monkeypatch.setattr(speed, "Prepared", Prepared)
+    cases = [SpeedCase("local", 64, window=8), SpeedCase("full", 64)]
+    windowed, full = speed.measure_in_turn(cases, rounds=3)
+    assert order == [case.name for case in cases] * 3
+    assert windowed["ms"] == {"l2a_jax": [2.0, 20.0]} and windowed["failed"] == {"cuDNN": "no plan"}
+    assert full["ms"] == {"l2a_jax": [2.0, 20.0], "cuDNN": [2.0, 3.0]} and full["failed"] == {}
+
+
+def test_operations_are_counted_for_visible_pairs():
+    cases = {SpeedCase("full", 6): 21, SpeedCase("local", 6, window=2, batch=3): 3 * 11,
+             SpeedCase("routed", 6, rate=0.5): 10.5, SpeedCase("mixed", 6, rate=0.5, window=2): 10.5 + 5.5}
+    for case, pairs in cases.items():
+        assert case.teraflops(False) == pytest.approx(4 * 14 * 64 * pairs / 1e12)
+        assert case.teraflops(True) == pytest.approx(3.5 * case.teraflops(False))
+
+
+def test_the_block_that_loses_least_over_all_cases_of_a_row_is_chosen(monkeypatch):
+    cases = [SpeedCase("local", 64, window=8), SpeedCase("local", 64, window=9), SpeedCase("full", 64)]
+    monkeypatch.setattr(speed_blocks, "CASES", cases)
+    times = {cases[0].name: {"a": 1.0, "b": 1.2, "c": 3.0, "d": None}, cases[1].name: {"a": 30.0, "b": 12.0, "d": 10.0},
+             cases[2].name: {"a": 2.0, "b": 2.5}}
+    results = [{"case": case, "kernel": "forward", "block": block, **({"failed": "no"} if ms is None else {"ms": ms})}
+               for case, found in times.items() for block, ms in found.items()]
+    assert speed_blocks.choose(results) == {(64, "window"): {"forward": "b"}, (64, "whole"): {"forward": "a"}}
+
+
+def test_the_table_holds_what_the_sweep_chose():
+    path = Path(__file__).resolve().parents[3] / "eval" / "results" / "blocks.json"
+    chosen = speed_blocks.choose(json.loads(path.read_text()))
+    table = {(width, loop): {kernel: str(block) for kernel, block in blocks.table("sm_90", width, 2, loop).items()
+                             if kernel in speed_blocks.KERNELS} for width in (64, 128) for loop in blocks.LOOPS}
+    assert chosen == table
+
+
+def test_as_many_programs_share_keys_as_measured_well():
+    """A rule of eight numbers: near the best on average, nowhere far from it."""
+    path = Path(__file__).resolve().parents[3] / "eval" / "results" / "shares.json"
+    cases = {case.name: case for case in speed_shares.CASES}
+    losses = {}
+    for row in json.loads(path.read_text()):
+        spec = speed_blocks.spec_of(cases[row["case"]])
+        block = blocks.table("sm_90", spec.width, 2, blocks.loop_of(spec))["backward_kv"]
+        parts = parts_of(spec, block, cases[row["case"]].batch)
+        losses[row["case"]] = row["ms"][speed_shares.PARTS.index(parts)] / min(row["ms"]) - 1
+    assert len(losses) == 76
+    assert max(losses.values()) < 0.2 and sum(losses.values()) / len(losses) < 0.02, losses

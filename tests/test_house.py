@@ -1,0 +1,88 @@
+"""The house: floors, read from the imports. Nothing is imported from above, and no two modules import each other.
+
+`l2a_jax/README.md` shows the same floors to people.
+"""
+
+from __future__ import annotations
+
+import ast
+import pathlib
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "l2a_jax"
+GROUND = ("errors", "commands", "files", "fields", "shapes", "config", "version")
+FLOORS = (GROUND, ("attention",), ("nn",), ("models",), ("data",), ("training",), ("weights",), ("sources",),
+          ("inference",), ("evaluation",), ("runs",), ("research",))
+"""From the ground up. A module may import from its own floor and from those below."""
+LINES = {"library": 15_200, "research": 8_500}
+
+
+def module_of(path: pathlib.Path) -> str:
+    return ".".join(("l2a_jax", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+
+
+MODULES = {module_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports(name: str, path: pathlib.Path) -> set[str]:
+    """Modules of the package that a module names in any import, wherever it stands in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} imports relatively; spell l2a_jax out"
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return {target for target in found if target in MODULES and target not in (name, "l2a_jax")}
+
+
+GRAPH = {name: imports(name, path) for name, path in MODULES.items() if name != "l2a_jax"}
+
+
+def floor(name: str) -> int:
+    room = name.split(".")[1]
+    found = [index for index, rooms in enumerate(FLOORS) if room in rooms]
+    assert found, f"{name} stands on no floor: give it one in FLOORS, or move it"
+    return found[0]
+
+
+def test_every_module_has_a_floor_and_imports_only_downward():
+    upward = [f"{name} -> {target}" for name, targets in GRAPH.items() for target in targets
+              if floor(target) > floor(name)]
+    assert not upward, upward
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    def circle(name: str, path: tuple[str, ...]) -> tuple[str, ...] | None:
+        if name in path:
+            return (*path[path.index(name):], name)
+        if name in done:
+            return None
+        for target in sorted(GRAPH[name]):
+            # A package's own front imports its rooms; a room that names its package names what stands there.
+            if target in GRAPH and (found := circle(target, (*path, name))):
+                return found
+        done.add(name)
+        return None
+
+    done: set[str] = set()
+    circles = [found for name in GRAPH if (found := circle(name, ()))]
+    assert not circles, [" -> ".join(found) for found in circles]
+
+
+def test_commands_reach_the_library_and_nothing_reaches_them():
+    for name, path in MODULES.items():
+        assert "l2a_jax_commands" not in path.read_text(), name
+
+
+@pytest.mark.parametrize("part", LINES)
+def test_the_house_stays_small(part):
+    lines = sum(len(path.read_text().splitlines()) for name, path in MODULES.items()
+                if name.startswith("l2a_jax.research") == (part == "research"))
+    assert lines <= LINES[part], f"{part} has {lines} lines"
+
+
+def test_a_file_holds_one_idea():
+    long = {name: count for name, path in MODULES.items() if (count := len(path.read_text().splitlines())) > 430}
+    assert not long, long
