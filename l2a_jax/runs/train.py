@@ -37,7 +37,6 @@ from l2a_jax.training.run_files import RunConfig, read_run
 from l2a_jax.training.settings import Settings
 from l2a_jax.training.step import TrainState, initial_state
 
-
 log = logging.getLogger("l2a_jax")
 
 

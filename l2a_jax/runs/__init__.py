@@ -1,0 +1,1 @@
+"""Training runs: settings, plan, training, and the folder they leave."""

@@ -1,0 +1,228 @@
+"""A run before it runs: what its settings mean for this source, data and device, and its compiled step.
+
+    settings -> shapes -> data -> compiled step and its memory estimate -> weights
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from l2a_jax.attention import api as attention
+from l2a_jax.config import MODELS, L2AConfig, ModelConfig, position_limit
+from l2a_jax.data.batch import Batch, TrainingData
+from l2a_jax.data.changes import difference
+from l2a_jax.data.dataset import open_data
+from l2a_jax.data.recall import RecallCorpus
+from l2a_jax.errors import UserError
+from l2a_jax.models.params import Tree, abstract_params, add_routing, init_params
+from l2a_jax.sources import TINY, load_pretrained, read_config, recall_tokenizer, source_tokenizer
+from l2a_jax.training import memory
+from l2a_jax.training.optimizer import OptimizerConfig, make_optimizer
+from l2a_jax.training.regimes import PLAIN_REGIMES, check_attention_layers, regime_mask
+from l2a_jax.training.remat import checkpoint_policy
+from l2a_jax.training.run_files import RunConfig
+from l2a_jax.training.settings import RECALL_EMPHASIS, Settings, adapt_layer, as_used, layer_of, model_of, steps_of
+from l2a_jax.training.step import (
+    Dials,
+    Objective,
+    TrainState,
+    compute_params,
+    dialled_step,
+    evaluate_batch,
+    initial_state,
+    split_params,
+)
+
+log = logging.getLogger("l2a_jax")
+
+
+class Plan(NamedTuple):
+    """A run before anything is allocated: the settings, and what they mean for this source, data and device."""
+
+    settings: Settings
+    source: str | None  # None: fresh parameters
+    config: ModelConfig
+    l2a_config: L2AConfig | None
+    source_routed: bool
+    data: TrainingData
+    tokenizer: Any
+    steps: int
+    dtype: Any
+
+    @property
+    def is_demo(self) -> bool:
+        return not self.settings.data
+
+
+def read_source(source: str) -> tuple[ModelConfig, L2AConfig | None, Any]:
+    """A source's configurations and tokenizer, without its tensors."""
+    return *read_config(source), source_tokenizer(source)
+
+
+def make_plan(settings: Settings, *, read: Callable = read_source, open_data: Callable = open_data) -> Plan:
+    """Resolve a run's source, layer and data. UserError where anything does not fit; nothing is written.
+
+    `read` and `open_data` do the reading; a study of many runs passes ones that remember.
+    """
+    if settings.deterministic:
+        set_deterministic()
+    attention.check(settings.backend)
+    dtype = jnp.dtype(settings.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+    source = settings.model or (None if settings.regime == "pretrain" else TINY)
+    if source is None:
+        config, source_layer, tokenizer = MODELS["qwen2.5-tiny"], None, recall_tokenizer()
+    else:
+        config, source_layer, tokenizer = read(source)
+    if source_layer is None:
+        l2a_config = layer_of(settings)
+    else:
+        if settings.regime in PLAIN_REGIMES:
+            raise UserError(f"--regime {settings.regime} trains a plain model, but {source} has an L2A layer")
+        l2a_config = adapt_layer(source_layer, settings, source)
+        settings = as_used(settings, l2a_config)
+    config = model_of(settings, config)
+    check_attention_layers(settings.attention_layers, settings.regime, config.num_layers)
+    limit = position_limit(config, l2a_config)
+    if settings.seq_len > limit:
+        raise UserError(f"--seq-len {settings.seq_len} is longer than max_positions x factor = {limit} of this model; "
+                        "shorten it or choose a larger --rope factor")
+    memory.check_batch(settings.batch_size, settings.seq_len, config.hidden_size * dtype.itemsize,
+                       grad_accum=settings.grad_accum, eval_batches=0 if settings.data else settings.eval_batches)
+    if settings.data:
+        if tokenizer is None:
+            raise UserError(f"{source} has no tokenizer, so --data cannot be read with it")
+        data = open_data(settings.data, tokenizer, seq_len=settings.seq_len, batch_size=settings.batch_size,
+                         seed=settings.seed, packing=settings.packing, echo=settings.echo,
+                         vocab_size=config.vocab_size)
+    else:
+        reach = 0 if l2a_config is None else l2a_config.window + l2a_config.sinks
+        data = RecallCorpus(settings.seq_len, settings.batch_size, settings.seed, distance=max(24, reach + 1),
+                            emphasis=RECALL_EMPHASIS if settings.regime == "pretrain" else 1.0)
+    steps = steps_of(settings, data.tokens_per_batch)
+    return Plan(settings, source, config, l2a_config, source_layer is not None, data, tokenizer, steps, dtype)
+
+
+def plan_of(recorded: RunConfig, what: str) -> Plan:
+    """The plan of a recorded run, from whatever folder it is asked for. UserError, beginning with `what`, where the
+    data is not what it was."""
+    settings = recorded.settings
+    plan = make_plan(dataclasses.replace(
+        settings, model=None if settings.model is None else recorded.source or settings.model,
+        data=settings.data if recorded.data_source is None else recorded.data_source))
+    if plan.data.fingerprint != recorded.data_fingerprint:
+        raise UserError(f"{what}: the data is not what the run began with: "
+                        f"{difference(recorded.data, plan.data.describe())}")
+    for key in ("config", "l2a_config"):
+        now, then = getattr(plan, key), getattr(recorded, "model_config" if key == "config" else key)
+        if now != then:
+            raise UserError(f"{what}: {recorded.path} records another model than its settings and source give now: "
+                            f"{then} is not {now}")
+    return plan
+
+
+def _unrolls(settings: Settings) -> bool:
+    """A GPU spends more on stacking what each layer keeps than on anything else that unrolling would cost."""
+    if settings.unroll is not None:
+        return settings.unroll
+    return jax.default_backend() == "gpu" and settings.remat != "layer"
+
+
+class Run(NamedTuple):
+    """A plan made runnable: compiled functions, and the tree split into what is trained and what is frozen."""
+
+    plan: Plan
+    objective: Objective
+    mask: Tree
+    optimizer: optax.GradientTransformation
+    like: TrainState
+    program: Callable[..., tuple[TrainState, dict]] | None
+    evaluate: Callable[[Tree, Tree, Batch, Any], Any]
+    memory_bytes: int
+
+    def split(self, params: Tree) -> tuple[Tree, Tree]:
+        """(trained leaves, frozen leaves) of a whole tree, as the step takes them."""
+        return split_params(params, self.mask, self.objective.unroll)
+
+    @property
+    def step(self) -> Callable[[TrainState, Tree, Batch, jax.Array], tuple[TrainState, dict]] | None:
+        """The compiled step with this run's numbers; None where nothing is trained."""
+        if self.program is None:
+            return None
+        dials = dials_of(self.plan)
+        return lambda state, frozen, batch, key: self.program(state, frozen, batch, key, dials)
+
+
+def dials_of(plan: Plan) -> Dials:
+    """The numbers that a compiled step takes as arguments."""
+    s, steps = plan.settings, plan.steps
+    rates = (s.lr, s.lr if s.router_lr is None else s.router_lr)
+    penalty = s.penalty if plan.l2a_config is not None else 0.0
+    return Dials(*map(np.float32, rates), np.int32(steps), np.int32(round(s.warmup * steps)), np.float32(penalty),
+                 np.int32(round(s.penalty_warmup * steps)), np.int32(max(1, round(s.penalty_ramp * steps))))
+
+
+def program_key(plan: Plan) -> tuple:
+    """What is compiled into a run's step: plans of equal keys share one program (`Run._replace(plan=...)`)."""
+    s = plan.settings
+    return (plan.config, plan.l2a_config, plan.dtype.name, s.regime, s.grad_accum, s.batch_size, s.seq_len, s.packing,
+            s.backend, s.remat, _unrolls(s), s.master_dtype, s.weight_decay, s.clip, s.attention_layers)
+
+
+def compile_run(plan: Plan) -> Run:
+    """Compile a step from shapes alone and refuse a run that cannot fit (UserError with the estimate)."""
+    s = plan.settings
+    objective = Objective(plan.config, plan.l2a_config, dtype=plan.dtype, backend=s.backend,
+                          remat=checkpoint_policy(s.remat), unroll=_unrolls(s), attention_layers=s.attention_layers)
+    rule = OptimizerConfig(s.lr, plan.steps, weight_decay=s.weight_decay, clip=s.clip,
+                           attention_layers=s.attention_layers,
+                           momentum_dtype=None if s.master_dtype == "float32" else jnp.dtype(s.master_dtype))
+    optimizer = make_optimizer(rule, s.regime)
+    abstract = abstract_params(plan.config, plan.l2a_config, plan.dtype)
+    mask = regime_mask(abstract, s.regime)
+    trainable, frozen = jax.eval_shape(lambda params: split_params(params, mask, objective.unroll), abstract)
+    like = jax.eval_shape(lambda t: initial_state(t, optimizer, jnp.dtype(s.master_dtype)), trainable)
+    evaluate = jax.jit(lambda trainable, frozen, batch, decisions: evaluate_batch(
+        compute_params(trainable, frozen, plan.dtype), batch, decisions, objective=objective))
+    if not jax.tree.leaves(trainable):
+        return Run(plan, objective, mask, optimizer, like, None, evaluate, memory.tree_bytes(frozen))
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((s.grad_accum, *x.shape), x.dtype), plan.data.batch(0))
+    step = jax.jit(functools.partial(dialled_step, objective=objective, optimizer=rule, regime=s.regime),
+                   donate_argnums=0)
+    started = time.perf_counter()
+    compiled = step.lower(like, frozen, batch, jax.eval_shape(jax.random.key, 0), dials_of(plan)).compile()
+    need = memory.check_fits(compiled, like, frozen)
+    log.info("compiled a step in %.1f s; it needs %.2f GB of %.1f GB", time.perf_counter() - started, need / 1e9,
+             memory.device_bytes() / 1e9)
+    return Run(plan, objective, mask, optimizer, like, compiled, evaluate, need)
+
+
+def load_tree(plan: Plan) -> tuple[Tree, Tree | None, str]:
+    """The run's whole tree at step 0, the plain or routed source it came from, and the source's hash.
+
+    The source only for the demo, whose report compares with it: to others it would be memory for nothing.
+    """
+    if plan.source is None:
+        params = jax.jit(lambda key: init_params(plan.config, key, dtype=plan.dtype))(
+            jax.random.key(plan.settings.seed))
+        return params, params if plan.is_demo else None, f"fresh parameters, seed {plan.settings.seed}"
+    loaded = load_pretrained(plan.source, plan.dtype)
+    source = loaded.params if plan.is_demo else None
+    if plan.l2a_config is None or plan.source_routed:
+        return loaded.params, source, loaded.source_hash
+    return add_routing(loaded.params, plan.config, plan.l2a_config), source, loaded.source_hash
+
+
+def set_deterministic() -> None:
+    """Ask XLA for deterministic GPU kernels; must happen before the first use of a device."""
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
