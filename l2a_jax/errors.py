@@ -5,8 +5,10 @@ Standard library alone: a command can say what is wrong before anything slow has
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Iterable
+from types import ModuleType
 
 FEW = 12
 """As many names as a message lists: one layer's tensors."""
@@ -21,6 +23,25 @@ class UserError(ValueError):
 
 class Unsupported(UserError, NotImplementedError):
     """What was asked for exists, but not for this device, dtype or shape; the message says which and why."""
+
+
+class Missing(UserError):
+    """A library that only some of the work needs is not installed; the message names the extra that brings it."""
+
+
+def needs(module: str, extra: str, work: str) -> ModuleType:
+    """The module, imported now: what `work` needs and the base installation leaves out. `extra`: see `pyproject.toml`.
+
+    Raises `Missing`.
+    """
+    library = module.partition(".")[0]
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != library:  # it is there, and lacks something itself
+            raise
+        raise Missing(f"{work} needs {library}, which is not installed: pip install 'l2a-jax[{extra}]', or "
+                      f"{library.replace('_', '-')} alone") from None
 
 
 def few(names: Iterable[object], most: int = FEW) -> str:

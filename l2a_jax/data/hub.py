@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from l2a_jax.data.recipes import Hub
-from l2a_jax.errors import UserError
+from l2a_jax.errors import UserError, needs
 
 SECONDS = 15
 """Patience for the first answer: `datasets` itself retries for half a minute where there is no network."""
@@ -17,14 +17,11 @@ def hub_records(hub: Hub, instead: str) -> Iterator[tuple[str, Mapping]]:
     Raises:
         UserError: `datasets` is missing, or the hub cannot be reached; `instead` says what else to give.
     """
+    datasets = needs("datasets", "data", f"{hub.path} (or, without it, {instead}): reading from the Hugging Face hub")
+    import huggingface_hub
+
     try:
-        import datasets
-        from huggingface_hub import HfApi
-    except ImportError:
-        raise UserError(f"{hub.path} is on the Hugging Face hub, which needs datasets: pip install datasets. "
-                        f"Or give local files: {instead}") from None  # fmt: skip
-    try:
-        revision = HfApi().dataset_info(hub.path, timeout=SECONDS).sha
+        revision = huggingface_hub.HfApi().dataset_info(hub.path, timeout=SECONDS).sha
         rows = datasets.load_dataset(hub.path, hub.config, split=hub.split, streaming=True, revision=revision)
         for number, record in enumerate(rows):
             yield f"{hub.path}, row {number}", record

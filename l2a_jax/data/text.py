@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from l2a_jax.data.files import PARQUET, check_regular, suffix
-from l2a_jax.errors import UserError
+from l2a_jax.errors import UserError, needs
 from l2a_jax.files import parse_json
 
 SEPARATOR = "<|endoftext|>"
@@ -154,16 +154,13 @@ def read_records(
 
 def _parquet_rows(path: Path, on_read: Callable[[int], None], needed: Callable[[Collection[str]], Collection[str]]
                   ) -> Iterator[tuple[str, Mapping]]:
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"{path}: reading .parquet files needs pyarrow; pip install pyarrow") from None
+    parquet_files = needs("pyarrow.parquet", "data", f"{path}: reading .parquet files")
     with _reading(path), _open(path, on_read) as file, tempfile.TemporaryFile() as seekable:
         if path.suffix == ".gz":
             shutil.copyfileobj(file, seekable)
             file = seekable
         with _parsing(path, "its index"):
-            parquet = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
+            parquet = parquet_files.ParquetFile(file, page_checksum_verification=True)
             names = parquet.schema_arrow.names
         columns = list(needed(names))
         if not names or len({*columns}) < len(columns):

@@ -23,7 +23,7 @@ from l2a_jax.attention import api as attention
 from l2a_jax.attention.backends import CHOICES
 from l2a_jax.config import L2AConfig, ModelConfig, position_limit
 from l2a_jax.data.recall import RecallCorpus, needs_memory
-from l2a_jax.errors import UserError
+from l2a_jax.errors import UserError, needs
 from l2a_jax.evaluation import (
     audit,
     collapse,
@@ -128,6 +128,8 @@ def make_plan(options: Options) -> Plan:
     lm_tasks = [name for name in tasks if name not in OWN_TASKS]
     if lm_tasks and tokenizer is None:
         raise UserError(f"{options.source} has no tokenizer, which {lm_tasks[0]} needs")
+    if lm_tasks:
+        needs("lm_eval", "eval", f"--tasks {lm_tasks[0]}")
     if lm_tasks and options.task_data is not None:
         from l2a_jax.evaluation.task_files import read_task
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lm_eval.api.model import TemplateLM
-
-from l2a_jax.errors import UserError
+from l2a_jax.errors import UserError, needs
 from l2a_jax.evaluation.loglikelihood import Request, Scores, log_likelihoods
 from l2a_jax.sources import Pretrained
+
+TemplateLM = needs("lm_eval.api.model", "eval", "a benchmark").TemplateLM
 
 
 class HarnessModel(TemplateLM):

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from l2a_jax.errors import needs
 from l2a_jax.files import whole
 
 PANELS = {"exact_match": "greedy output is the answer\n{mean:.0%}",
@@ -30,11 +31,10 @@ def format_table(result: dict[str, Any]) -> str:
 
 def draw_heat_map(result: dict[str, Any], path: Path) -> None:
     """Write a PNG: a panel for each way of scoring, red for 0 % and green for 100 %, the share in every cell."""
-    from matplotlib.figure import Figure
-
+    figure_of = needs("matplotlib.figure", "eval", "a heat map").Figure
     lengths, depths, answers = result["lengths"], result["depths"], result["distractors"] + 1
     width, height = 1.6 + 0.75 * len(lengths), 1.9 + 0.42 * len(depths)
-    figure = Figure(figsize=(2 * max(width, 3.6), max(height, 2.6)), dpi=120, layout="constrained")
+    figure = figure_of(figsize=(2 * max(width, 3.6), max(height, 2.6)), dpi=120, layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, (name, title) in zip(axes, PANELS.items(), strict=True):
         grid = np.asarray(result[name])

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
+from l2a_jax.errors import Missing
 from l2a_jax.evaluation import needle, texts
 from l2a_jax.evaluation.needle import NeedleOptions, format_table
 from l2a_jax.fields import between, check_value
@@ -46,7 +47,11 @@ def run(model: Pretrained, options: NeedleOptions, results: Path, backend: str) 
     """The grid's result; its heat map goes beside the results, under their name."""
     found = needle.evaluate_needle(model, options, backend=backend)
     drawn = picture(results)
-    needle.draw_heat_map(found, drawn)
+    try:
+        needle.draw_heat_map(found, drawn)
+    except Missing as lacking:
+        log.warning("no %s: %s", drawn.name, lacking)
+        return found
     return {**found, "heat_map": drawn.name}
 
 

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from l2a_jax.errors import UserError
+from l2a_jax.errors import UserError, needs
 from l2a_jax.evaluation.task_files import TaskFile, read_task
 from l2a_jax.files import plain, whole
 from l2a_jax.sources import Pretrained
@@ -72,12 +72,10 @@ def load_tasks(names: Sequence[str], files: dict[str, TaskFile], num_fewshot: in
 
     `limit` only spares the reading of documents that will not be asked for.
     """
-    import lm_eval.tasks
-    from lm_eval.tasks import TaskManager
-
-    root = Path(lm_eval.tasks.__file__).parent
+    lm_tasks = needs("lm_eval.tasks", "eval", "a benchmark")
+    root = Path(lm_tasks.__file__).parent
     folders = sorted({str(root / FOLDERS[name]) for name in names}) if set(names) <= set(FOLDERS) else None
-    manager = TaskManager(include_defaults=folders is None, include_path=folders)
+    manager = lm_tasks.TaskManager(include_defaults=folders is None, include_path=folders)
     unknown = [name for name in names if name not in manager.all_subtasks]
     if unknown:
         raise UserError(f"lm-eval has no task {unknown[0]!r}; the usual ones are {', '.join(FOLDERS)}")

@@ -22,7 +22,7 @@ import numpy as np
 
 from l2a_jax.data.batch import Batch
 from l2a_jax.data.preview import decode_row
-from l2a_jax.errors import UserError
+from l2a_jax.errors import Missing, UserError
 from l2a_jax.files import check_file, check_writable, owned, plain, write_json
 from l2a_jax.models.params import Tree, abstract_params
 from l2a_jax.runs import folder
@@ -174,7 +174,10 @@ def _fit_and_score(run: Run, run_dir: pathlib.Path, state: TrainState, frozen: T
         summary["recall"] = recall_report(run, state, frozen, source_params, held_out)
     write_json(run_dir / "summary.json", summary)
     if run.step is not None:
-        metrics.draw_curves(metrics.read_metrics(run_dir / "metrics.jsonl"), run_dir / "curves.png")
+        try:
+            metrics.draw_curves(metrics.read_metrics(run_dir / "metrics.jsonl"), run_dir / "curves.png")
+        except Missing as lacking:
+            log.warning("no curves.png: %s", lacking)
     folder.print_summary(run_dir, summary)
     return summary
 

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from l2a_jax.errors import UserError
+from l2a_jax.errors import UserError, needs
 from l2a_jax.files import from_plain, plain, whole, write_text
 from l2a_jax.shapes import at_least, misfit, number
 
@@ -146,9 +146,7 @@ class Progress:
 
 def draw_curves(records: list[dict[str, Any]], path: pathlib.Path) -> None:
     """Loss, routing and gradient norm over steps, as one picture. UserError where it cannot be written."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+    needs("matplotlib", "eval", "a picture of the curves").use("Agg")
     import matplotlib.pyplot as plt
 
     routed = [record for record in records if record.get("sparsity_per_layer")]

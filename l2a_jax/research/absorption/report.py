@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from l2a_jax.errors import needs
 from l2a_jax.files import check_file, whole, write_json, write_text
 
 
@@ -98,9 +99,7 @@ def markdown(report: Report, setting: dict[str, Any]) -> str:
 
 def draw(report: Report, path: pathlib.Path) -> None:
     """All panels side by side: lines where x is a number, bars where it is a name."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+    needs("matplotlib", "research", "a figure").use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(report.panels), figsize=(6.5 * len(report.panels), 5), squeeze=False,

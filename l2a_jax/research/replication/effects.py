@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float64
-from scipy import stats
 
-from l2a_jax.errors import UserError
+from l2a_jax.errors import UserError, needs
+
+stats = needs("scipy.stats", "research", "an interval of the designed experiment")
 
 Cell = Mapping[str, Any]
 Factors = Mapping[str, Sequence[Any]]

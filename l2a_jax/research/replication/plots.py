@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from l2a_jax.errors import needs
 from l2a_jax.files import whole
 from l2a_jax.research.replication.facts import SPARSITY
 
@@ -202,9 +203,7 @@ def _helped(row: Fact) -> bool:
 
 
 def _save(draw: Callable[[Any], Any], path: Path) -> bool:
-    import matplotlib
-
-    matplotlib.use("Agg")
+    needs("matplotlib", "research", "a figure").use("Agg")
     import matplotlib.pyplot as plt
 
     figure = draw(plt)

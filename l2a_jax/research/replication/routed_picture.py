@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float64, Int
 
-from l2a_jax.errors import UserError
+from l2a_jax.errors import UserError, needs
 from l2a_jax.files import whole
 
 COLUMNS, LINES = 96, 60
@@ -48,6 +48,7 @@ def draw_routed_text(tokens: Int[np.ndarray, " T"], share: Float64[np.ndarray, "
 
     Raises UserError where lengths differ or there is no token.
     """
+    needs("matplotlib", "research", "a picture of a routed text")
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
