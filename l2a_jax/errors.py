@@ -29,10 +29,10 @@ class Missing(UserError):
     """A library that only some of the work needs is not installed; the message names the extra that brings it."""
 
 
-def needs(module: str, extra: str, work: str) -> ModuleType:
+def needs(module: str, extra: str, work: str, instead: str = "") -> ModuleType:
     """The module, imported now: what `work` needs and the base installation leaves out. `extra`: see `pyproject.toml`.
 
-    Raises `Missing`.
+    Raises `Missing`; `instead` says what would do without it.
     """
     library = module.partition(".")[0]
     try:
@@ -41,7 +41,7 @@ def needs(module: str, extra: str, work: str) -> ModuleType:
         if (error.name or "").partition(".")[0] != library:  # it is there, and lacks something itself
             raise
         raise Missing(f"{work} needs {library}, which is not installed: pip install 'l2a-jax[{extra}]', or "
-                      f"{library.replace('_', '-')} alone") from None
+                      f"{library.replace('_', '-')} alone{instead}") from None
 
 
 def few(names: Iterable[object], most: int = FEW) -> str:

@@ -17,7 +17,8 @@ def hub_records(hub: Hub, instead: str) -> Iterator[tuple[str, Mapping]]:
     Raises:
         UserError: `datasets` is missing, or the hub cannot be reached; `instead` says what else to give.
     """
-    datasets = needs("datasets", "data", f"{hub.path} (or, without it, {instead}): reading from the Hugging Face hub")
+    datasets = needs("datasets", "data", f"{hub.path}: reading from the Hugging Face hub",
+                     f". Or give local files: {instead}")
     import huggingface_hub
 
     try:

@@ -24,7 +24,9 @@ def hub(monkeypatch):
                 raise rows
             return types.SimpleNamespace(sha="abc")
 
-        monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+        datasets = types.ModuleType("datasets")
+        datasets.load_dataset = load_dataset
+        monkeypatch.setitem(sys.modules, "datasets", datasets)
         api = type("HfApi", (), {"dataset_info": dataset_info})
         monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(HfApi=api))
 
@@ -66,5 +68,6 @@ def test_without_a_network_one_error_says_how_to_give_files(hub, opened, recipe)
 
 def test_without_datasets_the_error_says_what_to_install(monkeypatch, opened):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"pip install datasets.*--data diverse=DIR, a folder of .*narrative_\*"):
+    message = r"pip install 'l2a-jax\[data\]'.*--data diverse=DIR, a folder of .*narrative_\*"
+    with pytest.raises(UserError, match=message):
         opened("diverse")

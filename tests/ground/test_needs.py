@@ -21,7 +21,7 @@ from l2a_jax.training.metrics import draw_curves
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-PEERS = {"torch", "transformers", "tokamax"}
+PEERS = {"torch", "transformers", "tokamax", "triton"}
 """What speed is measured beside, where it is installed; only `research` names them, inside the functions that do."""
 
 
