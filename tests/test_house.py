@@ -11,7 +11,7 @@ import pathlib
 import pytest
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "l2a_jax"
-GROUND = ("errors", "commands", "files", "fields", "shapes", "config", "version")
+GROUND = ("errors", "commands", "files", "fields", "shapes", "config", "progress", "version")
 FLOORS = (GROUND, ("attention",), ("nn",), ("models",), ("data",), ("training",), ("weights",), ("sources",),
           ("inference",), ("evaluation",), ("runs",), ("research",))
 """From the ground up. A module may import from its own floor and from those below."""

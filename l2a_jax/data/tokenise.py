@@ -20,7 +20,6 @@ from l2a_jax.data.counts import format_count
 from l2a_jax.data.encoder import Encoder
 from l2a_jax.data.files import TEXT, check_regular, digest, suffix
 from l2a_jax.data.hub import hub_records
-from l2a_jax.data.progress import progress
 from l2a_jax.data.recipes import RECIPES, Domain
 from l2a_jax.data.store import FORMAT, TokenStore, open_store, writing
 from l2a_jax.data.text import (
@@ -37,6 +36,7 @@ from l2a_jax.data.text import (
 )
 from l2a_jax.errors import UserError
 from l2a_jax.files import write_text
+from l2a_jax.progress import progress
 
 BATCH = 1 << 21
 """Characters handed to the tokenizer at once: enough pieces for all cores, some tens of megabytes of tokens."""

@@ -346,7 +346,7 @@ def summary(found: dict[str, Any]) -> str:
                 lines.append(f"recall accuracy {entry['recall_accuracy']:.1%}")
             if entry.get("sparsity") is not None:
                 layers = " ".join(f"{value:.0%}" for value in entry.get("sparsity_per_layer") or ())
-                lines.append(f"not routed: {entry['sparsity']:.1%} (by layer: {layers})")
+                lines.append(f"local: {entry['sparsity']:.1%} (by layer: {layers})")
         elif name == "audit":
             lines += ["routing audit:", audit.format_audit(entry)]
         elif name == "collapse":

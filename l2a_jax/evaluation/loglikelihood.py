@@ -19,10 +19,10 @@ from jaxtyping import Array, Bool, Float, Int, Int64
 from l2a_jax.config import L2AConfig, ModelConfig, position_limit
 from l2a_jax.data.counts import format_count
 from l2a_jax.data.packing import best_fit_rows
-from l2a_jax.data.progress import progress
 from l2a_jax.errors import UserError
 from l2a_jax.models.params import Tree
 from l2a_jax.models.transformer import hidden_states
+from l2a_jax.progress import progress
 from l2a_jax.sources import Pretrained
 from l2a_jax.training.loss import token_nll
 

@@ -25,13 +25,13 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int, Int32
 
 from l2a_jax.data.batch import Batch
-from l2a_jax.data.progress import progress
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import intervals
 from l2a_jax.evaluation.loglikelihood import power_of_two
 from l2a_jax.models.params import check_layers
 from l2a_jax.models.transformer import check_tokens, hidden_states
 from l2a_jax.nn import routing
+from l2a_jax.progress import progress
 from l2a_jax.sources import Pretrained
 from l2a_jax.training.loss import token_nll
 

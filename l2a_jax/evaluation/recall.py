@@ -76,7 +76,7 @@ def report(baseline: Score, untrained: Score, trained: Score, batches: list[Batc
 
 def format_report(report: dict[str, Any]) -> str:
     """The report as text."""
-    lines = [f"{'':<28} {'ordinary ppl':>12} {'recall acc.':>12} {'not routed':>12}"]
+    lines = [f"{'':<28} {'ordinary ppl':>12} {'recall acc.':>12} {'local':>12}"]
     for name, row in report["rows"].items():
         sparsity = f"{row['sparsity']:.1%}" if "sparsity" in row else "-"
         lines.append(f"{name:<28} {row['ordinary_perplexity']:>12.3f} {row['recall_accuracy']:>12.1%} {sparsity:>12}")

@@ -58,7 +58,7 @@ def markdown(table: dict[str, Any]) -> str:
     """The table for people; the study's row stands in italics under the run that it belongs to."""
     versus = table["baseline"] is not None
     head = ["run", "regime", "trained", "tokens", "tokens/param", "perplexity",
-            *(f"{label} acc / norm" for label in BENCHMARKS.values()), "needle", "not routed", "audit gap",
+            *(f"{label} acc / norm" for label in BENCHMARKS.values()), "needle", "local", "audit gap",
             "verdict"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in table["rows"]:

@@ -28,6 +28,7 @@ from l2a_jax.evaluation import recall
 from l2a_jax.models.params import abstract_params
 from l2a_jax.training import metrics
 from l2a_jax.training.checkpoints import BEST, Checkpoints
+from l2a_jax.training.optimizer import OptimizerConfig, learning_rate
 from l2a_jax.training.regimes import count_parameters
 from l2a_jax.training.step import TrainState
 
@@ -119,6 +120,15 @@ def summarise(
         if best is not None:
             summary["best_checkpoint"] = {"step": best["step"], "held_out_loss": best["best"]}
     return summary
+
+
+def draw_curves(run_dir: pathlib.Path, plan: Plan) -> None:
+    """`curves.png`, of what `metrics.jsonl` holds."""
+    s = plan.settings
+    rule = OptimizerConfig(s.lr, plan.steps, warmup=round(s.warmup * plan.steps))
+    metrics.draw_curves(metrics.read_metrics(run_dir / "metrics.jsonl"), run_dir / "curves.png",
+                        f"{s.regime} on {plan.source or 'fresh parameters'}: {run_dir.name}",
+                        learning_rate(rule, s.lr))
 
 
 def print_summary(run_dir: pathlib.Path, summary: dict[str, Any]) -> None:

@@ -199,6 +199,7 @@ def compile_run(plan: Plan) -> Run:
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((s.grad_accum, *x.shape), x.dtype), plan.data.batch(0))
     step = jax.jit(functools.partial(dialled_step, objective=objective, optimizer=rule, regime=s.regime),
                    donate_argnums=0)
+    log.info("compiling a step ...")
     started = time.perf_counter()
     compiled = step.lower(like, frozen, batch, jax.eval_shape(jax.random.key, 0), dials_of(plan)).compile()
     need = memory.check_fits(compiled, like, frozen)

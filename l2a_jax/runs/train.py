@@ -175,7 +175,7 @@ def _fit_and_score(run: Run, run_dir: pathlib.Path, state: TrainState, frozen: T
     write_json(run_dir / "summary.json", summary)
     if run.step is not None:
         try:
-            metrics.draw_curves(metrics.read_metrics(run_dir / "metrics.jsonl"), run_dir / "curves.png")
+            folder.draw_curves(run_dir, plan)
         except Missing as lacking:
             log.warning("no curves.png: %s", lacking)
     folder.print_summary(run_dir, summary)

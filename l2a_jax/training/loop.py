@@ -23,8 +23,9 @@ import numpy as np
 
 from l2a_jax.data.batch import Batch, TrainingData
 from l2a_jax.files import native
+from l2a_jax.progress import progress
 from l2a_jax.training.checkpoints import BEST, LATEST
-from l2a_jax.training.metrics import Progress, peak_memory_gb
+from l2a_jax.training.metrics import peak_memory_gb, told
 from l2a_jax.training.step import TrainState
 
 _log = logging.getLogger("l2a_jax")
@@ -158,7 +159,6 @@ def fit(
     either case.
     """
     start = int(state.step)
-    progress = Progress(schedule.steps, start)
     pending = None
     saved = None
     clock = time.perf_counter()
@@ -179,14 +179,15 @@ def fit(
         clock = now
         record = {"step": step, **record, "peak_memory_gb": peak_memory_gb(), **native(held_out)}
         log.write(record)
-        progress.update(record)
+        report(step, told(record, schedule.steps))
 
     def save(kind: str) -> None:
         checkpoints.save(kind, state, {**metadata, "data_position": int(state.step) * schedule.accumulate,
                                        "best": best})
 
     try:
-        with contextlib.nullcontext(stop) if stop is not None else StopRequest() as stop:
+        with (contextlib.nullcontext(stop) if stop is not None else StopRequest() as stop,
+              progress("training", schedule.steps, start=start) as report):
             for done in range(start, schedule.steps):
                 batch = stacked_batch(data, done, schedule.accumulate)
                 state, metrics = run_step(state, batch)
@@ -219,6 +220,5 @@ def fit(
                 if stopping and not last:
                     raise Stopped(saved, stop.signal_number)
     finally:
-        progress.close()
         log.close()
     return state

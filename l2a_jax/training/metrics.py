@@ -1,4 +1,4 @@
-"""What a run tells: one JSON object a step in `metrics.jsonl`, a progress line or bar, and the curves at the end."""
+"""What a run tells: one JSON object a step in `metrics.jsonl`, a line for people, and the curves at the end."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import logging
 import os
 import pathlib
 import resource
-import sys
-import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -110,70 +109,70 @@ def peak_memory_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-class Progress:
-    """A bar on a terminal; elsewhere a plain line now and then, so that a log file stays readable."""
-
-    def __init__(self, total: int, start: int, seconds_between_lines: float = 10.0):
-        self._total, self._every, self._said = total, seconds_between_lines, 0.0
-        self._bar = None
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bar
-
-            self._bar = Bar(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"),
-                            console=Console(stderr=True))
-            self._bar.start()
-            self._task = self._bar.add_task("", total=total, completed=start)
-
-    def update(self, record: dict[str, Any]) -> None:
-        text = f"loss {record['loss']:.4f}"
-        if "sparsity" in record:
-            text += f"  sparsity {record['sparsity']:.1%}"
-        text += f"  {record['tokens_per_second']:,.0f} tokens/s"
-        if "held_out_loss" in record:
-            text += f"  held-out {record['held_out_loss']:.4f}"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=record["step"], description=text)
-        elif time.monotonic() - self._said >= self._every or record["step"] == self._total:
-            self._said = time.monotonic()
-            print(f"step {record['step']}/{self._total}  {text}", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+def told(record: dict[str, Any], steps: int) -> str:
+    """A record in one line: how far, and the numbers that a person watches."""
+    local = f"  local {record['sparsity']:.1%}" if "sparsity" in record else ""
+    held_out = f"  held-out {record['held_out_loss']:.4f}" if "held_out_loss" in record else ""
+    return (f"step {record['step']}/{steps}  loss {record['loss']:.4f}{local}  {record['tokens_per_second']:,.0f} "
+            f"tokens/s{held_out}")
 
 
-def draw_curves(records: list[dict[str, Any]], path: pathlib.Path) -> None:
-    """Loss, routing and gradient norm over steps, as one picture. UserError where it cannot be written."""
-    needs("matplotlib", "eval", "a picture of the curves").use("Agg")
-    import matplotlib.pyplot as plt
+def draw_curves(records: list[dict[str, Any]], path: pathlib.Path, title: str = "",
+                rate: Callable[[Any], Any] | None = None) -> None:
+    """What a run did, over its steps: loss, gradient norm, what stayed local in each layer, penalty and learning rate
+    (`rate`: of a step counted from 0). UserError where the picture cannot be written."""
+    needs("matplotlib", "eval", "a picture of the curves")
+    from matplotlib import cm, colors
+    from matplotlib.figure import Figure
 
     routed = [record for record in records if record.get("sparsity_per_layer")]
-    figure, axes = plt.subplots(1, 3 if routed else 2, figsize=(15 if routed else 10, 4), constrained_layout=True)
+    figure = Figure(figsize=(10, 7), dpi=110, layout="constrained")
+    (loss, norm), (local, dials) = figure.subplots(2, 2)
+    figure.suptitle(title)
 
-    def points(name):
-        return zip(*[(r["step"], r[name]) for r in records if isinstance(r.get(name), (int, float))] or [((), ())],
-                   strict=True)
+    def points(name: str) -> tuple[list[int], list[float]]:
+        found = [(record["step"], record[name]) for record in records if isinstance(record.get(name), (int, float))]
+        return [step for step, _ in found], [value for _, value in found]
 
-    axes[0].plot(*points("loss"), lw=1, label="training")
+    def show(axis: Any, values: list[float], log: bool = False) -> None:
+        """The range of all but the least and greatest hundredth: one step, the first as a rule, does not set it."""
+        values = np.array([value for value in values if np.isfinite(value) and (value > 0 or not log)])
+        if len(values) > 20:
+            low, high = np.quantile(values, [0.01, 0.99])
+            room = 0.05 * (high - low)
+            if high > low:
+                axis.set_ylim(*((low / 1.2, high * 1.2) if log else (low - room, high + room)))
+
+    loss.plot(*points("loss"), lw=0.8, label="training")
     if any("held_out_loss" in record for record in records):
-        axes[0].plot(*points("held_out_loss"), "o-", ms=3, label="held out")
-    axes[0].set(title="loss (nats per token)", xlabel="step")
-    if records:
-        axes[0].legend()
-    axes[1].semilogy(*points("grad_norm"), lw=1)
-    axes[1].set(title="gradient norm of what is trained", xlabel="step")
+        loss.plot(*points("held_out_loss"), "o-", ms=4, label="held out")
+    loss.set(title="loss", ylabel="nats per token")
+    loss.legend()
+    show(loss, [*points("loss")[1], *points("held_out_loss")[1]])
+    norm.semilogy(*points("grad_norm"), lw=0.8)
+    norm.set(title="gradient of what is trained", ylabel="norm, before clipping")
+    show(norm, points("grad_norm")[1], log=True)
     if routed:
-        steps = [record["step"] for record in routed]
-        layers = np.array([record["sparsity_per_layer"] for record in routed]).T
+        layers = np.array([record["sparsity_per_layer"] for record in routed], float).T
+        shade = cm.ScalarMappable(colors.Normalize(0, max(len(layers) - 1, 1)), "viridis")
         for index, layer in enumerate(layers):
-            axes[2].plot(steps, layer, lw=0.8, color=plt.cm.viridis(index / max(len(layers) - 1, 1)))
-        axes[2].plot(steps, layers.mean(axis=0), lw=2, color="black", label="mean")
-        axes[2].set(title="share of tokens not routed, by layer (dark: first)", xlabel="step", ylim=(-0.02, 1.02))
-        axes[2].legend()
-    try:
-        with whole(path) as temporary:
-            figure.savefig(temporary, dpi=110, format="png")
-    finally:
-        plt.close(figure)
+            local.plot([record["step"] for record in routed], 100 * layer, lw=0.7, color=shade.to_rgba(index))
+        local.plot([record["step"] for record in routed], 100 * layers.mean(axis=0), lw=2, color="black", label="mean")
+        local.set(title="decisions that are local, by layer", ylabel="% of tokens", ylim=(-2, 102))
+        local.legend()
+        figure.colorbar(shade, ax=local, label="layer")
+    else:
+        local.set_axis_off()
+    if rate is not None and records:
+        steps = np.array([record["step"] for record in records])
+        dials.plot(steps, rate(steps - 1), color="tab:blue", label="learning rate")
+    dials.set(title="learning rate" + (" and weight of the penalty" if routed else ""), ylabel="learning rate")
+    dials.ticklabel_format(axis="y", scilimits=(0, 0))
+    if routed:
+        weight = dials.twinx()
+        weight.plot(*points("penalty_weight"), "--", color="tab:orange")
+        weight.set_ylabel("λ, weight of the mean of p² (dashed)")
+    for axis in (loss, norm, local, dials):
+        axis.set_xlabel("step")
+    with whole(path) as temporary:
+        figure.savefig(temporary, format="png")

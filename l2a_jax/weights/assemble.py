@@ -18,6 +18,7 @@ from jaxtyping import Float
 from l2a_jax.config import L2AConfig, ModelConfig
 from l2a_jax.errors import UserError, few
 from l2a_jax.models.params import Tree, map_with_path, param_dtype, param_shapes
+from l2a_jax.progress import gigabytes
 from l2a_jax.weights.names import IGNORED, Place, put, tensor_map
 
 BLOCK_ELEMENTS = 1 << 20
@@ -61,13 +62,16 @@ def assemble(
         leaf = np.empty(shape, param_dtype(path, dtype))
         for name, place in by_leaf[path]:
             _copy(tensors, name, place, leaf if place.layer is None else leaf[place.layer])
+        loaded(leaf.nbytes)
         return jnp.asarray(leaf)
 
     shapes = param_shapes(config, l2a_config)
     sizes: dict[str, tuple[int, ...]] = {}
     map_with_path(sizes.__setitem__, shapes)
     # The largest leaf first: the copy of a leaf on its way to the device then never stands on top of the whole model.
-    leaves = {path: fill(path, sizes[path]) for path in sorted(sizes, key=lambda path: -math.prod(sizes[path]))}
+    total = sum(math.prod(shape) * jnp.dtype(param_dtype(path, dtype)).itemsize for path, shape in sizes.items())
+    with gigabytes(f"loading {tensors.where}", total) as loaded:
+        leaves = {path: fill(path, sizes[path]) for path in sorted(sizes, key=lambda path: -math.prod(sizes[path]))}
     return map_with_path(lambda path, _: leaves[path], shapes)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from l2a_jax.config import L2AConfig, ModelConfig
 from l2a_jax.errors import UserError
 from l2a_jax.files import partial_folder, write_json
 from l2a_jax.models.params import Tree, map_with_path, param_shapes
+from l2a_jax.progress import gigabytes
 from l2a_jax.weights.assemble import floating
 from l2a_jax.weights.carried import Carried, write_carried
 from l2a_jax.weights.hf_config import beyond_the_model, config_fields
@@ -59,7 +60,8 @@ def save_pretrained(
             write_carried(carried, folder)
         if tokenizer is not None:
             tokenizer.save(folder)
-        _write_shards(folder, tensors, shard_bytes)
+        with gigabytes(f"writing {out}", sum(tensor.nbytes for tensor in tensors.values())) as written:
+            _write_shards(folder, {name: _told(tensor, written) for name, tensor in tensors.items()}, shard_bytes)
     return Path(out)
 
 
@@ -117,6 +119,14 @@ def _stored(params: Tree, config: ModelConfig, l2a_config: L2AConfig | None) -> 
         )
 
     return {name: stored(place) for name, place in places.items()}
+
+
+def _told(tensor: Stored, written: Callable[[int], None]) -> Stored:
+    def read():
+        written(tensor.nbytes)
+        return tensor.read()
+
+    return tensor._replace(read=read)
 
 
 def _write_shards(folder: Path, tensors: dict[str, Stored], shard_bytes: int) -> None:

@@ -9,8 +9,9 @@ import pytest
 
 from l2a_jax.errors import UserError
 from l2a_jax.files import native, plain
+from l2a_jax.progress import progress
 from l2a_jax.runs import folder as run_folder
-from l2a_jax.training.metrics import MetricsLog, Progress, draw_curves, missing_steps, read_metrics
+from l2a_jax.training.metrics import MetricsLog, draw_curves, missing_steps, read_metrics, told
 
 
 def line(step, **more):
@@ -87,9 +88,8 @@ def test_a_full_disk_is_one_sentence_and_the_lines_before_stay_whole(tmp_path):
 def test_a_number_that_is_not_finite_is_shown_drawn_written_and_read_back(value, tmp_path, capsys):
     record = native({"step": 3, "loss": value, "sparsity": value, "tokens_per_second": value, "held_out_loss": value,
                      "grad_norm": value, "sparsity_per_layer": np.array([0.5, value])})
-    progress = Progress(3, 0)
-    progress.update(record)
-    progress.close()
+    with progress("training", 3) as report:
+        report(3, told(record, 3))
     assert f"held-out {value:.4f}" in capsys.readouterr().err
     log = MetricsLog(tmp_path / "metrics.jsonl", 0)
     log.write(record)

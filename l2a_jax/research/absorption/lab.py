@@ -28,12 +28,13 @@ from safetensors.numpy import load_file, save_file
 from l2a_jax.errors import UserError
 from l2a_jax.files import check_file, claim, from_plain, native, plain, read_json, whole, write_json
 from l2a_jax.models.params import Tree
+from l2a_jax.progress import progress
 from l2a_jax.research.absorption import distill, evaluate, model, train
 from l2a_jax.research.absorption.config import Arm, Attention, Preset, Recipe, TransformerConfig, digest
 from l2a_jax.research.absorption.data import Corpus
 from l2a_jax.shapes import each, number, require
 from l2a_jax.training.checkpoints import LATEST, Checkpoints
-from l2a_jax.training.metrics import MetricsLog, Progress, read_metrics
+from l2a_jax.training.metrics import MetricsLog, read_metrics, told
 
 log = logging.getLogger("l2a_jax")
 FORMAT = 1
@@ -171,48 +172,47 @@ class Lab:
         if step != (history[-1]["step"] if history else 0):
             raise UserError(f"{folder}: metrics.jsonl ends at step {history[-1]['step'] if history else 0}, the "
                             f"checkpoint is of step {step}; move the folder away, and the arm is trained again")
-        progress = Progress(self.recipe.steps, step)
         began = time.monotonic()
 
         def save():
             checkpoints.save(LATEST, state, {"arms": [arm.name for arm in group]})
 
         try:
-            while step < self.recipe.steps:
-                n = min(self.preset.scan, self.recipe.steps - step)
-                starts = np.stack([self.corpus.train.order(int(seed), step, n, self.recipe.batch_size)
-                                   for seed in seeds], axis=1)
-                started = time.monotonic()
-                state, metrics = train.train_chunk(state, self.stream, starts, seeds, numbers, program=program)
-                metrics = jax.device_get(metrics)
-                step += n
-                if not bool(state.healthy):
-                    bad = np.argmax(~np.isfinite(metrics["loss"]) | ~np.isfinite(metrics["grad_norm"]))
-                    at, member = divmod(int(bad), len(seeds))
-                    raise UserError(f"arm {group[member // count].name}, seed {seeds[member]}: the loss or its gradient"
-                                    f" is not finite at step {step - n + at + 1}; try a lower --lr")
-                tokens = n * self.recipe.batch_size * self.recipe.seq_len * len(seeds)
-                record = {"step": step, "loss": float(metrics["loss"].mean()),
-                          "loss_per_member": metrics["loss"].mean(axis=0),
-                          "grad_norm": metrics["grad_norm"].mean(axis=0),
-                          "gate_grad_norm_mean": metrics["gate_grad_norm"].mean(axis=0),
-                          "gate_grad_norm_max": metrics["gate_grad_norm"].max(axis=0),
-                          "tokens_per_second": tokens / (time.monotonic() - started)}
-                records.write(record)
-                history.append(native(record))
-                progress.update(record)
-                if step < self.recipe.steps and time.monotonic() > self.deadline:
-                    save()
-                    raise OutOfTime(f"arm {name} is saved after step {step}")
-                if step - saved >= self.preset.save_every:
-                    save()
-                    saved = step
+            with progress(name, self.recipe.steps, start=step) as report:
+                while step < self.recipe.steps:
+                    n = min(self.preset.scan, self.recipe.steps - step)
+                    starts = np.stack([self.corpus.train.order(int(seed), step, n, self.recipe.batch_size)
+                                       for seed in seeds], axis=1)
+                    started = time.monotonic()
+                    state, metrics = train.train_chunk(state, self.stream, starts, seeds, numbers, program=program)
+                    metrics = jax.device_get(metrics)
+                    step += n
+                    if not bool(state.healthy):
+                        bad = np.argmax(~np.isfinite(metrics["loss"]) | ~np.isfinite(metrics["grad_norm"]))
+                        at, member = divmod(int(bad), len(seeds))
+                        raise UserError(f"arm {group[member // count].name}, seed {seeds[member]}: the loss or its "
+                                        f"gradient is not finite at step {step - n + at + 1}; try a lower --lr")
+                    tokens = n * self.recipe.batch_size * self.recipe.seq_len * len(seeds)
+                    record = {"step": step, "loss": float(metrics["loss"].mean()),
+                              "loss_per_member": metrics["loss"].mean(axis=0),
+                              "grad_norm": metrics["grad_norm"].mean(axis=0),
+                              "gate_grad_norm_mean": metrics["gate_grad_norm"].mean(axis=0),
+                              "gate_grad_norm_max": metrics["gate_grad_norm"].max(axis=0),
+                              "tokens_per_second": tokens / (time.monotonic() - started)}
+                    records.write(record)
+                    history.append(native(record))
+                    report(step, told(record, self.recipe.steps))
+                    if step < self.recipe.steps and time.monotonic() > self.deadline:
+                        save()
+                        raise OutOfTime(f"arm {name} is saved after step {step}")
+                    if step - saved >= self.preset.save_every:
+                        save()
+                        saved = step
         except KeyboardInterrupt:
             if step > saved:
                 save()
             raise
         finally:
-            progress.close()
             records.close()
         self.seconds[name] = time.monotonic() - began
         moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - b).reshape(len(seeds), -1).max(axis=1),

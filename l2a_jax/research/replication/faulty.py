@@ -21,12 +21,12 @@ from l2a_jax import attention
 from l2a_jax.attention.reference import local_mask, segment_starts
 from l2a_jax.config import rope_of
 from l2a_jax.data.batch import Batch, TrainingData
-from l2a_jax.data.progress import progress
 from l2a_jax.models.layer import Context, LayerRouting, attend
 from l2a_jax.models.params import Tree
 from l2a_jax.nn import routing
 from l2a_jax.nn.layers import gated_mlp, rms_norm
 from l2a_jax.nn.rope import rope_table
+from l2a_jax.progress import progress
 from l2a_jax.training.loss import cross_entropy
 from l2a_jax.training.optimizer import OptimizerConfig, make_optimizer
 from l2a_jax.training.regimes import partition, regime_mask

@@ -20,11 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool
 
-from l2a_jax.data.progress import progress
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import intervals
 from l2a_jax.evaluation.perplexity import Windows
 from l2a_jax.models.transformer import probe_layers
+from l2a_jax.progress import progress
 from l2a_jax.sources import Pretrained
 
 BUCKETS = (0, 256, 1_024, 4_096, 16_384)
