@@ -15,10 +15,6 @@ from l2a_jax.evaluation import intervals
 from l2a_jax.research.replication.row import BENCHMARKS, Row
 from l2a_jax.research.replication.row_file import read_row
 
-# What the repair is held to: the greatest loss, in points, that a paired interval may leave open.
-ALLOWED = {"hellaswag": 1.0, "piqa": 2.0, "arc_challenge": 3.5}
-SPARSITY, PARAMETERS = 0.9, 65_000
-
 
 def load(folder: Path, rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     """The files of those `rows` that have one and whose training is the declared one, by name."""
@@ -75,7 +71,7 @@ def facts(found: dict[str, Any] | None, row: Row, base: dict[str, Any] | None) -
             "held_out_loss", "non_finite", "tokens_per_second_median", "sparsity_last_step", "steps", "steps_planned",
             "memory", "data_used")
     out |= {key: training.get(key) for key in keys}
-    out |= {
+    return out | {
         "device": found["environment"]["device"], "date": found["environment"]["date"],
         "versions": found["environment"]["versions"], "seconds": found.get("seconds"),
         "elsewhere": {task: entry["environment"]["device"] for task, entry in found["evaluations"].items()
@@ -92,29 +88,6 @@ def facts(found: dict[str, Any] | None, row: Row, base: dict[str, Any] | None) -
         "benchmarks": {task: _benchmark(found, base, task) for task in BENCHMARKS},
         "absorption": result(found, "absorption"), "task_controls": result(found, "task_controls"),
     }
-    out["aim"] = aim(out)
-    return out
-
-
-def aim(fact: dict[str, Any]) -> dict[str, bool | None]:
-    """The repair's aim, condition by condition; None where it was not measured. `longer contexts`: its perplexity and
-    sparsity there too, since in few tokens a window covers much by itself."""
-    ratio = fact["perplexity_ratio"]
-    reached: dict[str, bool | None] = {
-        "few parameters": None if fact["trained_parameters"] is None else fact["trained_parameters"] <= PARAMETERS,
-        "sparsity": None if fact["sparsity"] is None else fact["sparsity"] >= SPARSITY,
-        "perplexity": None if ratio is None else ratio["ratio"] <= 1,
-    }
-    for task, allowed in ALLOWED.items():
-        entry = fact["benchmarks"][task]
-        difference = None if entry is None else entry["difference"]
-        reached[task] = None if difference is None else difference["points_95"][0] >= -allowed
-    needle = fact["needle"]
-    reached["needle"] = None if needle is None or needle["at_least_baseline"] is None else needle["at_least_baseline"]
-    longer = fact["contexts"].values()
-    reached["longer contexts"] = all(entry["ratio"] <= 1 and entry["sparsity"] >= SPARSITY
-                                     for entry in longer) if longer else None
-    return reached
 
 
 def _contexts(found, base) -> dict[str, dict[str, Any]]:

@@ -8,64 +8,48 @@ from typing import Any
 from l2a_jax.data.counts import format_count
 from l2a_jax.evaluation import reported, table
 from l2a_jax.research.replication import autopsy, damage, flips, prunable, routed_text, thresholds
-from l2a_jax.research.replication.answers import AGREES, answers
-from l2a_jax.research.replication.facts import ALLOWED, PARAMETERS
 from l2a_jax.training.settings import Settings
 
 CARD_GB = 24.0
-WEIGHTS = {"2a9129527b8b": "Qwen2.5-Coder-0.5B-Instruct, 4-bit GGUF (Q4_K_M), dequantised",
-           "e84a1e39d175": "Qwen2.5-Coder-1.5B-Instruct, 4-bit GGUF (Q4_K_M), dequantised"}
-"""Weights that we know by the beginning of their hash."""
+COMMANDS = ("MODEL and DATA stand for the weights and the folder of texts. All rows of a group: `python train/study.py "
+            "--group GROUP --model-05b MODEL --data-dir DATA --out OUT`; one row: `--rows NAME`. Each row by itself:")
+ROUTING_COSTS = (
+    "*Routing costs*: by how much the learned decisions are worse than the same trained weights with everything "
+    "routed, over the audit's windows. *random*, *static*, *none*: controls with the same weights, as a ratio to the "
+    "baseline's (the row's ratio times how much worse each is over the audit's windows).")
+NEEDLE = ("Found by the learned decisions / a static choice of layers of the same density / random tokens at the same "
+          "rates / nothing routed, and what is not routed in those prompts.")
+SPEED = (f"Memory is the compiled step's (arguments and temporaries), beside the {CARD_GB:g} GB of a 4090; seconds are "
+         "of the phases. *of*: the part of the card's memory that the row was given; where that is not all of it, the "
+         "row shared the card, and its tokens/s are not the card's.")
+DATA = "Tokens seen of each domain without padding, its share of the run, and how often it was read."
 
 
 def markdown(made: dict[str, Any], figures: dict[str, str]) -> str:
-    """The report for people."""
+    """The report for people: tables, figures, commands and hashes. What they say is written elsewhere, by people."""
     rows = made["rows"]
     run = [row for row in rows if "device" in row]
-    lines = ["# The study on real weights", "", *_about(run, rows), ""]
+    frontier = group_of(rows, "frontier")
 
     def picture(name):
         return [f"![{name}]({figures[name]})", ""] if name in figures else []
 
-    said = answers(made)
-    lines += ["## What it says so far", "", *said, ""] if said else []
-    lines += ["## 1. The main table", ""]
-    for part in made["main"]:
-        lines += [f"### {part['size']}", ""]
-        lines += [table.markdown(part["table"])] if part["table"] is not None else []
-        lines += [f"- {name}: not run" for name in part["not_run"]] + [""]
-    lines += [*_section("Window = context apart from smaller windows", group_of(rows, "main", "router_only"), _WINDOW)]
-    lines += ["## 2. Collapse", "", *picture("collapse"), *_table(ratio_rows(rows), _COLLAPSE),
-              *_found(made, "autopsy", autopsy.format_autopsy, fenced=False)]
-    lines += ["## 3. What damages router-only", "", *picture("effects"), *_effects(made["damage"]),
-              *_together(made["together"]),
-              *picture("residual"), *_table(group_of(rows, "damage"), _DAMAGE),
-              *_table(group_of(rows, "together"), _DAMAGE),
-              "### Noise in the decisions", "", *_table(group_of(rows, "noise"), _NOISE),
-              *_found(made, "flips", flips.format_flips)]
-    lines += ["## 4. The repair", "", "*Routing costs*: by how much the learned decisions are worse than the same "
-              "trained weights with everything routed, over the audit's windows; the rest of the perplexity's distance "
-              "is the trained norms'. *random*, *static*, *none*: controls with the same weights, as a ratio to the "
-              "baseline's (the row's ratio times how much worse each is over the audit's windows). The benchmarks say "
-              "little of routing: where attention is shared and an item fits the window, as nearly all do, no decision "
-              "changes it.", "", *picture("frontier"), *_table(group_of(rows, "frontier"), _FRONTIER),
-              "### The needle beside its controls", "", "Found by the learned decisions / a static choice of layers of "
-              "the same density / random tokens at the same rates / nothing routed, and what is not routed in those "
-              "prompts. At a depth near the end the needle lies inside the window: that share is found by every one.",
-              "", *_table([row for row in group_of(rows, "frontier") if row.get("needle")], _NEEDLE),
-              *_aims(group_of(rows, "frontier")), *_found(made, "thresholds", thresholds.format_thresholds),
-              *picture("layers"), *picture("picture"),
-              *_found(made, "routed", routed_text.format_routed), *_found(made, "prunable", prunable.format_prunable)]
-    lines += ["## 5. Absorption", "", *_table(group_of(rows, "absorption"), _ABSORPTION)]
-    lines += ["## 6. Speed and memory as run", "", f"Memory is the compiled step's (arguments and temporaries), to be "
-              f"held against the {CARD_GB:g} GB of a 4090; seconds are of the phases. A row that was given a part of "
-              "the card's memory (*of*) shared the card with another: its tokens/s are not the card's.", "",
-              *_table(run, _SPEED)]
-    lines += ["## Texts as used", "", "Tokens seen of each domain without padding, its share of the run, and how often "
-              "it was read.", "", *_table([row for row in run if row.get("data_used")], _DATA)]
-    lines += ["## Commands", "", "MODEL and DATA stand for the weights and the folder of texts. All rows of a group: "
-              "`python train/study.py --group GROUP --model-05b MODEL --data-dir DATA --out OUT`; one row: "
-              "`--rows NAME`. Each row by itself:", ""]
+    lines = [
+        "# The study on real weights", "", *_about(run, rows), "", "## 1. The main table", "", *_main(made["main"]),
+        "### Window = context apart from smaller windows", "", *_rows(group_of(rows, "main", "router_only"), _WINDOW),
+        "## 2. Collapse", "", *picture("collapse"), *_rows(ratio_rows(rows), _COLLAPSE), *_found(made, "autopsy"),
+        "## 3. What damages router-only", "", *picture("effects"), *_effects(made["damage"]),
+        *_together(made["together"]), *picture("residual"), *_rows(group_of(rows, "damage"), _DAMAGE),
+        *_rows(group_of(rows, "together"), _DAMAGE), "### Noise in the decisions", "",
+        *_rows(group_of(rows, "noise"), _NOISE), *_found(made, "flips"),
+        "## 4. The repair", "", ROUTING_COSTS, "", *picture("frontier"), *_rows(frontier, _FRONTIER),
+        "### The needle beside its controls", "", NEEDLE, "",
+        *_rows([row for row in frontier if row.get("needle")], _NEEDLE), *_found(made, "thresholds"),
+        *picture("layers"), *picture("picture"), *_found(made, "routed"), *_found(made, "prunable"),
+        "## 5. Absorption", "", *_rows(group_of(rows, "absorption"), _ABSORPTION),
+        "## 6. Speed and memory as run", "", SPEED, "", *_rows(run, _SPEED),
+        "## Texts as used", "", DATA, "", *_rows([row for row in run if row.get("data_used")], _DATA),
+        "## Commands", "", COMMANDS, ""]
     for row in rows:
         lines += [f"- **{row['name']}** ({row['status']})", "", "  ```",
                   *(f"  {command}" for command in made["commands"][row["name"]]), "  ```"]
@@ -79,18 +63,14 @@ def _about(run, rows) -> list[str]:
     part = [row["name"] for row in run if row["status"] != "done"]
     elsewhere = [f"{row['name']}: {task} on {device}" for row in run for task, device in row["elsewhere"].items()]
     hashes = sorted({(row["size"], row["source_hash"][:12]) for row in run if row["source_hash"]})
-    weights = "; ".join(f"{size} {WEIGHTS.get(name, 'unknown')} ({name})" for size, name in hashes)
-    return [f"{len(run) - len(part)} of {len(rows)} declared rows were run"
+    return ["What these numbers say is written in [findings.md](findings.md).", "",
+            f"{len(run) - len(part)} of {len(rows)} declared rows were run"
             + (f" ({', '.join(part)} in part)" if part else "")
             + f", {dates[0]} to {dates[-1]}, on {'; '.join(devices)} ({'; '.join(versions)})."
-            + (f" Measured elsewhere than trained: {'; '.join(elsewhere)}." if elsewhere else ""),
-            "", f"Weights, by hash: {weights}. Training adapts them to other text than they were made for, which alone "
-            "gains on WikiText: hold a ratio below 1 against the same weights with everything routed.", "",
-            f"*Reported*: {reported.SOURCE}. Its layer, window, penalty and texts were not published: rows of the main "
-            f"table take its likely choices, *agrees* means within a factor of {AGREES:g}. Differences are paired over "
-            "the same windows or items; brackets are 95 % intervals over those, not over seeds of training. Perplexity "
-            "is of WikiText-2 test, which no mixture called diverse was trained on; settings of the repair were chosen "
-            "on it and on the needle's prompts."]
+            + (f" Measured elsewhere than trained: {'; '.join(elsewhere)}." if elsewhere else "")
+            + f" Weights, by hash: {'; '.join(f'{size} {name}' for size, name in hashes)}.", "",
+            f"*Reported*: {reported.SOURCE}. Differences are paired over the same windows or items; brackets are 95 % "
+            "intervals over those, not over seeds of training."]
 
 
 def group_of(rows, group, regime=None) -> list[dict[str, Any]]:
@@ -105,27 +85,36 @@ def ratio_rows(rows) -> list[dict[str, Any]]:
     return sorted(some, key=lambda row: (row["regime"], row.get("tokens_per_trained_parameter") or 0))
 
 
-def _section(title, rows, columns):
-    return [f"### {title}", "", *_table(rows, columns)]
+def _main(parts) -> list[str]:
+    lines = []
+    for part in parts:
+        lines += [f"### {part['size']}", "", *([table.markdown(part["table"])] if part["table"] is not None else []),
+                  *(f"- {name}: not run" for name in part["not_run"]), ""]
+    return lines
 
 
-def _table(rows, columns) -> list[str]:
-    """Markdown; a row that was not run has its status in the second column and nothing else."""
-    if not rows:
-        return ["No rows.", ""]
-    lines = ["| row | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
-    for row in rows:
-        cells = [show(row) for show in columns.values()] if "device" in row else [row["status"], *[""] * (
-            len(columns) - 1)]
-        lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
-    return [*lines, ""]
+def _grid(head, rows) -> list[str]:
+    """A table in markdown."""
+    return [*("| " + " | ".join(map(str, cells)) + " |" for cells in (head, ["---"] * len(head), *rows)), ""]
 
 
-def _found(made, name, show, fenced=True) -> list[str]:
-    """What an instrument found, a part for each row that has it."""
+def _rows(rows, columns) -> list[str]:
+    """A row a line; one that was not run has its status in the second column and nothing else."""
+    return _grid(["row", *columns], [[row["name"], *(
+        [show(row) for show in columns.values()] if "device" in row else [row["status"], *[""] * (len(columns) - 1)])]
+        for row in rows]) if rows else ["No rows.", ""]
+
+
+_FORMATS = {"flips": flips.format_flips, "thresholds": thresholds.format_thresholds,
+            "routed": routed_text.format_routed, "prunable": prunable.format_prunable}
+
+
+def _found(made, name) -> list[str]:
+    """What an instrument found, a part for each row that has it; the autopsy's is a table already."""
     lines = []
     for row, found in made["instruments"][name].items():
-        lines += [f"#### {name}, {row}", "", *(["```", show(found), "```"] if fenced else [show(found)]), ""]
+        lines += [f"#### {name}, {row}", "", *(["```", _FORMATS[name](found), "```"] if name in _FORMATS
+                                               else [autopsy.format_autopsy(found)]), ""]
     return lines
 
 
@@ -265,31 +254,33 @@ def _effects(analyses) -> list[str]:
         return ["Not all cells were run: no effects.", ""]
     lines = []
     for response, found in analyses.items():
-        main = found["main_effects"]
-        pure = main["pure_error"]
-        lines += [f"### {response}", "",
-                  f"Main effects, {main['runs']} runs, {main['residual_df']} residual degrees of freedom, residual sd "
-                  f"{main['residual_sd']:.3g}, R2 {main['r_squared']:.3f}"
-                  + ("" if pure is None else f"; pure error sd {pure['sd']:.3g} on {pure['df']}"
-                     + (f", lack of fit F({pure['lack_of_fit_df']}, {pure['df']}) = {pure['F']:.3g}, "
-                        f"p = {pure['p']:.3g}" if "F" in pure else "")) + ".", "",
-                  "| factor | level | instead of | difference | 95 % | share of squares | p | inflation |",
-                  "|---|---|---|---|---|---|---|---|"]
-        for name, term in main["terms"].items():
-            for level, entry in term["levels"].items():
-                low, high = entry["interval"]
-                lines.append(f"| {name} | {level} | {term['reference']} | {entry['difference']:+.3f} | "
-                             f"[{low:+.3f}, {high:+.3f}] | {term['share']:.1%} | {term['p']:.3g} | "
-                             f"{term['inflation']:.2f} |")
-        more = found.get("with_interactions")
-        for term in damage.INTERACTIONS if more else ():
-            entry = more["terms"][term.name]["levels"]["True"]
-            low, high = entry["interval"]
-            lines.append(f"| *{term.name}* | beyond both | | {entry['difference']:+.3f} | [{low:+.3f}, {high:+.3f}] | "
-                         f"{more['terms'][term.name]['share']:.1%} | {more['terms'][term.name]['p']:.3g} | "
-                         f"{more['terms'][term.name]['inflation']:.2f} |")
-        lines.append("")
+        main, more = found["main_effects"], found.get("with_interactions")
+        rows = [[name, level, term["reference"], *_effect(term, entry)] for name, term in main["terms"].items()
+                for level, entry in term["levels"].items()]
+        if more:
+            rows += [[f"*{term.name}*", "beyond both", "", *_effect(
+                more["terms"][term.name], more["terms"][term.name]["levels"]["True"])] for term in damage.INTERACTIONS]
+        lines += [f"### {response}", "", _fit(main), "", *_grid(
+            ["factor", "level", "instead of", "difference", "95 %", "share of squares", "p", "inflation"], rows)]
     return lines
+
+
+def _fit(main) -> str:
+    """How well main effects describe the cells."""
+    pure = main["pure_error"]
+    said = (f"Main effects, {main['runs']} runs, {main['residual_df']} residual degrees of freedom, residual sd "
+            f"{main['residual_sd']:.3g}, R2 {main['r_squared']:.3f}")
+    if pure is not None:
+        said += f"; pure error sd {pure['sd']:.3g} on {pure['df']}"
+    if pure is not None and "F" in pure:
+        said += f", lack of fit F({pure['lack_of_fit_df']}, {pure['df']}) = {pure['F']:.3g}, p = {pure['p']:.3g}"
+    return said + "."
+
+
+def _effect(term, entry) -> list[str]:
+    low, high = entry["interval"]
+    return [f"{entry['difference']:+.3f}", f"[{low:+.3f}, {high:+.3f}]", f"{term['share']:.1%}", f"{term['p']:.3g}",
+            f"{term['inflation']:.2f}"]
 
 
 def _together(made) -> list[str]:
@@ -300,39 +291,19 @@ def _together(made) -> list[str]:
         return "-" if value is None else f"x{value['ratio']:.3f}" + (
             "" if value["needle"] is None else f", needle {value['needle']:.0%}")
 
-    lines = ["### Topology, sinks and window in combination", "",
-             "Perplexity over the baseline's and the needle, nothing scaled, every gradient let through.", "",
-             "| | " + " | ".join(f"window {window:,}" for window in damage.FACTORS["window"]) + " |",
-             "|---" * (1 + len(damage.FACTORS["window"])) + "|"]
-    lines += [f"| {name} | " + " | ".join(map(show, values)) + " |" for name, values in made["crossed"]]
-    lines += ["", "### One factor changed, all else equal", "",
-              "Nats a token that a level adds, over all pairs of runs that differ in nothing else.", "",
-              "| factor | level | instead of | pairs | least | median | most | most where |",
-              "|---|---|---|---|---|---|---|---|"]
+    pairs = []
     for factor, levels in made["pairs"].items():
         for level, found in levels.items():
             if found:
                 nats = [one["difference"] for one in found]
                 where = ", ".join(f"{name} {value}" for name, value in found[-1]["where"].items())
-                lines.append(f"| {factor} | {level} | {damage.FACTORS[factor][0]} | {len(found)} | {nats[0]:+.3f} | "
-                             f"{statistics.median(nats):+.3f} | {nats[-1]:+.3f} | {where} |")
-    return [*lines, ""]
-
-
-def _aims(rows) -> list[str]:
-    rows = [row for row in rows if "aim" in row]
-    if not rows:
-        return []
-    names = list(rows[0]["aim"])
-    bounds = ", ".join(f"{points:g} on {task}" for task, points in ALLOWED.items())
-    lines = [f"The aim: at most {PARAMETERS:,} parameters trained, at least 90 % not routed, perplexity at or below "
-             f"the baseline's, paired intervals that exclude a loss above {bounds} points, needle at the baseline's at "
-             "every depth. *longer contexts*: sparsity and perplexity in 8,192 and 32,768 tokens too; in 2,048 a "
-             "window of 1,024 covers half by itself.", "",
-             "| row | " + " | ".join(names) + " | all |", "|" + "---|" * (len(names) + 2)]
-    shown = {None: "-", True: "yes", False: "no"}
-    for row in rows:
-        values = list(row["aim"].values())
-        every = None if None in values and False not in values else all(value is not False for value in values)
-        lines.append(f"| {row['name']} | " + " | ".join(shown[value] for value in values) + f" | {shown[every]} |")
-    return [*lines, ""]
+                pairs.append([factor, level, damage.FACTORS[factor][0], len(found), f"{nats[0]:+.3f}",
+                              f"{statistics.median(nats):+.3f}", f"{nats[-1]:+.3f}", where])
+    return [
+        "### Topology, sinks and window in combination", "",
+        "Perplexity over the baseline's and the needle, nothing scaled, every gradient let through.", "",
+        *_grid(["", *(f"window {window:,}" for window in damage.FACTORS["window"])],
+               [[name, *map(show, values)] for name, values in made["crossed"]]),
+        "### One factor changed, all else equal", "",
+        "Nats a token that a level adds, over all pairs of runs that differ in nothing else.", "",
+        *_grid(["factor", "level", "instead of", "pairs", "least", "median", "most", "most where"], pairs)]

@@ -9,7 +9,6 @@ from typing import Any
 
 from l2a_jax.errors import needs
 from l2a_jax.files import whole
-from l2a_jax.research.replication.facts import SPARSITY
 
 Fact = dict[str, Any]
 COLOURS = {"router_only": "tab:blue", "l2a_ft": "tab:orange", "full_ft": "tab:red", "router_strict": "tab:cyan"}
@@ -60,7 +59,6 @@ def frontier(rows: Sequence[Fact], path: Path) -> bool:
         for axis in axes:  # sparser to the right, where most of the rows are
             axis.set(xscale="log", xlabel="decisions routed, %")
             axis.invert_xaxis()
-            axis.axvline(100 * (1 - SPARSITY), color="grey", lw=0.8, ls="--")
             axis.set_xticks((1, 2, 5, 10, 20, 50), labels=("1", "2", "5", "10", "20", "50"))
             axis.set_xticks((), minor=True)
         for window, shade in shades.items():

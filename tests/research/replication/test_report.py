@@ -94,27 +94,18 @@ def test_the_report_holds_what_was_run_and_says_what_was_not(folder, tmp_path, c
     assert "not finite at step 7" in text and "| sequential | parallel |" in text
     assert "python train/run.py --regime router_only" in text and str(folder) not in text + json.dumps(made)
     rows = {row["name"]: row for row in made["rows"]}
-    assert rows["repair-w256-p0.3-s0"]["aim"] == {
-        "few parameters": True, "sparsity": True, "perplexity": True, "hellaswag": True, "piqa": True,
-        "arc_challenge": True, "needle": True, "longer contexts": None}
-    assert rows["repair-t8192-w1024-p0.2-f0.3-e1"]["aim"]["longer contexts"] is False, "80 % in 8,192 tokens"
+    assert rows["repair-w256-p0.3-s0"]["needle"]["at_least_baseline"] and not rows["repair-w256-p0.3-s0"]["contexts"]
+    assert rows["repair-t8192-w1024-p0.2-f0.3-e1"]["contexts"]["8192"]["sparsity"] == pytest.approx(0.8)
     assert " (repair-t8192-w1024-p0.5-f0.3-e1 in part)" in text and ", 96.0% |\n" in text
     assert "8,192, 30% inverted, echoes 100%" in text
-    assert rows["router_only-diverse-0.5b"]["aim"]["perplexity"] is False
+    assert rows["router_only-diverse-0.5b"]["perplexity_ratio"]["ratio"] > 1
     assert rebuild([str(paths[1])]) == 0  # the main table, from the JSON alone
     again = capsys.readouterr().out.removeprefix("## 0.5b\n\n")
     assert again in text and "Δ x1.2" in again
     (tmp_path / "replication.json").write_text("{}")
     assert rebuild([str(paths[1])]) == 2 and "is not a study's replication.json" in capsys.readouterr().err
-    for sentence in ("**router_only, 0.5b, diverse**: perplexity x1.2", "**disagrees**. Needle 100%, 0-20% reported",
-                     "rope explains", "**Repair**: 5 rows", "**Needle**: at the baseline's at every",
-                     "inverted decisions -20 +20 in 2,048 tokens.", "100 / 10 / 20 / 0 % (95.0%)",
-                     "tokens, of 3 rows that were asked: `repair-t8192-w1024-p0.5-f0.3-e1` (98.0% unrouted at x0.",
-                     " in 8,192); in 2,048 tokens alone by `repair-t8192-w1024-p0.2-f0.3",
-                     "; but for one prompt of the needle by `repair-t8192-w1024-p0.3` (98.0% unrouted at x0.95",
-                     "Weights, by hash: 0.5b Qwen2.5-Coder-0.5B-Instruct, 4-bit",
-                     "of 3 combinations that were run, 2 cost more than x1.05: sequential, "):
-        assert sentence in text, sentence
+    for part in ("100 / 10 / 20 / 0 % (95.0%)", "Weights, by hash: 0.5b 2a9129527b8b."):
+        assert part in text, part
     assert made["together"]["crossed"][2][1][2]["needle"] == 0.3 and "### One factor changed" in text
     term = made["damage"]["nats a token above the baseline"]["main_effects"]["terms"]["rope"]["levels"]["linear:5"]
     assert term["interval"][0] < 0.5 < term["interval"][1] and term["difference"] == pytest.approx(0.5, abs=0.02)
@@ -148,7 +139,7 @@ def test_the_report_stands_whatever_is_missing(folder, tmp_path, task, result):
             found["evaluations"][task] = {"hash": "", "seconds": 1.0, "result": result}
         write_json(tmp_path / path.name, found)
     text = report.markdown(report.collect(tmp_path), {})
-    assert ("## What it says so far" in text and "rope explains" in text) or task in ("perplexity", "needle")
+    assert "### nats a token above the baseline" in text or task == "perplexity"
 
 
 def test_rows_that_failed_before_anything_was_measured_are_rows(folder, tmp_path):

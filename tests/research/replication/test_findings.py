@@ -1,0 +1,285 @@
+"""`eval/results/findings.md` is written by people: every number in it is computed here from the rows, in its order.
+
+Beside each section stand the rules behind its words (agrees, lost, reached), so that they too are checked.
+"""
+
+import itertools
+import json
+import pathlib
+import re
+import statistics
+
+import pytest
+
+from l2a_jax.evaluation import reported
+from l2a_jax.files import plain
+from l2a_jax.research.replication import damage, report
+
+RESULTS = pathlib.Path(__file__).parents[3] / "eval" / "results"
+NUMBER = re.compile(r"(?<![\w.,-])[-+]?\d[\d,]*(?:\.\d+)?")
+AGREES, NEUTRAL, LOST, SPARSE, PARAMETERS = 1.25, 1.05, 0.2, 0.9, 65_000
+ALLOWED = {"hellaswag": 1.0, "piqa": 2.0, "arc_challenge": 3.5}
+LEVERS = ("seq_len", "flip", "echo")
+LENGTHS = ("2048", "8192", "32768")
+
+
+@pytest.fixture(scope="module")
+def made():
+    return report.collect(RESULTS / "rows")
+
+
+@pytest.fixture(scope="module")
+def rows(made):
+    return {row["name"]: row for row in made["rows"] if "device" in row}
+
+
+@pytest.fixture(scope="module")
+def sections():
+    parts = re.split(r"^## (.*)$", (RESULTS / "findings.md").read_text(), flags=re.M)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def numbers(text):
+    """Numbers of a text, without those in names (`code`, sizes such as 0.5B)."""
+    text = re.sub(r"`[^`]*`|\b\d+(?:\.\d+)?B\b", "", text)
+    return [float(found.rstrip(",").replace(",", "")) for found in NUMBER.findall(text)]
+
+
+def check(text, *expected):
+    """The numbers of the text are the expected ones, to the digits in which they are written."""
+    written = numbers(text)
+    assert len(written) == len(expected), (written, expected)
+    spelled = NUMBER.findall(re.sub(r"`[^`]*`|\b\d+(?:\.\d+)?B\b", "", text))
+    for found, value, spelling in zip(written, expected, spelled, strict=True):
+        digits = len(spelling.partition(".")[2]) if "." in spelling else 0
+        step = 10.0 ** -digits if found < 1_000 or digits or value == int(value) else 1.0
+        assert abs(found - value) <= 0.5 * step + 1e-9, f"{spelling} is written where the rows say {value}"
+
+
+def ratio(row):
+    return row["perplexity_ratio"]["ratio"]
+
+
+def percent(row, length=None):
+    needle = row["needle"] if length is None else row["needle"]["lengths"][length]
+    return 100 * needle["exact_match"]
+
+
+def reached(row):
+    """The aim, condition by condition; None where it was not asked."""
+    relative, needle, longer = row["perplexity_ratio"], row["needle"], row["contexts"].values()
+    out = {"parameters": row["trained_parameters"] <= PARAMETERS,
+           "sparsity": None if row["sparsity"] is None else row["sparsity"] >= SPARSE,
+           "perplexity": None if relative is None else relative["ratio"] <= 1}
+    for task, allowed in ALLOWED.items():
+        entry = row["benchmarks"][task]
+        out[task] = None if entry is None else entry["difference"]["points_95"][0] >= -allowed
+    out["needle"] = None if needle is None else needle["at_least_baseline"]
+    out["longer"] = all(one["ratio"] <= 1 and one["sparsity"] >= SPARSE for one in longer) if longer else None
+    return out
+
+
+def frontier(rows):
+    """(row, its aim) of the repair."""
+    return [(row, reached(row)) for row in rows.values() if row["group"] == "frontier"]
+
+
+def sparse_and_good(rows):
+    return [(row, aim) for row, aim in frontier(rows) if aim["sparsity"] and aim["perplexity"]]
+
+
+def test_every_number_stored_is_that_of_the_rows(made):
+    stored = json.loads((RESULTS / "replication.json").read_text())
+    assert stored.keys() - made.keys() == {"figures"}
+    again = json.loads(json.dumps(plain(made)))
+    for name in again:
+        assert_near(again[name], stored[name], name)
+
+
+def assert_near(one, other, where):
+    """Equal but for the last digits, which libraries of linear algebra differ in."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for name in one:
+            assert_near(one[name], other[name], f"{where}.{name}")
+    elif isinstance(one, list):
+        assert len(one) == len(other), where
+        for index, pair in enumerate(zip(one, other, strict=True)):
+            assert_near(*pair, f"{where}[{index}]")
+    elif isinstance(one, float):
+        assert one == pytest.approx(other, rel=1e-6, abs=1e-9), where
+    else:
+        assert one == other, where
+
+
+def test_every_section_is_checked_and_every_row_exists(sections, made):
+    tests = {name for name in globals() if name.startswith("test_section_")}
+    assert len(tests) == len(sections)
+    names = {row["name"] for row in made["rows"]}
+    text = (RESULTS / "findings.md").read_text()
+    assert set(re.findall(r"`((?:router_only|l2a_ft|full_ft|repair)-[^`]*)`", text)) <= names
+
+
+def test_section_what_was_run(sections, rows, made):
+    assert {row["date"][:10] for row in rows.values()} == {"2026-11-26"}
+    assert {row["device"] for row in rows.values()} == {"1 x NVIDIA H200"}
+    assert [(row["name"], row["elsewhere"]) for row in rows.values() if row["elsewhere"]] == [
+        ("router_only-diverse-1.5b", {"arc_challenge": "1 x cpu"})]
+    hashes = {row["size"]: row["source_hash"][:12] for row in rows.values() if row["source_hash"]}
+    assert all(f"`{short}`" in sections["What was run"] for short in hashes.values())
+    check(sections["What was run"], len(rows), len(made["rows"]), 26, 2026, 1, 4, 1, 95, 1)
+
+
+def test_section_against_what_was_reported(sections, rows):
+    text = sections["Against what was reported"]
+    expected = [256, AGREES]
+    for name in ("router_only-diverse-0.5b", "l2a_ft-diverse-0.5b", "full_ft-diverse-0.5b", "router_only-diverse-1.5b",
+                 "l2a_ft-diverse-1.5b"):
+        row = rows[name]
+        theirs, base = (reported.match(f"qwen2.5-{row['size']}", regime) for regime in (row["regime"], "baseline"))
+        relative = theirs.perplexity / base.perplexity
+        line = next(line for line in text.splitlines()
+                    if line.startswith(f"- `{row['regime']}`, {row['size'].upper()}"))
+        agrees = max(ratio(row) / relative, relative / ratio(row)) <= AGREES
+        assert (": agrees" in line) is agrees and (": disagrees" in line) is not agrees
+        expected += [ratio(row), relative, percent(row), *map(float, re.findall(r"\d+", theirs.needle))]
+        assert row["settings"]["window"] == 256
+    check(text, *expected)
+
+
+def test_section_scale_or_window(sections, rows):
+    names = {size: {window: rows[f"router_only-{'' if window == 256 else f'w{window}-'}diverse-{size}"]
+                    for window in (2_048, 1_024, 256)} for size in ("0.5b", "1.5b")}
+    table = [value for window in (2_048, 1_024, 256) for value in (
+        window, *(one for size in names for one in (ratio(names[size][window]), percent(names[size][window]))))]
+    assert all(ratio(found[2_048]) <= NEUTRAL < ratio(found[256]) for found in names.values())
+    check(sections["Scale, or a window as long as the context?"], 2_048, *table)
+
+
+def test_section_collapse(sections, rows):
+    low = [row for row in rows.values() if row["regime"] in ("l2a_ft", "full_ft") and row["group"] in (
+        "main", "collapse") and (row["tokens_per_trained_parameter"] or 1) < 1]
+    plain = [row for row in low if not {"lr", "master_dtype"} & row["settings"].keys()
+             and row["settings"].get("penalty", 0) <= 1]
+    finite = [row for row in plain if not row["non_finite"] and row["perplexity_ratio"]]
+    tokens = [row["tokens_per_trained_parameter"] for row in plain]
+    asked = [row for row in plain if row["needle"]]
+    lost = [row for row in asked if row["needle"]["exact_match"] <= LOST]
+    ratios = [edge([ratio(row) for row in finite if row["data"] == data]) for data in ("diverse", "wikitext")
+              for edge in (min, max)]
+    ill = {row["name"]: row for row in low if row["verdict"] not in (None, "healthy")}
+    order = ["full_ft-wikitext-0.5b", "l2a_ft-1.3M-lr0.003", "l2a_ft-1.3M-penalty10"]
+    assert sorted(ill) == sorted(order) and [ill[name]["verdict"] for name in order] == [
+        "loss-perplexity mismatch", "constant output", "never routes"]
+    check(sections["Collapse below one token a trained parameter"], len(plain), min(tokens), max(tokens), len(finite),
+          *ratios, len(asked), len(lost), 100 * LOST, max(row["tokens_seen"] for row in lost) / 1e6, len(ill),
+          *(ratio(ill[name]) for name in order))
+
+
+def test_section_autopsy(sections, made):
+    found = {name: {row["fault"]: {symptom for symptom, value in row["symptoms"].items() if value is True}
+                    for row in entry["rows"]} for name, entry in made["instruments"]["autopsy"].items()}
+    short, leak = found["autopsy"], found["autopsy-leak-4.4M"]["leak"]
+    all_symptoms = set(made["instruments"]["autopsy"]["autopsy"]["rows"][0]["symptoms"])
+    tried = {row["settings"]["name"] for row in made["instruments"]["autopsy"]["autopsy"]["rows"] if "settings" in row}
+    most = max(map(len, short.values()))
+    assert {fault for fault, shown in short.items() if len(shown) == most} == {
+        "NaN weights, evaluated before", "NaN router", "NaN router, evaluated before"}
+    assert all(all_symptoms - shown == {"finite, bad perplexity"} for shown in short.values() if len(shown) == most)
+    assert [fault for fault, shown in short.items() if "finite, bad perplexity" in shown] == ["leak"]
+    assert short["none"] == {"needle lost", "tasks above chance"}
+    assert all_symptoms - leak == {"finite, bad perplexity"}
+    check(sections["Autopsy"], len(tried - {"none"}), most, len(all_symptoms), len(short["none"]), 4.4, len(leak),
+          len(all_symptoms), 6)
+
+
+def test_section_damage(sections, made):
+    expected = [len(damage.FACTORS)]
+    for response in ("nats a token above the baseline", "needle, logit of exact match",
+                     "needle, log-probability of the answer"):
+        main = made["damage"][response]["main_effects"]
+        name, term = max(main["terms"].items(), key=lambda item: item[1]["share"])
+        level, entry = max(term["levels"].items(), key=lambda item: abs(item[1]["difference"]))
+        assert (name, level, term["reference"]) == ("rope", "linear:5", "none")
+        expected += [100 * term["share"], entry["difference"], *entry["interval"]]
+    main = made["damage"]["nats a token above the baseline"]["main_effects"]
+    assert main["pure_error"]["p"] < 0.05
+    cells = [(name, window, value["ratio"]) for name, values in made["together"]["crossed"]
+             for window, value in zip(damage.FACTORS["window"], values, strict=True) if value is not None]
+    harmful = sorted((cell for cell in cells if cell[2] > NEUTRAL), key=lambda cell: -cell[2])
+    assert [(name, window) for name, window, _ in harmful] == [
+        ("sequential, 0 sinks", 256), ("sequential, 0 sinks", 1_024), ("sequential, 1 sinks", 256),
+        ("sequential, 4 sinks", 256)]
+    check(sections["What damages router-only"], *expected, main["residual_sd"], main["pure_error"]["sd"], len(cells),
+          len(harmful), NEUTRAL, harmful[0][2], 256, harmful[1][2], 1_024, harmful[2][2], 1, 256, harmful[3][2], 4,
+          256)
+
+
+def test_section_noise(sections, rows):
+    some = sorted((row for row in rows.values() if row["group"] == "noise" and row["perplexity_ratio"]),
+                  key=lambda row: row["settings"]["flip"])
+    quiet, loud = some[0], some[-1]
+    assert loud["perplexity_ratio"]["ratio_95"][1] < quiet["perplexity_ratio"]["ratio_95"][0]
+    check(sections["Noise in the decisions"], 100 * loud["settings"]["flip"], ratio(loud), ratio(quiet), percent(loud),
+          percent(quiet), 100 * loud["sparsity"], 100 * quiet["sparsity"], 1)
+
+
+def test_section_repair(sections, rows):
+    some = [(row, aim) for row, aim in sparse_and_good(rows) if row["audit"] and "ratio" in row["audit"]]
+    asked = [tasks for _, aim in some if None not in (tasks := [aim[task] for task in ALLOWED])]
+    best = max((row for row, _ in some), key=lambda row: row["sparsity"])
+    assert best["name"] == "repair-w1024-p1-s0"
+    check(sections["The repair"], len(some), 100 * SPARSE, len(asked), sum(map(all, asked)), *ALLOWED.values(),
+          100 * best["sparsity"], ratio(best), *(best["audit"]["ratio"][name] for name in ("none", "random", "static")),
+          percent(best))
+
+
+def test_section_needle(sections, rows):
+    whole = [row for row, aim in sparse_and_good(rows) if aim["needle"]]
+    families = {row["name"].removesuffix("-s1").removesuffix("-s2") for row in whole}
+    assert families == set(re.findall("`(.*?)`", sections["The needle"])) and {
+        max(map(int, row["needle"]["lengths"])) for row in whole} == {32_768}
+    expected = [len(whole), 32_768, 2, 2, *map(int, LENGTHS)]
+    some = [row for row in rows.values() if row["group"] == "frontier" and row["needle"]]
+    for lever in LEVERS:
+        for length in LENGTHS:
+            points = sorted(percent(other, length) - percent(one, length) for one, other in itertools.permutations(
+                some, 2) if is_pair(one, other, lever) and all(length in row["needle"]["lengths"]
+                                                               for row in (one, other)))
+            edges = [points[0], points[-1], statistics.median(points)] if len(points) > 1 else points
+            expected += [*edges, len(points)]
+    check(sections["The needle"], *expected)
+
+
+def is_pair(one, other, lever):
+    """Whether two rows differ in the lever alone, and what comes with longer rows."""
+    leave = {lever, *(("batch_size", "remat") if lever == "seq_len" else ())}
+    rest = [{"size": row["size"], **{name: value for name, value in row["settings"].items()
+                                     if value and name not in leave}} for row in (one, other)]
+    low, high = ((row["settings"].get(lever) or 0) for row in (one, other))
+    return low < high and rest[0] == rest[1]
+
+
+def test_section_aim(sections, rows):
+    some = [(row, {name for name, value in aim.items() if value is False}) for row, aim in frontier(rows)
+            if None not in aim.values()]
+    whole = [row for row, missed in some if not missed]
+    short = [row["name"] for row, missed in some if missed == {"longer"}]
+    nearly = [row for row, missed in some if missed == {"needle"} and sum(
+        entry["n"] - entry["correct"] for entry in row["needle"]["lengths"].values()) == 1]
+    text = sections["The aim of the repair"]
+    assert [row["name"] for row in (*whole, *nearly)] == re.findall("`(.*?)`", text)
+    assert "repair-t8192-w1024-p0.5-f0.3-e1-s2" in short
+    table = [value for row in whole for value in (
+        100 * row["sparsity"], ratio(row), *(one for context in LENGTHS[1:] for one in (
+            100 * row["contexts"][context]["sparsity"], row["contexts"][context]["ratio"])))]
+    check(text, PARAMETERS, 100 * SPARSE, *map(int, LENGTHS), len(some), len(whole), *map(int, LENGTHS), *table,
+          len(short), 2_048, len(nearly), 1, 1_024, 2_048)
+
+
+def test_section_absorption(sections, rows):
+    some = [rows[f"l2a_ft-repair-s{seed}"] for seed in (0, 1)]
+    carried = [row["absorption"][when]["carried"] for row in some for when in ("before", "after")]
+    assert all(after >= before / 2 for before, after in zip(carried[::2], carried[1::2], strict=True))
+    worse = [row["audit"]["worse"] for row in some]
+    check(sections["Absorption"], *carried, *(one["static"] / one["none"] for one in worse))
