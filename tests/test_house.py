@@ -11,7 +11,7 @@ import pathlib
 import pytest
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "l2a_jax"
-GROUND = ("errors", "commands", "files", "fields", "shapes", "config", "progress", "version")
+GROUND = ("errors", "commands", "device", "provenance", "files", "fields", "shapes", "config", "progress", "version")
 FLOORS = (GROUND, ("attention",), ("nn",), ("models",), ("data",), ("training",), ("weights",), ("sources",),
           ("inference",), ("evaluation",), ("runs",), ("research",))
 """From the ground up. A module may import from its own floor and from those below."""
@@ -74,6 +74,14 @@ def test_no_module_imports_itself_by_way_of_others():
 def test_commands_reach_the_library_and_nothing_reaches_them():
     for name, path in MODULES.items():
         assert "l2a_jax_commands" not in path.read_text(), name
+
+
+def test_what_a_device_is_stands_in_one_file():
+    asked = {"default_backend", "device_kind", "memory_stats", "compute_capability"}
+    for name, path in MODULES.items():
+        if name != "l2a_jax.device" and not name.startswith("l2a_jax.research"):
+            found = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+            assert not asked & found, f"{name} asks JAX for {asked & found}: ask l2a_jax.device"
 
 
 @pytest.mark.parametrize("part", LINES)

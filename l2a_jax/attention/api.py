@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from l2a_jax import device
 from l2a_jax.attention.backends import CHOICES, check_name
-from l2a_jax.attention.kernels import blocks
 from l2a_jax.errors import Unsupported
 
 log = logging.getLogger("l2a_jax.attention")
@@ -69,7 +69,7 @@ def _order(call: Call, platform: str) -> tuple[str, ...]:
     order = AUTO.get(platform, ("xla", "reference"))
     wide = (call.window or 0) >= (1_024 if call.width == 128 else 2_048)
     faster = call.operation == "full" or (call.operation == "local" and wide)
-    if platform == "gpu" and faster and 9 <= blocks.capability(absent=0.0) < 12:
+    if platform == "gpu" and faster and 9 <= device.capability(absent=0.0) < 12:
         return ("cudnn", *(name for name in order if name != "cudnn"))
     return order
 
@@ -110,7 +110,7 @@ def _dispatch(operation, backend, q, k, v, *args, segment_ids, **options):
             raise ValueError(f"{name} is {value.shape}; expected [B, T] = {q.shape[:2]}")
     call = Call(operation, *q.shape[:3], k.shape[2], q.shape[3], jnp.dtype(q.dtype).name, options.get("window"),
                 options.get("sinks", 0), segment_ids is not None)
-    name = choose(call, backend, jax.default_backend())
+    name = choose(call, backend, device.platform())
     with jax.named_scope(f"attention_{operation}"):
         function = getattr(_module(name), operation, None) or functools.partial(_both, _module(name))
         return function(q, k, v, *args, segment_ids=segment_ids, **options)

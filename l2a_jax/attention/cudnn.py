@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import jax
 
+from l2a_jax import device
+
 
 def machine_why_not() -> str | None:
     """cuDNN is NVIDIA's."""
-    return None if jax.default_backend() == "gpu" else "cuDNN needs an NVIDIA GPU"
+    return None if device.platform() == "gpu" else "cuDNN needs an NVIDIA GPU"
 
 
 def why_not(call) -> str | None:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from l2a_jax import device
 from l2a_jax.attention.kernels import blocks
 from l2a_jax.attention.kernels.backward_kv import backward_kv
 from l2a_jax.attention.kernels.backward_q import backward_q
@@ -28,10 +29,10 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 def machine_why_not() -> str | None:
     """The Triton lowering wants an NVIDIA GPU of the Ampere generation or newer."""
-    if jax.default_backend() != "gpu":
+    if device.platform() != "gpu":
         return "the kernels are compiled for NVIDIA GPUs; pallas_interpret runs them elsewhere"
-    if blocks.capability() < 8:
-        return f"the kernels need compute capability 8.0, this device has {blocks.capability()}"
+    if device.capability() < 8:
+        return f"the kernels need compute capability 8.0, this device has {device.capability()}"
     return None
 
 

@@ -18,7 +18,7 @@ from typing import Annotated, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from l2a_jax import commands, fields
+from l2a_jax import commands, device, fields
 from l2a_jax.attention import api as attention
 from l2a_jax.attention.backends import CHOICES
 from l2a_jax.config import L2AConfig, ModelConfig, position_limit
@@ -95,7 +95,7 @@ class Plan(NamedTuple):
     @property
     def precision(self) -> str | None:
         """float32 means float32 products too, where an accelerator would take shortcuts (a CPU takes none)."""
-        return "float32" if self.dtype == "float32" and jax.default_backend() != "cpu" else None
+        return "float32" if self.dtype == "float32" and device.platform() != "cpu" else None
 
 
 def make_plan(options: Options) -> Plan:
@@ -103,7 +103,7 @@ def make_plan(options: Options) -> Plan:
     tasks = _tasks(options.tasks)
     fields.check(options)
     attention.check(options.backend)
-    dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    dtype = options.dtype or device.default_dtype()
     if (options.prune_sparsity is None) != (options.calibration is None):
         raise UserError("--prune-sparsity measures the router on --calibration TEXT: give both")
     config, own = read_config(options.source)
@@ -139,7 +139,7 @@ def make_plan(options: Options) -> Plan:
     if "needle" in tasks:
         needle = needle_task.make_options(options.needle, Pretrained(config, layer, {}, tokenizer, ""))
     path, replace = _place(options)
-    batch_tokens = options.batch_tokens or (4_096 if jax.default_backend() == "cpu" else perplexity.BATCH_TOKENS)
+    batch_tokens = options.batch_tokens or device.batch_tokens(perplexity.BATCH_TOKENS)
     return Plan(options, tasks, config, own, layer, windows, calibration, needle, dtype, batch_tokens, path, replace)
 
 
@@ -190,7 +190,7 @@ def evaluate(options: Options) -> tuple[dict[str, Any], Path]:
             found = run()
             seconds = time.monotonic() - started
             settings = dataclasses.asdict(options) | {"dtype": plan.dtype, "batch_tokens": plan.batch_tokens}
-            origin = results.provenance(settings, seconds)
+            origin = results.origin(settings, seconds)
             results.merge_results(plan.path, head, {task: {**entry, "provenance": origin} for task, entry in
                                                     found.items()}, replace=plan.replace)
             log.info("%s: done in %.1f s", name, seconds)

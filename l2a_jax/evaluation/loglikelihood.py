@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int64
 
+from l2a_jax import device
 from l2a_jax.config import L2AConfig, ModelConfig, position_limit
 from l2a_jax.data.counts import format_count
 from l2a_jax.data.packing import best_fit_rows
@@ -30,7 +31,7 @@ ROW = 1_024
 """Tokens in a row of packed requests; a longer request gets a row of the next power of two."""
 SMALLEST = 128
 """Tokens in the shortest row, and continuation tokens in a batch: still shorter ones would only add shapes."""
-BATCH_TOKENS = {"gpu": 32_768, "cpu": 4_096}
+BATCH_TOKENS = 32_768
 """Tokens in a batch, by platform: enough to fill the device, little enough to see progress."""
 _IN_FLIGHT = 2
 
@@ -118,7 +119,7 @@ def log_likelihoods(
         done += batch.work
         report(done, f"{format_count(done)} of {format_count(work)} tokens")
 
-    size = batch_tokens or BATCH_TOKENS.get(jax.default_backend(), BATCH_TOKENS["cpu"])
+    size = batch_tokens or device.batch_tokens(BATCH_TOKENS)
     with progress(label, work) as report:
         for batch in _batches(table, size):
             result = _score(model.params, batch.tokens, batch.segment_ids, batch.picks, batch.targets, model.config,

@@ -6,20 +6,14 @@ merged as they finish, each write whole or not at all, so an interrupted evaluat
 
 from __future__ import annotations
 
-import datetime
 import logging
 import pathlib
-import platform
-import sys
-from importlib import metadata
 from typing import Any
-
-import jax
 
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation.results_shape import check
 from l2a_jax.files import claim, from_plain, plain, read_json, write_json
-from l2a_jax.version import __version__
+from l2a_jax.provenance import provenance
 
 log = logging.getLogger("l2a_jax.eval")
 FILE = "eval.json"
@@ -29,17 +23,9 @@ WAIT = 60.0
 """Seconds to wait for another process that is merging into the same file; it takes milliseconds."""
 
 
-def provenance(settings: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """When, where, by which command and with which versions a result was made."""
-    versions = {"python": platform.python_version(), "l2a_jax": __version__}
-    for name in ("jax", "jaxlib", "flax", "numpy", "tokenizers", "lm_eval"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return {"command": [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]],
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "seconds": round(seconds, 2),
-            "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}", "versions": versions,
+def origin(settings: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """When, where, by which command, with which versions and settings a result was made, and how long it took."""
+    return {**provenance(), "seconds": round(seconds, 2),
             "settings": {name: str(value) if isinstance(value, pathlib.Path) else value
                          for name, value in settings.items()}}
 

@@ -7,25 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import os
 import pathlib
-import platform
-import sys
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 
-from l2a_jax import files
+from l2a_jax import device, files
 from l2a_jax.config import to_dict
 from l2a_jax.data.recipes import absolute
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import recall
 from l2a_jax.models.params import abstract_params
+from l2a_jax.provenance import provenance
 from l2a_jax.training import metrics
 from l2a_jax.training.checkpoints import BEST, Checkpoints
 from l2a_jax.training.optimizer import OptimizerConfig, learning_rate
@@ -68,7 +64,7 @@ def write_config(run_dir: pathlib.Path, plan: Plan, source: str) -> None:
     source_path = plan.source
     if source_path is not None and pathlib.Path(source_path).expanduser().exists():
         source_path = str(pathlib.Path(source_path).expanduser().absolute())
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    here = provenance()
     files.write_json(run_dir / "config.json", {
         "settings": dataclasses.asdict(plan.settings),
         "model_source": source_path,
@@ -80,10 +76,8 @@ def write_config(run_dir: pathlib.Path, plan: Plan, source: str) -> None:
         "data_fingerprint": plan.data.fingerprint,
         "steps": plan.steps,
         "dtype": plan.dtype.name,
-        "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "command": [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]],
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "started": here.pop("date"),
+        **here,
     })
 
 
@@ -103,7 +97,7 @@ def summarise(
         "regime": s.regime, "steps": int(state.step), "trained_parameters": trained, "tokens_seen": tokens,
         "tokens_per_trained_parameter": tokens / trained if trained else None,
         "tokens_per_second_median": speeds[len(speeds) // 2] if speeds else None,
-        "peak_memory_gb": metrics.peak_memory_gb(), "estimated_memory_gb": run.memory_bytes / 1e9,
+        "peak_memory_gb": device.peak_memory_gb(), "estimated_memory_gb": run.memory_bytes / 1e9,
         "seconds_this_session": seconds, "data": plan.data.describe(), **held_out,
     }
     if usage is not None:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from l2a_jax import device
 from l2a_jax.attention import api as attention
 from l2a_jax.config import MODELS, L2AConfig, ModelConfig, position_limit
 from l2a_jax.data.batch import Batch, TrainingData
@@ -30,7 +31,6 @@ from l2a_jax.sources import TINY, load_pretrained, read_config, recall_tokenizer
 from l2a_jax.training import memory
 from l2a_jax.training.optimizer import OptimizerConfig, make_optimizer
 from l2a_jax.training.regimes import PLAIN_REGIMES, check_attention_layers, regime_mask
-from l2a_jax.training.remat import checkpoint_policy
 from l2a_jax.training.run_files import RunConfig
 from l2a_jax.training.settings import RECALL_EMPHASIS, Settings, adapt_layer, as_used, layer_of, model_of, steps_of
 from l2a_jax.training.step import (
@@ -78,7 +78,7 @@ def make_plan(settings: Settings, *, read: Callable = read_source, open_data: Ca
     if settings.deterministic:
         set_deterministic()
     attention.check(settings.backend)
-    dtype = jnp.dtype(settings.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+    dtype = jnp.dtype(settings.dtype or device.default_dtype())
     source = settings.model or (None if settings.regime == "pretrain" else TINY)
     if source is None:
         config, source_layer, tokenizer = MODELS["qwen2.5-tiny"], None, recall_tokenizer()
@@ -135,7 +135,7 @@ def _unrolls(settings: Settings) -> bool:
     """A GPU spends more on stacking what each layer keeps than on anything else that unrolling would cost."""
     if settings.unroll is not None:
         return settings.unroll
-    return jax.default_backend() == "gpu" and settings.remat != "layer"
+    return device.platform() == "gpu" and settings.remat != "layer"
 
 
 class Run(NamedTuple):
@@ -183,7 +183,8 @@ def compile_run(plan: Plan) -> Run:
     """Compile a step from shapes alone and refuse a run that cannot fit (UserError with the estimate)."""
     s = plan.settings
     objective = Objective(plan.config, plan.l2a_config, dtype=plan.dtype, backend=s.backend,
-                          remat=checkpoint_policy(s.remat), unroll=_unrolls(s), attention_layers=s.attention_layers)
+                          remat=memory.checkpoint_policy(s.remat), unroll=_unrolls(s),
+                          attention_layers=s.attention_layers)
     rule = OptimizerConfig(s.lr, plan.steps, weight_decay=s.weight_decay, clip=s.clip,
                            attention_layers=s.attention_layers,
                            momentum_dtype=None if s.master_dtype == "float32" else jnp.dtype(s.master_dtype))
@@ -204,7 +205,7 @@ def compile_run(plan: Plan) -> Run:
     compiled = step.lower(like, frozen, batch, jax.eval_shape(jax.random.key, 0), dials_of(plan)).compile()
     need = memory.check_fits(compiled, like, frozen)
     log.info("compiled a step in %.1f s; it needs %.2f GB of %.1f GB", time.perf_counter() - started, need / 1e9,
-             memory.device_bytes() / 1e9)
+             device.memory_bytes() / 1e9)
     return Run(plan, objective, mask, optimizer, like, compiled, evaluate, need)
 
 

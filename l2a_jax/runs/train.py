@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from l2a_jax import device
 from l2a_jax.data.batch import Batch
 from l2a_jax.data.preview import decode_row
 from l2a_jax.errors import Missing, UserError
@@ -94,15 +95,15 @@ def resume(run_dir: pathlib.Path) -> dict[str, Any]:
 
 def _check_machine(plan: Plan, recorded: RunConfig, what: str) -> None:
     """Refuse to go on in another precision than the run began with; say where the device is another."""
-    device = jax.devices()[0].device_kind
+    kind = device.kind()
     if recorded.dtype is not None and plan.dtype.name != recorded.dtype:
-        raise UserError(f"{what}: the run computes in {recorded.dtype}, and on this device ({device}) it would go on "
+        raise UserError(f"{what}: the run computes in {recorded.dtype}, and on this device ({kind}) it would go on "
                         f"in {plan.dtype.name}; resume it where it began ({recorded.device or 'not recorded'}), or "
                         f'write "dtype": "{recorded.dtype}" into the settings of {recorded.path}')
     began = (recorded.device or "").partition(" x ")[2]
-    if began and began != device:
+    if began and began != kind:
         log.warning("the run began on %s and goes on on %s: its numbers will not be the same to the last bit", began,
-                    device)
+                    kind)
 
 
 @contextlib.contextmanager
@@ -213,7 +214,7 @@ def _announce(plan: Plan) -> None:
     tokens = round(plan.steps * s.grad_accum * plan.data.tokens_per_batch)
     log.info("regime %s: %s of %s parameters, %s steps of %s x %s x %s tokens, seed %s, %s on %s", s.regime,
              f"{trained:,}", f"{total:,}", plan.steps, s.grad_accum, s.batch_size, s.seq_len, s.seed, plan.dtype.name,
-             jax.devices()[0].device_kind)
+             device.kind())
     if plan.l2a_config is not None:
         log.info("layer: %s", plan.l2a_config)
     if trained:

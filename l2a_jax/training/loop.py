@@ -21,11 +21,12 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import numpy as np
 
+from l2a_jax import device
 from l2a_jax.data.batch import Batch, TrainingData
 from l2a_jax.files import native
 from l2a_jax.progress import progress
 from l2a_jax.training.checkpoints import BEST, LATEST
-from l2a_jax.training.metrics import peak_memory_gb, told
+from l2a_jax.training.metrics import told
 from l2a_jax.training.step import TrainState
 
 _log = logging.getLogger("l2a_jax")
@@ -177,7 +178,7 @@ def fit(
             raise NonFinite(step, float(record["loss"]), state)
         record["tokens_per_second"] = record["tokens"] / (now - clock)
         clock = now
-        record = {"step": step, **record, "peak_memory_gb": peak_memory_gb(), **native(held_out)}
+        record = {"step": step, **record, "peak_memory_gb": device.peak_memory_gb(), **native(held_out)}
         log.write(record)
         report(step, told(record, schedule.steps))
 

@@ -8,11 +8,9 @@ import json
 import logging
 import os
 import pathlib
-import resource
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
 from l2a_jax.errors import UserError, needs
@@ -99,14 +97,6 @@ class MetricsLog:
 
     def close(self) -> None:
         self._file.close()
-
-
-def peak_memory_gb() -> float:
-    """Peak memory of this process in GB: the accelerator's where there is one, else the resident set."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in stats:
-        return stats["peak_bytes_in_use"] / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def told(record: dict[str, Any], steps: int) -> str:

@@ -41,8 +41,8 @@ from l2a_jax.fields import (
     count,
     length,
 )
+from l2a_jax.training.memory import MODES
 from l2a_jax.training.regimes import PLAIN_REGIMES, REGIMES, check_regime
-from l2a_jax.training.remat import MODES
 
 
 @dataclass(frozen=True)

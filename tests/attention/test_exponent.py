@@ -13,6 +13,7 @@ import pytest
 from cases import Case, on_gpu, value_and_gradients
 from test_backends import assert_close, few_programs  # noqa: F401  (a fixture)
 
+from l2a_jax import device
 from l2a_jax.attention import pallas, reference
 from l2a_jax.attention.kernels import blocks, split, tile
 from l2a_jax.attention.kernels.plan import Block, Spec, make_plan
@@ -123,7 +124,7 @@ TABLE = {
 @pytest.mark.parametrize("arch, loop", [(arch, loop) for arch in blocks.SHARED_MEMORY for loop in blocks.LOOPS])
 def test_every_row_of_the_table_on_the_device(arch, loop, width, dtype):
     """At a length that a test can afford, whatever row such a call would take by itself."""
-    if arch == "sm_90" and blocks.capability() < 9:
+    if arch == "sm_90" and device.capability() < 9:
         pytest.skip("tiles for Hopper do not fit an Ada card")
     case = dataclasses.replace(TABLE[loop], width=width)
     q, k, v, cotangent, options = case.inputs(dtype=dtype)

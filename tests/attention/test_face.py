@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l2a_jax import attention
+from l2a_jax import attention, device
 from l2a_jax.attention import api
 from l2a_jax.attention.kernels import blocks
 
@@ -78,7 +78,7 @@ def test_the_kernels_decline_64_bit_mode():
 
 def test_a_gpu_of_another_maker_is_left_to_xla(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability="gfx942")])
-    assert blocks.capability() == 0.0
+    assert device.capability() == 0.0
     assert api._order(api.Call("full", 1, 64, 2, 2, 64, "bfloat16"), "gpu")[0] != "cudnn"
 
 

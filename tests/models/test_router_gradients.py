@@ -11,7 +11,7 @@ from l2a_jax.attention.reference import segment_starts
 from l2a_jax.models import layer as l2a
 from l2a_jax.models.transformer import hidden_states
 from l2a_jax.nn import routing
-from l2a_jax.training.remat import MODES, checkpoint_policy
+from l2a_jax.training.memory import MODES, checkpoint_policy
 from tests.models.cases import CONFIG, LAYERS, make_params, make_tokens, packed
 
 # So warm that no sigmoid saturates: at 0.1 a sure token's p (1 - p) is exactly 0 in float32, and proves nothing.

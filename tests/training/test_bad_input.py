@@ -6,9 +6,9 @@ import pathlib
 
 import pytest
 
+from l2a_jax import device
 from l2a_jax.errors import UserError
 from l2a_jax.runs.train import train
-from l2a_jax.training import memory
 from l2a_jax.training import settings as presets
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -86,7 +86,7 @@ def test_run_folder_below_a_file(tmp_path):
 
 
 def test_a_run_that_cannot_fit_is_refused_with_the_estimate(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "device_bytes", lambda: 1_000_000)
+    monkeypatch.setattr(device, "memory_bytes", lambda: 1_000_000)
     with pytest.raises(UserError, match=r"needs about .* GB and the device has 0.0 GB: .*--master-dtype bfloat16"):
         train(presets.resolve("l2a_ft", {"steps": 1}), tmp_path / "run")
     assert not (tmp_path / "run").exists()

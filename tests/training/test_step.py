@@ -15,9 +15,9 @@ from l2a_jax.models.transformer import hidden_states
 from l2a_jax.nn import routing
 from l2a_jax.training.diagnose import first_non_finite
 from l2a_jax.training.loss import cross_entropy
+from l2a_jax.training.memory import checkpoint_policy
 from l2a_jax.training.optimizer import OptimizerConfig, make_optimizer
 from l2a_jax.training.regimes import partition, regime_mask
-from l2a_jax.training.remat import checkpoint_policy
 from l2a_jax.training.step import Objective, compute_params, initial_state, split_params, train_step
 from tests.models.cases import CONFIG, LAYERS, make_params, make_tokens, packed
 

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 from jax.experimental.pallas import next_power_of_2
 
+from l2a_jax import device
 from l2a_jax.attention.kernels.plan import Block, Spec
 
 WIDTHS = (16, 32, 64, 128)  # head widths that the kernels take
@@ -86,18 +87,9 @@ def loop_of(spec: Spec) -> str:
     return "most" if 2 * spec.window > spec.length else "long"
 
 
-def capability(absent: float = 9.0) -> float:
-    """The device's compute capability: 0 for a GPU that is not NVIDIA's, and `absent` for what is no GPU (by default
-    that of the card one lowers for, Hopper)."""
-    try:
-        return float(getattr(jax.devices()[0], "compute_capability", absent))
-    except ValueError:  # "gfx942"
-        return 0.0
-
-
 def on_gpu(kernel: Callable, plain: Callable, *inputs: Any) -> Any:
     """`kernel(*inputs)` on NVIDIA GPUs that our kernels can be compiled for, `plain(*inputs)` elsewhere."""
-    if capability() < 8:
+    if device.capability() < 8:
         return plain(*inputs)
     return jax.lax.platform_dependent(*inputs, cuda=kernel, default=plain)
 
@@ -105,7 +97,7 @@ def on_gpu(kernel: Callable, plain: Callable, *inputs: Any) -> Any:
 def architecture() -> str:
     """The row of the table for the device at hand: Hopper's where that much shared memory is (Blackwell of the data
     centre has it too, that of consumer cards, 12.x, has Ada's), else Ada's."""
-    return "sm_90" if 9 <= capability() < 12 else "sm_89"
+    return "sm_90" if 9 <= device.capability() < 12 else "sm_89"
 
 
 def shared_memory(kernel: str, block: Block, width: int, itemsize: int = 2, sinks: int = 4) -> int:

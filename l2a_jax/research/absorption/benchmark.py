@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from l2a_jax.device import peak_memory_gb
 from l2a_jax.files import write_json, write_text
 from l2a_jax.research.absorption import arms, report, train
 from l2a_jax.research.absorption.config import Arm, Preset
-from l2a_jax.training.metrics import peak_memory_gb
 
 log = logging.getLogger("l2a_jax")
 ROUNDS = 3

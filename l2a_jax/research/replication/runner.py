@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 
+from l2a_jax import device
 from l2a_jax.errors import UserError
 from l2a_jax.files import check_file, claim, write_json
 from l2a_jax.research.replication.measures import Subject, measure
@@ -28,7 +29,6 @@ from l2a_jax.research.replication.row import Row
 from l2a_jax.research.replication.row_file import FORMAT, read_row
 from l2a_jax.research.replication.session import Session
 from l2a_jax.research.replication.trained import load_masters, save_masters, train_row
-from l2a_jax.training import metrics
 from l2a_jax.training.loop import Stopped
 from l2a_jax.training.memory import tree_bytes
 from l2a_jax.version import __version__
@@ -167,7 +167,7 @@ def _run_row(row: Row, session: Session, out: Path, deadline: float, keep: bool)
                                       **_elsewhere(found["environment"])}
         log.info("%s: %s in %.1f s", row.name, task, seconds)
         _write(path, found, "partial")
-    found["training"].setdefault("memory", {}).setdefault("process_peak_after_gb", metrics.peak_memory_gb())
+    found["training"].setdefault("memory", {}).setdefault("process_peak_after_gb", device.peak_memory_gb())
     _write(path, found, "done")
     return found
 

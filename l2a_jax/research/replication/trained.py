@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from l2a_jax import device
 from l2a_jax.errors import UserError
 from l2a_jax.files import whole
 from l2a_jax.models.params import Tree, add_routing, map_with_path
@@ -25,7 +26,6 @@ from l2a_jax.research.replication.row import Row
 from l2a_jax.research.replication.session import Session
 from l2a_jax.runs.plan import Plan
 from l2a_jax.runs.train import held_out_metrics
-from l2a_jax.training import memory, metrics
 from l2a_jax.training.diagnose import first_non_finite
 from l2a_jax.training.loop import NonFinite, Schedule, fit, stacked_batch
 from l2a_jax.training.regimes import count_parameters, partition, regime_mask
@@ -111,8 +111,8 @@ def train_row(session: Session, row: Row) -> Trained:
     params = compute_params(state.trainable, frozen, plan.dtype)
     report = {**_report(run, records.kept, int(state.step)), "non_finite": failed,
               "data_fingerprint": plan.data.fingerprint, "source_hash": base.source_hash,
-              "memory": {"compiled_gb": run.memory_bytes / 1e9, "process_peak_gb": metrics.peak_memory_gb(),
-                         "device_gb": memory.device_bytes() / 1e9}, "seconds": seconds}
+              "memory": {"compiled_gb": run.memory_bytes / 1e9, "process_peak_gb": device.peak_memory_gb(),
+                         "device_gb": device.memory_bytes() / 1e9}, "seconds": seconds}
     if hasattr(plan.data, "usage"):
         report["data_used"] = plan.data.usage(int(state.step) * s.grad_accum)
     return Trained(plan, params, state.trainable, report, records.kept)

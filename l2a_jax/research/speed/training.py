@@ -28,10 +28,9 @@ from l2a_jax.models.params import abstract_params, init_params
 from l2a_jax.research.speed import training_torch
 from l2a_jax.research.speed.attention import versions
 from l2a_jax.research.speed.timing import matmul_ceiling
-from l2a_jax.training.memory import step_bytes
+from l2a_jax.training.memory import checkpoint_policy, step_bytes
 from l2a_jax.training.optimizer import OptimizerConfig, make_optimizer
 from l2a_jax.training.regimes import PLAIN_REGIMES, regime_mask
-from l2a_jax.training.remat import checkpoint_policy
 from l2a_jax.training.settings import REGIME_PRESET, layer_of, resolve
 from l2a_jax.training.step import Objective, initial_state, split_params, train_step
 
