@@ -1,6 +1,8 @@
-"""Which row comes when: domains interleaved by share, rows of a domain shuffled anew each epoch.
+"""Which documents are held out, and which row comes when: domains interleaved by share, their rows shuffled each epoch.
 
-Everything is a function of (seed, place in the stream). Random numbers are raw Philox output, which numpy guarantees
+What is held out is decided by a hash of a document's text, so it never moves and copies stay together.
+
+All else is a function of (seed, place in the stream). Random numbers are raw Philox output, which numpy guarantees
 never to change, unlike its `shuffle` and `permutation`.
 """
 
@@ -16,6 +18,8 @@ from jaxtyping import Float64, Int64, UInt64
 
 CYCLE = 1 << 16
 """Least number of rows after which the pattern of domains repeats: resolves shares of 1 in 65,536."""
+ENOUGH = 10
+"""A domain of at least this many different documents holds out at least one, whatever the fraction above 0."""
 
 
 def raw_random(key: str, count: int) -> UInt64[np.ndarray, " count"]:
@@ -86,3 +90,18 @@ def make_mix(rates: Float64[np.ndarray, " D"], rows: int, seed: int) -> Mix:
     counts[np.argsort(counts - exact, kind="stable")[: max(short, 0)]] += 1  # largest remainders
     domains = interleave(counts.tolist(), counts.astype(float).tolist(), seed)
     return Mix(domains, ranks(domains, counts.size), counts)
+
+
+def held_out_identities(domains: Sequence[UInt64[np.ndarray, " _"]], fraction: float) -> UInt64[np.ndarray, " H"]:
+    """The identities held out, over all domains together: a text in two domains is on one side in both.
+
+    In each domain, those with a hash in the lowest `fraction` of all hashes, but never its last one (a domain of one
+    document is trained on), and its lowest one always if there are `ENOUGH`.
+    """
+    chosen = [np.zeros(0, np.uint64)]
+    for identities in domains:
+        unique = np.unique(identities)
+        if fraction > 0 and unique.size:
+            below = int(np.searchsorted(unique, np.uint64(min(int(fraction * 2.0**64), 2**64 - 1)), side="left"))
+            chosen.append(unique[: min(max(below, int(unique.size >= ENOUGH)), unique.size - 1)])
+    return np.unique(np.concatenate(chosen))

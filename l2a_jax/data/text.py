@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from l2a_jax.data.files import PARQUET, check_regular, suffix
+from l2a_jax.data.recipes import Hub
 from l2a_jax.errors import UserError, needs
 from l2a_jax.files import parse_json
 
@@ -31,6 +32,9 @@ LAYOUTS = ("text", "content", "{question}\n{answer}")
 
 PIECE = 1 << 17
 """Characters after which a long document goes to the tokeniser in several pieces."""
+
+HUB_SECONDS = 15
+"""Patience for the hub's first answer: `datasets` itself retries for half a minute where there is no network."""
 
 _HEADING = re.compile(r" = (?!= )(.*\S) = \s*")
 
@@ -187,6 +191,27 @@ def _parsing(path: Path, what: str) -> Iterator[None]:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} does not read as parquet: {what} is damaged, or of a kind that is not read "
                         f"({type(error).__name__}: {reason})") from error  # fmt: skip
+
+
+def hub_records(hub: Hub, instead: str) -> Iterator[tuple[str, Mapping]]:
+    """(place, record) of a data set of the Hugging Face hub, streamed in its order, at its present revision.
+
+    Raises:
+        UserError: `datasets` is missing, or the hub cannot be reached; `instead` says what else to give.
+    """
+    datasets = needs("datasets", "data", f"{hub.path}: reading from the Hugging Face hub",
+                     f". Or give local files: {instead}")
+    import huggingface_hub
+
+    try:
+        revision = huggingface_hub.HfApi().dataset_info(hub.path, timeout=HUB_SECONDS).sha
+        rows = datasets.load_dataset(hub.path, hub.config, split=hub.split, streaming=True, revision=revision)
+        for number, record in enumerate(rows):
+            yield f"{hub.path}, row {number}", record
+    except Exception as error:  # a network fails in more ways than any list: each HTTP library has its own
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{hub.path} cannot be read from the Hugging Face hub ({type(error).__name__}: {reason}). "
+                        f"Without a network give local files: {instead}") from error  # fmt: skip
 
 
 def record_text(

@@ -19,7 +19,6 @@ import numpy as np
 from l2a_jax.data.counts import format_count
 from l2a_jax.data.encoder import Encoder
 from l2a_jax.data.files import TEXT, check_regular, digest, suffix
-from l2a_jax.data.hub import hub_records
 from l2a_jax.data.recipes import RECIPES, Domain
 from l2a_jax.data.store import FORMAT, TokenStore, open_store, writing
 from l2a_jax.data.text import (
@@ -27,6 +26,7 @@ from l2a_jax.data.text import (
     Fragment,
     Piece,
     articles,
+    hub_records,
     needed_columns,
     pieces,
     read_lines,

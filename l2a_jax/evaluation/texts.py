@@ -22,10 +22,9 @@ from jaxtyping import Int32
 
 from l2a_jax.data.encoder import check_ids, make_encoder
 from l2a_jax.data.files import SUFFIXES, TEXT, digest, find, once, suffix
-from l2a_jax.data.hub import hub_records
 from l2a_jax.data.recall import IDS
 from l2a_jax.data.recipes import Hub
-from l2a_jax.data.text import Fragment, needed_columns, read_lines, read_records, record_text, separated
+from l2a_jax.data.text import Fragment, hub_records, needed_columns, read_lines, read_records, record_text, separated
 from l2a_jax.errors import UserError
 
 WIKITEXT = "wikitext"

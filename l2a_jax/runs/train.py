@@ -21,8 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from l2a_jax import device
-from l2a_jax.data.batch import Batch
-from l2a_jax.data.preview import decode_row
+from l2a_jax.data.batch import Batch, decode_row
 from l2a_jax.errors import Missing, UserError
 from l2a_jax.files import check_file, check_writable, owned, plain, write_json
 from l2a_jax.models.params import Tree, abstract_params

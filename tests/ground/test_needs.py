@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from l2a_jax import errors
-from l2a_jax.data.hub import hub_records
 from l2a_jax.data.recipes import Hub
-from l2a_jax.data.text import read_records
+from l2a_jax.data.text import hub_records, read_records
 from l2a_jax.evaluation import evaluate, needle_plot, needle_task
 from l2a_jax.evaluation.needle import NeedleOptions
 from l2a_jax.evaluation.tasks import load_tasks
