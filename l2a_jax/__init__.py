@@ -1,4 +1,4 @@
-"""Conditional attention routing on Qwen2.5: convert, train, run, evaluate and explain (DESIGN: see README.md).
+"""Conditional attention routing on Qwen2.5: convert, train, run, evaluate and explain (l2a_jax/README.md).
 
     import l2a_jax as l2a
     model = l2a.load_pretrained("Qwen/Qwen2.5-0.5B")
