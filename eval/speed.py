@@ -13,7 +13,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch wants
 
 from l2a_jax import commands
 
-MODES = ("windows", "blocks", "shares", "training", "large", "profile", "projections", "inference", "compile")
+MODES = ("windows", "blocks", "shares", "training", "large", "profile", "inference", "compile")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -30,7 +30,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--large", action="store_true",
                         help="steps of the larger models; cap the memory with XLA_PYTHON_CLIENT_MEM_FRACTION")
     parser.add_argument("--profile", metavar="REGIME", help="the kernels of one training step")
-    parser.add_argument("--projections", action="store_true", help="projections of routed rows alone, an upper bound")
     parser.add_argument("--inference", action="store_true", help="prefill and decode steps, beside transformers")
     parser.add_argument("--model", help="with --inference: real weights (default: random ones of the 0.5B)")
     parser.add_argument("--compile", action="store_true",
@@ -57,62 +56,54 @@ def check(arguments: argparse.Namespace) -> None:
     defaults = make_parser().parse_args([])
     commands.say_idle([name for name, value in vars(arguments).items() if value != getattr(defaults, name)], [
         (mode != "inference", ("model",), "it is of --inference"),
-        (mode in ("profile", "projections", "compile"), ("only",), f"--{mode} has no cases to choose from"),
-        (mode in ("windows", "blocks", "shares", "large", "profile", "projections", "compile"), ("no_torch",),
+        (mode in ("profile", "compile"), ("only",), f"--{mode} has no cases to choose from"),
+        (mode in ("windows", "blocks", "shares", "large", "profile", "compile"), ("no_torch",),
          f"--{mode} leaves PyTorch out anyway"),
-        (mode in ("profile", "projections"), ("out",), f"--{mode} writes no file")])
-    if arguments.out is not None and mode not in ("profile", "projections"):
+        (mode == "profile", ("out",), "--profile writes no file")])
+    if arguments.out is not None and mode != "profile":
         check_file(arguments.out / "speed.json", "--out")
 
 
 def measure(arguments: list[str] | None) -> None:
     arguments = make_parser().parse_args(arguments)
-
-    from l2a_jax.research.speed import attention, blocks, cases
-
     check(arguments)
+    out, only, with_torch = arguments.out, arguments.only, not arguments.no_torch
     if arguments.blocks:
-        blocks.main(arguments.out, arguments.only)
-        return
-    if arguments.shares:
+        from l2a_jax.research.speed import blocks
+
+        blocks.main(out, only)
+    elif arguments.shares:
         from l2a_jax.research.speed import shares
 
-        shares.main(arguments.out, arguments.only)
-        return
-    if arguments.compile:
+        shares.main(out, only)
+    elif arguments.compile:
         from l2a_jax.research.speed import compiled
 
-        compiled.main(arguments.out)
-        return
-    if arguments.training or arguments.large:
+        compiled.main(out)
+    elif arguments.training or arguments.large:
         from l2a_jax.research.speed import training
 
-        chosen = training.large_cases() if arguments.large else training.standard_cases()
-        training.main([case for case in chosen if re.search(arguments.only, case.name)], arguments.out,
-                      "speed_training_large" if arguments.large else "speed_training",
-                      not (arguments.no_torch or arguments.large))
-        return
-    if arguments.profile:
+        large = arguments.large
+        chosen = training.large_cases() if large else training.standard_cases()
+        training.main([case for case in chosen if re.search(only, case.name)], out,
+                      "speed_training_large" if large else "speed_training", with_torch and not large)
+    elif arguments.profile:
         # Kernels that are launched as one graph do not say where they come from.
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
         from l2a_jax.research.speed import profile, training
 
         profile.main(training.StepCase(arguments.profile))
-        return
-    if arguments.projections:
-        from l2a_jax.research.speed import projections
-
-        projections.main()
-        return
-    if arguments.inference:
+    elif arguments.inference:
         from l2a_jax.research.speed import inference
 
-        inference.main(arguments.out, arguments.model, not arguments.no_torch, arguments.only)
-        return
-    chosen = cases.window_cases() if arguments.windows else cases.standard_cases()
-    attention.main([case for case in chosen if re.search(arguments.only, case.name)], arguments.out,
-                   "speed_windows" if arguments.windows else "speed", not (arguments.no_torch or arguments.windows),
-                   arguments.windows)
+        inference.main(out, arguments.model, with_torch, only)
+    else:
+        from l2a_jax.research.speed import attention, cases
+
+        windows = arguments.windows
+        chosen = cases.window_cases() if windows else cases.standard_cases()
+        attention.main([case for case in chosen if re.search(only, case.name)], out,
+                       "speed_windows" if windows else "speed", with_torch and not windows, windows)
 
 
 def main(arguments: list[str] | None = None) -> int:

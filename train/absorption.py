@@ -16,9 +16,9 @@ import time
 from typing import Annotated
 
 from l2a_jax import commands
+from l2a_jax.research.deadline import AGAIN, STOPPED, after
 
 PATH = {"action": commands.Parsed, "parse": commands.path}
-STOPPED = 75  # EX_TEMPFAIL: not an error, run it again
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -122,7 +122,8 @@ def absorption(arguments: list[str] | None) -> int:
 
     from l2a_jax.files import check_file
     from l2a_jax.research.absorption import report, suite
-    from l2a_jax.research.absorption.lab import Lab, OutOfTime
+    from l2a_jax.research.absorption.lab import Lab
+    from l2a_jax.research.deadline import OutOfTime
 
     if flags.experiment is None and not flags.benchmark:
         parser.error("--experiment or --benchmark is needed")
@@ -151,7 +152,7 @@ def absorption(arguments: list[str] | None) -> int:
         report.check_place(name, out)
     check_file(run_dir / "evaluations.json", "--run-dir")
     corpus = suite.make_corpus(preset, flags.data, flags.tokenizer, flags.held_out, flags.cache_dir)
-    deadline = float("inf") if flags.time_limit is None else began + flags.time_limit
+    deadline = after(began, flags.time_limit)
     lab = Lab(preset, corpus, run_dir, deadline, backend)
     try:
         if flags.train_only:
@@ -159,13 +160,13 @@ def absorption(arguments: list[str] | None) -> int:
         else:
             suite.run(names, lab, flags.preset, out)
     except OutOfTime as stopped:
-        print(f"stopped at the time limit: {stopped}; run the same command again to continue", file=sys.stderr)
+        print(f"stopped at the time limit: {stopped}; {AGAIN}", file=sys.stderr)
         return STOPPED
     return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return commands.run(absorption, arguments, interrupted="interrupted; run the same command again to continue")
+    return commands.run(absorption, arguments, interrupted=f"interrupted; {AGAIN}")
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ import time
 from typing import Annotated
 
 from l2a_jax import commands
+from l2a_jax.research.deadline import AGAIN, STOPPED, after
 
 PATH = {"action": commands.Parsed, "parse": commands.path}
-STOPPED = 75  # EX_TEMPFAIL: not an error, run it again
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -101,7 +101,7 @@ def study(arguments: list[str] | None) -> int:
     if flags.dry_run:
         print(runner.dry_run(rows, session))
         return 0
-    deadline = float("inf") if flags.time_limit is None else began + flags.time_limit
+    deadline = after(began, flags.time_limit)
     try:
         left, failed = runner.run_rows(rows, session, _needed(flags.out, "--out"), deadline=deadline, keep=flags.keep)
     finally:
@@ -109,7 +109,7 @@ def study(arguments: list[str] | None) -> int:
     if failed:
         print(f"error: rows that failed: {', '.join(failed)}; each one's file says why", file=sys.stderr)
     if left:
-        print(f"stopped at the time limit, {len(left)} rows left: {', '.join(left)}; run the same command again",
+        print(f"stopped at the time limit, {len(left)} rows left: {', '.join(left)}; {AGAIN}",
               file=sys.stderr)
     return 2 if failed else STOPPED if left else 0
 
@@ -123,7 +123,7 @@ def _needed(path: pathlib.Path | None, flag: str) -> pathlib.Path:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return commands.run(study, arguments, interrupted="interrupted; run the same command again to continue")
+    return commands.run(study, arguments, interrupted=f"interrupted; {AGAIN}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ RANDOM = Attention(select="random")
 WINDOW = Attention(select="window")
 SELECTOR = Attention(select="selector")
 SOFT_USED = Attention("multiplicative", "used")
-SOFT_AND_HARD = Attention("multiplicative", "gate")
 
 dense = Arm("dense")
 soft_learned = Arm("soft_learned", SOFT_GATE)

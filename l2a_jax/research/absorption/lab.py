@@ -32,6 +32,7 @@ from l2a_jax.progress import progress
 from l2a_jax.research.absorption import distill, evaluate, model, train
 from l2a_jax.research.absorption.config import Arm, Attention, Preset, Recipe, TransformerConfig, digest
 from l2a_jax.research.absorption.data import Corpus
+from l2a_jax.research.deadline import OutOfTime, check
 from l2a_jax.shapes import each, number, require
 from l2a_jax.training.checkpoints import LATEST, Checkpoints
 from l2a_jax.training.metrics import MetricsLog, read_metrics, told
@@ -39,10 +40,6 @@ from l2a_jax.training.metrics import MetricsLog, read_metrics, told
 log = logging.getLogger("l2a_jax")
 FORMAT = 1
 """Raised whenever the same arm would be trained to other weights than before."""
-
-
-class OutOfTime(Exception):
-    """The time limit has come; everything done is on disk."""
 
 
 class Lab:
@@ -239,8 +236,7 @@ class Lab:
 
     def check_time(self) -> None:
         """Raise `OutOfTime` once the deadline has passed."""
-        if time.monotonic() > self.deadline:
-            raise OutOfTime("everything trained and measured so far is saved")
+        check(self.deadline)
 
     # --- distilled gates ---
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from l2a_jax.errors import needs
-from l2a_jax.files import check_file, whole, write_json, write_text
+from l2a_jax.files import check_file
+from l2a_jax.research import tables
 
 
 @dataclass
@@ -79,29 +79,30 @@ def markdown(report: Report, setting: dict[str, Any]) -> str:
     """The report as text."""
     lines = [f"# {report.title}", "", str(setting["text"]), ""]
     for table in report.tables:
-        columns = list(dict.fromkeys(column for cells in table.rows.values() for column in cells))
-        reported = {c: any(isinstance(cells.get(c), Cell) and cells[c].reported for cells in table.rows.values())
-                    for c in columns}
-        head = [""] + [h for c in columns for h in ([c, f"{c}, reported"] if reported[c] else [c])]
-        lines += [f"## {table.title}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-        for row, cells in table.rows.items():
-            entries = [row]
-            for c in columns:
-                cell = cells.get(c, "")
-                entries.append(cell.text() if isinstance(cell, Cell) else cell)
-                if reported[c]:
-                    entries.append(cell.reported if isinstance(cell, Cell) else "")
-            lines.append("| " + " | ".join(entries) + " |")
-        lines += ["", table.note, ""] if table.note else [""]
+        lines += [f"## {table.title}", "", *_lines(table), *([table.note, ""] if table.note else [])]
     lines += [f"- {note}" for note in report.notes]
     return "\n".join(lines).rstrip() + "\n"
 
 
+def _lines(table: Table) -> list[str]:
+    """A table in markdown, a column of reported figures beside each that has any."""
+    columns = list(dict.fromkeys(column for cells in table.rows.values() for column in cells))
+    reported = {column for cells in table.rows.values() for column, cell in cells.items()
+                if isinstance(cell, Cell) and cell.reported}
+    head, rows = [""], [[row] for row in table.rows]
+    for column in columns:
+        head += [column, *([f"{column}, reported"] if column in reported else [])]
+        for entries, cells in zip(rows, table.rows.values(), strict=True):
+            cell = cells.get(column, "")
+            entries.append(cell.text() if isinstance(cell, Cell) else cell)
+            if column in reported:
+                entries.append(cell.reported if isinstance(cell, Cell) else "")
+    return tables.grid(head, rows)
+
+
 def draw(report: Report, path: pathlib.Path) -> None:
     """All panels side by side: lines where x is a number, bars where it is a name."""
-    needs("matplotlib", "research", "a figure").use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = tables.pyplot()
     figure, axes = plt.subplots(1, len(report.panels), figsize=(6.5 * len(report.panels), 5), squeeze=False,
                                 constrained_layout=True)
     for axis, panel in zip(axes[0], report.panels, strict=True):
@@ -122,14 +123,11 @@ def draw(report: Report, path: pathlib.Path) -> None:
         if any(not isinstance(points[0][0], str) for points in panel.series.values()):
             axis.legend(fontsize=8)
         axis.set(title=panel.title, ylabel=panel.ylabel, xlabel=panel.xlabel)
-    with whole(path) as partial:
-        figure.savefig(partial, dpi=100, format="png")
-    plt.close(figure)
+    tables.write_figure(figure, path, dpi=100)
 
 
 def write(report: Report, setting: dict[str, Any], folder: pathlib.Path) -> list[pathlib.Path]:
     """`absorption_NAME.json`, `.md` and `.png` in `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
     stem = f"absorption_{report.name}"
 
     def cell(value):
@@ -139,13 +137,12 @@ def write(report: Report, setting: dict[str, Any], folder: pathlib.Path) -> list
         return {"mean": seeds.mean(), "sd": seeds.std(ddof=1) if seeds.size > 1 else None, "seeds": seeds,
                 **({"reported": value.reported} if value.reported else {})}
 
-    tables = [{"title": table.title, "note": table.note, "rows": {
+    found = [{"title": table.title, "note": table.note, "rows": {
         row: {column: cell(value) for column, value in cells.items()} for row, cells in table.rows.items()}}
         for table in report.tables]
-    write_json(folder / f"{stem}.json", {"experiment": report.name, "title": report.title,
-                                         **{k: v for k, v in setting.items() if k != "text"},
-                                         "tables": tables, "notes": report.notes})
-    write_text(folder / f"{stem}.md", markdown(report, setting))
+    tables.write(folder, stem, {"experiment": report.name, "title": report.title,
+                                **{name: value for name, value in setting.items() if name != "text"},
+                                "tables": found, "notes": report.notes}, markdown(report, setting))
     draw(report, folder / f"{stem}.png")
     return [folder / f"{stem}.{kind}" for kind in ("json", "md", "png")]
 

@@ -22,6 +22,7 @@ from l2a_jax.evaluation.perplexity import BATCH_TOKENS, Windows, result, score_w
 from l2a_jax.evaluation.verdict import Rule
 from l2a_jax.models.params import Tree, add_routing
 from l2a_jax.research.replication.faulty import FAULTS, Fault, Trace, train_faulty
+from l2a_jax.research.tables import grid
 from l2a_jax.sources import Pretrained
 from l2a_jax.training.optimizer import OptimizerConfig
 from l2a_jax.training.step import Objective
@@ -112,15 +113,13 @@ def autopsy(
 def format_autopsy(report: Mapping[str, Any]) -> str:
     """A Markdown table: measures, then which symptoms each row shows (- : not measured)."""
     names = list(dict.fromkeys(rule.verdict for rule in SYMPTOMS))
-    lines = ["| fault | loss logged | sparsity logged | perplexity | greedy loops | sampled loops | verdict | "
-             + " | ".join(names) + " |", "|---" * (7 + len(names)) + "|"]
-    for row in report["rows"]:
-        cells = [row["fault"], _cell(row["logged_loss"], ".3f"), _cell(row["logged_sparsity"], ".1%"),
-                 _cell(row["perplexity"], ".2f"), _cell(row["greedy_ends_in_loop"], ".0%"),
-                 _cell(row["sampled_ends_in_loop"], ".0%"), row["verdict"]]
-        shown = {True: "yes", False: "no", None: "-"}
-        lines.append("| " + " | ".join([*cells, *(shown[row["symptoms"][name]] for name in names)]) + " |")
-    return "\n".join(lines)
+    shown = {True: "yes", False: "no", None: "-"}
+    return "\n".join(grid(
+        ["fault", "loss logged", "sparsity logged", "perplexity", "greedy loops", "sampled loops", "verdict", *names],
+        [[row["fault"], _cell(row["logged_loss"], ".3f"), _cell(row["logged_sparsity"], ".1%"),
+          _cell(row["perplexity"], ".2f"), _cell(row["greedy_ends_in_loop"], ".0%"),
+          _cell(row["sampled_ends_in_loop"], ".0%"), row["verdict"],
+          *(shown[row["symptoms"][name]] for name in names)] for row in report["rows"]])[:-1])
 
 
 def _examine(model: Pretrained, windows: Windows, prompts, trace: Trace | None, reference: float | None, *, objective,

@@ -8,6 +8,7 @@ from typing import Any
 from l2a_jax.data.counts import format_count
 from l2a_jax.evaluation import reported, table
 from l2a_jax.research.replication import autopsy, damage, flips, prunable, routed_text, thresholds
+from l2a_jax.research.tables import grid
 from l2a_jax.training.settings import Settings
 
 CARD_GB = 24.0
@@ -18,7 +19,7 @@ ROUTING_COSTS = (
     "routed, over the audit's windows. *random*, *static*, *none*: controls with the same weights, as a ratio to the "
     "baseline's (the row's ratio times how much worse each is over the audit's windows).")
 NEEDLE = ("Found by the learned decisions / a static choice of layers of the same density / random tokens at the same "
-          "rates / nothing routed, and what is not routed in those prompts.")
+          "rates / nothing routed, and what is local in those prompts.")
 SPEED = (f"Memory is the compiled step's (arguments and temporaries), beside the {CARD_GB:g} GB of a 4090; seconds are "
          "of the phases. *of*: the part of the card's memory that the row was given; where that is not all of it, the "
          "row shared the card, and its tokens/s are not the card's.")
@@ -93,14 +94,9 @@ def _main(parts) -> list[str]:
     return lines
 
 
-def _grid(head, rows) -> list[str]:
-    """A table in markdown."""
-    return [*("| " + " | ".join(map(str, cells)) + " |" for cells in (head, ["---"] * len(head), *rows)), ""]
-
-
 def _rows(rows, columns) -> list[str]:
     """A row a line; one that was not run has its status in the second column and nothing else."""
-    return _grid(["row", *columns], [[row["name"], *(
+    return grid(["row", *columns], [[row["name"], *(
         [show(row) for show in columns.values()] if "device" in row else [row["status"], *[""] * (len(columns) - 1)])]
         for row in rows]) if rows else ["No rows.", ""]
 
@@ -194,7 +190,7 @@ def _broken(row) -> str:
 
 _WINDOW = {"window": lambda row: str(row["settings"].get("window", "-")), "data": lambda row: row["data"],
            "size": lambda row: row["size"], "perplexity": lambda row: _ratio(row["perplexity_ratio"]),
-           "not routed": lambda row: _number(row["sparsity"], "{:.1%}"), "HellaSwag": _points("hellaswag"),
+           "local": lambda row: _number(row["sparsity"], "{:.1%}"), "HellaSwag": _points("hellaswag"),
            "needle": _needle}
 _COLLAPSE = {"regime": lambda row: row["regime"], "tokens": lambda row: _count(row["tokens_seen"]),
              "trained": lambda row: _count(row["trained_parameters"]),
@@ -202,20 +198,20 @@ _COLLAPSE = {"regime": lambda row: row["regime"], "tokens": lambda row: _count(r
              "numbers": _broken, "last loss": lambda row: _number(row["loss_last_5_percent"], "{:.3f}"),
              "held-out": lambda row: _number(row["held_out_loss"], "{:.3f}"),
              "perplexity": lambda row: _ratio(row["perplexity_ratio"]),
-             "not routed": lambda row: _number(row["sparsity"], "{:.1%}"), "HellaSwag": _points("hellaswag"),
+             "local": lambda row: _number(row["sparsity"], "{:.1%}"), "HellaSwag": _points("hellaswag"),
              "needle": _needle, "verdict": lambda row: row["verdict"] or "-"}
 _DAMAGE = {**{factor: (lambda row, factor=factor: row["factors"][factor]) for factor in damage.FACTORS},
            "perplexity": lambda row: _ratio(row["perplexity_ratio"]),
-           "not routed": lambda row: _number(row["sparsity"], "{:.1%}"), "routing costs, nats": _cost,
+           "local": lambda row: _number(row["sparsity"], "{:.1%}"), "routing costs, nats": _cost,
            "random": _control("random"), "needle": _needle}
 _NOISE = {"flipped in training": lambda row: _number(row["settings"].get("flip"), "{:.0%}"),
           "perplexity": lambda row: _ratio(row["perplexity_ratio"]),
-          "not routed": lambda row: _number(row["sparsity"], "{:.1%}"), "routing costs, nats": _cost,
+          "local": lambda row: _number(row["sparsity"], "{:.1%}"), "routing costs, nats": _cost,
           "random": _control("random"), "needle": _needle}
 _NEEDLE = {f"in {int(length):,} tokens": _beside_controls(length) for length in ("2048", "8192", "32768")}
 _FRONTIER = {"trained on": _trained_on, "window": lambda row: str(row["settings"]["window"]),
              "penalty": lambda row: str(row["settings"]["penalty"]),
-             "not routed": lambda row: _number(row["sparsity"], "{:.1%}"),
+             "local": lambda row: _number(row["sparsity"], "{:.1%}"),
              "perplexity": lambda row: _ratio(row["perplexity_ratio"]), "routing costs, nats": _cost,
              "random": _control("random"),
              "static": _control("static"), "none": _control("none"), "HellaSwag": _points("hellaswag"),
@@ -227,7 +223,7 @@ def _absorbed(when, key):
     return lambda row: "-" if row["absorption"] is None else _number(row["absorption"][when][key], "{:.3f}")
 
 
-_ABSORPTION = {"not routed": lambda row: _number(row["sparsity"], "{:.1%}"),
+_ABSORPTION = {"local": lambda row: _number(row["sparsity"], "{:.1%}"),
                "perplexity": lambda row: _ratio(row["perplexity_ratio"]),
                **{f"{key.replace('_', ' ')}, {when}": _absorbed(when, key)
                   for when in ("before", "after") for key in ("random_worse", "none_worse", "carried")}}
@@ -260,7 +256,7 @@ def _effects(analyses) -> list[str]:
         if more:
             rows += [[f"*{term.name}*", "beyond both", "", *_effect(
                 more["terms"][term.name], more["terms"][term.name]["levels"]["True"])] for term in damage.INTERACTIONS]
-        lines += [f"### {response}", "", _fit(main), "", *_grid(
+        lines += [f"### {response}", "", _fit(main), "", *grid(
             ["factor", "level", "instead of", "difference", "95 %", "share of squares", "p", "inflation"], rows)]
     return lines
 
@@ -302,8 +298,8 @@ def _together(made) -> list[str]:
     return [
         "### Topology, sinks and window in combination", "",
         "Perplexity over the baseline's and the needle, nothing scaled, every gradient let through.", "",
-        *_grid(["", *(f"window {window:,}" for window in damage.FACTORS["window"])],
+        *grid(["", *(f"window {window:,}" for window in damage.FACTORS["window"])],
                [[name, *map(show, values)] for name, values in made["crossed"]]),
         "### One factor changed, all else equal", "",
         "Nats a token that a level adds, over all pairs of runs that differ in nothing else.", "",
-        *_grid(["factor", "level", "instead of", "pairs", "least", "median", "most", "most where"], pairs)]
+        *grid(["factor", "level", "instead of", "pairs", "least", "median", "most", "most where"], pairs)]

@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from l2a_jax.errors import needs
-from l2a_jax.files import whole
+from l2a_jax.research.tables import pyplot, write_figure
 
 Fact = dict[str, Any]
 COLOURS = {"router_only": "tab:blue", "l2a_ft": "tab:orange", "full_ft": "tab:red", "router_strict": "tab:cyan"}
@@ -181,7 +180,7 @@ def layers(rows: Sequence[Fact], path: Path) -> bool:
         figure, axis = plt.subplots(figsize=(10, 0.28 * len(rows) + 1.6), constrained_layout=True)
         picture = axis.imshow([row["sparsity_per_layer"] for row in rows], vmin=0, vmax=1, aspect="auto", cmap="magma")
         axis.set(yticks=range(len(rows)), yticklabels=[row["name"] for row in rows], xlabel="layer",
-                 title="share of tokens not routed")
+                 title="share of tokens that are local")
         axis.tick_params(axis="y", labelsize=7)
         figure.colorbar(picture, ax=axis)
         return figure
@@ -201,11 +200,5 @@ def _helped(row: Fact) -> bool:
 
 
 def _save(draw: Callable[[Any], Any], path: Path) -> bool:
-    needs("matplotlib", "research", "a figure").use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure = draw(plt)
-    with whole(path) as partial:
-        figure.savefig(partial, dpi=110, format="png")
-    plt.close(figure)
+    write_figure(draw(pyplot()), path)
     return True

@@ -76,15 +76,6 @@ def residual_distance(
     }
 
 
-def format_residual(reports: dict[str, dict[str, Any]], measure: str = "relative_l2") -> str:
-    """A table of one measure: a row a depth, a column a report."""
-    lines = [f"{measure:<12}" + "".join(f"{name:>16}" for name in reports)]
-    for depth in next(iter(reports.values()))["depths"]:
-        label = "embedding" if depth == 0 else f"layer {depth - 1}"
-        lines.append(f"{label:<12}" + "".join(f"{report[measure][depth]:>16.4f}" for report in reports.values()))
-    return "\n".join(lines)
-
-
 def _means(found, where):
     """Means and standard errors over the tokens of `where`, as lists over depths; None where there is no token."""
     tokens = where.sum(axis=1)

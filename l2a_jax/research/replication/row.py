@@ -18,7 +18,6 @@ from l2a_jax.data.counts import format_count
 from l2a_jax.training import settings as presets
 from l2a_jax.training.settings import Settings
 
-SIZES = ("0.5b", "1.5b", "3b")
 WIKITEXT, DIVERSE = ("wikitext={data}/train",), ("diverse={data}/train",)
 TEST, VALID = "{data}/eval/wikitext2_test.raw.txt", "{data}/eval/wikitext2_valid.raw.txt"
 BENCHMARKS = ("hellaswag", "piqa", "arc_challenge")

@@ -15,7 +15,6 @@ import dataclasses
 
 from l2a_jax.errors import UserError
 from l2a_jax.research.replication import damage
-from l2a_jax.research.replication.layers import evenly_spaced
 from l2a_jax.research.replication.row import BENCHMARKS, DIVERSE, WIKITEXT, Measures, Row
 
 LAYERS = {"0.5b": 24, "1.5b": 28, "3b": 36}
@@ -24,6 +23,13 @@ BASELINE = {size: f"baseline-{size}" for size in LAYERS}
 STEP = {"0.5b": {}, "1.5b": {"remat": "elementwise"}, "3b": {"batch_size": 1, "grad_accum": 4, "remat": "layer"}}
 LONG = {8_192: {"batch_size": 1}, 32_768: {"batch_size": 1, "remat": "layer"}}
 HEALTH = Measures(tasks=("perplexity", "needle", "collapse", *BENCHMARKS), limit=500)
+
+
+def evenly_spaced(count: int, num_layers: int) -> tuple[int, ...]:
+    """The middles of `count` equal stretches of `num_layers` layers, such as 4, 12, 20 for 3 of 24."""
+    if not 1 <= count <= num_layers:
+        raise UserError(f"{count} evenly spaced layers were asked for; expected 1 to {num_layers}")
+    return tuple((2 * index + 1) * num_layers // (2 * count) for index in range(count))
 
 
 def _row(name, group, question, size, regime, *, data=DIVERSE, measures=Measures(), factors=(), not_run=None,  # noqa: B008

@@ -24,6 +24,7 @@ import jax
 from l2a_jax import device
 from l2a_jax.errors import UserError
 from l2a_jax.files import check_file, claim, write_json
+from l2a_jax.research.deadline import OutOfTime, check
 from l2a_jax.research.replication.measures import Subject, measure
 from l2a_jax.research.replication.row import Row
 from l2a_jax.research.replication.row_file import FORMAT, read_row
@@ -39,10 +40,6 @@ SPEED = {"0.5b": 90_000, "1.5b": 35_000, "3b": 15_000}
 """Tokens a second that a row is planned with before one of its size was run: cautious for an H100."""
 OVERHEAD = 60.0
 """Seconds beside training that a row is planned with."""
-
-
-class OutOfTime(Exception):
-    """The time limit is near; what is finished is written."""
 
 
 def order(rows: Sequence[Row]) -> list[Row]:
@@ -157,9 +154,7 @@ def _run_row(row: Row, session: Session, out: Path, deadline: float, keep: bool)
         _write(path, found, "partial")
     subject = Subject(session, row, params, records, out)
     for task in _missing(row, found):
-        if time.monotonic() > deadline:
-            _write(path, found, "partial")
-            raise OutOfTime
+        check(deadline)
         began = time.perf_counter()
         result = measure(subject, task)
         seconds = time.perf_counter() - began

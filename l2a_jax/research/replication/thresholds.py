@@ -46,7 +46,7 @@ def threshold_sweep(model: Pretrained, windows: Windows, learned: Scores, prepar
 def format_thresholds(report: Mapping[str, Any]) -> str:
     """Plain text."""
     lengths = list(report["rows"][0]["needle"])
-    lines = [f"{'threshold':<9} {'not routed':>10}   {'worse, nats [95 %]':<27}"
+    lines = [f"{'threshold':<9} {'local':>10}   {'worse, nats [95 %]':<27}"
              + "".join(f"{'needle ' + length:>14}" for length in lengths)]
     for row in report["rows"]:
         low, high = row["worse_95"]

@@ -6,21 +6,18 @@ mixed calls, which no peer has, stand beside dense attention over the same lengt
 
 from __future__ import annotations
 
-import datetime
 import json
 import logging
-import platform
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from l2a_jax import attention
-from l2a_jax.files import write_text
+from l2a_jax.research import tables
 from l2a_jax.research.speed.cases import SpeedCase
 from l2a_jax.research.speed.peers import torch_peers
 from l2a_jax.research.speed.timing import compile_jax, matmul_ceiling, time_compiled
@@ -47,17 +44,19 @@ def ours(case: SpeedCase, backend: str):
 def jax_peers(case: SpeedCase) -> dict:
     """name -> f(q, k, v, decisions) for the JAX libraries at hand. Beside a routed or mixed call they are dense."""
     if case.rate is not None:
-        case = SpeedCase("full", case.length, case.width, case.batch)
+        case = replace(case, operation="full", window=None, rate=None)
     window = None if case.window is None else (case.window - 1, 0)
     peers = {"cuDNN": ours(case, "cudnn")}
     try:
         import tokamax
     except ImportError:
         return peers
-    for implementation in ("mosaic", "triton"):
-        peers[f"tokamax {implementation}"] = lambda q, k, v, _, how=implementation: tokamax.dot_product_attention(
-            q, k, v, is_causal=True, local_window_size=window, implementation=how)
-    return peers
+
+    def peer(implementation):
+        return lambda q, k, v, _: tokamax.dot_product_attention(q, k, v, is_causal=True, local_window_size=window,
+                                                                implementation=implementation)
+
+    return {**peers, **{f"tokamax {name}": peer(name) for name in ("mosaic", "triton")}}
 
 
 class Prepared:
@@ -82,8 +81,16 @@ class Prepared:
             except Exception as error:
                 if name == "l2a_jax":
                     raise
-                failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+                failed[name] = tables.reason(error)
         return times, failed
+
+
+def _with_backward(function):
+    def both(q, k, v, cotangent, decisions):
+        out, pull = jax.vjp(lambda q, k, v: function(q, k, v, decisions), q, k, v)
+        return out, pull(cotangent)
+
+    return both
 
 
 def measure(case: SpeedCase, with_torch: bool = True) -> dict:
@@ -117,28 +124,15 @@ def measure_in_turn(cases: list[SpeedCase], rounds: int = 5) -> list[dict]:
 
 
 def _entry(case, ms, failed) -> dict:
-    """{"case", "teraflops", "ms": {name: [fwd, fwd+bwd]}, "failed": {name: why}} and what was to be reached."""
-    return {"case": case.name, "must": case.must, "aim": case.aim, "authors": case.authors, "ms": ms,
+    """{"case", "teraflops", "ms": {name: [fwd, fwd+bwd]}, "failed": {name: why}, "authors": as they reported}."""
+    return {"case": case.name, "authors": case.authors, "ms": ms,
             "teraflops": [case.teraflops(False), case.teraflops(True)], "failed": failed}
 
 
-def _with_backward(function):
-    def both(q, k, v, cotangent, decisions):
-        out, pull = jax.vjp(lambda q, k, v: function(q, k, v, decisions), q, k, v)
-        return out, pull(cotangent)
-
-    return both
-
-
-def run(cases: list[SpeedCase], command: str, with_torch: bool = True, in_turn: bool = False) -> Iterator[dict]:
+def run(cases: list[SpeedCase], with_torch: bool = True, in_turn: bool = False) -> Iterator[dict]:
     """Measure the cases; after each, everything that is needed to repeat and to judge those so far. `in_turn`: by
     `measure_in_turn`, all at once."""
-    device = jax.devices()[0]
-    result = {
-        "date": datetime.date.today().isoformat(), "command": command, "device": device.device_kind,
-        "python": platform.python_version(), "versions": versions(),
-        "matmul_teraflops_per_second": matmul_ceiling(), "cases": [],
-    }
+    result = {**tables.heading(), "matmul_teraflops_per_second": matmul_ceiling(), "cases": []}
     if in_turn:
         yield {**result, "cases": measure_in_turn(cases)}
         return
@@ -148,32 +142,10 @@ def run(cases: list[SpeedCase], command: str, with_torch: bool = True, in_turn: 
         yield result
 
 
-def versions() -> dict[str, str]:
-    """Versions of the libraries that decide a speed."""
-    names = ("jax", "jaxlib", "torch", "triton", "tokamax", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
-    found = {}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def markdown(result: dict) -> str:
     """The result as a short table."""
     ceiling = result["matmul_teraflops_per_second"]
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    lines = [
-        "# Speed of attention", "",
-        f"{result['date']}, {result['device']}, bfloat16, {versions}. Medians in ms of `{result['command']}`; random "
-        f"inputs, several sets in turn. Matrix product 8,192^3 bfloat16: {ceiling:.0f} TFLOP/s, the ceiling of the "
-        "last column. Operations are counted for visible pairs only, a backward pass as 2.5 forward passes. Beside "
-        "routed and mixed calls the peers compute dense attention; *authors* is the L2A release's kernel as measured "
-        "before on an H100, not in this run.", "",
-        "| case | pass | l2a_jax | peers | ratio to the best peer | authors | must / aim | TFLOP/s | of ceiling |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for entry in result["cases"]:
         for i, which in enumerate(PASSES):
             own = entry["ms"]["l2a_jax"][i]
@@ -181,20 +153,25 @@ def markdown(result: dict) -> str:
             listed = ", ".join(f"{name} {ms:.3g}" for name, ms in sorted(peers.items(), key=lambda item: item[1]))
             ratio = f"{own / min(peers.values()):.2f}" if peers else ""
             rate = entry["teraflops"][i] / own * 1e3
-            wanted = " / ".join("-" if x[i] is None else f"{x[i]:g}" for x in (entry["must"], entry["aim"]))
             authors = "" if entry["authors"][i] is None else f"{entry['authors'][i]:g}"
-            lines.append(f"| {entry['case']} | {which} | **{own:.3g}** | {listed} | {ratio} | {authors} | {wanted} | "
-                         f"{rate:.0f} | {rate / ceiling:.0%} |")
-    failures = {f"{name}: {why}" for entry in result["cases"] for name, why in entry["failed"].items()}
-    return "\n".join(lines + ([""] + [f"- not measured, {failure}" for failure in sorted(failures)])) + "\n"
+            rows.append([entry["case"], which, f"**{own:.3g}**", listed, ratio, authors, f"{rate:.0f}",
+                         f"{rate / ceiling:.0%}"])
+    failures = sorted({f"- not measured, {name}: {why}" for entry in result["cases"]
+                       for name, why in entry["failed"].items()})
+    return "\n".join([
+        "# Speed of attention", "",
+        f"{tables.said(result)}. Medians in ms of `{result['command']}`; random inputs, several sets in turn. Matrix "
+        f"product 8,192^3 bfloat16: {ceiling:.0f} TFLOP/s, the ceiling of the last column. Operations are counted for "
+        "visible pairs only, a backward pass as 2.5 forward passes. Beside routed and mixed calls the peers compute "
+        "dense attention; *authors* is the L2A release's kernel as measured before on an H100, not in this run.", "",
+        *tables.grid(["case", "pass", "l2a_jax", "peers", "ratio to the best peer", "authors", "TFLOP/s", "of ceiling"],
+                     rows), *failures]).rstrip() + "\n"
 
 
 def main(cases: list[SpeedCase], out: Path | None, name: str, with_torch: bool = True, in_turn: bool = False) -> None:
     """Measure, print the table, and write NAME.json and NAME.md to `out`."""
-    result = {}
-    for result in run(cases, " ".join(["python", *sys.argv]), with_torch, in_turn):
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            write_text(out / f"{name}.json", json.dumps(result, indent=1) + "\n")
-            write_text(out / f"{name}.md", markdown(result))
-    print(markdown(result), flush=True)
+    text = ""
+    for result in run(cases, with_torch, in_turn):
+        text = markdown(result)
+        tables.write(out, name, result, text)
+    print(text, flush=True)

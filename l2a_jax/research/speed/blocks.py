@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import product
@@ -15,7 +14,7 @@ from l2a_jax.attention.kernels.backward_q import backward_q
 from l2a_jax.attention.kernels.blocks import loop_of, table
 from l2a_jax.attention.kernels.forward import forward
 from l2a_jax.attention.kernels.plan import Block, Spec, make_plan
-from l2a_jax.files import write_text
+from l2a_jax.research import tables
 from l2a_jax.research.speed.cases import HEADS, SpeedCase
 from l2a_jax.research.speed.timing import compile_jax, time_compiled
 
@@ -145,6 +144,4 @@ def main(out: Path | None, only: str) -> None:
                 print(f"{case.name:40s} {kernel:12s} {entry.get('ms', -1):8.3f} ms {entry['block'][5:]}", flush=True)
     for row, kernels in choose(everything).items():
         print(*row, kernels, flush=True)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(out / "blocks.json", json.dumps(everything, indent=0) + "\n")
+    tables.write(out, "blocks", everything)

@@ -8,7 +8,6 @@ and spills are the point.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import subprocess
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 
 from l2a_jax.attention import pallas
 from l2a_jax.attention.kernels import blocks
-from l2a_jax.files import write_text
+from l2a_jax.research import tables
 
 DEVICES = {"sm_89": "NVIDIA GeForce RTX 4090", "sm_90": "NVIDIA H100"}
 _KERNELS = {"l2a_attention_forward": "forward", "l2a_attention_backward_q": "backward_q",
@@ -37,24 +36,24 @@ def lower_for_cuda(function, *shapes, arch: str = "sm_90"):
 
 def example(loop: str, width: int, arch: str, dtype=jnp.bfloat16, sinks: int = 4):
     """A function that runs every kernel of a row of the table, and the shapes of its inputs."""
-    shape = lambda heads: jax.ShapeDtypeStruct((1, 4_000, heads, width), dtype)  # noqa: E731
     rows = blocks.table(arch, width, jnp.dtype(dtype).itemsize, loop)
+    window = {"window": 512, "long": 2_000, "most": 3_000}.get(loop)
 
     def run(q, k, v, cotangent, decisions):
-        if loop in ("window", "long", "most"):
-            window = {"window": 512, "long": 2_000, "most": 3_000}[loop]
-            call = lambda q, k, v: pallas.local(q, k, v, window=window, sinks=sinks, table=rows)  # noqa: E731
-        elif loop == "mixed":
-            call = lambda q, k, v: pallas.mixed(  # noqa: E731
-                q, k, v, decisions, window=512, sinks=sinks, table=rows)
-        elif loop == "routed":
-            call = lambda q, k, v: pallas.routed(q, k, v, decisions, table=rows)  # noqa: E731
-        else:
-            call = lambda q, k, v: pallas.full(q, k, v, table=rows)  # noqa: E731
+        def call(q, k, v):
+            if window is not None:
+                return pallas.local(q, k, v, window=window, sinks=sinks, table=rows)
+            if loop == "mixed":
+                return pallas.mixed(q, k, v, decisions, window=512, sinks=sinks, table=rows)
+            if loop == "routed":
+                return pallas.routed(q, k, v, decisions, table=rows)
+            return pallas.full(q, k, v, table=rows)
+
         out, pull = jax.vjp(call, q, k, v)
         return out, pull(cotangent)
 
-    return run, (shape(14), shape(2), shape(2), shape(14), jax.ShapeDtypeStruct((1, 4_000), jnp.bool_))
+    heads = [jax.ShapeDtypeStruct((1, 4_000, count, width), dtype) for count in (14, 2, 2, 14)]
+    return run, (*heads, jax.ShapeDtypeStruct((1, 4_000), jnp.bool_))
 
 
 def triton_kernels(lowered) -> list[dict]:
@@ -140,6 +139,4 @@ def main(out: Path | None) -> None:
     rows = [row for arch in DEVICES for row in report(arch)]
     for row in rows:
         print(*row.values(), flush=True)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(out / "kernels.json", json.dumps(rows, indent=0) + "\n")
+    tables.write(out, "kernels", rows)

@@ -7,14 +7,10 @@ decode steps run inside one executable, the loop of `inference.generate.advance`
 
 from __future__ import annotations
 
-import datetime
 import functools
 import json
 import logging
 import re
-import statistics
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,13 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from l2a_jax.config import MODELS, L2AConfig, ModelConfig
-from l2a_jax.files import write_text
 from l2a_jax.inference.cache import cache_bytes, empty_cache, layout_of
 from l2a_jax.inference.forward import decode_params, prefill
 from l2a_jax.inference.generate import Generation, Options, Settings, State, advance
 from l2a_jax.models.params import add_routing, init_params
 from l2a_jax.nn import routing
-from l2a_jax.research.speed.attention import versions
+from l2a_jax.research import tables
+from l2a_jax.research.speed.timing import median_ms
 
 log = logging.getLogger("l2a_jax.speed")
 LAYER = L2AConfig(window=256, sinks=4)
@@ -40,14 +36,11 @@ KINDS = ("routed", "dense", "transformers")
 
 @dataclass(frozen=True)
 class InferenceCase:
-    """`must` and `aim`: milliseconds at 12 % routed on one H100; `dense_must`: of the plain model."""
+    """One prefill of so many tokens, or one decode step after them."""
 
     operation: str  # prefill or decode
     tokens: int
     batch: int = 1
-    must: float | None = None
-    aim: float | None = None
-    dense_must: float | None = None
 
     @property
     def name(self) -> str:
@@ -55,12 +48,8 @@ class InferenceCase:
         return f"{self.operation} {self.tokens:,} x {self.batch}"
 
 
-CASES = (
-    InferenceCase("prefill", 2_048), InferenceCase("prefill", 8_192),
-    InferenceCase("prefill", 32_768, must=110, aim=85), InferenceCase("prefill", 131_072, must=750, aim=480),
-    InferenceCase("decode", 2_048), InferenceCase("decode", 32_768, must=1.6, aim=0.8),
-    InferenceCase("decode", 32_768, 16, must=8, aim=2.5, dense_must=12),
-)
+CASES = (*(InferenceCase("prefill", tokens) for tokens in (2_048, 8_192, 32_768, 131_072)),
+         InferenceCase("decode", 2_048), InferenceCase("decode", 32_768), InferenceCase("decode", 32_768, 16))
 
 
 def measure(case: InferenceCase, params, config: ModelConfig, layer: L2AConfig | None, backend: str = "auto",
@@ -87,14 +76,8 @@ def _measure_prefill(case, params, config, layer, backend, repeats):
     inputs = (params, tokens, jnp.full((case.batch,), case.tokens, jnp.int32),
               _decisions(case, config, layer, case.tokens))
     run = run.lower(*inputs).compile()
-    logits = run(*inputs)[0]
-    _check_finite(case, logits)
-    seconds = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        jax.block_until_ready(run(*inputs))
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds) * 1e3
+    _check_finite(case, jnp.isfinite(run(*inputs)[0]))
+    return median_ms(lambda: run(*inputs), repeats=repeats)
 
 
 def _measure_decode(case, params, config, layer, backend, repeats, steps):
@@ -122,18 +105,18 @@ def _measure_decode(case, params, config, layer, backend, repeats, steps):
     weights, state = jax.jit(decode_params)(params), jax.jit(fresh)()
     run = run.lower(weights, state, settings).compile()
     state = run(weights, state, settings)
-    if not bool(state.out.finite.all()):
-        raise FloatingPointError(f"{case.name}: logits are not finite")
-    seconds = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        state = jax.block_until_ready(run(weights, state, settings))
-        seconds.append((time.perf_counter() - began) / steps)
-    return statistics.median(seconds) * 1e3
+    _check_finite(case, state.out.finite)
+
+    def decode():
+        nonlocal state
+        state = run(weights, state, settings)
+        return state
+
+    return median_ms(decode, repeats=repeats) / steps
 
 
-def _check_finite(case, logits):
-    if not bool(jnp.isfinite(logits).all()):
+def _check_finite(case, finite):
+    if not bool(finite.all()):
         raise FloatingPointError(f"{case.name}: logits are not finite")
 
 
@@ -155,54 +138,43 @@ def load(model: str | None):
 
 def markdown(result: dict) -> str:
     """The result as a short table."""
-    lines = ["# Speed of inference", "",
-             f"{result['date']}, {result['device']}, {', '.join(f'{k} {v}' for k, v in result['versions'].items())}. "
-             f"Medians in ms of `{result['command']}`; {result['weights']}, bfloat16. Routed: {RATE:.0%} of the tokens "
-             f"at random, window {LAYER.window}, {LAYER.sinks} sinks; dense: the plain model. Decode: one step with "
-             f"that many tokens in the cache, {STEPS} steps in one executable. transformers: SDPA, decode with a "
-             "static cache, compiled.", "",
-             "| case | routed | must / aim | dense | must | transformers | cache MB |", "|---|---|---|---|---|---|---|"]
-    for row in result["cases"]:
-        cells = [f"**{row['ms'][kind]:.3g}**" if kind in row["ms"] else "-" for kind in KINDS]
-        wanted = " / ".join("-" if x is None else f"{x:g}" for x in (row["must"], row["aim"]))
-        dense = "no slower" if row["dense_must"] is None else f"{row['dense_must']:g}"
-        lines.append(f"| {row['case']} | {cells[0]} | {wanted} | {cells[1]} | {dense} | {cells[2]} | "
-                     f"{row['cache_bytes'] / 1e6:,.0f} |")
-    lines += [f"\nNot measured: {row['case']}, {name}: {why}" for row in result["cases"]
-              for name, why in row["failed"].items()]
-    return "\n".join(lines) + "\n"
+    rows = [[row["case"], *(f"**{row['ms'][kind]:.3g}**" if kind in row["ms"] else "-" for kind in KINDS),
+             f"{row['cache_bytes'] / 1e6:,.0f}"] for row in result["cases"]]
+    failures = [f"- not measured, {row['case']}, {name}: {why}" for row in result["cases"]
+                for name, why in row["failed"].items()]
+    return "\n".join([
+        "# Speed of inference", "",
+        f"{tables.said(result)}. Medians in ms of `{result['command']}`; {result['weights']}. Routed: {RATE:.0%} "
+        f"of the tokens at random, window {LAYER.window}, {LAYER.sinks} sinks; dense: the plain model. Decode: one "
+        f"step with that many tokens in the cache, {STEPS} steps in one executable. transformers: SDPA, decode with a "
+        "static cache, compiled.", "", *tables.grid(["case", *KINDS, "cache MB"], rows), *failures]).rstrip() + "\n"
 
 
 def main(out: Path | None, model: str | None = None, with_torch: bool = True, only: str = "") -> None:
     """Measure the cases in whose name `only`, a regular expression, is found; print the table, and write it and the
     JSON to `out`."""
     params, config, weights = load(model)
-    result = {"date": datetime.date.today().isoformat(), "command": " ".join(["python", *sys.argv]),
-              "device": jax.devices()[0].device_kind, "versions": versions(), "weights": weights, "cases": []}
-    for case in (case for case in CASES if re.search(only, case.name)):
+    result = {**tables.heading(), "weights": weights, "cases": []}
+    chosen = [case for case in CASES if re.search(only, case.name)]
+    for case in chosen:
         times, failed = {}, {}
         for kind, layer in (("routed", LAYER), ("dense", None)):
             try:
                 times[kind] = measure(case, params, config, layer)
             except jax.errors.JaxRuntimeError as error:  # out of memory, on a smaller card
-                failed[kind] = str(error).splitlines()[0][:200]
+                failed[kind] = tables.reason(error)
         log.info("%s: %s", case.name, json.dumps(times))
-        result["cases"].append({"case": case.name, "must": case.must, "aim": case.aim, "dense_must": case.dense_must,
-                                "ms": times, "failed": failed,
+        result["cases"].append({"case": case.name, "ms": times, "failed": failed,
                                 "cache_bytes": cache_bytes(config, LAYER, case.batch, case.tokens)})
     if with_torch:  # last: the two libraries need not share the card's memory then
         del params
         jax.clear_caches()
-        for row in result["cases"]:
-            case = next(case for case in CASES if case.name == row["case"])
+        for case, row in zip(chosen, result["cases"], strict=True):
             try:
                 from l2a_jax.research.speed.inference_torch import measure_torch
 
                 row["ms"]["transformers"] = measure_torch(case, config, STEPS)
             except Exception as error:
-                row["failed"]["transformers"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(out / "speed_inference.json", json.dumps(result, indent=1) + "\n")
-        write_text(out / "speed_inference.md", markdown(result))
+                row["failed"]["transformers"] = tables.reason(error)
+    tables.write(out, "speed_inference", result, markdown(result))
     print(markdown(result), flush=True)

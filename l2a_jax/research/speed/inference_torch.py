@@ -3,36 +3,34 @@
 from __future__ import annotations
 
 import inspect
-import statistics
-import time
 
 from l2a_jax.config import ModelConfig
+from l2a_jax.research.speed.timing import torch_ms
 
 
-def measure_torch(case, config: ModelConfig, steps: int, repeats: int = 7, device: str = "cuda",
-                  compiled: bool = True) -> float:
-    """Milliseconds of one prefill or decode step of a plain model with random weights, in bfloat16."""
+def measure_torch(case, config: ModelConfig, steps: int) -> float:
+    """Milliseconds of one prefill or decode step of a plain model with random weights, in bfloat16, on CUDA."""
     import torch
 
-    model = _model(config, device)
+    model = _model(config)
     try:
         with torch.inference_mode():
-            if case.operation == "prefill":
-                return _prefill(model, case, config, device, repeats)
-            return _decode(model, case, config, device, repeats, steps, compiled)
+            if case.operation == "decode":
+                return torch_ms(_decode(model, case, config, steps))[0] / steps
+            ids = torch.randint(0, config.vocab_size, (case.batch, case.tokens), device="cuda")
+            return torch_ms(lambda: model(ids, use_cache=True, logits_to_keep=1))[0]
     finally:
         del model
-        if device == "cuda":
-            torch._dynamo.reset()
-            torch.cuda.empty_cache()
+        torch._dynamo.reset()
+        torch.cuda.empty_cache()
 
 
-def _model(config, device):
+def _model(config):
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     c = config
-    with torch.device(device):
+    with torch.device("cuda"):
         return Qwen2ForCausalLM._from_config(
             Qwen2Config(
                 vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
@@ -42,47 +40,22 @@ def _model(config, device):
             attn_implementation="sdpa", dtype=torch.bfloat16).eval()
 
 
-def _median_ms(call, repeats, device, each=1):
-    import torch
-
-    def wait():
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    for _ in range(3):
-        call()
-    seconds = []
-    for _ in range(repeats):
-        wait()
-        began = time.perf_counter()
-        call()
-        wait()
-        seconds.append((time.perf_counter() - began) / each)
-    return statistics.median(seconds) * 1e3
-
-
-def _prefill(model, case, config, device, repeats):
-    import torch
-
-    ids = torch.randint(0, config.vocab_size, (case.batch, case.tokens), device=device)
-    return _median_ms(lambda: model(ids, use_cache=True, logits_to_keep=1), repeats, device)
-
-
-def _decode(model, case, config, device, repeats, steps, compiled):
+def _decode(model, case, config, steps):
+    """A function that makes `steps` steps over a filled cache."""
     import torch
     from transformers import StaticCache
 
     cache = StaticCache(config=model.config, max_cache_len=case.tokens + steps)
     accepted = inspect.signature(model.forward).parameters
     name = "cache" if "cache" in accepted else "past_key_values"
-    ids = torch.randint(0, config.vocab_size, (case.batch, 1), device=device)
-    position = torch.full((1,), case.tokens, device=device)
+    ids = torch.randint(0, config.vocab_size, (case.batch, 1), device="cuda")
+    position = torch.full((1,), case.tokens, device="cuda")
     model(ids, position_ids=position[None], use_cache=True, **{name: cache})  # allocates the cache
     for layer in cache.layers:
         layer.keys.normal_()
         layer.values.normal_()
     # The compiled call must see the same tensors at every step, so the position is written in place.
-    forward = torch.compile(model.forward, mode="reduce-overhead", dynamic=False) if compiled else model.forward
+    forward = torch.compile(model.forward, mode="reduce-overhead", dynamic=False)
     extra = {"cache_position": position} if "cache_position" in accepted else {}
 
     def run():
@@ -95,4 +68,4 @@ def _decode(model, case, config, device, repeats, steps, compiled):
             ids.copy_(out.logits[:, -1].argmax(-1, keepdim=True))
             position.add_(1)
 
-    return _median_ms(run, repeats, device, steps)
+    return run

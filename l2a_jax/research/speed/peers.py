@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from l2a_jax.research import tables
 from l2a_jax.research.speed.cases import HEADS, SpeedCase
-from l2a_jax.research.speed.timing import time_torch
+from l2a_jax.research.speed.timing import torch_ms
 
 
 def torch_peers(case: SpeedCase) -> tuple[dict, dict]:
@@ -23,17 +24,21 @@ def torch_peers(case: SpeedCase) -> tuple[dict, dict]:
     times, failed = {}, {}
     name, function = ("flex_attention", _flex(case)) if case.operation == "local" else ("SDPA", _sdpa)
 
-    def both(i):
-        for x in sets[i]:
-            x.grad = None
-        function(*sets[i]).backward(cotangent)
+    def forward():
+        with torch.no_grad():
+            for inputs in sets:
+                function(*inputs)
+
+    def both():
+        for inputs in sets:
+            for x in inputs:
+                x.grad = None
+            function(*inputs).backward(cotangent)
 
     try:
-        with torch.no_grad():
-            forward = time_torch(lambda i: function(*sets[i]), len(sets))
-        times[name] = [forward, time_torch(both, len(sets))]
+        times[name] = [torch_ms(run)[0] / len(sets) for run in (forward, both)]
     except Exception as error:
-        failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        failed[name] = tables.reason(error)
     del sets, cotangent
     torch.cuda.empty_cache()
     return times, failed

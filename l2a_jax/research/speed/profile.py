@@ -52,9 +52,14 @@ def main(case: StepCase, top: int = 40) -> None:
     where = origins(step.compiled.as_text())
     print(f"{case.name}: {sum(ms for ms, _ in spent.values()):.1f} ms on the device, compiled in "
           f"{step.compile_seconds:.0f} s, {step.bytes / 1e9:.2f} GB")
-    for title, group in (("by kernel", lambda name, hlo: re.sub(r"(_\d+|\.\d+)+$", "", name)),
-                         ("by origin", lambda name, hlo: re.sub(r"(_\d+)$", "", name)[:34] + " | "
-                          + re.sub(r"\d+/", "", where.get(hlo, hlo)))):
+
+    def kernel(name, hlo):
+        return re.sub(r"(_\d+|\.\d+)+$", "", name)
+
+    def origin(name, hlo):
+        return f"{re.sub(r'_[0-9]+$', '', name)[:34]} | {re.sub(r'[0-9]+/', '', where.get(hlo, hlo))}"
+
+    for title, group in (("by kernel", kernel), ("by origin", origin)):
         totals = collections.defaultdict(lambda: [0.0, 0.0])
         for (name, hlo), (ms, launches) in spent.items():
             key = group(name, hlo)

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 
 from l2a_jax.attention.kernels.blocks import loop_of, table
-from l2a_jax.files import write_text
+from l2a_jax.research import tables
 from l2a_jax.research.speed.blocks import calls, spec_of
 from l2a_jax.research.speed.cases import HEADS, SpeedCase
 from l2a_jax.research.speed.timing import compile_jax, time_compiled
@@ -50,6 +50,4 @@ def main(out: Path | None, only: str) -> None:
         if re.search(only, case.name):
             rows.append({"case": case.name, "ms": [round(ms, 4) for ms in sweep(case)]})
             print(json.dumps(rows[-1]), flush=True)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(out / "shares.json", "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    tables.write(out, "shares", rows)

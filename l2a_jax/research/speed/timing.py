@@ -1,17 +1,43 @@
-"""Times on an accelerator: many calls over several input sets in one executable, and the median of repeats."""
+"""Times on an accelerator, once for all tables: the median of repeats, each of which waits for the device."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 
+def median_ms(run: Callable[[], Any], wait: Callable[[Any], Any] = jax.block_until_ready, *, repeats: int = 7,
+              each: int = 1) -> float:
+    """Milliseconds of one `run()`: the median over `repeats` of `each` calls; `wait` then gets the last result."""
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        for _ in range(each):
+            out = run()
+        wait(out)
+        seconds.append((time.perf_counter() - began) / each)
+    return statistics.median(seconds) * 1e3
+
+
+def torch_ms(run: Callable[[], Any], *, repeats: int = 7, each: int = 1) -> tuple[float, float]:
+    """The same of PyTorch on CUDA after three calls that warm up, and the seconds that those took."""
+    import torch
+
+    began = time.perf_counter()
+    for _ in range(3):
+        run()
+    torch.cuda.synchronize()
+    warming = time.perf_counter() - began
+    return median_ms(run, lambda _: torch.cuda.synchronize(), repeats=repeats, each=each), warming
+
+
 def time_jax(function: Callable, sets: Sequence[tuple], repeats: int = 7) -> float:
-    """Milliseconds of one `function(*inputs)`, compiled: the median over `repeats` of the mean over the input sets.
+    """Milliseconds of one `function(*inputs)`, compiled, over several sets of inputs.
 
     All sets go through one executable, so the host's dispatch is not in the number; different inputs keep XLA from
     merging the calls, and keep the cache from holding one call's data for the next.
@@ -30,14 +56,7 @@ def time_compiled(compiled, sets: Sequence[tuple], repeats: int = 7) -> float:
     jax.block_until_ready(compiled(sets))
     jax.block_until_ready(compiled(sets))
     launches = int(min(8, max(1, 0.1 / (time.perf_counter() - start))))
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        for _ in range(launches):
-            out = compiled(sets)
-        jax.block_until_ready(out)
-        seconds.append((time.perf_counter() - start) / launches)
-    return statistics.median(seconds) / len(sets) * 1e3
+    return median_ms(lambda: compiled(sets), repeats=repeats, each=launches) / len(sets)
 
 
 def matmul_ceiling(size: int = 8192) -> float:
@@ -45,22 +64,3 @@ def matmul_ceiling(size: int = 8192) -> float:
     keys = jax.random.split(jax.random.key(0), 4)
     sets = [tuple(jax.random.normal(k, (size, size), jnp.bfloat16) for k in pair) for pair in (keys[:2], keys[2:])]
     return 2 * size**3 / time_jax(jnp.matmul, sets) / 1e9
-
-
-def time_torch(function: Callable[[int], None], calls: int, repeats: int = 7) -> float:
-    """Milliseconds of one PyTorch call by device events; `function(i)` launches it on the i-th input set."""
-    import torch
-
-    for i in range(calls):
-        function(i)
-    torch.cuda.synchronize()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for i in range(calls):
-            function(i)
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / calls)
-    return statistics.median(times)

@@ -7,12 +7,10 @@ at one token in five. Operations are the model's own, not those that remateriali
 
 from __future__ import annotations
 
-import datetime
 import functools
 import json
 import logging
 import statistics
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,11 +21,10 @@ import numpy as np
 
 from l2a_jax.config import MODELS, ModelConfig
 from l2a_jax.data.batch import Batch
-from l2a_jax.files import write_text
 from l2a_jax.models.params import abstract_params, init_params
+from l2a_jax.research import tables
 from l2a_jax.research.speed import training_torch
-from l2a_jax.research.speed.attention import versions
-from l2a_jax.research.speed.timing import matmul_ceiling
+from l2a_jax.research.speed.timing import matmul_ceiling, median_ms
 from l2a_jax.training.memory import checkpoint_policy, step_bytes
 from l2a_jax.training.optimizer import OptimizerConfig, make_optimizer
 from l2a_jax.training.regimes import PLAIN_REGIMES, regime_mask
@@ -40,7 +37,7 @@ log = logging.getLogger("l2a_jax.speed")
 @dataclass(frozen=True)
 class StepCase:
     """One training step. `routed`: share of routed tokens at the start (1.0: as a real run starts; the router learns
-    while it is measured). `must`, `aim`: (tokens/s, GB)."""
+    while it is measured)."""
 
     regime: str
     model: str = "qwen2.5-0.5b"
@@ -51,8 +48,6 @@ class StepCase:
     routed: float = 1.0
     unroll: bool = True
     backend: str = "auto"
-    must: tuple[float | None, float | None] = (None, None)
-    aim: tuple[float | None, float | None] = (None, None)
 
     @property
     def name(self) -> str:
@@ -61,13 +56,9 @@ class StepCase:
         return f"{self.model} {self.regime} {self.batch} x {self.length:,} W={self.window}{routed}, remat {self.remat}"
 
 
-_TARGETS = {"router_only": ((145e3, 12), (220e3, 8)), "l2a_ft": ((130e3, 12), (200e3, 9)),
-            "full_ft": ((100e3, 20), (150e3, 14))}
-
-
 def standard_cases() -> list[StepCase]:
-    """The issue's three steps, as they start and at one token in five; then what fits a 24 GB card."""
-    small = [StepCase(regime, routed=routed, must=must, aim=aim) for regime, (must, aim) in _TARGETS.items()
+    """The three regimes that people train, as they start and at one token in five; then the others."""
+    small = [StepCase(regime, routed=routed) for regime in ("router_only", "l2a_ft", "full_ft")
              for routed in (1.0, 0.2)]
     return [*small, StepCase("router_strict", routed=0.2), StepCase("l2a_paper", routed=0.2), StepCase("pretrain")]
 
@@ -155,48 +146,43 @@ def measure(case: StepCase, repeats: int = 5, each: int = 4) -> dict:
     """Milliseconds a step (median over `repeats` of `each` steps), tokens/s, memory, losses, sparsity."""
     step = Step(case)
     losses = [float(step.run()["loss"]) for _ in range(3)]
-    seconds = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        for _ in range(each):
-            metrics = step.run()
+    last: dict = {}
+
+    def wait(metrics):
         losses.append(float(metrics["loss"]))
-        seconds.append((time.perf_counter() - began) / each)
+        last.update(metrics)
+
+    ms = median_ms(step.run, wait, repeats=repeats, each=each)
     if not np.isfinite(losses).all():
         raise FloatingPointError(f"{case.name}: losses {losses}")
-    second = statistics.median(seconds)
-    tokens = case.batch * case.length
-    return {"case": case.name, "regime": case.regime, "ms": second * 1e3, "tokens_per_second": tokens / second,
-            "memory_gb": step.bytes / 1e9, "compile_seconds": step.compile_seconds, "losses": losses,
-            "sparsity": None if step.layer is None else float(metrics["sparsity"]),
-            "teraflops": step_teraflops(case, step.config), "must": case.must, "aim": case.aim}
+    return {"case": case.name, "regime": case.regime, "ms": ms,
+            "tokens_per_second": case.batch * case.length / ms * 1e3, "memory_gb": step.bytes / 1e9,
+            "compile_seconds": step.compile_seconds, "losses": losses,
+            "sparsity": None if step.layer is None else float(last["sparsity"]),
+            "teraflops": step_teraflops(case, step.config)}
 
 
 def markdown(result: dict) -> str:
     """The result as a short table."""
     ceiling = result["matmul_teraflops_per_second"]
-    lines = ["# Speed of training steps", "",
-             f"{result['date']}, {result['device']}, bfloat16, "
-             f"{', '.join(f'{name} {version}' for name, version in result['versions'].items())}. Medians of "
-             f"`{result['command']}`; random weights and tokens, one document a row, AdamW with float32 masters, "
-             "default backend. Memory is the compiled step's (arguments and temporaries). Operations are the model's "
-             "own (rematerialised ones are not counted, nor are keys beyond a window), beside a matrix product 8,192^3 "
-             f"at {ceiling:.0f} TFLOP/s.", "",
-             "*PyTorch*: the same step, compiled, with both paths dense (`training_torch`), in the same run."
-             if any(row["torch"] for row in result["steps"]) else "*PyTorch* was not measured in this run.", "",
-             "| step | not routed | ms | tokens/s | must / aim | GB | must / aim | TFLOP/s | of ceiling | PyTorch "
-             "tokens/s | GB |", "|---|---|---|---|---|---|---|---|---|---|---|"]
+    rows = []
     for row in result["steps"]:
-        rate = row["teraflops"] / row["ms"] * 1e3
-        wanted = [" / ".join("-" if x[i] is None else f"{x[i] / scale:g}{unit}" for x in (row["must"], row["aim"]))
-                  for i, scale, unit in ((0, 1e3, "K"), (1, 1, ""))]
-        sparsity = "-" if row["sparsity"] is None else f"{row['sparsity']:.0%}"
-        lines.append(f"| {row['case']} | {sparsity} | {row['ms']:.1f} | **{row['tokens_per_second'] / 1e3:.1f}K** | "
-                     f"{wanted[0]} | {row['memory_gb']:.2f} | {wanted[1]} | {rate:.0f} | {rate / ceiling:.0%} | "
-                     + ("- | - |" if not row["torch"] else
-                        f"{row['torch']['tokens_per_second'] / 1e3:.1f}K | {row['torch']['memory_gb']:.1f} |"))
-    lines += [f"\nNot measured: {name}: {why}" for name, why in result["failed"].items()]
-    return "\n".join(lines) + "\n"
+        rate, peer = row["teraflops"] / row["ms"] * 1e3, row["torch"]
+        rows.append([
+            row["case"], "-" if row["sparsity"] is None else f"{row['sparsity']:.0%}", f"{row['ms']:.1f}",
+            f"**{row['tokens_per_second'] / 1e3:.1f}K**", f"{row['memory_gb']:.2f}", f"{rate:.0f}",
+            f"{rate / ceiling:.0%}", *(("-", "-") if not peer else (
+                f"{peer['tokens_per_second'] / 1e3:.1f}K", f"{peer['memory_gb']:.1f}"))])
+    return "\n".join([
+        "# Speed of training steps", "",
+        f"{tables.said(result)}. Medians of `{result['command']}`; random weights and tokens, one document a row, "
+        "AdamW with float32 masters, default backend. Memory is the compiled step's (arguments and temporaries). "
+        "Operations are the model's own (rematerialised ones are not counted, nor are keys beyond a window), beside a "
+        f"matrix product 8,192^3 at {ceiling:.0f} TFLOP/s. *PyTorch*: the same step, compiled, with both paths dense "
+        "(`training_torch`), in the same run, where it was measured.", "",
+        *tables.grid(["step", "local", "ms", "tokens/s", "GB", "TFLOP/s", "of ceiling", "PyTorch tokens/s", "GB"],
+                     rows),
+        *(f"- not measured, {name}: {why}" for name, why in result["failed"].items())]).rstrip() + "\n"
 
 
 def _peer(case: StepCase, result: dict) -> dict | None:
@@ -208,25 +194,20 @@ def _peer(case: StepCase, result: dict) -> dict | None:
     try:
         return training_torch.measure(case)
     except Exception as error:  # whatever PyTorch raises is a reason, not our failure
-        result["failed"][f"PyTorch {case.regime}"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        result["failed"][f"PyTorch {case.regime}"] = tables.reason(error)
         return None
 
 
 def main(cases: list[StepCase], out: Path | None, name: str = "speed_training", with_torch: bool = True) -> None:
     """Measure, print the table, and write NAME.json and NAME.md to `out`, after every case."""
-    result = {"date": datetime.date.today().isoformat(), "command": " ".join(["python", *sys.argv]),
-              "device": jax.devices()[0].device_kind, "versions": versions(),
-              "matmul_teraflops_per_second": matmul_ceiling(), "steps": [], "failed": {}}
+    result = {**tables.heading(), "matmul_teraflops_per_second": matmul_ceiling(), "steps": [], "failed": {}}
     for case in cases:
         try:
             result["steps"].append(measure(case))
             log.info("%s", json.dumps({k: result["steps"][-1][k] for k in ("case", "ms", "memory_gb")}))
         except jax.errors.JaxRuntimeError as error:
-            result["failed"][case.name] = str(error).splitlines()[0][:200]
+            result["failed"][case.name] = tables.reason(error)
             continue
         result["steps"][-1]["torch"] = _peer(case, result) if with_torch else None
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            write_text(out / f"{name}.json", json.dumps(result, indent=1) + "\n")
-            write_text(out / f"{name}.md", markdown(result))
+        tables.write(out, name, result, markdown(result))
     print(markdown(result), flush=True)

@@ -7,10 +7,8 @@ AdamW, cross-entropy over float32 logits, as a PyTorch user would write it.
 
 from __future__ import annotations
 
-import statistics
-import time
-
 from l2a_jax.config import MODELS, ModelConfig
+from l2a_jax.research.speed.timing import torch_ms
 from l2a_jax.training.regimes import PLAIN_REGIMES
 from l2a_jax.training.settings import REGIME_PRESET
 
@@ -140,20 +138,8 @@ def measure(case, repeats: int = 5, each: int = 4) -> dict:
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
         optimizer.step()
 
-    began = time.perf_counter()
-    for _ in range(3):
-        step()
-    torch.cuda.synchronize()
-    compile_seconds = time.perf_counter() - began
-    seconds = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        for _ in range(each):
-            step()
-        torch.cuda.synchronize()
-        seconds.append((time.perf_counter() - began) / each)
-    second = statistics.median(seconds)
-    found = {"tokens_per_second": case.batch * case.length / second, "ms": second * 1e3,
+    ms, compile_seconds = torch_ms(step, repeats=repeats, each=each)
+    found = {"tokens_per_second": case.batch * case.length / ms * 1e3, "ms": ms,
              "memory_gb": torch.cuda.max_memory_allocated() / 1e9, "compile_seconds": compile_seconds}
     del model, compiled, optimizer
     torch.cuda.empty_cache()

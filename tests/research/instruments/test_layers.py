@@ -10,20 +10,36 @@ import pytest
 
 from l2a_jax.config import MODELS, L2AConfig
 from l2a_jax.errors import UserError
-from l2a_jax.models.params import abstract_params
-from l2a_jax.research.replication.layers import changed_layers, evenly_spaced, ratios
+from l2a_jax.models.params import abstract_params, map_with_path
+from l2a_jax.research.replication.rows import evenly_spaced
 from l2a_jax.runs.plan import load_tree, make_plan
 from l2a_jax.sources import load_pretrained
 from l2a_jax.training import settings as presets
 from l2a_jax.training.checkpoints import LATEST, Checkpoints
 from l2a_jax.training.metrics import read_metrics
 from l2a_jax.training.optimizer import OptimizerConfig, make_optimizer
-from l2a_jax.training.regimes import check_attention_layers, count_parameters, partition, regime_mask
+from l2a_jax.training.regimes import check_attention_layers, count_parameters, group_of, partition, regime_mask
 from l2a_jax.training.step import initial_state
 from tests.models.cases import LAYERS, make_params
 from tests.training.test_bad_input import load_command
 
 SEPARATE = L2AConfig(share_attention=False)
+
+
+def changed_layers(before, after):
+    """Where two trees differ in any bit: {"attention": layers, "other": paths outside attention}."""
+    layers, other = set(), []
+
+    def look(path, one, two):
+        one, two = np.asarray(one), np.asarray(two)
+        same = one.view(np.uint8).reshape(one.shape[0], -1) == two.view(np.uint8).reshape(two.shape[0], -1)
+        if group_of(path) == "attention":
+            layers.update(np.flatnonzero(~same.all(axis=1)).tolist())
+        elif not same.all():
+            other.append(path)
+
+    map_with_path(look, before, after)
+    return {"attention": sorted(layers), "other": sorted(other)}
 
 
 def test_evenly_spaced_layers():
@@ -40,11 +56,9 @@ def test_counts_of_trained_parameters():
     """0.5B, separate sets: one layer's attention is q 896^2 + 896, k and v 896 x 128 + 128 each, o 896^2, twice."""
     config = MODELS["qwen2.5-0.5b"]
     one = 2 * (896 * 896 + 896 + 2 * (896 * 128 + 128) + 896 * 896)
-    rows = ratios(config, SEPARATE, "l2a_ft", 12_000_000)
-    assert [row["trained_parameters"] for row in rows] == [64_512 + n * one for n in (1, 3, 6, 12, 24)]
-    assert rows[-1]["trained_parameters"] == 88_200_192  # the design's count
-    assert rows[0]["tokens_per_trained_parameter"] == pytest.approx(12e6 / rows[0]["trained_parameters"])
     params = abstract_params(config, SEPARATE)
+    counts = [count_parameters(params, regime_mask(params, "l2a_ft"), evenly_spaced(n, 24)) for n in (1, 3, 6, 12, 24)]
+    assert counts == [64_512 + n * one for n in (1, 3, 6, 12, 24)] and counts[-1] == 88_200_192
     assert count_parameters(params, regime_mask(params, "full_ft"), (0,)) == 538_143_616 - 23 * one
     assert count_parameters(params, None, (0,)) == 538_143_616 - 23 * one
 

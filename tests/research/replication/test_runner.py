@@ -15,6 +15,7 @@ import pytest
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import needle
 from l2a_jax.evaluation.perplexity import score_windows
+from l2a_jax.research import deadline
 from l2a_jax.research.replication import report, runner, trained
 from l2a_jax.research.replication.measures import Subject, measure
 from l2a_jax.runs.plan import compile_run, dials_of, program_key
@@ -116,7 +117,7 @@ def test_a_measurement_says_where_it_was_made_when_not_where_the_row_was_trained
 def test_the_picture_is_of_our_own_text(session, rows, done, tmp_path):
     params = trained.load_masters(session, rows[1], done / "one.npz")
     found = measure(Subject(session, rows[1], params, [], tmp_path), "picture")
-    assert found["text"] == "l2a_jax.research.replication.damage" and 0 < found["shown"] <= found["tokens"] <= 128
+    assert found["text"] == "sample.txt" and 0 < found["shown"] <= found["tokens"] <= 128
     assert (tmp_path / "one_picture.png").stat().st_size > 2_000 and 0 <= found["share"] <= 1
     out = tmp_path / "report"
     for path in done.glob("*.json"):
@@ -184,8 +185,9 @@ def test_no_time_starts_nothing_and_a_limit_between_phases_keeps_what_is_done(se
         return measure(subject, task)
 
     monkeypatch.setattr(runner, "measure", slow)
-    monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: clock[0], perf_counter=time.perf_counter,
-                                                        time=time.time))
+    stopped = SimpleNamespace(monotonic=lambda: clock[0], perf_counter=time.perf_counter, time=time.time)
+    for module in (runner, deadline):
+        monkeypatch.setattr(module, "time", stopped)
     assert runner.run_rows([rows[0]], session, tmp_path / "some", deadline=0.5) == (["plain"], [])
     found = load(tmp_path / "some", "plain")
     assert found["status"] == "partial" and list(found["evaluations"]) == ["perplexity"]
