@@ -10,9 +10,16 @@ Every other backend is compared with these few lines. Conventions, fixed once he
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+
+def real_tokens(segment_ids: Int[Any, "*B T"] | None, shape: tuple[int, ...]) -> Bool[Any, "*B T"]:
+    """Which tokens are real: those that are no padding, and all where there are no documents."""
+    return jnp.ones(shape, bool) if segment_ids is None else segment_ids != 0
 
 
 def segment_starts(segment_ids: Int[Array, "B T"] | None, shape: tuple[int, int]) -> Int[Array, "B T"]:
@@ -30,7 +37,7 @@ def causal_mask(segment_ids: Int[Array, "B T"] | None, shape: tuple[int, int]) -
     """True where query i may see key j: j <= i, in the same document, which is not padding."""
     index, starts = jnp.arange(shape[1]), segment_starts(segment_ids, shape)
     mask = (index[None, :] <= index[:, None]) & (starts[:, :, None] == starts[:, None, :])
-    return mask if segment_ids is None else mask & (segment_ids != 0)[:, :, None]
+    return mask if segment_ids is None else mask & real_tokens(segment_ids, shape)[:, :, None]
 
 
 def local_mask(

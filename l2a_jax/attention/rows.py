@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from l2a_jax.attention.reference import segment_starts
+from l2a_jax.attention.reference import real_tokens, segment_starts
 
 
 class Rows(NamedTuple):
@@ -48,7 +48,7 @@ def token_rows(
     sink_high = jnp.minimum(low, start + min(sinks, shape[1]))
     alive = jnp.ones(shape, bool) if seen is None else seen
     if segment_ids is not None:
-        alive = alive & (segment_ids != 0)
+        alive = alive & real_tokens(segment_ids, shape)
     return Rows(
         jnp.where(alive, low, 0), jnp.where(alive, index, -1),
         jnp.where(alive, start, 0), jnp.where(alive, sink_high, 0),

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from l2a_jax.config import L2AConfig, ModelConfig
 
@@ -147,6 +147,11 @@ def check_layers(config: ModelConfig, l2a_config: L2AConfig) -> None:
     beyond = [layer for layer in l2a_config.pruned_layers if layer >= config.num_layers]
     if beyond:
         raise ValueError(f"pruned_layers {beyond} do not exist: the model has {config.num_layers} layers, from 0")
+
+
+def output_matrix(params: Tree, config: ModelConfig) -> Float[Array, "V D"]:
+    """The matrix that makes the logits: the embedding where it is tied, else the stored output kernel."""
+    return params["embed"]["embedding"] if config.tie_embeddings else params["unembed"]["kernel"].T
 
 
 class _Node(nnx.Module):

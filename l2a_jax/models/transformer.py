@@ -15,11 +15,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from l2a_jax.attention.reference import segment_starts
+from l2a_jax.attention.reference import real_tokens, segment_starts
 from l2a_jax.config import L2AConfig, ModelConfig, position_limit, rope_of
 from l2a_jax.errors import UserError
 from l2a_jax.models.layer import Context, LayerRouting, attend, join_projections
-from l2a_jax.models.params import Tree, as_module, check_layers, from_module, init_params
+from l2a_jax.models.params import Tree, as_module, check_layers, from_module, init_params, output_matrix
 from l2a_jax.nn.layers import gated_mlp, rms_norm
 from l2a_jax.nn.rope import rope_table
 
@@ -85,12 +85,9 @@ def probe_layers(
 
 
 def unembed(params: Tree, hidden: Float[Array, "B T D"], config: ModelConfig) -> Float[Array, "B T V"]:
-    """Logits in float32: hidden times the embedding's transpose (tied) or the stored output matrix."""
-    if config.tie_embeddings:
-        kernel, contraction = params["embed"]["embedding"], "btd,vd->btv"
-    else:
-        kernel, contraction = params["unembed"]["kernel"], "btd,dv->btv"
-    return jnp.einsum(contraction, hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    """Logits in float32."""
+    kernel = output_matrix(params, config).astype(hidden.dtype)
+    return jnp.einsum("btd,vd->btv", hidden, kernel, preferred_element_type=jnp.float32)
 
 
 def forward(params: Tree, tokens: Int[Array, "B T"], config: ModelConfig, l2a_config: L2AConfig | None = None,
@@ -106,13 +103,12 @@ def _run(params, tokens, config, l2a_config, positions, segment_ids, decisions, 
     index = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     if positions is None:
         positions = index if segment_ids is None else index - segment_starts(segment_ids, tokens.shape)
-    real = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids != 0
     context = Context(
         config=config,
         l2a=l2a_config,
         rope=rope_table(positions, config, rope_of(config, l2a_config)),
         segment_ids=segment_ids,
-        real=real,
+        real=real_tokens(segment_ids, tokens.shape),
         train=train and decisions is None,
         backend=backend,
     )

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from l2a_jax.attention.kernels import blocks
 from l2a_jax.config import ModelConfig
-from l2a_jax.models.params import Tree
+from l2a_jax.models.params import Tree, output_matrix
 from l2a_jax.nn.softmax_kernel import softmax_rows
 
 CHUNK = 2_048  # tokens; x 152K vocabulary x 4 bytes = 1.2 GB of float32 logits at a time, twice as many in float16
@@ -49,7 +49,7 @@ def cross_entropy(
     for `logits_dtype_of` the dtype of `hidden`.
     """
     dtype = jnp.dtype(logits_dtype_of(hidden.dtype) if logits_dtype is None else logits_dtype)
-    kernel = params["embed"]["embedding"] if config.tie_embeddings else params["unembed"]["kernel"].T
+    kernel = output_matrix(params, config)
     rows = hidden.reshape(-1, hidden.shape[-1])
     how = _How(CHUNK * 4 // dtype.itemsize if chunk is None else chunk, dtype)
     return TokenLoss(*_summed(how, rows, kernel, targets.reshape(-1), weights.reshape(-1).astype(jnp.float32)))
@@ -68,7 +68,7 @@ def logits_dtype_of(compute_dtype: Any) -> Any:
 def token_nll(params: Tree, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"], config: ModelConfig,
               chunk: int = CHUNK) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
     """Negative log-likelihood of each target in nats, and whether it is the top token; for evaluation."""
-    kernel = params["embed"]["embedding"] if config.tie_embeddings else params["unembed"]["kernel"].T
+    kernel = output_matrix(params, config)
     rows = hidden.reshape(-1, hidden.shape[-1])
 
     def one(inputs):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from l2a_jax.attention.reference import real_tokens
 from l2a_jax.config import L2AConfig, ModelConfig
 from l2a_jax.data.batch import Batch
 from l2a_jax.models.params import Tree, by_layer, map_with_path, param_dtype, stacked
@@ -115,9 +116,9 @@ def train_step(
     Loss and penalty are means over all tokens of the step, so a micro-batch counts by its tokens. `key` is the run's:
     leakage draws from fold_in(key, step, microbatch, layer).
     """
-    real = jnp.ones(batch.tokens.shape, bool) if batch.segment_ids is None else batch.segment_ids != 0
+    real = real_tokens(batch.segment_ids, batch.tokens.shape)
     counted = jnp.maximum(jnp.sum(batch.weights), 1.0)
-    real_tokens = jnp.maximum(jnp.sum(real), 1)
+    total = jnp.maximum(jnp.sum(real), 1)
     weight = routing.penalty_weight(state.step, maximum=objective.penalty, warmup=objective.penalty_warmup,
                                     ramp=objective.penalty_ramp)
     step_key = jax.random.fold_in(key, state.step)
@@ -133,7 +134,7 @@ def train_step(
         if routed is None:
             nothing = jnp.zeros(layers)
             return summed.nll / counted, _Sums(summed.nll, summed.correct, jnp.zeros(()), nothing, nothing)
-        share = jnp.sum(real) / real_tokens  # a micro-batch's part of the mean over all real tokens
+        share = jnp.sum(real) / total  # a micro-batch's part of the mean over all real tokens
         penalty = routing.penalty(routed.probabilities, real) * share
         sums = _Sums(summed.nll, summed.correct, penalty, routing.sparsity(routed.decisions, real) * share,
                      routing.entropy(routed.probabilities, real) * share)
@@ -164,7 +165,7 @@ def train_step(
     updated = TrainState(state.step + 1, masters, optimizer_state, healthy)
     state = jax.tree.map(lambda new, old: jnp.where(healthy, new, old), updated, state._replace(healthy=healthy))
 
-    metrics = {"loss": mean_nll, "accuracy": sums.correct / counted, "grad_norm": norm, "tokens": real_tokens,
+    metrics = {"loss": mean_nll, "accuracy": sums.correct / counted, "grad_norm": norm, "tokens": total,
                "healthy": healthy}
     if objective.l2a_config is not None:
         metrics |= {"sparsity": jnp.mean(sums.unrouted), "sparsity_per_layer": sums.unrouted,
@@ -196,7 +197,7 @@ class Evaluation(NamedTuple):
 def evaluate_batch(params: Tree, batch: Batch, decisions: Bool[Array, "L B T"] | None, *,
                    objective: Objective) -> Evaluation:
     """Score one batch under the router's own decisions, or under `decisions`."""
-    real = jnp.ones(batch.tokens.shape, bool) if batch.segment_ids is None else batch.segment_ids != 0
+    real = real_tokens(batch.segment_ids, batch.tokens.shape)
     hidden, routed = hidden_states(params, batch.tokens, objective.config, objective.l2a_config,
                                    positions=batch.positions, segment_ids=batch.segment_ids, decisions=decisions,
                                    backend=objective.backend)

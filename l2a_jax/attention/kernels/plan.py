@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from l2a_jax.attention.reference import real_tokens
 from l2a_jax.attention.rows import Rows, align_groups, compact, partition, take, token_rows
 
 ALIGN = 128  # rows; the second group of a mixed call starts at a multiple of every block of rows
@@ -111,7 +112,7 @@ def make_plan(
     if spec.segmented:
         plan = plan._replace(end=segment_ends(segment_ids))
     if spec.kind == "routed":
-        alive = decisions if segment_ids is None else decisions & (segment_ids != 0)
+        alive = decisions if segment_ids is None else decisions & real_tokens(segment_ids, shape)
         order = compact(alive)
         return plan._replace(index=order.index, rank=order.rank, count=order.count, before=(_before(alive),))
     if spec.kind == "mixed":

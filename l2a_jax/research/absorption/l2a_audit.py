@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool
 
+from l2a_jax.attention.reference import real_tokens
 from l2a_jax.config import L2AConfig, ModelConfig
 from l2a_jax.data.batch import Batch
 from l2a_jax.data.dataset import open_data
@@ -87,7 +88,8 @@ def audit(subject: Subject, others: Sequence[tuple[str, Tree, L2AConfig]], seeds
     """Every choice of decisions under the weights before and after; random and shuffled ones once for each seed."""
     score, decisions_of = _scorer(subject)
     learned = [decisions_of(subject.after, subject.l2a_config, batch) for batch in subject.batches]
-    rates = _rates(learned, subject.batches)
+    real = [np.asarray(real_tokens(batch.segment_ids, batch.tokens.shape)) for batch in subject.batches]
+    rates = _rates(learned, real)
     shape = learned[0].shape
 
     def constant(value):
@@ -100,7 +102,7 @@ def audit(subject: Subject, others: Sequence[tuple[str, Tree, L2AConfig]], seeds
         "learned": (lambda seed, index: learned[index], [0]),
         "random, same rates": (lambda seed, index: routing.random(key(seed, index), rates, *shape[1:]), seeds),
         "shuffled": (lambda seed, index: routing.shuffled(
-            key(seed, index), jnp.asarray(learned[index]), jnp.asarray(_real(subject.batches[index]))), seeds),
+            key(seed, index), jnp.asarray(learned[index]), jnp.asarray(real[index])), seeds),
         "everything": (constant(True), [0]), "nothing": (constant(False), [0])}
     for name, params, l2a_config in others:
         theirs = [decisions_of(params, l2a_config, batch) for batch in subject.batches]
@@ -133,13 +135,8 @@ def audit(subject: Subject, others: Sequence[tuple[str, Tree, L2AConfig]], seeds
     return Report("l2a_audit", "What L2A's learned decisions carry", [table, carried], [panel])
 
 
-def _real(batch: Batch) -> np.ndarray:
-    return np.ones(batch.tokens.shape, bool) if batch.segment_ids is None else batch.segment_ids != 0
-
-
-def _rates(learned: list[Bool[np.ndarray, "L B T"]], batches: list[Batch]) -> np.ndarray:
+def _rates(learned: list[Bool[np.ndarray, "L B T"]], real: list[Bool[np.ndarray, "B T"]]) -> np.ndarray:
     """Share of real tokens routed, per layer."""
-    real = [_real(batch) for batch in batches]
     return sum((d & r).sum(axis=(1, 2)) for d, r in zip(learned, real, strict=True)) / sum(r.sum() for r in real)
 
 

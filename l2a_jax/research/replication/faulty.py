@@ -18,7 +18,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Float64
 
 from l2a_jax import attention
-from l2a_jax.attention.reference import local_mask, segment_starts
+from l2a_jax.attention.reference import local_mask, real_tokens, segment_starts
 from l2a_jax.config import rope_of
 from l2a_jax.data.batch import Batch, TrainingData
 from l2a_jax.models.layer import Context, LayerRouting, attend
@@ -115,7 +115,7 @@ def train_faulty(params: Tree, data: TrainingData, fault: Fault, objective: Obje
 @functools.partial(jax.jit, donate_argnums=(0, 1), static_argnames=("objective", "optimizer", "regime"))
 def _step(masters, optimizer_state, frozen, batch, key, step, penalty, lr_factor, poison, skip, symmetric, *,
           objective, optimizer, regime):
-    real = jnp.ones(batch.tokens.shape, bool) if batch.segment_ids is None else batch.segment_ids != 0
+    real = real_tokens(batch.segment_ids, batch.tokens.shape)
     weight = routing.penalty_weight(step, maximum=penalty, warmup=objective.penalty_warmup,
                                     ramp=objective.penalty_ramp)
     def loss(masters):
@@ -152,7 +152,7 @@ def leaky_hidden_states(params: Tree, batch: Batch, key: Any, symmetric: Any, *,
     places = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     positions = places - segment_starts(ids, tokens.shape)
     context = Context(config, layer_config, rope_table(positions, config, rope_of(config, layer_config)), ids,
-                      jnp.ones(tokens.shape, bool) if ids is None else ids != 0, True, objective.backend,
+                      real_tokens(ids, tokens.shape), True, objective.backend,
                       leaky_attention(symmetric))
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
