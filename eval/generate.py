@@ -30,7 +30,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--prune-layers", metavar="LAYERS", help="layers without global attention, such as 3,5-8")
     parser.add_argument("--colour", action="store_true",
                         help="on a terminal: the more layers routed a token, the warmer; plain text elsewhere")
-    parser.add_argument("--dtype", default="bfloat16", help="bfloat16 (default), float16 or float32")
+    parser.add_argument("--dtype", help="bfloat16, float16 or float32 (default: float32 on a CPU, else bfloat16)")
     parser.add_argument("--backend", default="auto", help=HELP)
     return parser
 

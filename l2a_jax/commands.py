@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,20 @@ def path(text: str, flag: str) -> Path:
     if not text.strip():
         raise UserError(f"{flag} is empty; expected a path")
     return Path(text)
+
+
+def spelled(script: str) -> str:
+    """How the user would run a command of ours, such as `train/run.py`: by the name under which it is installed where
+    this one was run so, else by its path."""
+    ran = sys.argv[0]
+    if ran.endswith(script):
+        return f"python {ran}"
+    module = f".{script.removesuffix('.py').replace('/', '.')}"
+    if Path(ran).name.startswith("l2a-"):
+        for point in metadata.entry_points(group="console_scripts"):
+            if point.module.endswith(module):
+                return point.name
+    return f"python {script}"
 
 
 def say_idle(given: Iterable[str], rules: Iterable[tuple[bool, Iterable[str], str]]) -> None:

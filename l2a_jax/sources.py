@@ -6,6 +6,7 @@ What a folder written by `save_pretrained` holds is a Hugging Face folder too, s
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from importlib import resources
 from pathlib import Path
@@ -21,7 +22,7 @@ from l2a_jax.data.recall import EOS, IDS, PAD, SPECIAL
 from l2a_jax.errors import UserError, few
 from l2a_jax.files import read_json, reading
 from l2a_jax.models.params import Tree, abstract_params, add_routing, map_with_path, param_dtype
-from l2a_jax.training.checkpoints import Checkpoints
+from l2a_jax.training.checkpoints import LATEST, Checkpoints
 from l2a_jax.training.optimizer import master_dtype_of
 from l2a_jax.training.regimes import combine, partition, regime_mask
 from l2a_jax.training.run_files import describes_run, read_run
@@ -37,6 +38,7 @@ from l2a_jax.weights.tokenizer import Tokenizer
 from l2a_jax.weights.tokenizer_folder import FILES as TOKENIZER_FILES
 from l2a_jax.weights.tokenizer_folder import load_tokenizer
 
+log = logging.getLogger("l2a_jax")
 TINY = "qwen2.5-tiny"
 """The source name of the small model that is part of the package."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -238,8 +240,10 @@ def _load_run(path: Path, dtype: Any) -> Pretrained:
         masters = jnp.dtype(run.settings.master_dtype)
         like = map_with_path(
             lambda name, leaf: jax.ShapeDtypeStruct(leaf.shape, master_dtype_of(name, masters)), trained)
-        _, trained = Checkpoints(where.folder).load_trainable(where.kind, like, where.step)
+        step, trained = Checkpoints(where.folder).load_trainable(where.kind, like, where.step)
         trained = map_with_path(lambda name, leaf: leaf.astype(param_dtype(name, dtype)), trained)
+        if run.steps is not None and max(Checkpoints(where.folder).steps(LATEST), default=0) < run.steps:
+            log.warning("the run %s is not finished: this is its step %d of %d", where.folder, step, run.steps)
     return Pretrained(config, l2a_config, combine(trained, frozen), _run_tokenizer(path), _hash_run(path))
 
 

@@ -51,12 +51,16 @@ class TrainingData(Protocol):
         ...
 
 
-def decode_row(batch: Batch, row: int, tokenizer: Any, characters: int = 300) -> str:
-    """One row as text: a header for each document in it, then its first and last `characters / 2` characters."""
+def decode_row(batch: Batch, row: int, tokenizer: Any, characters: int = 300,
+               documents: int | None = None) -> str:
+    """One row as text: a header for each document in it (the first `documents`, or all), then the document's first and
+    last `characters / 2` characters."""
     tokens = np.asarray(batch.tokens[row])
     segments = np.ones(tokens.size, int) if batch.segment_ids is None else np.asarray(batch.segment_ids[row])
     lines = []
-    for segment in range(1, int(segments.max(initial=0)) + 1):
+    count = int(segments.max(initial=0))
+    kept = count if documents is None else min(documents, count)
+    for segment in range(1, kept + 1):
         where = np.flatnonzero(segments == segment)
         text = tokenizer.decode(tokens[where].tolist(), skip_special_tokens=False)
         half = characters // 2
@@ -65,5 +69,7 @@ def decode_row(batch: Batch, row: int, tokenizer: Any, characters: int = 300) ->
         counted = int(np.asarray(batch.weights[row])[where].sum())
         lines.append(f"--- document {segment}: {where.size} tokens from {where[0]}, {counted} of them with a target")
         lines.append(text)
+    if kept < count:
+        lines.append(f"--- {count - kept} more documents")
     lines.append(f"--- padding: {int((segments == 0).sum())} tokens")
     return "\n".join(lines)

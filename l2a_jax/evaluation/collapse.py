@@ -2,21 +2,26 @@
 
 Measured on a few held-out windows and a few prompts: numbers that are not finite (weights, logits), whether later
 tokens leak into earlier ones, how the router decides, what the model writes, and training loss beside held-out loss.
-`verdict.RULES` turns the measures into a verdict.
+
+"Collapse" is a word for several things: weights that are no numbers, a target that the model can see, text that turns
+in circles, a router that stopped deciding. Each has a rule of its own with a threshold in `RULES`, so that a verdict
+can be argued with; the first that holds decides. Greedy text is measured but judges nothing: sound small models loop
+under greedy decoding too.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+import operator
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l2a_jax.evaluation import repetition, verdict
 from l2a_jax.evaluation.perplexity import Windows
 from l2a_jax.models.params import Tree, map_with_path
 from l2a_jax.models.transformer import hidden_states, unembed
@@ -27,6 +32,9 @@ from l2a_jax.training.loss import CHUNK
 WINDOWS, LENGTH = 8, 1_024
 """Held-out windows looked at, and tokens of each: enough for counts and means, a few seconds on any device."""
 NEW_TOKENS = 96
+MAX_PERIOD = 64
+TIMES, TOKENS = 3, 16
+"""A loop: a unit of at most `MAX_PERIOD` tokens at least `TIMES` times in a row, `TOKENS` tokens in all or more."""
 PROMPTS = (
     "The first snow of the year fell on the town during the night, and when the baker opened her door",
     "To find the area of a triangle from the lengths of its three sides, we",
@@ -38,6 +46,66 @@ PROMPTS = (
     "Question: Why do we see lightning before we hear thunder?\nAnswer:",
 )
 """Our own beginnings of a story, a proof, code, science, memory, news, a letter and an answer."""
+
+
+_COMPARE = {">": operator.gt, "<": operator.lt, ">=": operator.ge, "<=": operator.le}
+
+
+class Rule(NamedTuple):
+    """`verdict` holds where the measure named `measure` compares with `threshold`; a measure not taken says nothing."""
+
+    verdict: str
+    measure: str
+    compare: str
+    threshold: float
+    meaning: str
+
+    def holds(self, value: float | None) -> bool:
+        """Whether the rule applies. A value that is not a number is out of bounds of every rule."""
+        return value is not None and (math.isnan(value) or _COMPARE[self.compare](value, self.threshold))
+
+
+HEALTHY = "healthy"
+RULES = (
+    Rule("non-finite", "weights_not_finite", ">", 0, "parameters that are NaN or infinite"),
+    Rule("non-finite", "logits_not_finite", ">", 0, "logits on held-out text that are NaN or infinite"),
+    Rule("non-finite", "training_losses_not_finite", ">", 0, "training steps whose loss was NaN or infinite"),
+    Rule("leak", "future_seen", ">", 0.05, "change of the hidden state, as a share of its size, when only later tokens "
+         "change: a causal model has none"),
+    Rule("leak", "future_routing", ">", 0.01, "share of decisions that change when only later tokens change"),
+    Rule("loss-perplexity mismatch", "training_loss", "<", 0.02, "a training loss (nats) that no text allows: a target "
+         "that is seen, or NaN logged as zero"),
+    Rule("loss-perplexity mismatch", "loss_gap", ">", 1.5, "held-out loss minus training loss, nats: a leak in "
+         "training alone, or memorised text"),
+    Rule("constant output", "logit_spread", "<", 1e-3, "largest minus smallest logit of a token, mean"),
+    Rule("constant output", "top_token_share", ">", 0.9, "share of held-out places where one and the same token is "
+         "the likeliest"),
+    Rule("worse than chance", "loss_over_uniform", ">=", 1.0, "held-out loss over ln V, that of a uniform guess"),
+    Rule("degenerate text", "sampled_ends_in_loop", ">", 0.5, "share of texts sampled at temperature 1 that end in a "
+         "loop"),
+    Rule("degenerate text", "sampled_distinct_2", "<", 0.3, "different bigrams over all, of texts sampled at "
+         "temperature 1"),
+    Rule("never routes", "sparsity", ">=", 0.999, "share of decisions that are local"),
+    Rule("always routes", "sparsity", "<=", 0.001, "share of decisions that are local"),
+)
+
+
+def judge(measures: Mapping[str, float | None]) -> dict[str, Any]:
+    """{"verdict", "rule", "findings", "rules"}: the first rule that holds, all that hold, and the table with what was
+    measured. `healthy` where none holds, and then only as far as the rules not measured are listed."""
+    table = [{**rule._asdict(), "value": measures.get(rule.measure),
+              "holds": rule.holds(measures.get(rule.measure))} for rule in RULES]
+    findings = [row for row in table if row["holds"]]
+    missing = list(dict.fromkeys(row["measure"] for row in table if row["value"] is None))
+    return {"verdict": findings[0]["verdict"] if findings else HEALTHY,
+            "rule": _sentence(findings[0]) if findings else "no rule of the table holds",
+            "findings": list(dict.fromkeys(row["verdict"] for row in findings)), "not_measured": missing,
+            "rules": table}
+
+
+def _sentence(row: Mapping[str, Any]) -> str:
+    """A rule with its measure, as a person would read it."""
+    return f"{row['measure']} = {row['value']:.4g} {row['compare']} {row['threshold']:g} ({row['meaning']})"
 
 
 def collapse(
@@ -77,7 +145,7 @@ def collapse(
         "sampled_ends_in_loop": sampled.get("ends_in_loop"), "sampled_distinct_2": sampled.get("distinct_2"),
         "sparsity": None if pruned else text["sparsity"],  # a layer cut off on purpose is no verdict on its router
     }
-    return {**verdict.judge(measures), **report}
+    return {**judge(measures), **report}
 
 
 def weights_not_finite(params: Tree) -> dict[str, int]:
@@ -136,11 +204,71 @@ def generation_measures(model: Pretrained, prompts: Sequence[Sequence[int]], sto
             key=jax.random.key(seed) if temperature else None, stop_tokens=tuple(stop_tokens), backend=backend))
         texts = [row[:length].tolist() for row, length in zip(made.tokens, made.lengths, strict=True)]
         own = np.concatenate([row[:length] for row, length in zip(made.log_probabilities, made.lengths, strict=True)])
-        out[name] = {**repetition.describe(texts), "not_finite": int((~made.finite).sum()),
+        out[name] = {**repetition(texts), "not_finite": int((~made.finite).sum()),
                      "own_perplexity": float(np.exp(-own.mean(dtype=np.float64))) if own.size else None}
         if model.tokenizer is not None:
             out[name]["texts"] = [model.tokenizer.decode(text) for text in texts]
     return out
+
+
+class Loop(NamedTuple):
+    """`length` tokens from `start` on that repeat with `period`; 0 tokens where there is no loop."""
+
+    start: int
+    length: int
+    period: int
+
+
+def distinct(tokens: Sequence[int], n: int) -> float | None:
+    """Different n-grams over all n-grams (Li et al., 2016); None for a text shorter than n."""
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else None
+
+
+def unigram_entropy(tokens: Sequence[int]) -> float:
+    """Entropy of the text's own token frequencies, in nats: 0 for one token over and over."""
+    counts = np.array(list(Counter(tokens).values()), np.float64)
+    return float(-(counts / counts.sum() * np.log(counts / counts.sum())).sum()) if len(counts) else 0.0
+
+
+def longest_loop(tokens: Sequence[int]) -> Loop:
+    """The longest loop anywhere in the text, its shortest period first."""
+    return max(_loops(tokens), key=lambda loop: (loop.length, -loop.period), default=Loop(0, 0, 0))
+
+
+def ends_in_loop(tokens: Sequence[int]) -> bool:
+    """Whether a loop reaches the end of the text, its last unit perhaps unfinished."""
+    return any(loop.start + loop.length == len(tokens) for loop in _loops(tokens))
+
+
+def _loops(tokens):
+    x = np.asarray(tokens)
+    for period in range(1, min(MAX_PERIOD, len(x) // TIMES) + 1):
+        same = np.concatenate([[False], x[period:] == x[:-period], [False]])
+        edges = np.flatnonzero(same[1:] != same[:-1]).reshape(-1, 2)
+        for begin, end in edges:  # x[begin : end + period] repeats with this period
+            length = int(end - begin) + period
+            if length >= max(TIMES * period, TOKENS):
+                yield Loop(int(begin), length, period)
+
+
+def repetition(generations: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """The means over generations (those long enough for each number; None where none is)."""
+
+    def mean(values):
+        known = [value for value in values if value is not None]
+        return float(np.mean(known)) if known else None
+
+    usable = [tokens for tokens in generations if len(tokens) >= TOKENS]
+    return {
+        "generations": len(generations), "too_short": len(generations) - len(usable),
+        "mean_length": mean([len(tokens) for tokens in generations]),
+        **{f"distinct_{n}": mean([distinct(tokens, n) for tokens in usable]) for n in (1, 2, 3, 4)},
+        "unigram_entropy": mean([unigram_entropy(tokens) for tokens in usable]),
+        "longest_loop": max((longest_loop(tokens).length for tokens in usable), default=0),
+        "ends_in_loop": mean([float(ends_in_loop(tokens)) for tokens in usable]),
+        "loop_rule": f"a unit of up to {MAX_PERIOD} tokens {TIMES} times or more, {TOKENS} tokens in all or more",
+    }
 
 
 def training_measures(records: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from l2a_jax.evaluation import (
     audit,
     collapse,
     intervals,
-    needle_task,
+    needle,
     perplexity,
     pruning_cost,
     results,
@@ -135,12 +135,12 @@ def make_plan(options: Options) -> Plan:
 
         for name in lm_tasks:
             read_task(name, options.task_data)
-    needle = None
+    grid = None
     if "needle" in tasks:
-        needle = needle_task.make_options(options.needle, Pretrained(config, layer, {}, tokenizer, ""))
+        grid = needle.make_options(options.needle, Pretrained(config, layer, {}, tokenizer, ""))
     path, replace = _place(options)
     batch_tokens = options.batch_tokens or device.batch_tokens(perplexity.BATCH_TOKENS)
-    return Plan(options, tasks, config, own, layer, windows, calibration, needle, dtype, batch_tokens, path, replace)
+    return Plan(options, tasks, config, own, layer, windows, calibration, grid, dtype, batch_tokens, path, replace)
 
 
 def idle(plan: Plan) -> list[tuple[bool, tuple[str, ...], str]]:
@@ -228,7 +228,7 @@ def _steps(plan: Plan, model: Pretrained, unpruned: Pretrained) -> list[tuple[st
 
         steps.append((", ".join(lm_tasks), benchmarks))
     if "needle" in plan.tasks:
-        steps.append(("needle", lambda: {"needle": needle_task.run(model, plan.needle, plan.path, o.backend)}))
+        steps.append(("needle", lambda: {"needle": needle.run(model, plan.needle, plan.path, o.backend)}))
     return steps
 
 
@@ -317,7 +317,7 @@ def _place(options: Options) -> tuple[Path, bool]:
 def _check_place(plan: Plan) -> None:
     """What will be written can be, and what is there can be merged into: found out before anything is computed."""
     samples = [f"samples_{name}.jsonl" for name in plan.tasks if name not in OWN_TASKS and plan.options.log_samples]
-    pictures = [needle_task.picture(plan.path).name] if "needle" in plan.tasks else []
+    pictures = [needle.picture(plan.path).name] if "needle" in plan.tasks else []
     for name in (plan.path.name, *samples, *pictures):
         check_file(plan.path.with_name(name), "--out" if plan.options.out is not None else "the results")
     if plan.path.exists():
@@ -354,7 +354,7 @@ def summary(found: dict[str, Any]) -> str:
         elif name == "pruning":
             lines.append(pruning_cost.format_report(entry))
         elif name == "needle":
-            lines.append(needle_task.format_table(entry))
+            lines.append(needle.format_table(entry))
         else:
             shown = [f"{metric} {entry[metric]:.3f} +- {intervals.Z * entry[f'{metric}_stderr']:.3f}"
                      for metric in ("acc", "acc_norm")

@@ -10,8 +10,10 @@ answer so far, its next token is the most likely one; so one forward pass decide
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -21,9 +23,9 @@ from l2a_jax import fields
 from l2a_jax.config import position_limit
 from l2a_jax.data import recall
 from l2a_jax.data.encoder import check_ids
-from l2a_jax.errors import UserError
+from l2a_jax.errors import Missing, UserError, needs
+from l2a_jax.evaluation import texts
 from l2a_jax.evaluation.loglikelihood import Request, log_likelihoods
-from l2a_jax.evaluation.needle_plot import draw_heat_map, format_table
 from l2a_jax.evaluation.needle_text import (
     ADJECTIVES,
     PLACES,
@@ -36,12 +38,16 @@ from l2a_jax.evaluation.needle_text import (
     recall_haystack,
     text_haystack,
 )
-from l2a_jax.fields import SEED, Distinct, Filled, between, count, length
+from l2a_jax.fields import SEED, Distinct, Filled, between, check_value, count, length
+from l2a_jax.files import whole
 from l2a_jax.sources import Pretrained
 
-__all__ = ["NeedleOptions", "draw_heat_map", "evaluate_needle", "format_table"]
-
+log = logging.getLogger("l2a_jax.eval")
 MOST_PROMPTS = 100_000
+RECALL_LENGTHS = (64, 128, 256)
+"""What the embedded model, trained on rows of 128 tokens, can be asked."""
+PANELS = {"exact_match": "greedy output is the answer\n{mean:.0%}",
+          "ranked_first": "answer is the likeliest of {n}\n{mean:.0%} (chance {chance:.0%})"}
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,45 @@ class NeedleOptions:
         keys = len(recall.SUBJECTS) if words else len(ADJECTIVES) * len(PLACES)
         if self.needles > keys:
             raise UserError(f"needle needles is {self.needles}; there are only {keys} keys")
+
+
+def make_options(given: dict[str, Any], model: Pretrained) -> NeedleOptions:
+    """NeedleOptions from the flags, where `depths` and `seeds` are counts; `model` needs no parameters yet.
+
+    Builds the prompts once, so that an empty haystack or a context too long raises UserError before anything is
+    computed.
+    """
+    fields = dict(given)
+    for name in ("depths", "seeds"):
+        check_value(fields.get(name), Annotated[int | None, between(1, 1_000)], f"--needle-{name}")
+    if texts.speaks_recall(model.tokenizer) and "haystack" not in fields:
+        log.info("no --haystack: needles are hidden in the synthetic recall corpus, whose words this model speaks")
+        fields.setdefault("lengths", RECALL_LENGTHS)
+    if "depths" in fields:
+        fields["depths"] = tuple(np.linspace(0, 1, fields["depths"]).tolist())
+    if "seeds" in fields:
+        fields["seeds"] = tuple(range(fields["seeds"]))
+    options = NeedleOptions(**{name: tuple(value) if isinstance(value, list) else value for name, value in
+                               fields.items()})
+    build_prompts(model, options)
+    return options
+
+
+def run(model: Pretrained, options: NeedleOptions, results: Path, backend: str) -> dict[str, Any]:
+    """The grid's result; its heat map goes beside the results, under their name."""
+    found = evaluate_needle(model, options, backend=backend)
+    drawn = picture(results)
+    try:
+        draw_heat_map(found, drawn)
+    except Missing as lacking:
+        log.warning("no %s: %s", drawn.name, lacking)
+        return found
+    return {**found, "heat_map": drawn.name}
+
+
+def picture(results: Path) -> Path:
+    """Where the heat map goes."""
+    return results.with_name(results.stem.replace("eval", "needle", 1) + ".png")
 
 
 class Prompt(NamedTuple):
@@ -231,3 +276,44 @@ def _generated(model: Pretrained, prompts: Sequence[Prompt], options: NeedleOpti
         out.append({"length": prompt.length, "depth": prompt.depth, "seed": prompt.seed, "answer": prompt.answers[0],
                     "written": model.tokenizer.decode(tokens), "exact_match": tokens == prompt.answer_tokens[0]})
     return out
+
+
+def format_table(result: dict[str, Any]) -> str:
+    """Exact match and, in brackets, the share ranked first, in per cent: a row a depth, a column a length."""
+    lengths, depths = result["lengths"], result["depths"]
+    overall, answers = result["overall"], result["distractors"] + 1
+    lines = [f"needle: exact match % (ranked first of {answers} %, chance {1 / answers:.0%}), {result['per_cell']} "
+             f"prompts a cell, {result['needles']} needle(s)",
+             f"{'depth':>6}" + "".join(f"{length:>14,}" for length in lengths)]
+    for depth, exact, first in zip(depths, result["exact_match"], result["ranked_first"], strict=True):
+        cells = (f"{100 * a:.0f} ({100 * b:.0f})" for a, b in zip(exact, first, strict=True))
+        lines.append(f"{depth:>6.0%}" + "".join(f"{cell:>14}" for cell in cells))
+    lines.append(f"all: exact match {overall['exact_match']:.1%} ± {overall['exact_match_stderr']:.1%}, ranked first "
+                 f"{overall['ranked_first']:.1%}, mean rank {overall['mean_rank']:.2f}, n = {overall['n']}")
+    return "\n".join(lines)
+
+
+def draw_heat_map(result: dict[str, Any], path: Path) -> None:
+    """Write a PNG: a panel for each way of scoring, red for 0 % and green for 100 %, the share in every cell."""
+    figure_of = needs("matplotlib.figure", "eval", "a heat map").Figure
+    lengths, depths, answers = result["lengths"], result["depths"], result["distractors"] + 1
+    width, height = 1.6 + 0.75 * len(lengths), 1.9 + 0.42 * len(depths)
+    figure = figure_of(figsize=(2 * max(width, 3.6), max(height, 2.6)), dpi=120, layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, (name, title) in zip(axes, PANELS.items(), strict=True):
+        grid = np.asarray(result[name])
+        image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        for (row, column), share in np.ndenumerate(grid):
+            axis.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=9)
+        axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+        axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+        axis.set_xlabel("context length (tokens)")
+        axis.set_title(title.format(n=answers, mean=np.mean(grid), chance=1 / answers), fontsize=10)
+    axes[0].set_ylabel("needle depth")
+    figure.colorbar(image, ax=axes, label="share of prompts", ticks=[0, 0.5, 1])
+    figure.suptitle(f"{result['overall']['n']} prompts, {result['per_cell']} a cell, {result['needles']} needle(s)",
+                    fontsize=10)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as partial:
+        figure.savefig(partial, format="png")

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from l2a_jax import commands
 from l2a_jax.data.counts import format_count
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import intervals, reported
@@ -43,7 +44,7 @@ def load(source: str | Path) -> tuple[str, dict[str, Any]]:
     path = Path(source).expanduser()
     file = path / FILE if path.is_dir() else path
     if not file.exists():
-        raise UserError(f"{source} has no {FILE}; run eval/run.py on it first")
+        raise UserError(f"{source} has no {FILE}; run {commands.spelled('eval/run.py')} on it first")
     name = file.parent.name + ("" if file.name == FILE else f" ({file.stem.removeprefix('eval-')})")
     return name, read_results(file)
 

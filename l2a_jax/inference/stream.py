@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import jax
 from jaxtyping import PRNGKeyArray
 
-from l2a_jax import commands
+from l2a_jax import commands, device
 from l2a_jax.attention import api as attention
 from l2a_jax.config import L2AConfig, Sinks, Window
 from l2a_jax.errors import UserError
@@ -116,17 +116,17 @@ class Asked(Sampling):
 
     window: Window | None = None
     sinks: Sinks | None = None
-    dtype: Annotated[str, Choice("bfloat16", "float16", "float32")] = "bfloat16"
+    dtype: Annotated[str | None, Choice("bfloat16", "float16", "float32")] = None
     seed: Annotated[int, SEED] = 0
 
 
 def prepare(source: str | Path, *, window: int | None = None, sinks: int | None = None,
-            prune_layers: str | None = None, dtype: Any = "bfloat16") -> Pretrained:
+            prune_layers: str | None = None, dtype: Any = None) -> Pretrained:
     """The model of a source; a plain one with `window` or `sinks` gets an untrained router, which routes everything.
 
     Raises UserError where it has a layer of its own already, or what `load_pretrained` and `pruned` refuse.
     """
-    model = load_pretrained(source, dtype)
+    model = load_pretrained(source, dtype or device.default_dtype())
     given = {name: value for name, value in (("window", window), ("sinks", sinks)) if value is not None}
     if given:
         if model.l2a_config is not None:
@@ -141,8 +141,8 @@ def prepare(source: str | Path, *, window: int | None = None, sinks: int | None 
 
 
 def run(source: str, *, prompt: str | None, prompt_file: Path | None, window: int | None = None,
-        sinks: int | None = None, prune_layers: str | None = None, colour: bool = False, dtype: str = "bfloat16",
-        seed: int = 0, out: Any = None, **options: Any) -> None:
+        sinks: int | None = None, prune_layers: str | None = None, colour: bool = False,
+        dtype: str | None = None, seed: int = 0, out: Any = None, **options: Any) -> None:
     """What `eval/generate.py` does: the continuation to `out` (stdout), tokens per second to stderr."""
     out = sys.stdout if out is None else out
     asked = Asked(window=window, sinks=sinks, dtype=dtype, seed=seed, **options)

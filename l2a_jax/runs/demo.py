@@ -1,25 +1,125 @@
-"""The embedded demo's own report: recall of the synthetic corpus beside its controls."""
+"""The embedded demo's scores: does the router find the tokens that need memory, and what does leaving the rest cost?
+
+Ground truth comes with the corpus: position t needs memory where token t + 1 is the answer to a question about a fact
+beyond the window. Every row of the table is the same held-out text under another choice of decisions.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
 import jax
+import numpy as np
+from jaxtyping import Bool
 
-from l2a_jax.evaluation import recall
-from l2a_jax.models.params import add_routing
-from l2a_jax.training.step import evaluate_batch
+from l2a_jax.data.batch import Batch
+from l2a_jax.data.recall import needs_memory
+from l2a_jax.models.params import Tree, add_routing
+from l2a_jax.nn import routing
+from l2a_jax.training.step import Evaluation, TrainState, evaluate_batch
+
+if TYPE_CHECKING:
+    from l2a_jax.runs.plan import Run
+
+Score = Callable[[Batch, Any], Evaluation]
 
 
-def recall_report(run, state, frozen, source_params, held_out):
+def recall_report(run: Run, state: TrainState, frozen: Tree, source_params: Tree, held_out: list[Batch]) -> dict:
+    """The report of a demo run that has ended."""
     plan = run.plan
     plain = run.objective._replace(l2a_config=None)
     if plan.l2a_config is None:
-        rows = recall.score(lambda batch, decisions: run.evaluate(state.trainable, frozen, batch, None), held_out)[0]
+        rows = score(lambda batch, decisions: run.evaluate(state.trainable, frozen, batch, None), held_out)[0]
         return {"rows": {"this model (full attention)": rows}}
     start_trainable, start_frozen = run.split(add_routing(source_params, plan.config, plan.l2a_config)
                                               if not plan.source_routed else source_params)
     baseline = jax.jit(lambda params, batch: evaluate_batch(params, batch, None, objective=plain))
-    return recall.report(
+    return report(
         baseline=lambda batch, decisions: baseline(source_params, batch),
         untrained=lambda batch, decisions: run.evaluate(start_trainable, start_frozen, batch, decisions),
         trained=lambda batch, decisions: run.evaluate(state.trainable, frozen, batch, decisions),
         batches=held_out, seed=plan.settings.seed)
+
+
+def score(
+    evaluate: Score,
+    batches: Iterable[Batch],
+    decisions: Callable[[int, Batch], Any] = lambda index, batch: None,
+) -> tuple[dict[str, Any], np.ndarray | None]:
+    """Perplexity on ordinary tokens, accuracy on recall tokens (share of 1), sparsity; and the decisions [L, ...]."""
+    nll, correct, needed, routed = [], [], [], []
+    for index, batch in enumerate(batches):
+        result = jax.device_get(evaluate(batch, decisions(index, batch)))
+        needed.append(needs_memory(batch.tokens))
+        nll.append(result.nll)
+        correct.append(result.correct)
+        routed.append(result.decisions)
+    nll, correct, needed = (np.concatenate(parts) for parts in (nll, correct, needed))
+    row = {"ordinary_perplexity": float(np.exp(nll[~needed].mean(dtype=np.float64))),
+           "recall_accuracy": float(correct[needed].mean()), "recall_tokens": int(needed.sum())}
+    if routed[0] is None:
+        return row, None
+    routed = np.concatenate(routed, axis=1)
+    return {**row, "sparsity": float(1 - routed.mean())}, routed
+
+
+def random_like(routed: Bool[np.ndarray, "L B T"], seed: int) -> Callable[[int, Batch], jax.Array]:
+    """Decisions at random, at the rate of each layer of `routed`."""
+    rates = routed.mean(axis=(1, 2))
+    return lambda index, batch: routing.random(jax.random.fold_in(jax.random.key(seed), index), rates,
+                                               *batch.tokens.shape)
+
+
+def agreement(routed: Bool[np.ndarray, "B T"], needed: Bool[np.ndarray, "B T"]) -> dict[str, float | None]:
+    """Precision and recall of routing as a prediction of need; None where nothing was predicted."""
+    hits = float((routed & needed).sum())
+    return {"precision": hits / routed.sum() if routed.any() else None,
+            "recall": hits / needed.sum() if needed.any() else None, "routed": float(routed.mean())}
+
+
+def report(baseline: Score, untrained: Score, trained: Score, batches: list[Batch], seed: int) -> dict[str, Any]:
+    """The demo's table: baseline, local only, the trained model, random routing at its rates; router agreement."""
+    own, routed = score(trained, batches)
+
+    def nothing(index, batch):
+        return np.zeros((routed.shape[0], *batch.tokens.shape), bool)
+
+    rows = {"baseline (full attention)": score(baseline, batches)[0],
+            "local only, untrained": score(untrained, batches, nothing)[0],
+            "trained router": own,
+            "random routing, same rates": score(trained, batches, random_like(routed, seed))[0],
+            "trained, nothing routed": score(trained, batches, nothing)[0]}
+    needed = np.concatenate([needs_memory(batch.tokens) for batch in batches])
+    return {"rows": rows, "router_any_layer": agreement(routed.any(axis=0), needed),
+            "router_per_layer": [agreement(layer, needed) for layer in routed]}
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """The report as text."""
+    lines = [f"{'':<28} {'ordinary ppl':>12} {'recall acc.':>12} {'local':>12}"]
+    for name, row in report["rows"].items():
+        sparsity = f"{row['sparsity']:.1%}" if "sparsity" in row else "-"
+        lines.append(f"{name:<28} {row['ordinary_perplexity']:>12.3f} {row['recall_accuracy']:>12.1%} {sparsity:>12}")
+    if "router_any_layer" in report:
+        lines += ["", "router against the tokens that need memory:",
+                  f"{'':<12} {'precision':>10} {'recall':>10} {'routed':>10}"]
+        rows = [("any layer", report["router_any_layer"])]
+        rows += [(f"layer {index}", entry) for index, entry in enumerate(report["router_per_layer"])]
+        for name, entry in rows:
+            precision = "-" if entry["precision"] is None else f"{entry['precision']:.1%}"
+            recall = "-" if entry["recall"] is None else f"{entry['recall']:.1%}"
+            lines.append(f"{name:<12} {precision:>10} {recall:>10} {entry['routed']:>10.1%}")
+    return "\n".join(lines + _success(report["rows"]))
+
+
+def _success(rows: dict[str, Any]) -> list[str]:
+    """What a loss that hardly moves is to be judged by."""
+    names = ("baseline (full attention)", "trained router", "random routing, same rates")
+    if not set(names) <= set(rows):
+        return []
+    full, own, random = (f"{rows[name]['recall_accuracy']:.1%}" for name in names)
+    local = f"{rows[names[1]]['sparsity']:.1%}"
+    return ["", "A flat loss is no failure: the model knows this corpus, and only which tokens need memory is left to "
+            "learn.", f"Success is recall near full attention's: {own} with {local} of decisions local, against {full} "
+            f"(as many at random: {random})."]

@@ -19,9 +19,9 @@ from l2a_jax import device, files
 from l2a_jax.config import to_dict
 from l2a_jax.data.recipes import absolute
 from l2a_jax.errors import UserError
-from l2a_jax.evaluation import recall
 from l2a_jax.models.params import abstract_params
 from l2a_jax.provenance import provenance
+from l2a_jax.runs import demo
 from l2a_jax.training import metrics
 from l2a_jax.training.checkpoints import BEST, Checkpoints
 from l2a_jax.training.optimizer import OptimizerConfig, learning_rate
@@ -128,7 +128,7 @@ def draw_curves(run_dir: pathlib.Path, plan: Plan) -> None:
 def print_summary(run_dir: pathlib.Path, summary: dict[str, Any]) -> None:
     """The summary in the few lines that a terminal wants."""
     if "recall" in summary:
-        print(recall.format_report(summary["recall"]))
+        print(demo.format_report(summary["recall"]))
     if "held_out_loss" in summary:
         sparsity = f", {summary['held_out_sparsity']:.1%} of decisions local" if "held_out_sparsity" in summary else ""
         print(f"held-out loss {summary['held_out_loss']:.4f} (perplexity {summary['held_out_perplexity']:.2f})"

@@ -71,7 +71,8 @@ def read_source(source: str) -> tuple[ModelConfig, L2AConfig | None, Any]:
 
 
 def make_plan(settings: Settings, *, read: Callable = read_source, open_data: Callable = open_data) -> Plan:
-    """Resolve a run's source, layer and data. UserError where anything does not fit; nothing is written.
+    """Resolve a run's source, layer and data. UserError where anything does not fit. No run folder is
+    made, but text that is read for the first time is tokenised, and its tokens are kept.
 
     `read` and `open_data` do the reading; a study of many runs passes ones that remember.
     """

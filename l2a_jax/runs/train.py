@@ -7,7 +7,6 @@ data that is not the same.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import pathlib
 import signal
@@ -21,9 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from l2a_jax import device
+from l2a_jax.commands import spelled
 from l2a_jax.data.batch import Batch, decode_row
+from l2a_jax.data.counts import format_count
+from l2a_jax.data.tokenise import cache_folder
 from l2a_jax.errors import Missing, UserError
-from l2a_jax.files import check_file, check_writable, owned, plain, write_json
+from l2a_jax.files import check_file, check_writable, owned, write_json
 from l2a_jax.models.params import Tree, abstract_params
 from l2a_jax.runs import folder
 from l2a_jax.runs.demo import recall_report
@@ -62,7 +64,7 @@ def resume(run_dir: pathlib.Path) -> dict[str, Any]:
     if not (run_dir / "config.json").exists():
         raise UserError(f"--resume {run_dir}: there is no config.json; expected the folder of an earlier run")
     recorded = read_run(run_dir).whole()
-    unchanged = f"the run is as it was; continue with: python train/run.py --resume {run_dir}"
+    unchanged = f"the run is as it was; {_continue(run_dir)}"
     with _stoppable(run_dir, unchanged) as stop, owned(run_dir, "--resume"):
         plan = plan_of(recorded, f"--resume {run_dir}")
         _announce(plan)
@@ -117,22 +119,28 @@ def _stoppable(run_dir: pathlib.Path, before: str) -> Iterator[StopRequest]:
             step, number = stopped.step, stopped.signal_number
         except KeyboardInterrupt:
             step, number = None, stop.signal_number or signal.SIGINT
-    kept = before if step is None else f"continue with: python train/run.py --resume {run_dir}"
+    kept = before if step is None else _continue(run_dir)
     done = "stopped before the first step" if step is None else f"stopped after step {step}, which is saved"
     print(f"{done}; {kept}", file=sys.stderr)
     raise SystemExit(128 + number)
 
 
+def _continue(run_dir: pathlib.Path) -> str:
+    return f"continue with: {spelled('train/run.py')} --resume {run_dir}"
+
+
 def dry_run(settings: Settings) -> str:
-    """What a run would train, as text: data, steps, memory, and one packed row as the model would see it."""
+    """What a run would train, in a dozen lines: regime, layer, steps, data, memory, and how one packed row begins.
+
+    Makes no run folder. Data that is read for the first time is tokenised, and kept for the training to come.
+    """
     plan = make_plan(settings)
-    _announce(plan)
     run = compile_run(plan)
-    about = {"steps": plan.steps, "estimated_memory_gb": round(run.memory_bytes / 1e9, 3), "data": plan.data.describe()}
-    if hasattr(plan.data, "usage"):
-        about["in_this_run"] = plan.data.usage(plan.steps * settings.grad_accum)
-    sample = decode_row(plan.data.batch(0), 0, plan.tokenizer)
-    return f"{json.dumps(plain(about), indent=2)}\nfirst row:\n{sample}"
+    lines = [*_about(plan), *_about_data(plan), f"memory: {run.memory_bytes / 1e9:.2f} GB for a step"]
+    kept = "" if plan.is_demo else f"; the tokens of the data are kept in {cache_folder()}"
+    lines += [f"written: no run folder{kept}", "first row:",
+              decode_row(plan.data.batch(0), 0, plan.tokenizer, documents=2)]
+    return "\n".join(lines)
 
 
 def _fit_and_score(run: Run, run_dir: pathlib.Path, state: TrainState, frozen: Tree, source_params: Tree | None,
@@ -169,6 +177,7 @@ def _fit_and_score(run: Run, run_dir: pathlib.Path, state: TrainState, frozen: T
             last = f"the last good checkpoint is {checkpoints.folder(LATEST)}" if good else "no checkpoint was due yet"
             raise UserError(f"{failure}; {where}. That update was withheld; {last}") from failure
 
+    log.info("scoring held-out text ...")
     summary = folder.summarise(run, run_dir, state, evaluate(state), time.perf_counter() - began)
     if plan.is_demo:
         summary["recall"] = recall_report(run, state, frozen, source_params, held_out)
@@ -203,18 +212,40 @@ def held_out_metrics(evaluate: Callable[[Batch], Any], batches: list[Batch]) -> 
 
 
 def _announce(plan: Plan) -> None:
-    s = plan.settings
     if plan.is_demo:
         log.info("embedded demo: a tiny model and the synthetic recall corpus; for a real Qwen2.5 give --model (a hub "
                  "id, folder or .gguf) and --data")
-    abstract = abstract_params(plan.config, plan.l2a_config)
+    for line in _about(plan):
+        log.info("%s", line)
+
+
+def _about(plan: Plan) -> list[str]:
+    """What is trained, in words: regime, layer, steps."""
+    s, layer = plan.settings, plan.l2a_config
+    abstract = abstract_params(plan.config, layer)
     total = count_parameters(abstract)
     trained = count_parameters(abstract, regime_mask(abstract, s.regime), s.attention_layers)
     tokens = round(plan.steps * s.grad_accum * plan.data.tokens_per_batch)
-    log.info("regime %s: %s of %s parameters, %s steps of %s x %s x %s tokens, seed %s, %s on %s", s.regime,
-             f"{trained:,}", f"{total:,}", plan.steps, s.grad_accum, s.batch_size, s.seq_len, s.seed, plan.dtype.name,
-             device.kind())
-    if plan.l2a_config is not None:
-        log.info("layer: %s", plan.l2a_config)
-    if trained:
-        log.info("%s tokens in all, %.3g per trained parameter", f"{tokens:,}", tokens / trained)
+    lines = [f"regime: {s.regime} trains {trained:,} of {total:,} parameters of {plan.source or 'a fresh model'}, in "
+             f"{plan.dtype.name} on {device.kind()}"]
+    if layer is not None:
+        rope = "that of the model" if layer.rope is None else layer.rope.kind if layer.rope.kind == "none" else (
+            f"{layer.rope.kind}:{layer.rope.factor:g}")
+        sets = "one attention set" if layer.share_attention else "two attention sets"
+        lines.append(f"layer: {layer.topology}, {sets}, window {layer.window}, sinks {layer.sinks}, rope {rope}, "
+                     f"temperature {layer.temperature:g}, threshold {layer.threshold:g}, leakage {layer.leakage:g}")
+    each = f", {tokens / trained:.3g} for each trained parameter" if trained else ""
+    return [*lines, f"steps: {plan.steps} of {s.grad_accum} x {s.batch_size} x {s.seq_len} tokens, {tokens:,} in all"
+                    f"{each}; seed {s.seed}"]
+
+
+def _about_data(plan: Plan) -> list[str]:
+    """What there is to read, and how much of it this run would."""
+    data = plan.data.describe()
+    if not hasattr(plan.data, "usage"):
+        return [f"data: {data['name']}, made as it is read"]
+    used = plan.data.usage(plan.steps * plan.settings.grad_accum)["domains"]
+    return [f"data: {name}, {entry['documents']:,} documents of {format_count(entry['tokens'])} tokens in "
+            f"{entry['rows']:,} rows ({entry['packing_efficiency']:.0%} full), {entry['held_out_documents']:,} more "
+            f"held out; this run reads {format_count(used[name]['tokens'])}, {used[name]['epochs']:.2f} epochs"
+            for name, entry in data["domains"].items()]

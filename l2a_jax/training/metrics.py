@@ -112,7 +112,7 @@ def draw_curves(records: list[dict[str, Any]], path: pathlib.Path, title: str = 
     """What a run did, over its steps: loss, gradient norm, what stayed local in each layer, penalty and learning rate
     (`rate`: of a step counted from 0). UserError where the picture cannot be written."""
     needs("matplotlib", "eval", "a picture of the curves")
-    from matplotlib import cm, colors
+    from matplotlib import cm, colors, ticker
     from matplotlib.figure import Figure
 
     routed = [record for record in records if record.get("sparsity_per_layer")]
@@ -150,7 +150,7 @@ def draw_curves(records: list[dict[str, Any]], path: pathlib.Path, title: str = 
         local.plot([record["step"] for record in routed], 100 * layers.mean(axis=0), lw=2, color="black", label="mean")
         local.set(title="decisions that are local, by layer", ylabel="% of tokens", ylim=(-2, 102))
         local.legend()
-        figure.colorbar(shade, ax=local, label="layer")
+        figure.colorbar(shade, ax=local, label="layer", ticks=ticker.MaxNLocator(integer=True))
     else:
         local.set_axis_off()
     if rate is not None and records:

@@ -24,7 +24,7 @@ LATER = {"unroll", "flip", "echo", "attention_layers", "given"}
 """Settings that came after the first run folders: their defaults are what those runs did."""
 CONFIG = {
     "settings": dict, "model_source": nullable(str), "source_hash": str, "model_config": dict, "l2a_config?": dict,
-    "data?": dict, "data_fingerprint?": str, "data_source?": [str], "dtype?": str, "device?": str,
+    "data?": dict, "data_fingerprint?": str, "data_source?": [str], "dtype?": str, "device?": str, "steps?": int,
 }
 SUMMARY = {f"{name}?": number for name in (
     "trained_parameters", "tokens_seen", "tokens_per_trained_parameter", "steps", "loss_last_5_percent",
@@ -47,6 +47,7 @@ class RunConfig(NamedTuple):
     data_source: tuple[str, ...] | None
     dtype: str | None
     device: str | None
+    steps: int | None
 
     def whole(self) -> RunConfig:
         """This, where it says all that repeating the run needs, within the ranges of today. UserError where not."""
@@ -88,7 +89,8 @@ def read_run(run_dir: Path) -> RunConfig:
     entries = found.get("data_source")
     return RunConfig(path, settings, missing, found["model_source"], found["source_hash"], model, layer,
                      found.get("data") or {}, found.get("data_fingerprint"),
-                     None if entries is None else tuple(entries), found.get("dtype"), found.get("device"))
+                     None if entries is None else tuple(entries), found.get("dtype"), found.get("device"),
+                     found.get("steps"))
 
 
 def _settings(found: dict[str, Any], path: Path) -> tuple[Settings, tuple[str, ...]]:

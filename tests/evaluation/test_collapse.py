@@ -11,7 +11,7 @@ import pytest
 
 from l2a_jax.config import L2AConfig
 from l2a_jax.data.recall import RecallCorpus, needs_memory
-from l2a_jax.evaluation import collapse, perplexity, repetition, verdict
+from l2a_jax.evaluation import collapse, perplexity
 from l2a_jax.models import transformer as qwen2
 from l2a_jax.models.params import add_routing, map_with_path
 from l2a_jax.sources import TINY, load_pretrained
@@ -26,13 +26,13 @@ HEALTHY = {
 def obvious_loops(x):
     """Every (start, length, period) by trying all of them; maximal for their period."""
     found = set()
-    for period, start in itertools.product(range(1, repetition.MAX_PERIOD + 1), range(len(x))):
+    for period, start in itertools.product(range(1, collapse.MAX_PERIOD + 1), range(len(x))):
         stop = start
         while stop + period < len(x) and x[stop + period] == x[stop]:
             stop += 1
         length = stop - start + period
         before = start > 0 and x[start - 1] == x[start - 1 + period] if start - 1 + period < len(x) else False
-        if stop > start and not before and length >= max(repetition.TIMES * period, repetition.TOKENS):
+        if stop > start and not before and length >= max(collapse.TIMES * period, collapse.TOKENS):
             found.add((start, length, period))
     return found
 
@@ -45,38 +45,38 @@ def test_loops_are_those_of_the_definition(seed):
         unit = rng.integers(0, 5, rng.integers(1, 9)).tolist()
         x = x[: rng.integers(0, 40)] + unit * int(rng.integers(2, 9)) + (x[:3] if seed % 4 else [])
     expected = obvious_loops(x)
-    assert set(repetition._loops(x)) == expected
-    assert repetition.longest_loop(x).length == max((length for _, length, _ in expected), default=0)
-    assert repetition.ends_in_loop(x) == any(start + length == len(x) for start, length, _ in expected)
+    assert set(collapse._loops(x)) == expected
+    assert collapse.longest_loop(x).length == max((length for _, length, _ in expected), default=0)
+    assert collapse.ends_in_loop(x) == any(start + length == len(x) for start, length, _ in expected)
 
 
 def test_numbers_of_known_texts():
     stuck, fresh = [7] * 40, list(range(40))
-    assert repetition.distinct([1, 2, 1, 2, 1], 2) == 0.5 and repetition.distinct([1], 2) is None
-    described = repetition.describe([stuck, fresh, [1, 2]])
+    assert collapse.distinct([1, 2, 1, 2, 1], 2) == 0.5 and collapse.distinct([1], 2) is None
+    described = collapse.repetition([stuck, fresh, [1, 2]])
     assert described["too_short"] == 1 and described["ends_in_loop"] == 0.5 and described["longest_loop"] == 40
     assert described["distinct_1"] == pytest.approx((1 / 40 + 1) / 2)
-    assert repetition.unigram_entropy(stuck) == 0 and repetition.unigram_entropy(fresh) == pytest.approx(math.log(40))
-    assert repetition.describe([])["distinct_2"] is None
+    assert collapse.unigram_entropy(stuck) == 0 and collapse.unigram_entropy(fresh) == pytest.approx(math.log(40))
+    assert collapse.repetition([])["distinct_2"] is None
 
 
-@pytest.mark.parametrize("rule", verdict.RULES, ids=lambda rule: f"{rule.verdict}: {rule.measure}")
+@pytest.mark.parametrize("rule", collapse.RULES, ids=lambda rule: f"{rule.verdict}: {rule.measure}")
 def test_every_rule_on_both_sides_of_its_threshold(rule):
-    assert verdict.judge(HEALTHY)["verdict"] == "healthy"
+    assert collapse.judge(HEALTHY)["verdict"] == "healthy"
     step = {">": 1e-3, ">=": 0.0, "<": -1e-3 * rule.threshold, "<=": 0.0}[rule.compare]
-    broken = verdict.judge({**HEALTHY, rule.measure: rule.threshold + step})
+    broken = collapse.judge({**HEALTHY, rule.measure: rule.threshold + step})
     assert broken["verdict"] == rule.verdict and rule.measure in broken["rule"]
     sound = {">": 0.0, ">=": -1e-3, "<": 0.0, "<=": 1e-3}[rule.compare]
-    assert verdict.judge({**HEALTHY, rule.measure: rule.threshold + sound})["verdict"] == "healthy"
+    assert collapse.judge({**HEALTHY, rule.measure: rule.threshold + sound})["verdict"] == "healthy"
 
 
 def test_the_first_rule_decides_and_nothing_is_hidden():
-    judged = verdict.judge({**HEALTHY, "logits_not_finite": 3, "sparsity": 1.0, "sampled_distinct_2": 0.0,
+    judged = collapse.judge({**HEALTHY, "logits_not_finite": 3, "sparsity": 1.0, "sampled_distinct_2": 0.0,
                             "loss_gap": None})
     assert judged["verdict"] == "non-finite"
     assert judged["findings"] == ["non-finite", "degenerate text", "never routes"]
     assert judged["not_measured"] == ["loss_gap"]
-    assert verdict.judge({**HEALTHY, "sampled_distinct_2": math.nan})["verdict"] == "degenerate text"
+    assert collapse.judge({**HEALTHY, "sampled_distinct_2": math.nan})["verdict"] == "degenerate text"
 
 
 def test_training_records():

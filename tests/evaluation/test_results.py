@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 from l2a_jax.errors import UserError
-from l2a_jax.evaluation import evaluate, intervals, perplexity, recall, results, table
+from l2a_jax.evaluation import evaluate, intervals, perplexity, results, table
 from l2a_jax.evaluation.needle import draw_heat_map
 from l2a_jax.files import claim
+from l2a_jax.runs import demo
 from l2a_jax.sources import TINY, load_pretrained
 from tests.evaluation.test_table import made_up
 
@@ -202,7 +203,7 @@ def test_numbers_that_are_not_finite_are_said_as_such():
     (row,) = table.make_table([("far", far)], ("base", made_up()))["rows"]
     assert row["perplexity"]["difference"]["ratio"] == math.inf
     entry = {"precision": None, "recall": None, "routed": 0.0}
-    shown = recall.format_report({"rows": {}, "router_any_layer": entry, "router_per_layer": []})
+    shown = demo.format_report({"rows": {}, "router_any_layer": entry, "router_per_layer": []})
     assert shown.splitlines()[-1].split() == ["any", "layer", "-", "-", "0.0%"]
 
 

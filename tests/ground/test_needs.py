@@ -12,7 +12,7 @@ import pytest
 from l2a_jax import errors
 from l2a_jax.data.recipes import Hub
 from l2a_jax.data.text import hub_records, read_records
-from l2a_jax.evaluation import evaluate, needle_plot, needle_task
+from l2a_jax.evaluation import evaluate, needle
 from l2a_jax.evaluation.needle import NeedleOptions
 from l2a_jax.evaluation.tasks import load_tasks
 from l2a_jax.sources import TINY, load_pretrained
@@ -79,7 +79,7 @@ CASES = [
     ("lm_eval", "eval", lambda tmp_path: load_tasks(("piqa",), {}, None)),
     ("lm_eval", "eval", imports("l2a_jax.evaluation.harness")),
     ("matplotlib", "eval", lambda tmp_path: draw_curves([], tmp_path / "curves.png")),
-    ("matplotlib", "eval", lambda tmp_path: needle_plot.draw_heat_map(
+    ("matplotlib", "eval", lambda tmp_path: needle.draw_heat_map(
         {"lengths": [1], "depths": [0], "distractors": 7}, tmp_path / "needle.png")),
     ("matplotlib", "research", draws_research),
     ("matplotlib", "research", draws_the_study),
@@ -115,9 +115,9 @@ def test_a_run_and_a_needle_go_without_their_pictures(without, monkeypatch, capl
     assert (tmp_path / "run" / "summary.json").is_file() and not (tmp_path / "run" / "curves.png").exists()
     assert "no curves.png" in caplog.text
     grid = {"lengths": [64], "depths": [0.0], "distractors": 7}
-    monkeypatch.setattr(needle_task.needle, "evaluate_needle", lambda *a, **k: grid)
+    monkeypatch.setattr(needle, "evaluate_needle", lambda *a, **k: grid)
     model = load_pretrained(TINY)
-    assert needle_task.run(model, NeedleOptions(), tmp_path / "eval.json", "auto") == grid
+    assert needle.run(model, NeedleOptions(), tmp_path / "eval.json", "auto") == grid
     assert "no needle.png" in caplog.text
 
 

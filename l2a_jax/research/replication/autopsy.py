@@ -18,8 +18,8 @@ import numpy as np
 from l2a_jax.config import L2AConfig
 from l2a_jax.data.batch import TrainingData
 from l2a_jax.evaluation import collapse
+from l2a_jax.evaluation.collapse import Rule
 from l2a_jax.evaluation.perplexity import BATCH_TOKENS, Windows, result, score_windows
-from l2a_jax.evaluation.verdict import Rule
 from l2a_jax.models.params import Tree, add_routing
 from l2a_jax.research.replication.faulty import FAULTS, Fault, Trace, train_faulty
 from l2a_jax.research.tables import grid

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from l2a_jax.config import L2AConfig
 from l2a_jax.data.dataset import open_data
 from l2a_jax.errors import UserError
-from l2a_jax.evaluation import needle_task, perplexity, texts
+from l2a_jax.evaluation import needle, perplexity, texts
 from l2a_jax.evaluation.perplexity import Windows
 from l2a_jax.research.replication import benchmarks, needles
 from l2a_jax.research.replication.row import Row
@@ -117,7 +117,7 @@ class Session:
         def make():
             plan = self.plan(row)
             empty = Pretrained(plan.config, None, {}, plan.tokenizer, "")
-            options = needle_task.make_options({"lengths": m.needle_lengths, "depths": m.needle_depths,
+            options = needle.make_options({"lengths": m.needle_lengths, "depths": m.needle_depths,
                                                 "seeds": m.needle_seeds, "haystack": (self.place(m.haystack),)}, empty)
             return options, needles.prepare(empty, options)
 
