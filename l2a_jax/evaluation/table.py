@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from l2a_jax import commands
 from l2a_jax.data.counts import format_count
 from l2a_jax.errors import UserError
-from l2a_jax.evaluation import intervals, reported
+from l2a_jax.evaluation import intervals
 from l2a_jax.evaluation.results import FILE, read_results
 from l2a_jax.files import check_file, write_json, write_text
 from l2a_jax.shapes import some
@@ -25,8 +25,38 @@ _DIFFERENCE = {"value": float, "interval": _INTERVAL}
 _CELL = {"value": float, "interval": _INTERVAL, "n": int, "acc_norm?": float, "difference?": _DIFFERENCE}
 BENCHMARKS = {"hellaswag": "HellaSwag", "piqa": "PIQA", "arc_challenge": "ARC-C"}
 """Columns show acc, which the study's numbers resemble (it does not say), and acc_norm after a stroke."""
+SOURCE = "T. Hertel, Testing Conditional Attention Routing at Consumer Scale, 21 April 2026"
+"""What stands beside our numbers. Its text, checkpoints, window and penalty were not published, so a difference in
+perplexity may be one of texts; nearly all of its task scores are multiples of 0.002, about 500 items each."""
 
 
+class Reported(NamedTuple):
+    """One row of the study. Scores are shares of 1, `needle` as it was printed; None: not reported."""
+
+    size: str
+    regime: str
+    data: str | None
+    trained: str | None
+    perplexity: float
+    hellaswag: float | None
+    piqa: float | None
+    arc_challenge: float | None
+    needle: str
+
+
+REPORTED = (
+    Reported("qwen2.5-0.5b", "baseline", None, None, 11.52, 0.391, 0.700, 0.289, "60-80%"),
+    Reported("qwen2.5-0.5b", "router", "diverse", "65K", 22.38, 0.354, 0.688, 0.234, "0-20%"),
+    Reported("qwen2.5-0.5b", "l2a_ft", "diverse", "88M", 60.83, 0.368, 0.674, 0.236, "0%"),
+    Reported("qwen2.5-0.5b", "full_ft", "diverse", "538M", 39.21, 0.362, 0.668, 0.232, "0%"),
+    Reported("qwen2.5-1.5b", "baseline", None, None, 8.47, 0.492, 0.750, 0.358, "80%"),
+    Reported("qwen2.5-1.5b", "router", "diverse", "130K", 13.91, 0.382, 0.718, 0.284, "0%"),
+    Reported("qwen2.5-1.5b", "l2a_ft", "diverse", "308M", 21.21, None, None, None, "collapsed"),
+    Reported("qwen2.5-3b", "router", "WikiText", "65K", 8.00, 0.452, 0.766, 0.354, "80%"),
+)
+REGIMES = {"baseline": "baseline", "router_strict": "router", "router_only": "router", "l2a_ft": "l2a_ft",
+           "l2a_paper": "l2a_ft", "full_ft": "full_ft"}
+"""Our regimes as the study's; others have no row there."""
 TABLE = {"baseline?": str, "reported_by": str, "rows": [{
     "run": str, "regime": str, "route?": str, "notes": [str], "sparsity?": float, "verdict?": str,
     **{f"{name}?": float for name in ("trained_parameters", "tokens_seen", "tokens_per_trained_parameter")},
@@ -37,6 +67,11 @@ TABLE = {"baseline?": str, "reported_by": str, "rows": [{
     "reported?": {"regime": str, "data?": str, "trained?": str, "perplexity": float, "needle": str,
                   **{f"{task}?": float for task in BENCHMARKS}}}]}
 """What `markdown` needs of a table that was read from a file: what `make_table` made, each key there or null."""
+
+
+def match(size: str | None, regime: str) -> Reported | None:
+    """The study's row for a model size and a regime of ours, where it has one."""
+    return next((row for row in REPORTED if row.size == size and row.regime == REGIMES.get(regime)), None)
 
 
 def load(source: str | Path) -> tuple[str, dict[str, Any]]:
@@ -52,7 +87,7 @@ def load(source: str | Path) -> tuple[str, dict[str, Any]]:
 def make_table(runs: list[tuple[str, dict[str, Any]]], baseline: tuple[str, dict[str, Any]] | None = None) -> dict:
     """{"rows": [...], "baseline", "source"}: every number of the table, None where a task was not run."""
     rows = [_row(name, found, baseline) for name, found in runs]
-    return {"rows": rows, "baseline": None if baseline is None else baseline[0], "reported_by": reported.SOURCE}
+    return {"rows": rows, "baseline": None if baseline is None else baseline[0], "reported_by": SOURCE}
 
 
 def markdown(table: dict[str, Any]) -> str:
@@ -108,7 +143,7 @@ def _row(name, found, baseline):
         "gap": audit["gap"], "gap_95": audit["gap_95"], "seeds": audit["seeds"],
         "perplexity": {kind: entry["perplexity"] for kind, entry in audit["rows"].items()}}
     row["verdict"] = tasks.get("collapse", {}).get("verdict")
-    study = reported.match(row["size"], row["regime"]) if row["route"] == "learned" else None
+    study = match(row["size"], row["regime"]) if row["route"] == "learned" else None
     row["reported"] = None if study is None else study._asdict()
     return row
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from l2a_jax.errors import UserError
-from l2a_jax.evaluation import reported, table
+from l2a_jax.evaluation import table
 
 ROOT = Path(__file__).parents[2]
 
@@ -100,10 +100,10 @@ def test_one_window_has_no_interval(main, tmp_path, capsys):
 
 
 def test_the_studys_rows():
-    assert reported.match("qwen2.5-0.5b", "l2a_paper").perplexity == 60.83
-    assert reported.match("qwen2.5-1.5b", "router_only").hellaswag == 0.382
-    assert reported.match("qwen2.5-3b", "baseline") is None and reported.match("qwen2.5-0.5b", "pretrain") is None
-    assert reported.match(None, "baseline") is None
+    assert table.match("qwen2.5-0.5b", "l2a_paper").perplexity == 60.83
+    assert table.match("qwen2.5-1.5b", "router_only").hellaswag == 0.382
+    assert table.match("qwen2.5-3b", "baseline") is None and table.match("qwen2.5-0.5b", "pretrain") is None
+    assert table.match(None, "baseline") is None
 
 
 @pytest.mark.parametrize(("content", "message"), [(None, "has no eval.json"), ("{", "not readable JSON"),

@@ -6,7 +6,7 @@ import statistics
 from typing import Any
 
 from l2a_jax.data.counts import format_count
-from l2a_jax.evaluation import reported, table
+from l2a_jax.evaluation import table
 from l2a_jax.research.replication import autopsy, damage, flips, prunable, routed_text, thresholds
 from l2a_jax.research.tables import grid
 from l2a_jax.training.settings import Settings
@@ -70,7 +70,7 @@ def _about(run, rows) -> list[str]:
             + f", {dates[0]} to {dates[-1]}, on {'; '.join(devices)} ({'; '.join(versions)})."
             + (f" Measured elsewhere than trained: {'; '.join(elsewhere)}." if elsewhere else "")
             + f" Weights, by hash: {'; '.join(f'{size} {name}' for size, name in hashes)}.", "",
-            f"*Reported*: {reported.SOURCE}. Differences are paired over the same windows or items; brackets are 95 % "
+            f"*Reported*: {table.SOURCE}. Differences are paired over the same windows or items; brackets are 95 % "
             "intervals over those, not over seeds of training."]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from l2a_jax.errors import UserError
-from l2a_jax.evaluation import reported, table
+from l2a_jax.evaluation import table
 from l2a_jax.files import check_file, from_plain, read_json, whole, write_json, write_text
 from l2a_jax.research.replication import damage, plots
 from l2a_jax.research.replication.facts import as_results, facts, load, perplexity_ratio, result
@@ -32,7 +32,7 @@ def collect(folder: Path, rows: Sequence[Row] | None = None) -> dict[str, Any]:
     rows = all_rows() if rows is None else rows
     found = load(folder, rows)
     out: dict[str, Any] = {"rows": [facts(found.get(row.name), row, found.get(row.baseline)) for row in rows],
-                           "commands": {row.name: row.commands() for row in rows}, "reported_by": reported.SOURCE}
+                           "commands": {row.name: row.commands() for row in rows}, "reported_by": table.SOURCE}
     out["main"] = [_main_table(size, [row for row in rows if row.group == "main" and row.size == size], found)
                    for size in dict.fromkeys(row.size for row in rows if row.group == "main")]
     cells = [row for row in rows if row.group == "damage"]

@@ -11,7 +11,7 @@ import statistics
 
 import pytest
 
-from l2a_jax.evaluation import reported
+from l2a_jax.evaluation import table
 from l2a_jax.files import plain
 from l2a_jax.research.replication import damage, report
 
@@ -136,7 +136,7 @@ def test_section_against_what_was_reported(sections, rows):
     for name in ("router_only-diverse-0.5b", "l2a_ft-diverse-0.5b", "full_ft-diverse-0.5b", "router_only-diverse-1.5b",
                  "l2a_ft-diverse-1.5b"):
         row = rows[name]
-        theirs, base = (reported.match(f"qwen2.5-{row['size']}", regime) for regime in (row["regime"], "baseline"))
+        theirs, base = (table.match(f"qwen2.5-{row['size']}", regime) for regime in (row["regime"], "baseline"))
         relative = theirs.perplexity / base.perplexity
         line = next(line for line in text.splitlines()
                     if line.startswith(f"- `{row['regime']}`, {row['size'].upper()}"))
