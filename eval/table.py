@@ -1,6 +1,6 @@
 """The main results table of several evaluated runs: `python eval/table.py RUN... [--baseline RUN] [--out table.md]`.
 
-RUN is a folder that holds eval.json, or such a file. Prints markdown; --out writes it, and the numbers as JSON.
+RUN is a folder that holds eval.json, or such a file. --out writes the table as markdown, and its numbers as JSON.
 `python eval/table.py eval/results/replication.json` prints the study's main tables from its numbers.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import pathlib
+import shutil
 import sys
 
 from l2a_jax import commands
@@ -20,6 +21,7 @@ def tabulate(arguments: list[str] | None) -> None:
     parser.add_argument("--baseline", metavar="RUN", help="compare every run with this one, pair by pair")
     parser.add_argument("--out", action=commands.Parsed, parse=commands.path,
                         help="table.md (table.json goes beside it), or a folder")
+    parser.add_argument("--markdown", action="store_true", help="print markdown, for a page")
     flags = parser.parse_args(arguments)
 
     from l2a_jax.evaluation import table
@@ -31,7 +33,8 @@ def tabulate(arguments: list[str] | None) -> None:
         return
     runs = [table.load(run) for run in flags.runs]
     made = table.make_table(runs, None if flags.baseline is None else table.load(flags.baseline))
-    print(table.markdown(made), end="")
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    print(table.markdown(made) if flags.markdown else table.plain(made, width), end="")
     if flags.out is not None:
         print("written: " + ", ".join(map(str, table.write(made, flags.out))), file=sys.stderr)
 

@@ -294,7 +294,7 @@ def format_table(result: dict[str, Any]) -> str:
 
 
 def draw_heat_map(result: dict[str, Any], path: Path) -> None:
-    """Write a PNG: a panel for each way of scoring, red for 0 % and green for 100 %, the share in every cell."""
+    """Write a PNG: a panel for each way of scoring, dark for 0 % and light for 100 %, the share in every cell."""
     figure_of = needs("matplotlib.figure", "eval", "a heat map").Figure
     lengths, depths, answers = result["lengths"], result["depths"], result["distractors"] + 1
     width, height = 1.6 + 0.75 * len(lengths), 1.9 + 0.42 * len(depths)
@@ -302,9 +302,10 @@ def draw_heat_map(result: dict[str, Any], path: Path) -> None:
     axes = figure.subplots(1, 2, sharey=True)
     for axis, (name, title) in zip(axes, PANELS.items(), strict=True):
         grid = np.asarray(result[name])
-        image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        image = axis.imshow(grid, vmin=0, vmax=1, cmap="cividis", aspect="auto")
         for (row, column), share in np.ndenumerate(grid):
-            axis.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=9)
+            axis.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=13,
+                      color="black" if share > 0.5 else "white")
         axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
         axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
         axis.set_xlabel("context length (tokens)")

@@ -6,6 +6,7 @@ same windows for perplexity, over the same items for the benchmarks, which tells
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,25 +92,53 @@ def make_table(runs: list[tuple[str, dict[str, Any]]], baseline: tuple[str, dict
 
 
 def markdown(table: dict[str, Any]) -> str:
-    """The table for people; the study's row stands in italics under the run that it belongs to."""
-    versus = table["baseline"] is not None
+    """The table for a page; the study's row stands in italics under the run that it belongs to."""
+    head, *rows = _rows(table)
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", *_notes(table)]) + "\n"
+
+
+def plain(table: dict[str, Any], width: int | None = None) -> str:
+    """The table for a terminal: what no run has is left out; a column a run where a line a run would be wider than
+    `width` characters."""
+    rows = [[cell.replace("*", "").replace("<br>", "\n") for cell in row] for row in _rows(table)]
+    columns = [column for column in zip(*rows, strict=True) if set(column[1:]) - {"-", ""}]
+    lines = _aligned(list(zip(*columns, strict=True)))
+    if width is not None and max(map(len, lines)) > width:
+        lines = _aligned(columns)
+    return "\n".join([*lines, "", *_notes(table)]).replace("*", "") + "\n"
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    """Cells, of a line or more each, below one another."""
+    cells = [[cell.split("\n") for cell in row] for row in rows]
+    widths = [max(len(line) for cell in column for line in cell) for column in zip(*cells, strict=True)]
+    return ["  ".join(line.ljust(width) for line, width in zip(lines, widths, strict=True)).rstrip()
+            for row in cells for lines in itertools.zip_longest(*row, fillvalue="")]
+
+
+def _rows(table: dict[str, Any]) -> list[list[str]]:
+    """The heads of the columns, and the cells of every run and of the study's row that it belongs to."""
     head = ["run", "regime", "trained", "tokens", "tokens/param", "perplexity",
             *(f"{label} acc / norm" for label in BENCHMARKS.values()), "needle", "local", "audit gap",
             "verdict"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    rows = [head]
     for row in table["rows"]:
-        lines.append("| " + " | ".join(_cells(row, versus)) + " |")
+        rows.append(_cells(row, table["baseline"] is not None))
         if row["reported"] is not None:
-            lines.append("| " + " | ".join(_reported_cells(row["reported"])) + " |")
-    notes = ["", "Brackets: 95 % intervals (perplexity over windows, benchmarks over items, needle by Wilson). *audit "
+            rows.append(_reported_cells(row["reported"]))
+    return rows
+
+
+def _notes(table: dict[str, Any]) -> list[str]:
+    notes = ["Brackets: 95 % intervals (perplexity over windows, benchmarks over items, needle by Wilson). *audit "
              "gap*: nats a token by which random routing at the learned rates is worse than the learned decisions, "
              "paired over windows; near 0 the choice of tokens does not matter."]
-    if versus:
+    if table["baseline"] is not None:
         notes.append(f"Δ: difference from {table['baseline']}, paired over the same windows or items.")
     if any(row["reported"] for row in table["rows"]):
         notes.append(f"*Reported* rows: {table['reported_by']}; other texts and checkpoints, so compare ratios first.")
-    notes += [f"- {row['run']}: {note}" for row in table["rows"] for note in row["notes"]]
-    return "\n".join(lines + notes) + "\n"
+    return notes + [f"- {row['run']}: {note}" for row in table["rows"] for note in row["notes"]]
 
 
 def write(table: dict[str, Any], out: Path) -> tuple[Path, Path]:

@@ -165,6 +165,7 @@ def run(source: str, *, prompt: str | None, prompt_file: Path | None, window: in
     writer = Writer(model.tokenizer, out, ids, model.config.num_layers if colour and model.l2a_config else None)
     pieces = stream(model, ids, key=jax.random.key(seed) if options["temperature"] > 0 else None,
                     stop_tokens=model.tokenizer.end_ids, **options)
+    print(f"compiling for {len(ids)} tokens of prompt ...", file=sys.stderr, flush=True)
     out.write(prompt)
     out.flush()
     times, counts = [time.perf_counter()], []

@@ -247,7 +247,7 @@ def test_results_that_are_not_finite_are_shown_as_such(tmp_path, capsys):
     (tmp_path / "eval.json").write_text(json.dumps(found))
     shown = evaluate.summary(results.read_results(tmp_path / "eval.json"))
     assert "perplexity nan [nan, nan]" in shown and "inf -> nan (-inf nats" in shown and "mean rank nan" in shown
-    assert command("table")([str(tmp_path), "--baseline", str(tmp_path)]) == 0
+    assert command("table")([str(tmp_path), "--markdown", "--baseline", str(tmp_path)]) == 0
     assert "| nan [nan, nan] (2k tokens)<br>" in capsys.readouterr().out
     draw_heat_map(results.read_results(tmp_path / "eval.json")["tasks"]["needle"], tmp_path / "needle.png")
     assert (tmp_path / "needle.png").stat().st_size > 1_000

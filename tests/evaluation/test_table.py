@@ -54,7 +54,7 @@ def save(folder, name, found):
 
 def test_the_table_of_two_runs(main, tmp_path, capsys):
     runs = [save(tmp_path, "base", made_up("baseline", 2.9, (1, 1, 1, 1))), save(tmp_path, "routed", made_up())]
-    assert main([*runs, "--baseline", runs[0], "--out", str(tmp_path / "out" / "main.md")]) == 0
+    assert main([*runs, "--baseline", runs[0], "--markdown", "--out", str(tmp_path / "out" / "main.md")]) == 0
     shown = capsys.readouterr().out
     assert (tmp_path / "out" / "main.md").read_text() == shown
     base, routed = json.loads((tmp_path / "out" / "main.json").read_text())["rows"]
@@ -80,6 +80,18 @@ def test_what_cannot_be_paired_is_said():
     assert rows[0]["perplexity"]["difference"] is None and rows[0]["hellaswag"]["difference"] is None
     assert len(rows[0]["notes"]) == 2
     assert "no paired difference" in table.markdown(table.make_table([("run", made_up())], ("base", other)))
+
+
+def test_a_terminal_gets_plain_columns():
+    """What was not run has none; too narrow a terminal gets a column a run."""
+    base = "base", made_up("baseline", 2.9)
+    made = table.make_table([base, ("routed", made_up())], base)
+    wide, narrow = table.plain(made), table.plain(made, 80)
+    head, first, delta = wide.splitlines()[:3]
+    assert "PIQA" not in head and "|" not in wide and "<br>" not in wide and first.startswith("base ")
+    assert head.index("perplexity") == first.index("18.1") == delta.index("Δ x1.000")
+    assert len(head) > 80 >= max(map(len, narrow.split("\n\n")[0].splitlines()))
+    assert narrow.splitlines()[0].split()[:2] == ["run", "base"]
 
 
 def test_tasks_that_were_not_run_are_dashes():
