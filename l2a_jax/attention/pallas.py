@@ -19,6 +19,7 @@ from l2a_jax.attention.kernels import blocks
 from l2a_jax.attention.kernels.backward_kv import backward_kv
 from l2a_jax.attention.kernels.backward_q import backward_q
 from l2a_jax.attention.kernels.forward import forward
+from l2a_jax.attention.kernels.launch import lost
 from l2a_jax.attention.kernels.plan import Block, Spec, make_plan
 from l2a_jax.attention.kernels.sinks import MAX_SINKS, add_sink_gradients
 from l2a_jax.attention.kernels.tile import DEAD
@@ -43,6 +44,8 @@ def why_not(call) -> str | None:
 
 def shape_why_not(call) -> str | None:
     """What the kernels decline on any device."""
+    if lost():
+        return lost()
     if jax.config.jax_enable_x64:
         return "the kernels count in 32 bits, and jax_enable_x64 is on"
     if call.width not in blocks.WIDTHS:

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from l2a_jax.attention.kernels import blocks
+from l2a_jax.attention.kernels.launch import on_gpu
 from l2a_jax.config import ModelConfig, RopeScaling
 from l2a_jax.nn import rope_kernel
 from l2a_jax.nn.rope_kernel import Parts, Table
@@ -84,7 +85,7 @@ def split_heads(joined: Float[Array, "B T M H"], bias: Float[Array, "M H"], tabl
     """
     plain = functools.partial(_split, kv_heads=kv_heads)
     kernel = functools.partial(rope_kernel.split, kv_heads=kv_heads) if joined.shape[3] in blocks.WIDTHS else plain
-    return blocks.on_gpu(kernel, plain, joined, bias, table)
+    return on_gpu(kernel, plain, joined, bias, table)
 
 
 def _split(joined, bias, table, kv_heads):
@@ -109,7 +110,7 @@ def _split_heads_fwd(joined, bias, table, kv_heads):
 def _split_heads_bwd(kv_heads, residuals, gradients):
     bias, table = residuals
     kernel = rope_kernel.join if gradients[0].shape[3] in blocks.WIDTHS else _join
-    joined, d_bias = blocks.on_gpu(kernel, _join, gradients, table)
+    joined, d_bias = on_gpu(kernel, _join, gradients, table)
     return joined, d_bias.astype(bias.dtype), jax.tree.map(jnp.zeros_like, table)
 
 

@@ -10,9 +10,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float
+
+from l2a_jax.attention.kernels.launch import launch, pl, plt
 
 BLOCK = 64  # tokens of a head
 
@@ -43,10 +43,8 @@ def join(parts: Parts, table: Table, *, interpret: bool = False) -> tuple[Float[
 
 def _call(name, kernel, out_shape, joined_shape, inputs, interpret):
     batch, length, total, _ = joined_shape
-    return pl.pallas_call(
-        functools.partial(kernel, length=length), out_shape=out_shape, grid=(total, pl.cdiv(length, BLOCK), batch),
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1), interpret=interpret,
-        name=f"l2a_{name}_heads")(*inputs)
+    return launch(functools.partial(kernel, length=length), f"l2a_{name}_heads", out_shape,
+                  (total, pl.cdiv(length, BLOCK), batch), warps=4, interpret=interpret)(*inputs)
 
 
 def _split_kernel(joined, bias, cos, sin, q, k, v, *, length):

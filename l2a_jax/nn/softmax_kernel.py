@@ -13,10 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
+from l2a_jax.attention.kernels.launch import launch, pl, plt
 from l2a_jax.attention.kernels.tile import FLOOR, LOG2_E
 
 BLOCK = 4_096  # logits at a time, 16 a thread
@@ -40,14 +39,9 @@ def softmax_rows(
         raise ValueError(f"{rows} x {vocabulary} logits: the kernel counts elements in 32 bits; take fewer rows")
     numbers = jax.ShapeDtypeStruct((rows,), jnp.float32)
     slopes = [] if slopes_dtype is None else [jax.ShapeDtypeStruct(logits.shape, slopes_dtype)]
-    out = pl.pallas_call(
-        functools.partial(_kernel, vocabulary=vocabulary, block=block),
-        out_shape=[numbers] * 3 + slopes,
-        grid=(rows,),
-        compiler_params=plt.CompilerParams(num_warps=max(1, block // 512), num_stages=2),
-        interpret=interpret,
-        name="l2a_softmax_rows",
-    )(logits, targets, weights)
+    out = launch(
+        functools.partial(_kernel, vocabulary=vocabulary, block=block), "l2a_softmax_rows", [numbers] * 3 + slopes,
+        (rows,), warps=max(1, block // 512), stages=2, interpret=interpret)(logits, targets, weights)
     return (*out[:3], out[3] if slopes else None)
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from l2a_jax.attention.kernels import blocks
+from l2a_jax.attention.kernels.launch import on_gpu
 from l2a_jax.config import ModelConfig
 from l2a_jax.models.params import Tree, output_matrix
 from l2a_jax.nn.softmax_kernel import softmax_rows
@@ -106,7 +106,7 @@ def _picked(logits, targets):
 
 def _softmax(logits: Float[Array, "n V"], targets: Int[Array, " n"], weights: Float[Array, " n"], slopes_dtype: Any):
     """What `softmax_rows` says, by that kernel on the GPUs that it can be compiled for."""
-    return blocks.on_gpu(functools.partial(softmax_rows, slopes_dtype=slopes_dtype),
+    return on_gpu(functools.partial(softmax_rows, slopes_dtype=slopes_dtype),
                          functools.partial(_plain_softmax, slopes_dtype=slopes_dtype), logits, targets, weights)
 
 

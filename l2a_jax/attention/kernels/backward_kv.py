@@ -11,11 +11,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 
 from l2a_jax.attention.kernels import split
 from l2a_jax.attention.kernels import tile as t
+from l2a_jax.attention.kernels.launch import launch, pl, plt
 from l2a_jax.attention.kernels.plan import Block, Plan, Spec, row_ranges
 
 # Up to how many programs, in units of `split.PROGRAMS`, four and then two of them share a block of keys: by the times
@@ -48,13 +47,11 @@ def backward_kv(spec: Spec, block: Block, q, k, v, plan: Plan, lse, delta, d_out
     tables = (row_ranges(spec, plan, batch, block.keys), plan.for_rows)
     parts = parts_of(spec, block, batch) if parts is None else parts
     shapes = [jax.ShapeDtypeStruct((parts, *x.shape), jnp.float32 if parts > 1 else x.dtype) for x in (k, v)]
-    shares = pl.pallas_call(
+    shares = launch(
         functools.partial(_kernel, spec=spec, block=block, parts=parts, interpret=interpret),
-        out_shape=shapes,
-        grid=t.grid(spec.kv_heads, pl.cdiv(spec.length, block.keys) * parts, batch, interleave=not _windowed(spec)),
-        compiler_params=plt.CompilerParams(num_warps=block.num_warps, num_stages=block.num_stages),
-        interpret=interpret,
-        name="l2a_attention_backward_kv",
+        "l2a_attention_backward_kv", shapes,
+        t.grid(spec.kv_heads, pl.cdiv(spec.length, block.keys) * parts, batch, interleave=not _windowed(spec)),
+        warps=block.num_warps, stages=block.num_stages, interpret=interpret,
     )(q, k, v, lse, delta, d_out, tables)
     return tuple(share[0] if parts == 1 else jnp.sum(share, axis=0).astype(x.dtype)
                  for share, x in zip(shares, (k, v), strict=True))

@@ -10,11 +10,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 
 from l2a_jax.attention.kernels import split
 from l2a_jax.attention.kernels import tile as t
+from l2a_jax.attention.kernels.launch import launch, pl, plt
 from l2a_jax.attention.kernels.plan import Block, Plan, Spec
 
 
@@ -26,14 +25,11 @@ def backward_q(spec: Spec, block: Block, q, k, v, plan: Plan, out, lse, d_out, *
         in_order = (batch, spec.rows, spec.heads, spec.width)
         shapes += [jax.ShapeDtypeStruct(in_order, q.dtype), jax.ShapeDtypeStruct(in_order, d_out.dtype)]
     blank = jnp.zeros_like(q) if spec.kind == "routed" else None
-    outputs = pl.pallas_call(
+    outputs = launch(
         functools.partial(_kernel, spec=spec, block=block, room=room, interpret=interpret),
-        out_shape=shapes + (split.part_shapes(spec, block, batch)[:1] if room else []),
-        grid=t.grid(spec.heads, max(pl.cdiv(spec.rows, block.rows), room), batch, interleave=spec.ordered),
-        input_output_aliases={0: 0} if blank is not None else {},
-        compiler_params=plt.CompilerParams(num_warps=block.num_warps, num_stages=block.num_stages),
-        interpret=interpret,
-        name="l2a_attention_backward_q",
+        "l2a_attention_backward_q", shapes + (split.part_shapes(spec, block, batch)[:1] if room else []),
+        t.grid(spec.heads, max(pl.cdiv(spec.rows, block.rows), room), batch, interleave=spec.ordered),
+        warps=block.num_warps, stages=block.num_stages, interpret=interpret, aliases={} if blank is None else {0: 0},
     )(blank, q, k, v, plan.for_rows, out, lse, d_out)
     if not spec.ordered:
         return (*outputs, None, None)

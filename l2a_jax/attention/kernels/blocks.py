@@ -13,13 +13,8 @@ at 1,024; at 128 the former by 5 % at 512 and 2 % at 1,024, the latter by 2 % at
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import jax
-from jax.experimental.pallas import next_power_of_2
-
 from l2a_jax import device
+from l2a_jax.attention.kernels.launch import pl
 from l2a_jax.attention.kernels.plan import Block, Spec
 
 WIDTHS = (16, 32, 64, 128)  # head widths that the kernels take
@@ -87,13 +82,6 @@ def loop_of(spec: Spec) -> str:
     return "most" if 2 * spec.window > spec.length else "long"
 
 
-def on_gpu(kernel: Callable, plain: Callable, *inputs: Any) -> Any:
-    """`kernel(*inputs)` on NVIDIA GPUs that our kernels can be compiled for, `plain(*inputs)` elsewhere."""
-    if device.capability() < 8:
-        return plain(*inputs)
-    return jax.lax.platform_dependent(*inputs, cuda=kernel, default=plain)
-
-
 def architecture() -> str:
     """The row of the table for the device at hand: Hopper's where that much shared memory is (Blackwell of the data
     centre has it too, that of consumer cards, 12.x, has Ada's), else Ada's."""
@@ -106,7 +94,7 @@ def shared_memory(kernel: str, block: Block, width: int, itemsize: int = 2, sink
     The tiles that stay (the rows' or the keys'), and `num_stages` copies of the tiles that stream past (of sinks too);
     the compiler keeps some of them in registers, so what it reports lies at or below this.
     """
-    padded = max(16, next_power_of_2(sinks))
+    padded = max(16, pl.next_power_of_2(sinks))
     keys = block.keys if kernel == "backward_kv" else max(block.keys, min(64, padded))
     row_tile, key_tile = block.rows * width * itemsize, keys * width * itemsize
     scalars = 4 * 4 * max(block.rows, keys)  # what reductions across warps exchange

@@ -12,10 +12,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 
 from l2a_jax.attention.kernels import tile as t
+from l2a_jax.attention.kernels.launch import launch, pl, plt
 
 MAX_PARTS = 64
 MIN_KEYS = 256  # slots that are not worth a second program
@@ -48,23 +47,16 @@ def decode(q, k, v, k_cache, v_cache, layer: int, reads, *, sinks: int, write: b
     reads = tuple(field.astype(jnp.int32) for field in reads)
     part_shape = (batch, kv_heads, places, padded)
     options = {"layer": layer, "sinks": sinks, "group": heads // kv_heads, "places": places, "block": block}
-    parts, tops, totals, *caches = pl.pallas_call(
+    parts, tops, totals, *caches = launch(
         functools.partial(_kernel, write=write, **options),
-        out_shape=[jax.ShapeDtypeStruct((*part_shape, *size), jnp.float32) for size in ((width,), (), ())]
+        "l2a_decode",
+        [jax.ShapeDtypeStruct((*part_shape, *size), jnp.float32) for size in ((width,), (), ())]
         + [jax.ShapeDtypeStruct(store.shape, store.dtype) for store in (k_cache, v_cache) if write],
-        grid=(places, kv_heads, batch),
-        input_output_aliases={3: 3, 4: 4} if write else {},
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=3),
-        interpret=interpret,
-        name="l2a_decode",
+        (places, kv_heads, batch), warps=4, stages=3, interpret=interpret, aliases={3: 3, 4: 4} if write else {},
     )(q, k, v, k_cache, v_cache, *reads)
-    rows = pl.pallas_call(
+    rows = launch(
         functools.partial(_join, group=heads // kv_heads, places=places, block=block),
-        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        grid=(heads, batch),
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
-        interpret=interpret,
-        name="l2a_decode_join",
+        "l2a_decode_join", jax.ShapeDtypeStruct(q.shape, q.dtype), (heads, batch), warps=4, interpret=interpret,
     )(parts, tops, totals, *reads)
     return rows, *(caches or (k_cache, v_cache))
 

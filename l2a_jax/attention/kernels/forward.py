@@ -10,11 +10,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 
 from l2a_jax.attention.kernels import split
 from l2a_jax.attention.kernels import tile as t
+from l2a_jax.attention.kernels.launch import launch, pl, plt
 from l2a_jax.attention.kernels.plan import Block, Plan, Spec
 
 
@@ -25,14 +24,11 @@ def forward(spec: Spec, block: Block, q, k, v, plan: Plan, *, interpret: bool):
               jax.ShapeDtypeStruct((batch, spec.heads, spec.rows), jnp.float32)]
     # Only routed calls leave rows unwritten: these start as zeros.
     blank = jnp.zeros_like(q) if spec.kind == "routed" else None
-    out, lse, *parts = pl.pallas_call(
+    out, lse, *parts = launch(
         functools.partial(_kernel, spec=spec, block=block, room=room, interpret=interpret),
-        out_shape=shapes + (split.part_shapes(spec, block, batch) if room else []),
-        grid=t.grid(spec.heads, max(pl.cdiv(spec.rows, block.rows), room), batch, interleave=spec.ordered),
-        input_output_aliases={0: 0} if blank is not None else {},
-        compiler_params=plt.CompilerParams(num_warps=block.num_warps, num_stages=block.num_stages),
-        interpret=interpret,
-        name="l2a_attention_forward",
+        "l2a_attention_forward", shapes + (split.part_shapes(spec, block, batch) if room else []),
+        t.grid(spec.heads, max(pl.cdiv(spec.rows, block.rows), room), batch, interleave=spec.ordered),
+        warps=block.num_warps, stages=block.num_stages, interpret=interpret, aliases={} if blank is None else {0: 0},
     )(blank, q, k, v, plan.for_rows)
     if room > 1:
         out, lse = split.join(spec, block, plan, out, lse, *parts, interpret=interpret)

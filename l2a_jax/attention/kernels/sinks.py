@@ -13,11 +13,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Int
 
 from l2a_jax.attention.kernels import tile as t
+from l2a_jax.attention.kernels.launch import launch, pl, plt
 from l2a_jax.attention.kernels.plan import Block, Spec
 from l2a_jax.attention.rows import Rows
 
@@ -31,13 +30,10 @@ def add_sink_gradients(spec: Spec, block: Block, d_k, d_v, q, k, v, rows: Rows |
     chunks = pl.cdiv(spec.length, chunk)
     origin = None if rows is None else _origins(rows, chunk, chunks)
     share = jax.ShapeDtypeStruct((batch, chunks, spec.kv_heads, _padded(spec), spec.width), jnp.float32)
-    shares = pl.pallas_call(
+    shares = launch(
         functools.partial(_kernel, spec=spec, chunk=chunk, interpret=interpret),
-        out_shape=(share, share),
-        grid=(spec.kv_heads, chunks, batch),
-        compiler_params=plt.CompilerParams(num_warps=block.num_warps, num_stages=block.num_stages),
-        interpret=interpret,
-        name="l2a_attention_sinks",
+        "l2a_attention_sinks", (share, share), (spec.kv_heads, chunks, batch),
+        warps=block.num_warps, stages=block.num_stages, interpret=interpret,
     )(q, k, v, lse, delta, d_out, None if rows is None else (origin, rows.sink_low, rows.sink_high))
     shares = [share[..., : spec.sinks, :] for share in shares]
     if origin is None or not spec.segmented:

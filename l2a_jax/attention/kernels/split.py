@@ -11,10 +11,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 
 from l2a_jax.attention.kernels import tile as t
+from l2a_jax.attention.kernels.launch import launch, pl, plt
 from l2a_jax.attention.kernels.plan import Block, Plan, Spec
 
 PROGRAMS = 1_056  # about eight per multiprocessor of an H100; beyond that many tiles, none is shared
@@ -58,14 +57,10 @@ def join(spec: Spec, block: Block, plan: Plan, whole, lse, values, tops=None, to
     """
     batch = whole.shape[0]
     room = places(spec, block, batch)
-    return pl.pallas_call(
+    return launch(
         functools.partial(_kernel, spec=spec, block=block, room=room),
-        out_shape=(jax.ShapeDtypeStruct(whole.shape, whole.dtype), jax.ShapeDtypeStruct(lse.shape, lse.dtype)),
-        grid=(spec.heads, max(room // 2, 1), batch),
-        input_output_aliases={0: 0, 1: 1},
-        compiler_params=plt.CompilerParams(num_warps=8, num_stages=1),
-        interpret=interpret,
-        name="l2a_attention_join",
+        "l2a_attention_join", [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (whole, lse)],
+        (spec.heads, max(room // 2, 1), batch), warps=8, interpret=interpret, aliases={0: 0, 1: 1},
     )(whole, lse, values, tops, totals, plan.index, plan.count)
 
 

@@ -11,9 +11,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 
+from l2a_jax.attention.kernels.launch import pl, plt
 from l2a_jax.attention.kernels.plan import Plan, Spec
 from l2a_jax.attention.rows import Rows
 

@@ -11,9 +11,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Bool, Float, Int
+
+from l2a_jax.attention.kernels.launch import launch, pl
 
 ROWS = 4  # of scores in one program: 4 x 512 values are 16 registers a thread
 LOWEST = -(2**31)
@@ -52,15 +52,11 @@ def by_bisection(scores: Float[Array, "*S T"], k: Int[Array, ""] | int, interpre
         raise ValueError(f"the kernel takes a power of two of keys, not {length}")
     rows = ordered(scores).reshape(-1, length)
     padded = jnp.pad(rows, ((0, -rows.shape[0] % ROWS), (0, 0)))
-    mask = pl.pallas_call(
-        functools.partial(_kernel, length=length),
-        out_shape=jax.ShapeDtypeStruct(padded.shape, jnp.int8),
-        grid=(padded.shape[0] // ROWS,),
+    mask = launch(
+        functools.partial(_kernel, length=length), "top_k_mask", jax.ShapeDtypeStruct(padded.shape, jnp.int8),
+        (padded.shape[0] // ROWS,), warps=4, interpret=interpret,
         in_specs=[pl.BlockSpec((ROWS, length), lambda i: (i, 0)), pl.BlockSpec((1,), lambda i: (0,))],
         out_specs=pl.BlockSpec((ROWS, length), lambda i: (i, 0)),
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
-        interpret=interpret,
-        name="top_k_mask",
     )(padded, jnp.asarray(k, jnp.int32).reshape(1))
     return (mask[: rows.shape[0]] != 0).reshape(scores.shape)
 
