@@ -67,8 +67,8 @@ def load_pretrained(source: str | Path, dtype: Any = jnp.bfloat16) -> Pretrained
     floating(dtype)
     with reading(source):
         path = locate(source)
-        if is_run_folder(path):
-            return _load_run(path, dtype)._replace(carried=_carried(path))
+        if (run := run_source(path)) is not None:
+            return _load_run(run, dtype)._replace(carried=_carried(path))
         config, l2a_config, tensors = _open(path)
         tokenizer = gguf_tokenizer(tensors) if isinstance(tensors, GGUFFile) else load_tokenizer(path)
         params = assemble(tensors, config, l2a_config, dtype)
@@ -79,15 +79,18 @@ def read_config(source: str | Path) -> tuple[ModelConfig, L2AConfig | None]:
     """The configurations of a source, from its headers. Raises UserError as `load_pretrained` does."""
     with reading(source):
         path = locate(source)
-        return _run_config(path) if is_run_folder(path) else _open(path)[:2]
+        if (found := run_source(path)) is not None:
+            run = read_run(found.folder)
+            return run.model_config, run.l2a_config
+        return _open(path)[:2]
 
 
 def source_tokenizer(source: str | Path) -> Tokenizer | None:
     """The tokenizer of a source alone, without reading its tensors; None where it has none."""
     with reading(source):
         path = locate(source)
-        if is_run_folder(path):
-            return _run_tokenizer(path)
+        if (run := run_source(path)) is not None:
+            return _run_tokenizer(run)
         return gguf_tokenizer(GGUFFile(path)) if path.is_file() else load_tokenizer(path)
 
 
@@ -98,8 +101,8 @@ def source_hash(source: str | Path) -> str:
     """
     with reading(source):
         path = locate(source)
-        if is_run_folder(path):
-            return _hash_run(path)
+        if (run := run_source(path)) is not None:
+            return _hash_run(run)
         files = [path] if path.is_file() else [path / "config.json", *shard_files(path)]
         digest = hashlib.sha256()
         for file in files:
@@ -196,33 +199,17 @@ def run_source(path: Path) -> RunSource | None:
     return None
 
 
-def is_run_folder(path: Path) -> bool:
-    """Whether `path` is what a training run wrote, or a checkpoint in it."""
-    return run_source(path) is not None
-
-
-def _of(path: Path) -> RunSource:
-    return run_source(path) or RunSource(path)
-
-
-def _run_config(path: Path) -> tuple[ModelConfig, L2AConfig | None]:
-    """The configurations that a run trained with. Raises UserError if `config.json` does not hold them."""
-    run = read_run(_of(path).folder)
-    return run.model_config, run.l2a_config
-
-
-def _run_tokenizer(path: Path) -> Tokenizer | None:
+def _run_tokenizer(where: RunSource) -> Tokenizer | None:
     """The tokenizer of the source that a run began from; fresh parameters read the recall corpus."""
-    source = read_run(_of(path).folder).source
+    source = read_run(where.folder).source
     return recall_tokenizer() if source is None else source_tokenizer(source)
 
 
-def _load_run(path: Path, dtype: Any) -> Pretrained:
+def _load_run(where: RunSource, dtype: Any) -> Pretrained:
     """The model of a run: its source's frozen parameters with the trained ones of a checkpoint.
 
     Raises UserError if the run has no whole checkpoint, or if its source is gone or no longer the same.
     """
-    where = _of(path)
     run = read_run(where.folder)
     config, l2a_config = run.model_config, run.l2a_config
     abstract = abstract_params(config, l2a_config, dtype)
@@ -244,12 +231,11 @@ def _load_run(path: Path, dtype: Any) -> Pretrained:
         trained = map_with_path(lambda name, leaf: leaf.astype(param_dtype(name, dtype)), trained)
         if run.steps is not None and max(Checkpoints(where.folder).steps(LATEST), default=0) < run.steps:
             log.warning("the run %s is not finished: this is its step %d of %d", where.folder, step, run.steps)
-    return Pretrained(config, l2a_config, combine(trained, frozen), _run_tokenizer(path), _hash_run(path))
+    return Pretrained(config, l2a_config, combine(trained, frozen), _run_tokenizer(where), _hash_run(where))
 
 
-def _hash_run(path: Path) -> str:
+def _hash_run(where: RunSource) -> str:
     """Content hash of a run's model: of its configuration and of every file of its newest (or this) checkpoint."""
-    where = _of(path)
     checkpoints = Checkpoints(where.folder)
     digest = hashlib.sha256((where.folder / "config.json").read_bytes())
     if where.step is not None or checkpoints.steps(where.kind):  # a run that trains nothing has none

@@ -32,7 +32,6 @@ from l2a_jax.evaluation.needle_text import (
     RECALL,
     SURPLUS,
     CodeForm,
-    Form,
     Haystack,
     RecallForm,
     recall_haystack,
@@ -213,7 +212,7 @@ def build_prompts(model: Pretrained, options: NeedleOptions) -> list[Prompt]:
         if model.tokenizer.get_vocab() != recall.IDS:
             raise UserError(f"the haystack {RECALL} needs a model of the recall corpus's vocabulary; give files or "
                             "folders of text for this one")
-        form: Form = RecallForm(model.tokenizer)
+        form: CodeForm | RecallForm = RecallForm(model.tokenizer)
         hay = recall_haystack(SURPLUS * max(options.lengths))
     else:
         form = CodeForm(model.tokenizer, options.digits)
@@ -226,7 +225,8 @@ def build_prompts(model: Pretrained, options: NeedleOptions) -> list[Prompt]:
     return prompts
 
 
-def _prompt(form: Form, hay: Haystack, options: NeedleOptions, length: int, depth: float, seed: int) -> Prompt:
+def _prompt(form: CodeForm | RecallForm, hay: Haystack, options: NeedleOptions, length: int, depth: float,
+            seed: int) -> Prompt:
     rng = np.random.default_rng((seed, length))
     facts, wrong = form.draw(rng, options.needles, options.distractors)
     key, answer = facts[0]

@@ -1,7 +1,8 @@
 """What a needle, its question and the hay are made of, as tokens.
 
 Two kinds: English prose with access codes for a real model, and the synthetic recall corpus, whose facts are needles
-already, for the embedded one.
+already, for the embedded one. A form draws facts (key, answer), no two alike, and wrong answers like the first one's;
+it says a fact, the question after the hay up to where the answer begins, and the answer's tokens.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -34,29 +34,6 @@ OPENING = "Somewhere in the text below, access codes are given. Remember them: a
 NEEDLE = "\nThe access code for the {key} is {answer}.\n"
 QUESTION = "\n\nQuestion: What is the access code for the {key}, as given in the text above?\nAnswer: " \
            "The access code for the {key} is"
-
-
-@runtime_checkable
-class Form(Protocol):
-    """One kind of needle. Keys and answers are texts; everything else is token ids."""
-
-    opening: Sequence[int]
-
-    def draw(self, rng: np.random.Generator, needles: int, wrong: int) -> tuple[list[tuple[str, str]], list[str]]:
-        """`needles` facts (key, answer), no two alike, and `wrong` other answers of the first one's form."""
-        ...
-
-    def needle(self, key: str, answer: str) -> list[int]:
-        """The sentence that states a fact."""
-        ...
-
-    def question(self, key: str) -> list[int]:
-        """What stands after the hay, up to where the answer begins."""
-        ...
-
-    def answer(self, key: str, answer: str) -> list[int]:
-        """The tokens to be written."""
-        ...
 
 
 class Haystack:

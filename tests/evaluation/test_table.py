@@ -84,8 +84,8 @@ def test_what_cannot_be_paired_is_said():
 
 def test_a_terminal_gets_plain_columns():
     """What was not run has none; too narrow a terminal gets a column a run."""
-    base = "base", made_up("baseline", 2.9)
-    made = table.make_table([base, ("routed", made_up())], base)
+    base = "base", made_up("pretrain", 2.9)
+    made = table.make_table([base, ("routed", made_up("pretrain"))], base)
     wide, narrow = table.plain(made), table.plain(made, 80)
     head, first, delta = wide.splitlines()[:3]
     assert "PIQA" not in head and "|" not in wide and "<br>" not in wide and first.startswith("base ")
