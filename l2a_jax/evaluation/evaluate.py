@@ -24,17 +24,7 @@ from l2a_jax.attention.backends import CHOICES
 from l2a_jax.config import L2AConfig, ModelConfig, position_limit
 from l2a_jax.data.recall import RecallCorpus, needs_memory
 from l2a_jax.errors import UserError, needs
-from l2a_jax.evaluation import (
-    audit,
-    collapse,
-    intervals,
-    needle,
-    perplexity,
-    pruning_cost,
-    results,
-    subject,
-    texts,
-)
+from l2a_jax.evaluation import audit, collapse, intervals, needle, perplexity, pruning_cost, results, subject, texts
 from l2a_jax.evaluation.perplexity import Windows
 from l2a_jax.evaluation.tasks import FOLDERS
 from l2a_jax.fields import DTYPE, SEED, Choice, Filled, Range, between, count, length
