@@ -26,7 +26,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("--experiment", nargs="+", default=None, metavar="NAME", help="see above")
-    parser.add_argument("--benchmark", action="store_true", help="steps per second: one seed, three, compiled PyTorch")
+    parser.add_argument("--benchmark", action="store_true", help="steps per second: one seed, and three side by side")
     parser.add_argument("--preset", default="tiny", help="tiny (two CPU cores, minutes), gpu, paper")
     parser.add_argument("--data", nargs="+", default=(), help="wikitext, diverse, RECIPE=DIR, files, folders or globs")
     parser.add_argument("--tokenizer", help="folder (tokenizer.json, or vocab.json and merges.txt), file or hub name")
@@ -112,9 +112,6 @@ def absorption(arguments: list[str] | None) -> int:
     began = time.monotonic()
     parser = make_parser()
     flags = parser.parse_args(arguments)
-    if flags.benchmark:
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch wants memory on the same card
-
     if flags.preset == "tiny" and "jax" not in sys.modules:  # most of a tiny suite's time is compilation
         os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 

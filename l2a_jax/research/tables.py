@@ -3,19 +3,14 @@
 
 from __future__ import annotations
 
-import datetime
 import importlib
-import platform
-import sys
 from collections.abc import Iterable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from l2a_jax.errors import needs
 from l2a_jax.files import check_writable, whole, write_json, write_text
+from l2a_jax.provenance import installed, provenance
 
 LIBRARIES = ("jax", "jaxlib", "torch", "triton", "tokamax", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
 """Those that decide a speed."""
@@ -27,27 +22,16 @@ def grid(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> list[str]:
     return [lines[0], "|" + "---|" * len(head), *lines[1:], ""]
 
 
-def versions(names: Iterable[str] = LIBRARIES) -> dict[str, str]:
-    """The versions of those libraries that are installed."""
-    found = {}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def heading() -> dict[str, Any]:
-    """What a measurement needs to be repeated and judged: date, command, device, versions."""
-    return {"date": datetime.date.today().isoformat(), "command": " ".join(["python", *sys.argv]),
-            "device": jax.devices()[0].device_kind, "python": platform.python_version(), "versions": versions()}
+    """What a measurement needs to be repeated and judged, with the libraries that decide a speed."""
+    origin = provenance()
+    return {**origin, "versions": {**origin["versions"], **installed(*LIBRARIES)}}
 
 
 def said(result: dict[str, Any]) -> str:
-    """A heading as the beginning of a sentence."""
-    return ", ".join([result["date"], result["device"], "bfloat16",
-                      *(f"{name} {version}" for name, version in result["versions"].items())])
+    """A heading as a sentence."""
+    versions = [f"{name} {result['versions'][name]}" for name in LIBRARIES if name in result["versions"]]
+    return f"{', '.join([result['date'][:10], result['device'], *versions])}: `{' '.join(result['command'])}`."
 
 
 def reason(error: Exception) -> str:

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool
 
+from l2a_jax import device
 from l2a_jax.attention.reference import real_tokens
 from l2a_jax.config import L2AConfig, ModelConfig
 from l2a_jax.data.batch import Batch
@@ -35,9 +35,10 @@ from l2a_jax.training.run_files import read_run
 from l2a_jax.training.step import Objective, evaluate_batch
 
 log = logging.getLogger("l2a_jax")
+_evaluate = jax.jit(evaluate_batch, static_argnames="objective")
 
 
-class Subject(NamedTuple):
+class Audited(NamedTuple):
     """What is audited: the trained parameters, those from before the run (None: unknown), and held-out text."""
 
     config: ModelConfig
@@ -58,7 +59,7 @@ class Score(NamedTuple):
 
 
 def open_subject(source: str, data: Sequence[str], batches: int | None, seq_len: int | None, batch_size: int | None
-                 ) -> Subject:
+                 ) -> Audited:
     """A run folder with its own data, or (with `--data`) any L2A model; UserError where there is nothing to audit."""
     run = run_source(locate(source))
     if run is not None and not data:
@@ -69,8 +70,8 @@ def open_subject(source: str, data: Sequence[str], batches: int | None, seq_len:
         if not held_out:
             raise UserError(f"the data of {source} has no held-out documents; give text with --data")
         after = load_pretrained(source, plan.dtype).params
-        return Subject(plan.config, plan.l2a_config, after, load_tree(plan)[0], held_out, plan.is_demo, plan.dtype)
-    dtype = jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        return Audited(plan.config, plan.l2a_config, after, load_tree(plan)[0], held_out, plan.is_demo, plan.dtype)
+    dtype = jnp.dtype(device.default_dtype())
     loaded = load_pretrained(source, dtype)
     if loaded.l2a_config is None:
         raise UserError(f"{source} is a plain model; expected one with an L2A layer")
@@ -81,53 +82,32 @@ def open_subject(source: str, data: Sequence[str], batches: int | None, seq_len:
     held_out = list(packed.held_out(batches or 16))
     if not held_out:
         raise UserError(f"--data {' '.join(data)} has no held-out documents; give more text")
-    return Subject(loaded.config, loaded.l2a_config, loaded.params, None, held_out, False, dtype)
+    return Audited(loaded.config, loaded.l2a_config, loaded.params, None, held_out, False, dtype)
 
 
-def audit(subject: Subject, others: Sequence[tuple[str, Tree, L2AConfig]], seeds: Sequence[int]) -> Report:
+def audit(subject: Audited, others: Sequence[tuple[str, Tree, L2AConfig]], seeds: Sequence[int]) -> Report:
     """Every choice of decisions under the weights before and after; random and shuffled ones once for each seed."""
-    score, decisions_of = _scorer(subject)
-    learned = [decisions_of(subject.after, subject.l2a_config, batch) for batch in subject.batches]
-    real = [np.asarray(real_tokens(batch.segment_ids, batch.tokens.shape)) for batch in subject.batches]
-    rates = _rates(learned, real)
-    shape = learned[0].shape
-
-    def constant(value):
-        return lambda seed, index: np.full(shape, value)
-
-    def key(seed, index):
-        return jax.random.fold_in(jax.random.key(seed), index)
-
-    choices: dict[str, tuple[Callable, Sequence[int]]] = {
-        "learned": (lambda seed, index: learned[index], [0]),
-        "random, same rates": (lambda seed, index: routing.random(key(seed, index), rates, *shape[1:]), seeds),
-        "shuffled": (lambda seed, index: routing.shuffled(
-            key(seed, index), jnp.asarray(learned[index]), jnp.asarray(real[index])), seeds),
-        "everything": (constant(True), [0]), "nothing": (constant(False), [0])}
-    for name, params, l2a_config in others:
-        theirs = [decisions_of(params, l2a_config, batch) for batch in subject.batches]
-        choices[f"of {name}"] = (lambda seed, index, theirs=theirs: theirs[index], [0])
-
+    choices = _choices(subject, others, seeds)
+    scores: dict[str, dict[str, list[Score]]] = {}
+    for when, params in (("after", subject.after), ("before", subject.before)):
+        if params is not None:
+            score = _scorer(subject, params)
+            scores[when] = {name: [score(drawn) for drawn in draws] for name, draws in choices.items()}
     table = Table("Held-out perplexity by whose decisions are taken", note="Carried: (random - learned) / (nothing - "
                   "learned), in nats: 1 where random decisions at the same rates are as bad as none, 0 where they are "
                   "as good as the learned ones; no number where routing nothing costs less than 0.001 nats.")
-    weights = {"after": subject.after, **({"before": subject.before} if subject.before is not None else {})}
-    found = {when: {name: [score(params, lambda index, make=make, seed=seed: make(seed, index)) for seed in draws]
-                    for name, (make, draws) in choices.items()} for when, params in weights.items()}
-    for name in choices:
-        cells: dict[str, Cell | str] = {"routed": Cell([s.routed for s in found["after"][name]], digits=3)}
-        for when, scores in found.items():
-            nll = np.array([s.nll for s in scores[name]])
-            own = scores["learned"][0].nll
-            cells |= {f"{when} training": Cell(perplexity(nll), digits=3),
-                      f"nats above learned, {when}": Cell(nll - own, digits=4)}
-            if subject.is_recall:
-                cells[f"recall accuracy, {when}"] = Cell([s.recall for s in scores[name]], digits=3)
-        table.rows[name] = cells
     carried = Table("Share of quality that the learned decisions carry")
-    for when, scores in found.items():
-        own, nothing = scores["learned"][0].nll, scores["nothing"][0].nll
-        random = np.array([s.nll for s in scores["random, same rates"]])
+    for name in choices:
+        table.rows[name] = {"routed": Cell([one.routed for one in scores["after"][name]], digits=3)}
+    for when, found in scores.items():
+        own, nothing = found["learned"][0].nll, found["nothing"][0].nll
+        for name, draws in found.items():
+            nll = np.array([one.nll for one in draws])
+            table.rows[name] |= {f"{when} training": Cell(perplexity(nll), digits=3),
+                                 f"nats above learned, {when}": Cell(nll - own, digits=4)}
+            if subject.is_recall:
+                table.rows[name][f"recall accuracy, {when}"] = Cell([one.recall for one in draws], digits=3)
+        random = np.array([one.nll for one in found["random, same rates"]])
         carried.rows[f"attention {when} the run"] = {
             "carried": Cell((random - own) / (nothing - own), digits=3) if nothing - own > 1e-3 else "-"}
     panel = report.bars("Nats above the learned decisions, attention as trained", "nats", table,
@@ -135,26 +115,39 @@ def audit(subject: Subject, others: Sequence[tuple[str, Tree, L2AConfig]], seeds
     return Report("l2a_audit", "What L2A's learned decisions carry", [table, carried], [panel])
 
 
-def _rates(learned: list[Bool[np.ndarray, "L B T"]], real: list[Bool[np.ndarray, "B T"]]) -> np.ndarray:
-    """Share of real tokens routed, per layer."""
-    return sum((d & r).sum(axis=(1, 2)) for d, r in zip(learned, real, strict=True)) / sum(r.sum() for r in real)
+def _choices(subject: Audited, others, seeds) -> dict[str, list[list[np.ndarray]]]:
+    """Whose decisions are taken: by name, a list of draws, each of them an array [L, B, T] a batch."""
+    learned = _decisions(subject, subject.after, subject.l2a_config)
+    real = [np.asarray(real_tokens(batch.segment_ids, batch.tokens.shape)) for batch in subject.batches]
+    rates = sum((d & r).sum(axis=(1, 2)) for d, r in zip(learned, real, strict=True)) / sum(r.sum() for r in real)
+
+    def drawn(draw):
+        return [[draw(jax.random.fold_in(jax.random.key(seed), index), index) for index in range(len(learned))]
+                for seed in seeds]
+
+    return {
+        "learned": [learned],
+        "random, same rates": drawn(lambda key, index: routing.random(key, rates, *learned[index].shape[1:])),
+        "shuffled": drawn(lambda key, index: routing.shuffled(key, jnp.asarray(learned[index]),
+                                                              jnp.asarray(real[index]))),
+        "everything": [[np.ones_like(one) for one in learned]], "nothing": [[np.zeros_like(one) for one in learned]],
+        **{f"of {name}": [_decisions(subject, params, layer)] for name, params, layer in others}}
 
 
-def _scorer(subject: Subject):
-    """`score(params, decisions(index)) -> Score` over all batches, and `decisions_of(params, layer, batch)`."""
+def _decisions(subject: Audited, params: Tree, layer: L2AConfig) -> list[np.ndarray]:
+    """What a model decides for every batch."""
+    objective = Objective(subject.config, layer, dtype=subject.dtype)
+    return [np.asarray(_evaluate(params, batch, None, objective=objective).decisions) for batch in subject.batches]
+
+
+def _scorer(subject: Audited, params: Tree) -> Callable[[list[np.ndarray]], Score]:
+    """The score of weights that are forced to take decisions."""
     objective = Objective(subject.config, subject.l2a_config, dtype=subject.dtype)
-    forced = jax.jit(lambda params, batch, decisions: evaluate_batch(params, batch, decisions, objective=objective))
 
-    def decisions_of(params, l2a_config, batch):
-        own = objective._replace(l2a_config=l2a_config)
-        found = jax.jit(lambda p, b: evaluate_batch(p, b, None, objective=own).decisions)(params, batch)
-        return np.asarray(found)
-
-    def score(params, decisions):
+    def score(decisions):
         nll = counted = right = asked = routed = real = 0.0
-        for index, batch in enumerate(subject.batches):
-            chosen = jnp.asarray(decisions(index))
-            result = jax.device_get(forced(params, batch, chosen))
+        for batch, chosen in zip(subject.batches, decisions, strict=True):
+            result = jax.device_get(_evaluate(params, batch, jnp.asarray(chosen), objective=objective))
             nll += float((result.nll * batch.weights).sum(dtype=np.float64))
             counted += float(batch.weights.sum())
             routed += float((np.asarray(chosen) & result.real).mean(axis=0).sum())
@@ -168,7 +161,7 @@ def _scorer(subject: Subject):
             raise UserError("the model scores nats that are not finite; is the run sound?")
         return Score(nll / counted, right / asked if asked else None, routed / real)
 
-    return score, decisions_of
+    return score
 
 
 def run(sources: Sequence[str], data: Sequence[str], out: pathlib.Path, batches: int | None,
@@ -187,7 +180,7 @@ def run(sources: Sequence[str], data: Sequence[str], out: pathlib.Path, batches:
                             "same vocabulary")
         others.append((pathlib.Path(source).name, _with(other.params, other.config, subject), other.l2a_config))
     found = audit(subject, others, tuple(seeds or (0, 1, 2)))
-    text = (f"{pathlib.Path(sources[0]).name} on {jax.devices()[0].device_kind}; {len(subject.batches)} held-out "
+    text = (f"{pathlib.Path(sources[0]).name} on {device.described()}; {len(subject.batches)} held-out "
             f"batches of {' x '.join(map(str, subject.batches[0].tokens.shape))} tokens; layer {subject.l2a_config}.")
     about = {"text": text, "run": pathlib.Path(sources[0]).name, "l2a_config": dataclasses.asdict(subject.l2a_config)}
     report.write(found, about, out)
@@ -196,7 +189,7 @@ def run(sources: Sequence[str], data: Sequence[str], out: pathlib.Path, batches:
     return found
 
 
-def _with(params: Tree, config: ModelConfig, subject: Subject) -> Tree:
+def _with(params: Tree, config: ModelConfig, subject: Audited) -> Tree:
     if dataclasses.replace(config, rope=subject.config.rope) != subject.config:
         raise UserError("the other run's model has other shapes; expected two runs of one model")
     return params

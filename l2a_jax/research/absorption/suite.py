@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import pathlib
-import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import Any
 
-import jax
-
 from l2a_jax.errors import UserError
+from l2a_jax.provenance import provenance
 from l2a_jax.research.absorption import config, data, report
 from l2a_jax.research.absorption.config import Arm, Preset
 from l2a_jax.research.absorption.experiments import EXPERIMENTS
@@ -38,10 +36,11 @@ def setting(lab: Lab, preset_name: str) -> dict[str, Any]:
     """What every report says about how its figures came about."""
     recipe, counts = lab.recipe, count_parameters(lab.config)
     tokens = recipe.steps * recipe.batch_size * recipe.seq_len
-    device = f"{jax.devices()[0].device_kind}"
+    origin = provenance()
     available = lab.corpus.train.starts.size * recipe.seq_len
     text = (
-        f"`{' '.join(['python', *sys.argv])}`: preset `{preset_name}` on {device}, jax {jax.__version__}. Every arm: "
+        f"`{' '.join(origin['command'])}`: preset `{preset_name}` on {origin['device']}, jax "
+        f"{origin['versions']['jax']}. Every arm: "
         f"{recipe.steps:,} steps of {recipe.batch_size} x {recipe.seq_len} tokens ({tokens:,} tokens, "
         f"{tokens / available:.2f} passes over "
         f"{available:,}), AdamW, peak learning rate {recipe.learning_rate:g}, {recipe.warmup} steps of warm-up, cosine "
@@ -53,10 +52,10 @@ def setting(lab: Lab, preset_name: str) -> dict[str, Any]:
         f"{lab.scored.size * recipe.seq_len:,} tokens. Distilled gates: {recipe.distill_steps:,} steps, learning rate "
         f"{recipe.distill_learning_rate:g}. Only the `paper` preset on WikiText-103 may be compared with the reported "
         "figures; elsewhere arms may be compared with each other.")
-    return {"text": text, "preset": preset_name, "device": device, "parameters": counts, "tokens_per_arm": tokens,
-            "recipe": recipe, "model": lab.config, "seeds": list(lab.preset.seeds), "top_k": lab.preset.top_k,
-            "corpus": {"fingerprint": lab.corpus.fingerprint, **lab.corpus.description},
-            "versions": {name: version(name) for name in ("jax", "jaxlib", "optax", "numpy")}}
+    return {"text": text, "preset": preset_name, **{name: origin[name] for name in ("device", "versions", "revision")},
+            "parameters": counts, "tokens_per_arm": tokens, "recipe": dataclasses.asdict(recipe),
+            "model": dataclasses.asdict(lab.config), "seeds": list(lab.preset.seeds), "top_k": lab.preset.top_k,
+            "corpus": {"fingerprint": lab.corpus.fingerprint, **lab.corpus.description}}
 
 
 def run(names: Sequence[str], lab: Lab, preset_name: str, out: pathlib.Path) -> list[pathlib.Path]:
@@ -67,7 +66,7 @@ def run(names: Sequence[str], lab: Lab, preset_name: str, out: pathlib.Path) -> 
     for name in names:
         began = time.monotonic()
         found = EXPERIMENTS[name](lab)
-        written += report.write(found, _plain(about), out)
+        written += report.write(found, about, out)
         print(report.markdown(found, about))
         log.info("%s: %.0f s; written to %s", name, time.monotonic() - began, out)
     return written
@@ -98,13 +97,6 @@ def arms_of(names: Sequence[str], lab: Lab) -> list[Arm]:
             for arm in planner.planned:
                 found.setdefault(lab.key(arm), arm)
     return list(found.values())
-
-
-def _plain(about: dict[str, Any]) -> dict[str, Any]:
-    import dataclasses
-
-    return {name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
-            for name, value in about.items()}
 
 
 def check_names(names: Sequence[str]) -> list[str]:

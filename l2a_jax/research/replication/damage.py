@@ -1,10 +1,11 @@
 """What damages router-only: sixteen cells of the 2 x 3 x 3 x 3 x 2 factorial of five suspects, and what they can tell.
 
 No sixteen of the 108 cells are balanced in factors of two and three levels (an orthogonal array would need 36), so the
-cells are D-optimal: found by `search` for the model of all main effects and two interactions that theory predicts (a
-window of 256 hurts more without a sink, and more in the sequential layer). Estimable: every main effect (8 columns),
-those two interactions, and 5 residual degrees of freedom (7 without the interactions; the two repeated cells add 2 of
-pure error). All other interactions are partly aliased with the main effects; `lack_of_fit` says whether they matter.
+cells are D-optimal for the model of all main effects and two interactions that theory predicts (a window of 256 hurts
+more without a sink, and more in the sequential layer); a test finds them anew. Estimable: every main effect (8
+columns), those two interactions, and 5 residual degrees of freedom (7 without the interactions; the two repeated cells
+add 2 of pure error). All other interactions are partly aliased with the main effects; `lack_of_fit` says whether they
+matter.
 """
 
 from __future__ import annotations
@@ -33,14 +34,9 @@ CROSSED = ("topology", "sinks", "window")
 """Factors of the follow-up, in all combinations."""
 RUNS = 16
 CHOSEN = (5, 9, 19, 28, 40, 42, 50, 53, 58, 63, 66, 74, 89, 93, 97, 100)
-"""Places in the full factorial, the last factor fastest: `search(seed=2)`."""
+"""Places in the full factorial, the last factor fastest; a test finds them anew."""
 REPLICATED = (7, 8)
 """Which of the sixteen are run twice, with another seed: one of each topology."""
-SHORT = {
-    "topology": lambda level: level[:3], "sinks": lambda level: f"k{level}",
-    "rope": lambda level: level.replace(":", ""), "window": lambda level: f"w{level}",
-    "leakage": lambda level: f"l{level:g}",
-}
 
 
 def factorial() -> list[dict[str, Any]]:
@@ -58,24 +54,17 @@ def follow_up() -> list[dict[str, Any]]:
     """Cells after the sixteen, which showed that repeats of a cell differ by 0.003 nats but the model of main effects
     by 0.18: topology, sinks and window in all 18 combinations, nothing scaled and every gradient let through, and at
     their four corners the other rope that does little, and the small leakage."""
-    plain = {"rope": FACTORS["rope"][0], "leakage": FACTORS["leakage"][0]}
-    order = lambda topology, sinks, window, rest: {  # noqa: E731
-        "topology": topology, "sinks": sinks, "rope": rest["rope"], "window": window, "leakage": rest["leakage"]}
-    made = [order(*levels, plain) for levels in itertools.product(*(FACTORS[f] for f in CROSSED))]
-    for change in ({"rope": "theta:5"}, {"leakage": 0.1}):
-        made += [order(topology, sinks, 256, {**plain, **change}) for topology in FACTORS["topology"]
-                 for sinks in (4, 0)]
+    rows = [dict(zip(CROSSED, levels, strict=True)) for levels in itertools.product(*(FACTORS[f] for f in CROSSED))]
+    corners = [row for row in rows if row["sinks"] in (4, 0) and row["window"] == 256]
+    changed = [*rows, *({**row, "rope": "theta:5"} for row in corners), *({**row, "leakage": 0.1} for row in corners)]
+    made = [{factor: row.get(factor, FACTORS[factor][0]) for factor in FACTORS} for row in changed]
     return [cell for cell in made if cell not in cells()]
 
 
 def name_of(cell: Mapping[str, Any]) -> str:
     """damage-par-k4-none-w256-l0.1"""
-    return "damage-" + "-".join(SHORT[factor](level) for factor, level in cell.items())
-
-
-def search(seed: int = 2, starts: int = 6) -> tuple[int, ...]:
-    """The choice made anew."""
-    return tuple(effects.d_optimal(factorial(), RUNS, FACTORS, INTERACTIONS, seed=seed, starts=starts))
+    return (f"damage-{cell['topology'][:3]}-k{cell['sinks']}-{cell['rope'].replace(':', '')}-w{cell['window']}"
+            f"-l{cell['leakage']:g}")
 
 
 def empirical_logit(correct: int, count: int) -> float:
@@ -101,9 +90,12 @@ def crossed(levels: Sequence[Mapping[str, str]], values: Sequence[Any]) -> list[
         if value is not None:
             found.setdefault(tuple(cell[factor] for factor in FACTORS), value)
     rest = {factor: str(FACTORS[factor][0]) for factor in FACTORS if factor not in CROSSED}
-    key = lambda **cell: tuple(str({**rest, **cell}[factor]) for factor in FACTORS)  # noqa: E731
+
+    def value_of(**cell):
+        return found.get(tuple(str({**rest, **cell}[factor]) for factor in FACTORS))
+
     return [(f"{topology}, {sinks} sinks",
-             [found.get(key(topology=topology, sinks=sinks, window=window)) for window in FACTORS["window"]])
+             [value_of(topology=topology, sinks=sinks, window=window) for window in FACTORS["window"]])
             for topology in FACTORS["topology"] for sinks in FACTORS["sinks"]]
 
 

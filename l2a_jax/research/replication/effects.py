@@ -135,33 +135,3 @@ def _pure_error(cells, y, residual, left, names) -> dict[str, Any] | None:
         statistic = (residual - squares) / (left - df) / (squares / df)
         out |= {"F": float(statistic), "p": float(stats.f.sf(statistic, left - df, df))}
     return out
-
-
-def d_optimal(candidates: Sequence[Cell], runs: int, factors: Factors, interactions: Sequence[Interaction] = (),
-              seed: int = 0, starts: int = 20) -> list[int]:
-    """Indices of `runs` different candidates whose X'X has the largest determinant found by row exchange (Fedorov,
-    1972) from random starts."""
-    matrix = design(candidates, factors, interactions).matrix
-    rng = np.random.default_rng(seed)
-    best, chosen = -np.inf, None
-    for _ in range(starts):
-        rows = rng.choice(len(candidates), runs, replace=False)
-        value = _log_det(matrix[rows])
-        improved = True
-        while improved:
-            improved = False
-            for place in range(runs):
-                for other in np.setdiff1d(np.arange(len(candidates)), rows):
-                    trial = rows.copy()
-                    trial[place] = other
-                    found = _log_det(matrix[trial])
-                    if found > value + 1e-9:
-                        rows, value, improved = trial, found, True
-        if value > best:
-            best, chosen = value, rows
-    return sorted(int(row) for row in chosen)
-
-
-def _log_det(rows) -> float:
-    sign, value = np.linalg.slogdet(rows.T @ rows)
-    return float(value) if sign > 0 else -np.inf

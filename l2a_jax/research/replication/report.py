@@ -20,6 +20,7 @@ from l2a_jax.research.replication.facts import as_results, facts, load, perplexi
 from l2a_jax.research.replication.page import group_of, markdown, ratio_rows
 from l2a_jax.research.replication.row import Row
 from l2a_jax.research.replication.rows import all_rows
+from l2a_jax.research.tables import write_figure
 from l2a_jax.shapes import require
 
 INSTRUMENTS = ("autopsy", "flips", "routed", "prunable", "thresholds")
@@ -52,7 +53,11 @@ def write(folder: Path, out: Path, rows: Sequence[Row] | None = None) -> list[Pa
     if not any("device" in row for row in made["rows"]):
         raise UserError(f"{folder} holds no file of a declared row; run train/study.py --out {folder} first")
     out.mkdir(parents=True, exist_ok=True)
-    figures = {name: f"replication_{name}.png" for name, drawn in _figures(made, out).items() if drawn}
+    figures = {}
+    for name, figure in _figures(made).items():
+        if figure is not None:
+            figures[name] = f"replication_{name}.png"
+            write_figure(figure, out / figures[name])
     for picture in sorted(folder.glob("*_picture.png"))[:1]:
         if not picture.is_relative_to(out):
             with whole(out / picture.name) as partial:
@@ -76,15 +81,12 @@ def main_tables(path: Path) -> str:
                      if entry["table"] is not None)
 
 
-def _figures(made, out) -> dict[str, bool]:
+def _figures(made) -> dict[str, Any]:
     rows = made["rows"]
-    return {
-        "frontier": plots.frontier(group_of(rows, "frontier"), out / "replication_frontier.png"),
-        "layers": plots.layers(group_of(rows, "frontier"), out / "replication_layers.png"),
-        "collapse": plots.collapse(ratio_rows(rows), out / "replication_collapse.png"),
-        "effects": plots.effects(made["damage"], out / "replication_effects.png"),
-        "residual": plots.residual(made["residual"], out / "replication_residual.png"),
-    }
+    repair = group_of(rows, "frontier")
+    return {"frontier": plots.frontier(repair), "layers": plots.layers(repair),
+            "collapse": plots.collapse(ratio_rows(rows)), "effects": plots.effects(made["damage"]),
+            "residual": plots.residual(made["residual"])}
 
 
 def _main_table(size, rows, found) -> dict[str, Any]:

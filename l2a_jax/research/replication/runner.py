@@ -9,13 +9,10 @@ its norms) go to ROW.npz, with which later tasks are answered without training a
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import logging
-import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ import jax
 from l2a_jax import device
 from l2a_jax.errors import UserError
 from l2a_jax.files import check_file, claim, write_json
+from l2a_jax.provenance import provenance
 from l2a_jax.research.deadline import OutOfTime, check
 from l2a_jax.research.replication.measures import Subject, measure
 from l2a_jax.research.replication.row import Row
@@ -32,7 +30,6 @@ from l2a_jax.research.replication.session import Session
 from l2a_jax.research.replication.trained import load_masters, save_masters, train_row
 from l2a_jax.training.loop import Stopped
 from l2a_jax.training.memory import tree_bytes
-from l2a_jax.version import __version__
 
 log = logging.getLogger("l2a_jax.research.replication")
 KEEP_BYTES = 2_000_000
@@ -178,12 +175,9 @@ def _missing(row: Row, found: dict[str, Any]) -> list[str]:
 
 
 def environment() -> dict[str, Any]:
-    """Date, device and versions of what runs here."""
-    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "tokenizers", "lm_eval")
-    return {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
-            "versions": {"python": platform.python_version(), "l2a_jax": __version__,
-                         **{name: metadata.version(name) for name in packages}}}
+    """Where something was run; without the command, whose paths are this machine's."""
+    origin = provenance()
+    return {name: origin[name] for name in ("date", "device", "versions", "revision")}
 
 
 def _elsewhere(trained: dict[str, Any]) -> dict[str, Any]:

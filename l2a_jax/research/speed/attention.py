@@ -160,7 +160,7 @@ def markdown(result: dict) -> str:
                        for name, why in entry["failed"].items()})
     return "\n".join([
         "# Speed of attention", "",
-        f"{tables.said(result)}. Medians in ms of `{result['command']}`; random inputs, several sets in turn. Matrix "
+        f"{tables.said(result)} Medians in ms, bfloat16; random inputs, several sets in turn. Matrix "
         f"product 8,192^3 bfloat16: {ceiling:.0f} TFLOP/s, the ceiling of the last column. Operations are counted for "
         "visible pairs only, a backward pass as 2.5 forward passes. Beside routed and mixed calls the peers compute "
         "dense attention; *authors* is the L2A release's kernel as measured before on an H100, not in this run.", "",

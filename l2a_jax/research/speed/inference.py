@@ -144,7 +144,7 @@ def markdown(result: dict) -> str:
                 for name, why in row["failed"].items()]
     return "\n".join([
         "# Speed of inference", "",
-        f"{tables.said(result)}. Medians in ms of `{result['command']}`; {result['weights']}. Routed: {RATE:.0%} "
+        f"{tables.said(result)} Medians in ms, bfloat16; {result['weights']}. Routed: {RATE:.0%} "
         f"of the tokens at random, window {LAYER.window}, {LAYER.sinks} sinks; dense: the plain model. Decode: one "
         f"step with that many tokens in the cache, {STEPS} steps in one executable. transformers: SDPA, decode with a "
         "static cache, compiled.", "", *tables.grid(["case", *KINDS, "cache MB"], rows), *failures]).rstrip() + "\n"

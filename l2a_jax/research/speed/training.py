@@ -175,7 +175,7 @@ def markdown(result: dict) -> str:
                 f"{peer['tokens_per_second'] / 1e3:.1f}K", f"{peer['memory_gb']:.1f}"))])
     return "\n".join([
         "# Speed of training steps", "",
-        f"{tables.said(result)}. Medians of `{result['command']}`; random weights and tokens, one document a row, "
+        f"{tables.said(result)} Medians, bfloat16; random weights and tokens, one document a row, "
         "AdamW with float32 masters, default backend. Memory is the compiled step's (arguments and temporaries). "
         "Operations are the model's own (rematerialised ones are not counted, nor are keys beyond a window), beside a "
         f"matrix product 8,192^3 at {ceiling:.0f} TFLOP/s. *PyTorch*: the same step, compiled, with both paths dense "

@@ -27,7 +27,7 @@ def subject():
     after["layers"]["router"]["kernel"] = jax.random.normal(jax.random.key(1), (2, 16))
     before = add_routing(init_params(config, jax.random.key(2)), config, layer)
     batches = list(RecallCorpus(48, 2, 0, distance=6, facts=2).held_out(2))
-    return l2a_audit.Subject(config, layer, after, before, batches, True, jnp.dtype("float32"))
+    return l2a_audit.Audited(config, layer, after, before, batches, True, jnp.dtype("float32"))
 
 
 def test_audit_tables(subject):

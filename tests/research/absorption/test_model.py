@@ -158,14 +158,14 @@ def test_experts_by_loops():
 
 @pytest.mark.torch
 @pytest.mark.parametrize("gated", (False, True))
-def test_the_pytorch_peer_computes_the_same_logits(gated):
+def test_the_same_model_in_pytorch_computes_the_same_logits(gated):
     import torch
 
-    from l2a_jax.research.absorption import benchmark_torch
+    from tests.research.absorption import torch_model
 
     params, tokens = cases.params(), cases.tokens()
-    module = benchmark_torch.make_model(cases.CONFIG, gated)
-    benchmark_torch.copy_params(module, params)
+    module = torch_model.make_model(cases.CONFIG, gated)
+    torch_model.copy_params(module, params)
     hidden, _ = model.hidden_states(params, tokens, cases.CONFIG, SOFT_GATE if gated else DENSE, cases.numbers())
     with torch.no_grad():
         theirs = module(torch.from_numpy(np.array(tokens)).long()).numpy()

@@ -29,10 +29,40 @@ def test_the_sixteen_cells_can_tell_every_effect_apart():
         assert min(counts) >= 16 / len(levels) - 1.5, (factor, counts)
 
 
+def d_optimal(candidates, runs, factors, interactions, seed, starts):
+    """Indices of `runs` different candidates whose X'X has the largest determinant found by row exchange (Fedorov,
+    1972) from random starts."""
+    matrix = effects.design(candidates, factors, interactions).matrix
+    rng = np.random.default_rng(seed)
+    best, chosen = -np.inf, None
+    for _ in range(starts):
+        rows = rng.choice(len(candidates), runs, replace=False)
+        value = _log_det(matrix[rows])
+        improved = True
+        while improved:
+            improved = False
+            for place in range(runs):
+                for other in np.setdiff1d(np.arange(len(candidates)), rows):
+                    trial = rows.copy()
+                    trial[place] = other
+                    found = _log_det(matrix[trial])
+                    if found > value + 1e-9:
+                        rows, value, improved = trial, found, True
+        if value > best:
+            best, chosen = value, rows
+    return sorted(int(row) for row in chosen)
+
+
+def _log_det(rows):
+    sign, value = np.linalg.slogdet(rows.T @ rows)
+    return float(value) if sign > 0 else -np.inf
+
+
 def test_the_cells_are_what_the_search_finds():
-    assert damage.search() == damage.CHOSEN
-    rng = np.random.default_rng(0)
     everything = damage.factorial()
+    found = d_optimal(everything, damage.RUNS, damage.FACTORS, damage.INTERACTIONS, seed=2, starts=6)
+    assert tuple(found) == damage.CHOSEN
+    rng = np.random.default_rng(0)
 
     def value(rows):
         matrix = effects.design([everything[i] for i in rows], damage.FACTORS, damage.INTERACTIONS).matrix

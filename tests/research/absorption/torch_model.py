@@ -1,31 +1,12 @@
-"""The same transformer in PyTorch, as a peer for speed and an oracle for logits. Imported only where torch is there."""
+"""The same transformer in PyTorch, an oracle for logits. Imported only where torch is there."""
 
 from __future__ import annotations
 
-import importlib.util
-import statistics
-import time
 from typing import Any
 
 import numpy as np
 
-from l2a_jax.research.absorption.config import Preset, TransformerConfig
-
-
-def why_not() -> str | None:
-    """Why PyTorch cannot be measured here; None where it can."""
-    if importlib.util.find_spec("torch") is None:
-        return "torch is not installed"
-    import torch
-
-    return None if torch.cuda.is_available() else "torch has no CUDA device"
-
-
-def version() -> str:
-    """torch's version."""
-    import torch
-
-    return torch.__version__
+from l2a_jax.research.absorption.config import TransformerConfig
 
 
 def make_model(config: TransformerConfig, gated: bool) -> Any:
@@ -92,9 +73,8 @@ def copy_params(module: Any, params: Any) -> None:
 
     put(module.embedding.weight, params["embed"]["embedding"])
     put(module.positions.weight, params["embed"]["positions"])
-    for norm, source in ((module.norm_final, params["norm_final"]),):
-        put(norm.weight, source["scale"])
-        put(norm.bias, source["bias"])
+    put(module.norm_final.weight, params["norm_final"]["scale"])
+    put(module.norm_final.bias, params["norm_final"]["bias"])
     layers = params["layers"]
     for index, block in enumerate(module.blocks):
         for name in ("norm_attention", "norm_mlp"):
@@ -107,42 +87,3 @@ def copy_params(module: Any, params: Any) -> None:
         for name in ("up", "down"):
             put(getattr(block, name).weight, layers["mlp"][name]["kernel"][index], transpose=True)
             put(getattr(block, name).bias, layers["mlp"][name]["bias"][index])
-
-
-def steps_per_second(preset: Preset, gated: bool, rounds: int) -> dict[str, float]:
-    """Training steps of the compiled module on CUDA: autocast in the recipe's precision, fused AdamW, clipping."""
-    import torch
-    from torch.nn import functional as F
-
-    recipe = preset.recipe
-    torch.set_float32_matmul_precision("high" if recipe.dtype == "bfloat16" else "highest")
-    module = make_model(preset.model, gated).cuda()
-    optimizer = torch.optim.AdamW(module.parameters(), lr=recipe.learning_rate, fused=True,
-                                  betas=(recipe.beta1, recipe.beta2), weight_decay=recipe.weight_decay)
-    tokens = torch.randint(preset.model.vocab_size, (recipe.batch_size, recipe.seq_len + 1), device="cuda")
-
-    @torch.compile
-    def loss(tokens):
-        with torch.autocast("cuda", torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
-            logits = module(tokens[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
-
-    def steps(count):
-        for _ in range(count):
-            optimizer.zero_grad(set_to_none=True)
-            loss(tokens).backward()
-            torch.nn.utils.clip_grad_norm_(module.parameters(), recipe.clip)
-            optimizer.step()
-        torch.cuda.synchronize()
-
-    began = time.perf_counter()
-    steps(5)
-    compiling = time.perf_counter() - began
-    times = []
-    for _ in range(rounds):
-        began = time.perf_counter()
-        steps(preset.scan)
-        times.append(time.perf_counter() - began)
-    steady = statistics.median(times) / preset.scan
-    return {"milliseconds_a_step": 1e3 * steady, "steps_per_second": 1 / steady, "compile_seconds": compiling,
-            "tokens_per_second": recipe.batch_size * recipe.seq_len / steady}
