@@ -54,16 +54,10 @@ def imports(module):
     return do
 
 
-def draws_research(tmp_path):
-    from l2a_jax.research.absorption.report import Report, draw
+def draws_a_figure(tmp_path):
+    from l2a_jax.research.tables import pyplot
 
-    draw(Report("", "", [], [], []), tmp_path / "a.png")
-
-
-def draws_the_study(tmp_path):
-    from l2a_jax.research.replication.plots import _save
-
-    _save(lambda plt: None, tmp_path / "a.png")
+    pyplot()
 
 
 def draws_a_text(tmp_path):
@@ -81,8 +75,7 @@ CASES = [
     ("matplotlib", "eval", lambda tmp_path: draw_curves([], tmp_path / "curves.png")),
     ("matplotlib", "eval", lambda tmp_path: needle.draw_heat_map(
         {"lengths": [1], "depths": [0], "distractors": 7}, tmp_path / "needle.png")),
-    ("matplotlib", "research", draws_research),
-    ("matplotlib", "research", draws_the_study),
+    ("matplotlib", "research", draws_a_figure),
     ("matplotlib", "research", draws_a_text),
     ("scipy", "research", imports("l2a_jax.research.replication.effects")),
 ]
