@@ -44,13 +44,3 @@ def local(q, k, v, *, window, sinks=0, segment_ids=None):
     left = min(window, q.shape[1]) - 1
     return jax.nn.dot_product_attention(
         q, k, v, is_causal=True, local_window_size=(left, 0), implementation="cudnn")
-
-
-def routed(q, k, v, decisions, *, segment_ids=None):
-    """Not available; `why_not` says so before a call gets here."""
-    raise NotImplementedError("cuDNN has no per-token choice of keys")
-
-
-def mixed(q, k, v, decisions, *, window, sinks=0, segment_ids=None):
-    """Not available; `why_not` says so before a call gets here."""
-    raise NotImplementedError("cuDNN has no per-token choice of keys")

@@ -21,11 +21,6 @@ PLAIN_LENGTH = 512  # up to here one T x T block is cheaper than a loop
 CHUNK = 256
 
 
-def why_not(call) -> str | None:
-    """This backend serves every call."""
-    return None
-
-
 def full(q, k, v, *, segment_ids=None):
     """Causal attention over everything in the row's own document."""
     return _attend(q, k, v, token_rows(q.shape[:2], segment_ids))

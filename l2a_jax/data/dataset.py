@@ -105,11 +105,7 @@ class PackedData:
         for b, (part, plan, row) in enumerate(rows):
             ids, t = part.store.tokens, 0
             first, last = int(plan.rows[row]), int(plan.rows[row + 1])
-            table = (
-                plan.starts[first:last].tolist(),
-                plan.lengths[first:last].tolist(),
-                plan.ends[first:last].tolist(),
-            )
+            table = (column[first:last].tolist() for column in (plan.starts, plan.lengths, plan.ends))
             for segment, (start, length, ends) in enumerate(zip(*table, strict=True), start=1):
                 counted = length - ends  # the last token of a document has no target
                 tokens[b, t : t + length] = ids[start : start + length]
@@ -161,36 +157,25 @@ class PackedData:
             _, first = np.unique(store.identities[kept], return_index=True)
             tokens, rows = int(plan.lengths.sum(dtype=np.int64)), plan.row_count
             domains[part.domain.name] = {
-                "share": round(part.share, 4),
-                "documents": int(kept.size),
-                "tokens": int(lengths[kept].sum()),
+                "share": round(part.share, 4), "documents": int(kept.size), "tokens": int(lengths[kept].sum()),
                 "unique_tokens": int(lengths[kept][first].sum()),
                 "longest_document": int(lengths[kept].max()),
                 "rows": rows,
                 "packing_efficiency": round(tokens / (rows * self.seq_len), 4),
                 "held_out_documents": int(part.held_out_documents.size),
                 "held_out_tokens": int(lengths[part.held_out_documents].sum()),
-                "held_out_rows": part.held_out.row_count,
-                "empty_documents": store.meta["empty_documents"],
-                "text_bytes": store.meta["text_bytes"],
-                "files": store.meta["files"],
-                "sources": _sources(part),
+                "held_out_rows": part.held_out.row_count, "sources": _sources(part),
+                **{key: store.meta[key] for key in ("empty_documents", "text_bytes", "files")},
             }
         keys = ("documents", "tokens", "unique_tokens", "rows", "held_out_documents", "held_out_tokens")
         total = {key: sum(domain[key] for domain in domains.values()) for key in keys}
         packed = sum(int(part.train.lengths.sum(dtype=np.int64)) for part in self.parts)
         return {
-            **total,
-            "packing": self.packing,
+            **total, "packing": self.packing,
             "packing_efficiency": round(packed / (total["rows"] * self.seq_len), 4),
-            "tokens_per_batch": round(self.tokens_per_batch, 1),
-            "seq_len": self.seq_len,
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-            "held_out": self.held_out_fraction,
-            "echo": self.echo,
-            "dropped_domains": list(self.dropped),
-            "domains": domains,
+            "tokens_per_batch": round(self.tokens_per_batch, 1), "seq_len": self.seq_len, "batch_size": self.batch_size,
+            "seed": self.seed, "held_out": self.held_out_fraction, "echo": self.echo,
+            "dropped_domains": list(self.dropped), "domains": domains,
             "tokenizer": self.parts[0].store.meta["key"]["tokenizer"][:_DIGITS],
             "fingerprint": self.fingerprint,
         }
@@ -254,11 +239,9 @@ def open_data(
         _check_weights(weights, domains)
         domains = tuple(replace(domain, weight=float(weights.get(domain.name, 1.0))) for domain in domains)
     dropped = tuple(domain.name for domain in domains if domain.weight == 0)
-    domains = tuple(
-        replace(domain, text_field=text_field or domain.text_field, join=domain.join if join is None else join or None)
-        for domain in domains
-        if domain.weight != 0
-    )
+    domains = tuple(replace(domain, text_field=text_field or domain.text_field,
+                            join=domain.join if join is None else join or None)
+                    for domain in domains if domain.weight != 0)
     encoder = make_encoder(tokenizer, end_id)
     stores = [tokenised(domain, encoder, cache_dir) for domain in domains]
     for domain, store in zip(domains, stores, strict=True):

@@ -19,8 +19,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from l2a_jax.data.files import PARQUET, check_regular, suffix
-from l2a_jax.data.recipes import Hub
+from l2a_jax.data.files import PARQUET, TEXT, check_regular, suffix
+from l2a_jax.data.recipes import RECIPES, Domain, Hub
 from l2a_jax.errors import UserError, needs
 from l2a_jax.files import parse_json
 
@@ -68,10 +68,15 @@ class _Counted(io.FileIO):
         return count
 
 
-def _open(path: Path, on_read: Callable[[int], None]) -> io.BufferedIOBase:
+@contextmanager
+def _open(path: Path, on_read: Callable[[int], None]) -> Iterator[io.BufferedIOBase]:
     check_regular(path)
-    raw = io.BufferedReader(_Counted(path, on_read), buffer_size=1 << 20)
-    return gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
+    with io.BufferedReader(_Counted(path, on_read), buffer_size=1 << 20) as raw:
+        if path.suffix == ".gz":
+            with gzip.GzipFile(fileobj=raw) as file:
+                yield file
+        else:
+            yield raw
 
 
 @contextmanager
@@ -309,6 +314,36 @@ def check_text(text: str, place: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"{place}: the text holds half a surrogate pair at character {error.start}") from None
+
+
+def fragments(domain: Domain, on_read: Callable[[int], None] = lambda n: None) -> Iterator[Fragment]:
+    """All text of a domain, file after file."""
+    seen: set[str] = set()
+    if domain.hub:
+        patterns = ", ".join(d.pattern for d in RECIPES[domain.entry])
+        instead = f"--data {domain.entry}=DIR, a folder of .txt, .jsonl or .parquet files named {patterns}"
+        records = hub_records(domain.hub, instead)
+        if domain.by_heading:  # WikiText's rows are the lines of the file, its blank lines emptied
+            yield from articles(fragment.text or " \n" for fragment in record_text(records, domain.text_field))
+        else:
+            yield from record_text(records, domain.text_field, domain.join, seen)
+    for path in domain.files:
+        if suffix(path) in TEXT:
+            lines = (line for _, line in read_lines(path, on_read))
+            yield from articles(lines) if domain.by_heading else separated(lines)
+        else:
+            records = read_records(path, on_read, needed_columns(domain.text_field, domain.join))
+            yield from record_text(records, domain.text_field, domain.join, seen)
+
+
+def leading(fragments: Iterable[Fragment], characters: int | None) -> Iterator[Fragment]:
+    """Whole documents until there are so many characters."""
+    total = 0
+    for fragment in fragments:
+        if characters is not None and fragment.starts and total >= characters:
+            return
+        total += len(fragment.text)
+        yield fragment
 
 
 def pieces(fragments: Iterable[Fragment], size: int = PIECE) -> Iterator[Piece]:

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -18,22 +18,10 @@ import numpy as np
 
 from l2a_jax.data.counts import format_count
 from l2a_jax.data.encoder import Encoder
-from l2a_jax.data.files import TEXT, check_regular, digest, suffix
-from l2a_jax.data.recipes import RECIPES, Domain
+from l2a_jax.data.files import check_regular, digest
+from l2a_jax.data.recipes import Domain
 from l2a_jax.data.store import FORMAT, TokenStore, open_store, writing
-from l2a_jax.data.text import (
-    PIECE,
-    Fragment,
-    Piece,
-    articles,
-    hub_records,
-    needed_columns,
-    pieces,
-    read_lines,
-    read_records,
-    record_text,
-    separated,
-)
+from l2a_jax.data.text import PIECE, Piece, fragments, leading, pieces
 from l2a_jax.errors import UserError
 from l2a_jax.files import write_text
 from l2a_jax.progress import progress
@@ -112,36 +100,6 @@ def _state(path: Path) -> str:
     return f"{found.st_dev} {found.st_ino} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
 
 
-def fragments(domain: Domain, on_read: Callable[[int], None] = lambda n: None) -> Iterator[Fragment]:
-    """All text of a domain, file after file."""
-    seen: set[str] = set()
-    if domain.hub:
-        patterns = ", ".join(d.pattern for d in RECIPES[domain.entry])
-        instead = f"--data {domain.entry}=DIR, a folder of .txt, .jsonl or .parquet files named {patterns}"
-        records = hub_records(domain.hub, instead)
-        if domain.by_heading:  # WikiText's rows are the lines of the file, its blank lines emptied
-            yield from articles(fragment.text or " \n" for fragment in record_text(records, domain.text_field))
-        else:
-            yield from record_text(records, domain.text_field, domain.join, seen)
-    for path in domain.files:
-        if suffix(path) in TEXT:
-            lines = (line for _, line in read_lines(path, on_read))
-            yield from articles(lines) if domain.by_heading else separated(lines)
-        else:
-            records = read_records(path, on_read, needed_columns(domain.text_field, domain.join))
-            yield from record_text(records, domain.text_field, domain.join, seen)
-
-
-def _first(fragments: Iterable[Fragment], characters: int | None) -> Iterator[Fragment]:
-    """Whole documents until there are so many characters."""
-    total = 0
-    for fragment in fragments:
-        if characters is not None and fragment.starts and total >= characters:
-            return
-        total += len(fragment.text)
-        yield fragment
-
-
 def _batches(stream: Iterable[Piece]) -> Iterator[list[Piece]]:
     batch: list[Piece] = []
     size = 0
@@ -176,7 +134,7 @@ def _build(domain: Domain, encoder: Encoder, folder: Path, meta: dict) -> None:
         nonlocal done
         done += count
 
-    stream = pieces(_first(fragments(domain, on_read), domain.hub.characters if domain.hub else None))
+    stream = pieces(leading(fragments(domain, on_read), domain.hub.characters if domain.hub else None))
     first = next(stream, None)  # an error in the first file or on the way to the hub comes before any folder
     stream = chain([] if first is None else [first], stream)
     started = time.monotonic()

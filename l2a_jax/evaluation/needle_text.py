@@ -17,8 +17,7 @@ from jaxtyping import Bool, Int
 from l2a_jax.data import recall
 from l2a_jax.data.files import SUFFIXES, find, once
 from l2a_jax.data.recipes import Domain
-from l2a_jax.data.text import pieces
-from l2a_jax.data.tokenise import fragments
+from l2a_jax.data.text import fragments, pieces
 from l2a_jax.errors import UserError
 from l2a_jax.weights.tokenizer import Tokenizer
 

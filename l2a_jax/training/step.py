@@ -155,7 +155,7 @@ def train_step(
         (gradients, sums), _ = jax.lax.scan(accumulate, zeros, inputs)
 
     gradients = keep_layers(gradients, objective.attention_layers)
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     mean_nll = sums.nll / counted
     healthy = state.healthy & jnp.isfinite(mean_nll) & jnp.isfinite(norm) & jnp.isfinite(sums.penalty)
     masters = widened(state.trainable)
@@ -171,7 +171,7 @@ def train_step(
         metrics |= {"sparsity": jnp.mean(sums.unrouted), "sparsity_per_layer": sums.unrouted,
                     "router_entropy": jnp.mean(sums.entropy), "penalty": sums.penalty, "penalty_weight": weight}
         if "router" in gradients.get("layers", {}):
-            metrics["router_grad_norm"] = optax.global_norm(gradients["layers"]["router"])
+            metrics["router_grad_norm"] = optax.tree.norm(gradients["layers"]["router"])
     return state, metrics
 
 

@@ -12,7 +12,6 @@ import math
 import mmap
 import struct
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,18 +74,15 @@ class GGUFFile:
         vector = len(entry.shape) == 1
         first, last = (0, 1) if vector else (start, stop)
         per_row = entry.row_bytes * math.prod(entry.shape[1:-1])
-        self._file.seek(entry.offset + first * per_row)
-        raw = np.frombuffer(self._file.read((last - first) * per_row), np.uint8)
+        with self.path.open("rb") as file:
+            file.seek(entry.offset + first * per_row)
+            raw = np.frombuffer(file.read((last - first) * per_row), np.uint8)
         if raw.size != (last - first) * per_row:
             raise UserError(f"{self.path} ends inside tensor {name}: truncated")
         # Corrupt scales overflow while being multiplied; the caller looks for what is not finite.
         with np.errstate(all="ignore"):
             values = gguf.quants.dequantize(raw.reshape(-1, entry.row_bytes), entry.format)
         return values.reshape(-1)[start:stop] if vector else values.reshape(last - first, *entry.shape[1:])
-
-    @cached_property
-    def _file(self):
-        return self.path.open("rb")
 
     def _check_extent(self) -> None:
         size = self.path.stat().st_size

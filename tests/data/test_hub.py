@@ -6,7 +6,7 @@ import types
 import pytest
 
 from l2a_jax.data.recipes import RECIPES, Domain, Hub, resolve
-from l2a_jax.data.tokenise import fragments
+from l2a_jax.data.text import fragments
 from l2a_jax.errors import UserError
 
 

@@ -6,8 +6,7 @@ from itertools import pairwise
 import pytest
 
 from l2a_jax.data.recipes import resolve
-from l2a_jax.data.text import Fragment, articles, pieces, read_lines, read_records, record_text, separated
-from l2a_jax.data.tokenise import fragments
+from l2a_jax.data.text import Fragment, articles, fragments, pieces, read_lines, read_records, record_text, separated
 from l2a_jax.errors import UserError
 
 

@@ -125,7 +125,7 @@ def update(step: Int[Array, ""], params: Tree, adam: Any, gradients: Tree, numbe
            ) -> tuple[Tree, Any, Float[Array, ""]]:
     """AdamW on what is trained: frozen leaves neither move nor decay, nor count in the clipped norm."""
     gradients = jax.tree.map(jnp.multiply, gradients, numbers.trained)
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     gradients = jax.tree.map(lambda g: g * jnp.minimum(1.0, recipe.clip / jnp.maximum(norm, 1e-12)), gradients)
     updates, adam = optax.scale_by_adam(recipe.beta1, recipe.beta2).update(gradients, adam)
     rate = learning_rate(step, recipe)
@@ -153,7 +153,7 @@ def train_chunk(
         tokens = windows(stream, starts, recipe.seq_len)
         key = jax.random.fold_in(jax.random.key(seed), step) if program.needs_key else None
         (_, nll), gradients = jax.value_and_grad(loss, has_aux=True)(params, tokens, numbers, key, program)
-        gate_norm = optax.global_norm(gradients["layers"]["gate"])
+        gate_norm = optax.tree.norm(gradients["layers"]["gate"])
         params, adam, norm = update(step, params, adam, gradients, numbers, recipe)
         return params, adam, {"loss": nll, "grad_norm": norm, "gate_grad_norm": gate_norm}
 

@@ -131,7 +131,7 @@ def test_the_update_is_optax_adamw_with_clipping():
         (ours, adam, norm), theirs, state = both(jnp.asarray(step), ours, adam, theirs, state)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(norm, optax.global_norm(gradients), rtol=1e-6)
+    np.testing.assert_allclose(norm, optax.tree.norm(gradients), rtol=1e-6)
 
 
 def test_learning_rate_rises_and_falls_to_zero():

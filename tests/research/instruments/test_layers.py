@@ -120,6 +120,6 @@ def test_the_command(tmp_path, capsys):
     moments = [leaf for path, leaf in jax.tree_util.tree_flatten_with_path(state.optimizer)[0]
                if any(getattr(entry, "name", "") == "mu" for entry in path)]
     norm = read_metrics(folder / "metrics.jsonl")[0]["grad_norm"]
-    assert norm == pytest.approx(10 * float(optax.global_norm(moments)), rel=1e-5)
+    assert norm == pytest.approx(10 * float(optax.tree.norm(moments)), rel=1e-5)
     kernels = [leaf for leaf in moments if leaf.ndim == 3]
     assert len(kernels) == 4 and all(np.any(leaf[1]) and not np.any(leaf[0]) for leaf in kernels)
