@@ -69,9 +69,9 @@ def measure(arguments: list[str] | None) -> None:
     check(arguments)
     out, only, with_torch = arguments.out, arguments.only, not arguments.no_torch
     if arguments.blocks:
-        from l2a_jax.research.speed import blocks
+        from l2a_jax.research.speed import block_sizes
 
-        blocks.main(out, only)
+        block_sizes.main(out, only)
     elif arguments.shares:
         from l2a_jax.research.speed import shares
 
@@ -81,29 +81,29 @@ def measure(arguments: list[str] | None) -> None:
 
         compiled.main(out)
     elif arguments.training or arguments.large:
-        from l2a_jax.research.speed import training
+        from l2a_jax.research.speed import training_steps
 
         large = arguments.large
-        chosen = training.large_cases() if large else training.standard_cases()
-        training.main([case for case in chosen if re.search(only, case.name)], out,
-                      "speed_training_large" if large else "speed_training", with_torch and not large)
+        chosen = training_steps.large_cases() if large else training_steps.standard_cases()
+        training_steps.main([case for case in chosen if re.search(only, case.name)], out,
+                            "speed_training_large" if large else "speed_training", with_torch and not large)
     elif arguments.profile:
         # Kernels that are launched as one graph do not say where they come from.
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
-        from l2a_jax.research.speed import profile, training
+        from l2a_jax.research.speed import profile, training_steps
 
-        profile.main(training.StepCase(arguments.profile))
+        profile.main(training_steps.StepCase(arguments.profile))
     elif arguments.inference:
-        from l2a_jax.research.speed import inference
+        from l2a_jax.research.speed import inference_steps
 
-        inference.main(out, arguments.model, with_torch, only)
+        inference_steps.main(out, arguments.model, with_torch, only)
     else:
-        from l2a_jax.research.speed import attention, cases
+        from l2a_jax.research.speed import attention_calls, cases
 
         windows = arguments.windows
         chosen = cases.window_cases() if windows else cases.standard_cases()
-        attention.main([case for case in chosen if re.search(only, case.name)], out,
-                       "speed_windows" if windows else "speed", with_torch and not windows, windows)
+        attention_calls.main([case for case in chosen if re.search(only, case.name)], out,
+                             "speed_windows" if windows else "speed", with_torch and not windows, windows)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -55,7 +55,7 @@ def resolve(flags: argparse.Namespace):
     from l2a_jax import fields
     from l2a_jax.attention import api
     from l2a_jax.errors import Unsupported
-    from l2a_jax.research.absorption import config, suite
+    from l2a_jax.research.absorption import definitions, suite
     from l2a_jax.training import memory
 
     preset = suite.check_preset(flags.preset)
@@ -73,9 +73,9 @@ def resolve(flags: argparse.Namespace):
                        "--held-out")
     fields.check_value(flags.time_limit, Annotated[float | None, fields.at_least(0)], "--time-limit")
     if _audits(flags):
-        config.check_ranges(preset)
+        definitions.check_ranges(preset)
     else:
-        config.check(preset)
+        definitions.check(preset)
         memory.check_batch(preset.recipe.batch_size, preset.recipe.seq_len, 4 * preset.model.width,
                            eval_batches=0 if flags.data else preset.eval_batches)
     if flags.attention == "cudnn":
@@ -118,7 +118,7 @@ def absorption(arguments: list[str] | None) -> int:
     import jax
 
     from l2a_jax.files import check_file
-    from l2a_jax.research.absorption import report, suite
+    from l2a_jax.research.absorption import outcome, suite
     from l2a_jax.research.absorption.lab import Lab
     from l2a_jax.research.deadline import OutOfTime
 
@@ -146,7 +146,7 @@ def absorption(arguments: list[str] | None) -> int:
         return 0
     names = suite.check_names(flags.experiment)
     for name in names:
-        report.check_place(name, out)
+        outcome.check_place(name, out)
     check_file(run_dir / "evaluations.json", "--run-dir")
     corpus = suite.make_corpus(preset, flags.data, flags.tokenizer, flags.held_out, flags.cache_dir)
     deadline = after(began, flags.time_limit)

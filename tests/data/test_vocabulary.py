@@ -13,7 +13,7 @@ from l2a_jax.errors import UserError
 from l2a_jax.evaluation.loglikelihood import Request, log_likelihoods
 from l2a_jax.evaluation.perplexity import score_windows, text_windows
 from l2a_jax.research.absorption import l2a_audit
-from l2a_jax.research.absorption.data import text_corpus
+from l2a_jax.research.absorption.corpora import text_corpus
 from l2a_jax.research.replication.row import Row
 from l2a_jax.research.replication.session import Session
 from l2a_jax.runs.plan import make_plan

@@ -87,7 +87,7 @@ def test_rows_of_the_study_are_read_and_are_still_those_that_are_declared():
 
 def test_arms_of_the_absorption_suite_keep_their_names(tmp_path):
     from l2a_jax.research.absorption import suite
-    from l2a_jax.research.absorption.config import PRESETS
+    from l2a_jax.research.absorption.definitions import PRESETS
     from l2a_jax.research.absorption.lab import Lab
 
     corpus = suite.make_corpus(PRESETS["tiny"], (), None, 0.0, None)

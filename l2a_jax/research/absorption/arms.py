@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from l2a_jax.research.absorption.config import DENSE, HARD, SOFT_GATE, Arm, Attention, TransformerConfig
+from l2a_jax.research.absorption.definitions import DENSE, HARD, SOFT_GATE, Arm, Attention, TransformerConfig
 
 ORACLE = Attention(select="oracle")
 RANDOM = Attention(select="random")

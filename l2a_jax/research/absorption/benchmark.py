@@ -18,27 +18,27 @@ import numpy as np
 
 from l2a_jax import device
 from l2a_jax.research import tables
-from l2a_jax.research.absorption import arms, report, train
-from l2a_jax.research.absorption.config import Arm, Preset
+from l2a_jax.research.absorption import arm_training, arms, outcome
+from l2a_jax.research.absorption.definitions import Arm, SuiteConfig
 
 log = logging.getLogger("l2a_jax")
 ROUNDS = 3
 
 
-def steps_per_second(arm: Arm, preset: Preset, seeds: int, dense_backend: str | None) -> dict[str, float]:
+def steps_per_second(arm: Arm, preset: SuiteConfig, seeds: int, dense_backend: str | None) -> dict[str, float]:
     """Median over `ROUNDS` dispatches of `preset.scan` steps, after one that compiles."""
     recipe = dataclasses.replace(preset.recipe, steps=preset.scan * (ROUNDS + 1))
-    program = train.Program(arm.model(preset.model, preset.experts), arm.attention, recipe, dense_backend)
-    numbers = train.member_axis([train.arm_numbers(arm, program.config, recipe, preset.top_k)], seeds)
+    program = arm_training.Program(arm.model(preset.model, preset.experts), arm.attention, recipe, dense_backend)
+    numbers = arm_training.member_axis([arm_training.arm_numbers(arm, program.config, recipe, preset.top_k)], seeds)
     names = np.arange(seeds, dtype=np.uint32)
     rng = np.random.default_rng(0)
     stream = jnp.asarray(rng.integers(0, preset.model.vocab_size, 1 << 20).astype(np.uint16))
     starts = rng.integers(0, (1 << 20) - recipe.seq_len - 1, (preset.scan, seeds, recipe.batch_size)).astype(np.int32)
-    state = train.init_members(names, numbers.gate_std, config=program.config)
+    state = arm_training.init_members(names, numbers.gate_std, config=program.config)
     times = []
     for _ in range(ROUNDS + 1):
         began = time.perf_counter()
-        state, metrics = train.train_chunk(state, stream, starts, names, numbers, program=program)
+        state, metrics = arm_training.train_chunk(state, stream, starts, names, numbers, program=program)
         if not np.isfinite(np.asarray(metrics["loss"])).all():
             raise FloatingPointError("the benchmark's loss is not finite")
         times.append(time.perf_counter() - began)
@@ -47,9 +47,9 @@ def steps_per_second(arm: Arm, preset: Preset, seeds: int, dense_backend: str | 
             "tokens_per_second": seeds * recipe.batch_size * recipe.seq_len / steady}
 
 
-def run(preset: Preset, dense_backend: str | None, out: pathlib.Path) -> None:
+def run(preset: SuiteConfig, dense_backend: str | None, out: pathlib.Path) -> None:
     """Measure, print, and write `absorption_benchmark.json` and `.md`."""
-    report.check_place("benchmark", out)
+    outcome.check_place("benchmark", out)
     preset = dataclasses.replace(preset, model=dataclasses.replace(
         preset.model, vocab_size=preset.model.vocab_size or 256))
     rows: dict[str, dict] = {}

@@ -15,15 +15,15 @@ import optax
 from jaxtyping import Array, Float, Int, Integer
 
 from l2a_jax.models.params import Tree
-from l2a_jax.research.absorption import gates, masks, model
-from l2a_jax.research.absorption.config import Attention, Recipe, TransformerConfig
+from l2a_jax.research.absorption import gates, masks, small_model
+from l2a_jax.research.absorption.definitions import Attention, Recipe, TransformerConfig
 
 
-def attention_kl(view: model.LayerView, name: str, config: TransformerConfig) -> Float[Array, ""]:
+def attention_kl(view: small_model.LayerView, name: str, config: TransformerConfig) -> Float[Array, ""]:
     """Mean KL of one layer in nats; its gradient reaches the gate called `name` alone."""
     x, q, k = (jax.lax.stop_gradient(a) for a in (view.x, view.q, view.k))
     s = gates.pair_scores(q, k, jnp.float32)
-    g = gates.pair_scores(*model.gate_heads(x, view.layer[name], config.heads), jnp.float32)
+    g = gates.pair_scores(*small_model.gate_heads(x, view.layer[name], config.heads), jnp.float32)
     return kl(s, g)
 
 
@@ -39,7 +39,7 @@ def fresh_selector(seeds: Integer[Array, " M"], *, config: TransformerConfig) ->
     """New gates for every member, as at initialisation but of another draw."""
     def one(seed):
         key = jax.random.fold_in(jax.random.key(seed), 7)
-        return model.init_params(config, key)["layers"]["gate"]
+        return small_model.init_params(config, key)["layers"]["gate"]
 
     return jax.vmap(one)(seeds)
 
@@ -51,7 +51,7 @@ def distill_chunk(
     params: Tree,
     stream: Integer[Array, " W"],
     starts: Int[Array, "n M B"],
-    numbers: model.Numbers,
+    numbers: small_model.Numbers,
     attention: Attention,
     seeds: Integer[Array, " M"],
     first: Int[Array, ""],
@@ -69,8 +69,8 @@ def distill_chunk(
 
         def objective(selector):
             tree = {**params, "layers": {**params["layers"], "selector": selector}}
-            _, aux = model.hidden_states(tree, tokens, config, attention, numbers, key=key, probe=probe,
-                                         dtype=jnp.dtype(recipe.dtype))
+            _, aux = small_model.hidden_states(tree, tokens, config, attention, numbers, key=key, probe=probe,
+                                               dtype=jnp.dtype(recipe.dtype))
             return jnp.mean(aux["probed"])
 
         value, gradient = jax.value_and_grad(objective)(selector)

@@ -12,10 +12,10 @@ import numpy as np
 
 from l2a_jax.models.params import Tree
 from l2a_jax.research.absorption import arms
-from l2a_jax.research.absorption.config import DENSE, HARD, Arm, Attention
+from l2a_jax.research.absorption.definitions import DENSE, HARD, Arm, Attention
 from l2a_jax.research.absorption.lab import Lab
 from l2a_jax.research.absorption.masks import f1
-from l2a_jax.research.absorption.report import Cell, Panel, Report, Table, bars, mean_text, perplexity
+from l2a_jax.research.absorption.outcome import Cell, Panel, Report, Table, bars, mean_text, perplexity
 
 
 def soft_gate(lab: Lab) -> Report:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from l2a_jax.research.absorption import masks
-from l2a_jax.research.absorption.config import SCORES, SELECT, SOFT, Attention
+from l2a_jax.research.absorption.definitions import SCORES, SELECT, SOFT, Attention
 
 HIDDEN = -1e30  # a logit whose weight is exactly 0 beside any visible one
 

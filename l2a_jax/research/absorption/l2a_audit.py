@@ -27,8 +27,8 @@ from l2a_jax.data.recall import needs_memory
 from l2a_jax.errors import UserError
 from l2a_jax.models.params import Tree
 from l2a_jax.nn import routing
-from l2a_jax.research.absorption import report
-from l2a_jax.research.absorption.report import Cell, Report, Table, perplexity
+from l2a_jax.research.absorption import outcome
+from l2a_jax.research.absorption.outcome import Cell, Report, Table, perplexity
 from l2a_jax.runs.plan import load_tree, plan_of
 from l2a_jax.sources import load_pretrained, locate, run_source
 from l2a_jax.training.run_files import read_run
@@ -110,8 +110,8 @@ def audit(subject: Audited, others: Sequence[tuple[str, Tree, L2AConfig]], seeds
         random = np.array([one.nll for one in found["random, same rates"]])
         carried.rows[f"attention {when} the run"] = {
             "carried": Cell((random - own) / (nothing - own), digits=3) if nothing - own > 1e-3 else "-"}
-    panel = report.bars("Nats above the learned decisions, attention as trained", "nats", table,
-                        "nats above learned, after")
+    panel = outcome.bars("Nats above the learned decisions, attention as trained", "nats", table,
+                         "nats above learned, after")
     return Report("l2a_audit", "What L2A's learned decisions carry", [table, carried], [panel])
 
 
@@ -169,7 +169,7 @@ def run(sources: Sequence[str], data: Sequence[str], out: pathlib.Path, batches:
     """`--experiment l2a_audit RUN [OTHER...]`: audit RUN, with the others' decisions among the choices."""
     if not sources:
         raise UserError("--experiment l2a_audit needs a run folder or an L2A model: l2a_audit RUN [OTHER_RUN]")
-    report.check_place("l2a_audit", out)
+    outcome.check_place("l2a_audit", out)
     subject = open_subject(sources[0], data, batches, seq_len, batch_size)
     others = []
     for source in sources[1:]:
@@ -183,8 +183,8 @@ def run(sources: Sequence[str], data: Sequence[str], out: pathlib.Path, batches:
     text = (f"{pathlib.Path(sources[0]).name} on {device.described()}; {len(subject.batches)} held-out "
             f"batches of {' x '.join(map(str, subject.batches[0].tokens.shape))} tokens; layer {subject.l2a_config}.")
     about = {"text": text, "run": pathlib.Path(sources[0]).name, "l2a_config": dataclasses.asdict(subject.l2a_config)}
-    report.write(found, about, out)
-    print(report.markdown(found, about))
+    outcome.write(found, about, out)
+    print(outcome.markdown(found, about))
     log.info("written to %s", out)
     return found
 

@@ -29,9 +29,9 @@ from l2a_jax.errors import UserError
 from l2a_jax.files import check_file, claim, from_plain, native, plain, read_json, whole, write_json
 from l2a_jax.models.params import Tree
 from l2a_jax.progress import progress
-from l2a_jax.research.absorption import distill, evaluate, model, train
-from l2a_jax.research.absorption.config import Arm, Attention, Preset, Recipe, TransformerConfig, digest
-from l2a_jax.research.absorption.data import Corpus
+from l2a_jax.research.absorption import arm_training, distill, scoring, small_model
+from l2a_jax.research.absorption.corpora import Corpus
+from l2a_jax.research.absorption.definitions import Arm, Attention, Recipe, SuiteConfig, TransformerConfig, digest
 from l2a_jax.research.deadline import OutOfTime, check
 from l2a_jax.shapes import each, number, require
 from l2a_jax.training.checkpoints import LATEST, Checkpoints
@@ -45,7 +45,7 @@ FORMAT = 1
 class Lab:
     """One suite: a preset, a corpus, a run folder. `deadline` in seconds of `time.monotonic()`."""
 
-    def __init__(self, preset: Preset, corpus: Corpus, run_dir: pathlib.Path, deadline: float = float("inf"),
+    def __init__(self, preset: SuiteConfig, corpus: Corpus, run_dir: pathlib.Path, deadline: float = float("inf"),
                  dense_backend: str | None = None):
         self.preset, self.corpus, self.run_dir, self.deadline = preset, corpus, run_dir, deadline
         self.dense_backend = dense_backend
@@ -77,10 +77,10 @@ class Lab:
     def _folder(self, arm: Arm) -> pathlib.Path:
         return self.run_dir / "arms" / f"{arm.name}-{self.key(arm)}"
 
-    def program(self, arm: Arm) -> train.Program:
+    def program(self, arm: Arm) -> arm_training.Program:
         """What the arm's training compiles."""
-        return train.Program(arm.model(self.config, self.preset.experts), arm.attention, self.recipe,
-                             self.dense_backend)
+        return arm_training.Program(arm.model(self.config, self.preset.experts), arm.attention, self.recipe,
+                                    self.dense_backend)
 
     def prepare(self, arms: Sequence[Arm]) -> None:
         """Train those of `arms` that are not trained yet, up to `together` of one program side by side."""
@@ -136,7 +136,7 @@ class Lab:
         key = self.key(arm)
         found = next(iter(sorted((self.run_dir / "arms").glob(f"*-{key}/weights.safetensors"))), None)
         if found is not None and key not in self._params:
-            self._params[key] = _load(found, self._member_shapes(model.param_shapes(self.program(arm).config)))
+            self._params[key] = _load(found, self._member_shapes(small_model.param_shapes(self.program(arm).config)))
         return found
 
     def _member_shapes(self, shapes: Tree) -> dict[str, tuple[int, ...]]:
@@ -150,18 +150,18 @@ class Lab:
         name = "+".join(arm.name for arm in group)
         log.info("training %s: %d seeds, %d steps of %d x %d tokens", name, count, self.recipe.steps,
                  self.recipe.batch_size, self.recipe.seq_len)
-        numbers = train.member_axis([train.arm_numbers(arm, program.config, self.recipe, self.preset.top_k)
-                                     for arm in group], count)
+        numbers = arm_training.member_axis([
+            arm_training.arm_numbers(arm, program.config, self.recipe, self.preset.top_k) for arm in group], count)
         seeds = np.tile(self.seeds, len(group))
         folder = self.run_dir / "arms" / f"{first.name}-{digest(*[self.key(arm) for arm in group])}.partial"
         folder.mkdir(parents=True, exist_ok=True)
         checkpoints = Checkpoints(folder)
-        state = train.init_members(seeds, numbers.gate_std, config=program.config)
+        state = arm_training.init_members(seeds, numbers.gate_std, config=program.config)
         if checkpoints.metadata(LATEST) is not None:
             # Through the host: what comes back bound to a device would ask for a program of its own.
             state = jax.device_get(checkpoints.load(LATEST, jax.eval_shape(lambda s: s, state)))
             log.info("resuming after step %d", int(state.step))
-        start_gates = jax.tree.map(np.asarray, train.init_members(
+        start_gates = jax.tree.map(np.asarray, arm_training.init_members(
             seeds, numbers.gate_std, config=program.config).trainable["layers"]["gate"])
         step, saved = int(state.step), int(state.step)
         records = MetricsLog(folder / "metrics.jsonl", step)
@@ -181,7 +181,8 @@ class Lab:
                     starts = np.stack([self.corpus.train.order(int(seed), step, n, self.recipe.batch_size)
                                        for seed in seeds], axis=1)
                     started = time.monotonic()
-                    state, metrics = train.train_chunk(state, self.stream, starts, seeds, numbers, program=program)
+                    state, metrics = arm_training.train_chunk(state, self.stream, starts, seeds, numbers,
+                                                          program=program)
                     metrics = jax.device_get(metrics)
                     step += n
                     if not bool(state.healthy):
@@ -245,7 +246,7 @@ class Lab:
         name = digest(self.key(arm), native, "selector")
         path = self.run_dir / "selectors" / f"{arm.name}-{name}.safetensors"
         if name not in self._selectors and path.exists() and f"kl {name}" in self._scores:
-            gate = model.param_shapes(arm.model(self.config, self.preset.experts))["layers"]["gate"]
+            gate = small_model.param_shapes(arm.model(self.config, self.preset.experts))["layers"]["gate"]
             self._selectors[name] = _load(path, self._member_shapes(gate))
         if name not in self._selectors:
             params = self.params(arm)
@@ -296,8 +297,8 @@ class Lab:
         if name not in self._scores:
             params = self.params(arm)
             self.check_time()
-            params = evaluate.with_selector(params if change is None else change[1](params), selector)
-            values = evaluate.held_out_nll(
+            params = scoring.with_selector(params if change is None else change[1](params), selector)
+            values = scoring.held_out_nll(
                 params, self.held_out, self.scored, self._numbers(arm, k), attention.indexed(),
                 config=arm.model(self.config, self.preset.experts), dtype=self.recipe.dtype,
                 length=self.recipe.seq_len)
@@ -312,18 +313,18 @@ class Lab:
         """`evaluate.layer_statistics` of an arm, [seeds, L, ...]; at most 4 batches, since masks are what it counts."""
         name = digest("statistics", self.key(arm), attention, list(ks), selector_of)
         if name not in self._scores:
-            params = evaluate.with_selector(self.params(arm), selector)
+            params = scoring.with_selector(self.params(arm), selector)
             self.check_time()
-            found = evaluate.layer_statistics(
+            found = scoring.layer_statistics(
                 params, self.held_out, self.scored[:4], self._numbers(arm, None), attention.indexed(),
                 np.asarray(ks, np.int32), config=arm.model(self.config, self.preset.experts), dtype=self.recipe.dtype,
                 length=self.recipe.seq_len)
             self._store(name, plain(jax.device_get(found)))
         return {key: np.asarray(value) for key, value in self._score(name, each(self._by_seed)).items()}
 
-    def _numbers(self, arm: Arm, k: int | None) -> model.Numbers:
+    def _numbers(self, arm: Arm, k: int | None) -> small_model.Numbers:
         config = arm.model(self.config, self.preset.experts)
-        return train.arm_numbers(arm, config, self.recipe, k or self.preset.top_k).model
+        return arm_training.arm_numbers(arm, config, self.recipe, k or self.preset.top_k).model
 
     def _by_seed(self, value: Any) -> str | None:
         """The shape of an array whose leading axis is the seeds."""

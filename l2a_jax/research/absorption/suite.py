@@ -11,25 +11,25 @@ from typing import Any
 
 from l2a_jax.errors import UserError
 from l2a_jax.provenance import provenance
-from l2a_jax.research.absorption import config, data, report
-from l2a_jax.research.absorption.config import Arm, Preset
+from l2a_jax.research.absorption import corpora, definitions, outcome
+from l2a_jax.research.absorption.definitions import Arm, SuiteConfig
 from l2a_jax.research.absorption.experiments import EXPERIMENTS
 from l2a_jax.research.absorption.lab import Lab
-from l2a_jax.research.absorption.model import count_parameters
+from l2a_jax.research.absorption.small_model import count_parameters
 
 log = logging.getLogger("l2a_jax")
 
 
-def make_corpus(preset: Preset, spec: Sequence[str], tokenizer: str | None, held_out: float,
-                cache_dir: pathlib.Path | None) -> data.Corpus:
+def make_corpus(preset: SuiteConfig, spec: Sequence[str], tokenizer: str | None, held_out: float,
+                cache_dir: pathlib.Path | None) -> corpora.Corpus:
     """The text of `--data`, or the synthetic recall corpus (as much of it as one pass needs)."""
     recipe = preset.recipe
     if not spec:
         needed = recipe.steps * recipe.batch_size
-        return data.recall_corpus(recipe.seq_len, min(needed, 20_000), preset.eval_batches * recipe.batch_size)
+        return corpora.recall_corpus(recipe.seq_len, min(needed, 20_000), preset.eval_batches * recipe.batch_size)
     if tokenizer is None:
         raise UserError("--data needs --tokenizer: a folder or file, or a hub name such as openai-community/gpt2")
-    return data.text_corpus(spec, data.gpt2_tokenizer(tokenizer), recipe.seq_len, held_out, cache_dir)
+    return corpora.text_corpus(spec, corpora.gpt2_tokenizer(tokenizer), recipe.seq_len, held_out, cache_dir)
 
 
 def setting(lab: Lab, preset_name: str) -> dict[str, Any]:
@@ -66,8 +66,8 @@ def run(names: Sequence[str], lab: Lab, preset_name: str, out: pathlib.Path) -> 
     for name in names:
         began = time.monotonic()
         found = EXPERIMENTS[name](lab)
-        written += report.write(found, about, out)
-        print(report.markdown(found, about))
+        written += outcome.write(found, about, out)
+        print(outcome.markdown(found, about))
         log.info("%s: %.0f s; written to %s", name, time.monotonic() - began, out)
     return written
 
@@ -108,8 +108,8 @@ def check_names(names: Sequence[str]) -> list[str]:
     return known if "all" in names else [name for name in known if name in names]
 
 
-def check_preset(name: str) -> Preset:
+def check_preset(name: str) -> SuiteConfig:
     """A preset by name."""
-    if name not in config.PRESETS:
-        raise UserError(f"--preset {name}: unknown; expected {', '.join(config.PRESETS)}")
-    return config.PRESETS[name]
+    if name not in definitions.PRESETS:
+        raise UserError(f"--preset {name}: unknown; expected {', '.join(definitions.PRESETS)}")
+    return definitions.PRESETS[name]

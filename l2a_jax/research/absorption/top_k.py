@@ -1,7 +1,7 @@
 """Which k of T keys: exact masks of the largest scores, ties going to the earlier key.
 
-Three ways to the same mask. `by_rank` is the definition. `by_sort` finds the k-th largest score by sorting.
-`by_bisection` finds it bit by bit in registers and is what a GPU runs: one pass over memory, where a sort makes dozens.
+`by_sort` finds the k-th largest score by sorting. `by_bisection` finds it bit by bit in registers and is what a GPU
+runs: one pass over memory, where a sort makes dozens.
 k is an array, so that one compiled program serves every k.
 """
 
@@ -19,16 +19,8 @@ ROWS = 4  # of scores in one program: 4 x 512 values are 16 registers a thread
 LOWEST = -(2**31)
 
 
-def by_rank(scores: Float[Array, "*S T"], k: Int[Array, ""] | int) -> Bool[Array, "*S T"]:
-    """A key is kept if fewer than k keys precede it: those with a larger score, or the same and an earlier place."""
-    place = jnp.arange(scores.shape[-1])
-    mine, other = scores[..., :, None], scores[..., None, :]
-    precedes = (other > mine) | ((other == mine) & (place[None, :] < place[:, None]))
-    return jnp.sum(precedes, axis=-1) < k
-
-
 def by_sort(scores: Float[Array, "*S T"], k: Int[Array, ""] | int) -> Bool[Array, "*S T"]:
-    """The same from a sort along the keys."""
+    """The mask from a sort along the keys."""
     length = scores.shape[-1]
     index = jnp.clip(length - jnp.asarray(k, jnp.int32), 0, length - 1)
     kth = jax.lax.dynamic_index_in_dim(jnp.sort(scores, axis=-1), index, axis=-1, keepdims=True)

@@ -6,7 +6,7 @@ order of their sparsity: what a set costs is not the sum of what its layers cost
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from l2a_jax.errors import UserError
@@ -25,9 +25,6 @@ def prunable(
     windows: Windows,
     *,
     thresholds: Sequence[float] = THRESHOLDS,
-    alone: bool = True,
-    cache_tokens: int = CACHE_TOKENS,
-    extra: Callable[[Pretrained], dict[str, Any]] | None = None,
     backend: str = "auto",
     batch_tokens: int = BATCH_TOKENS,
 ) -> dict[str, Any]:
@@ -35,8 +32,7 @@ def prunable(
 
     `layers`: every layer's sparsity, and `cost` (nats a token, with `cost_95` paired over windows) where it was pruned
     alone. `cumulative`: the sparsest layer, the two sparsest, ...: perplexity, cost, and bytes of the cache of one row
-    of `cache_tokens`. `thresholds`: which layers lie above each, with that row's numbers and those of `extra(model)`,
-    such as the needle.
+    of `CACHE_TOKENS`. `thresholds`: which layers lie above each, with that row's numbers.
 
     Raises UserError for a plain model, or a threshold that is no share.
     """
@@ -51,20 +47,20 @@ def prunable(
     above = prune_by_sparsity(sparsity.tolist(), min(thresholds))
     candidates = sorted(set(above) - already, key=lambda layer: -sparsity[layer])
     before = score_windows(model, windows, **passes, label="nothing pruned")
-    known: dict[frozenset[int], dict[str, Any]] = {frozenset(): _row(before, before, model, cache_tokens)}
+    known: dict[frozenset[int], dict[str, Any]] = {frozenset(): _row(before, before, model)}
 
     def row_of(layers: Sequence[int]) -> dict[str, Any]:
         chosen = frozenset(layers)
         if chosen not in known:
             less = pruned(model, sorted(chosen))
             scores = score_windows(less, windows, **passes, label=f"pruned {sorted(chosen)}")
-            known[chosen] = _row(scores, before, less, cache_tokens)
+            known[chosen] = _row(scores, before, less)
         return known[chosen]
 
     rows = []
     for layer, value in enumerate(sparsity):
         row: dict[str, Any] = {"layer": layer, "sparsity": float(value), "pruned": layer in already}
-        if alone and layer in candidates:
+        if layer in candidates:
             row |= {name: row_of([layer])[name] for name in ("cost", "cost_95", "perplexity")}
         rows.append(row)
     cumulative = [{"added": candidates[count - 1] if count else None, "pruned": sorted(candidates[:count]),
@@ -72,9 +68,8 @@ def prunable(
     by_threshold = []
     for threshold in thresholds:
         layers = sorted(set(prune_by_sparsity(sparsity.tolist(), threshold)) - already)
-        by_threshold.append({"threshold": threshold, "pruned": layers, **row_of(layers),
-                             **({} if extra is None else extra(pruned(model, layers)))})
-    return {"layers": rows, "cumulative": cumulative, "thresholds": by_threshold, "cache_tokens": cache_tokens,
+        by_threshold.append({"threshold": threshold, "pruned": layers, **row_of(layers)})
+    return {"layers": rows, "cumulative": cumulative, "thresholds": by_threshold, "cache_tokens": CACHE_TOKENS,
             "pruned_before": sorted(already), "calibration": calibration.about, "text": windows.about,
             "interval": "normal over windows, paired with nothing pruned; nats per token"}
 
@@ -95,9 +90,9 @@ def format_prunable(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _row(scores: Scores, before: Scores, model: Pretrained, cache_tokens: int) -> dict[str, Any]:
+def _row(scores: Scores, before: Scores, model: Pretrained) -> dict[str, Any]:
     cost, interval = intervals.paired_windows(scores.nll, before.nll, before.tokens)
-    size, whole = cache_saving(model, cache_tokens)
+    size, whole = cache_saving(model, CACHE_TOKENS)
     return {"perplexity": intervals.exp(scores.nll.sum() / scores.tokens.sum()), "cost": cost,
             "cost_95": list(interval), "cache_bytes": int(size), "cache_bytes_unpruned": int(whole)}
 

@@ -63,30 +63,19 @@ class SpeedCase:
         return 4 * HEADS[self.width][0] * self.width * pairs * (3.5 if backward else 1.0) / 1e12
 
 
+_AUTHORS = {  # by head width, length and share routed
+    (64, 8_192, 0.2): (1.39, 2.37), (64, 32_768, 0.2): (2.32, 7.71), (64, 32_768, 0.05): (1.45, 3.46),
+    (64, 131_072, 0.2): (18.7, 91.9), (128, 32_768, 0.2): (2.65, 10.0), (128, 131_072, 0.2): (29.3, 122.0)}
+
+
 def standard_cases() -> list[SpeedCase]:
     """Every operation, at head widths 64 and 128."""
-    cases = [
-        SpeedCase("local", 32_768, window=1_024),
-        SpeedCase("local", 4_096, batch=8, window=512),
-        SpeedCase("routed", 8_192, rate=0.2, authors=(1.39, 2.37)),
-        SpeedCase("routed", 32_768, rate=0.2, authors=(2.32, 7.71)),
-        SpeedCase("routed", 32_768, rate=0.05, authors=(1.45, 3.46)),
-        SpeedCase("routed", 131_072, rate=0.2, authors=(18.7, 91.9)),
-        SpeedCase("mixed", 32_768, rate=0.2, window=1_024),
-        SpeedCase("full", 8_192),
-        SpeedCase("full", 32_768),
-    ]
-    wide = [
-        SpeedCase("local", 32_768, width=128, window=1_024),
-        SpeedCase("local", 4_096, width=128, batch=8, window=512),
-        SpeedCase("routed", 8_192, width=128, rate=0.2),
-        SpeedCase("routed", 32_768, width=128, rate=0.2, authors=(2.65, 10.0)),
-        SpeedCase("routed", 32_768, width=128, rate=0.05),
-        SpeedCase("routed", 131_072, width=128, rate=0.2, authors=(29.3, 122.0)),
-        SpeedCase("mixed", 32_768, width=128, rate=0.2, window=1_024),
-        SpeedCase("full", 32_768, width=128),
-    ]
-    return cases + wide
+    return [case for width in HEADS for case in (
+        SpeedCase("local", 32_768, width, window=1_024), SpeedCase("local", 4_096, width, 8, window=512),
+        *(SpeedCase("routed", length, width, rate=rate, authors=_AUTHORS.get((width, length, rate), (None, None)))
+          for length, rate in ((8_192, 0.2), (32_768, 0.2), (32_768, 0.05), (131_072, 0.2))),
+        SpeedCase("mixed", 32_768, width, rate=0.2, window=1_024),
+        *(SpeedCase("full", length, width) for length in ((8_192, 32_768) if width == 64 else (32_768,))))]
 
 
 def window_cases() -> list[SpeedCase]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from l2a_jax.research.speed.training import Step, StepCase
+from l2a_jax.research.speed.training_steps import Step, StepCase
 
 
 def kernel_times(function, calls: int = 3) -> collections.Counter:

@@ -11,7 +11,7 @@ import jax
 
 from l2a_jax.attention.kernels.blocks import loop_of, table
 from l2a_jax.research import tables
-from l2a_jax.research.speed.blocks import calls, spec_of
+from l2a_jax.research.speed.block_sizes import calls, spec_of
 from l2a_jax.research.speed.cases import HEADS, SpeedCase
 from l2a_jax.research.speed.timing import compile_jax, time_compiled
 

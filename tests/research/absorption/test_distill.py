@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l2a_jax.research.absorption import distill, evaluate
-from l2a_jax.research.absorption.config import DENSE
+from l2a_jax.research.absorption import distill, scoring
+from l2a_jax.research.absorption.definitions import DENSE
 from l2a_jax.research.absorption.masks import f1
 from tests.research.absorption import cases
 
@@ -40,8 +40,8 @@ def test_distillation_raises_f1_and_lowers_the_kl():
     assert values[-5:].mean() < 0.6 * values[:5].mean()
 
     def score(selector):
-        found = evaluate.layer_statistics(
-            evaluate.with_selector(params, selector), stream, windows[:2, 0], cases.numbers(), DENSE.indexed(),
+        found = scoring.layer_statistics(
+            scoring.with_selector(params, selector), stream, windows[:2, 0], cases.numbers(), DENSE.indexed(),
             np.array([3], np.int32), config=cases.CONFIG, dtype="float32", length=16)
         return f1(np.asarray(found["agreement"])[:, :, 0, 3:6].sum(axis=1))
 
@@ -56,8 +56,8 @@ def test_statistics_by_hand():
     stacked = jax.tree.map(lambda x: np.concatenate([x, x]), stacked)
     tokens = np.resize(np.asarray(cases.tokens(rows=4)), 2_000).astype(np.uint16)
     starts = np.tile(np.arange(4, dtype=np.int32) * 16, (2, 1))
-    found = evaluate.layer_statistics(
-        evaluate.with_selector(stacked), tokens, starts, cases.numbers(), DENSE.indexed(), np.array([3], np.int32),
+    found = scoring.layer_statistics(
+        scoring.with_selector(stacked), tokens, starts, cases.numbers(), DENSE.indexed(), np.array([3], np.int32),
         config=cases.CONFIG, dtype="float32", length=16)
     x = params["embed"]["embedding"][tokens[:64].reshape(4, 16)] + params["embed"]["positions"]
     norm = jax.tree.map(lambda leaf: leaf[0], params["layers"]["norm_attention"])

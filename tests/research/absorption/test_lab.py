@@ -11,8 +11,8 @@ import pytest
 
 from l2a_jax import commands
 from l2a_jax.errors import UserError
-from l2a_jax.research.absorption import arms, data, report, suite, train
-from l2a_jax.research.absorption.config import DENSE, PRESETS, Arm, Attention
+from l2a_jax.research.absorption import arm_training, arms, corpora, outcome, suite
+from l2a_jax.research.absorption.definitions import DENSE, PRESETS, Arm, Attention
 from l2a_jax.research.absorption.experiments import EXPERIMENTS
 from l2a_jax.research.absorption.lab import Lab, OutOfTime
 from tests.research.absorption import cases
@@ -27,7 +27,7 @@ PRESET = dataclasses.replace(
 
 @pytest.fixture(scope="module")
 def corpus():
-    return data.recall_corpus(48, 24, 4)
+    return corpora.recall_corpus(48, 24, 4)
 
 
 class Untrained(Lab):
@@ -36,8 +36,9 @@ class Untrained(Lab):
     def _train(self, group):
         for arm in group:
             program = self.program(arm)
-            numbers = train.member_axis([train.arm_numbers(arm, program.config, self.recipe, 3)], len(self.seeds))
-            state = train.init_members(self.seeds, numbers.gate_std, config=program.config)
+            numbers = arm_training.member_axis([arm_training.arm_numbers(arm, program.config, self.recipe, 3)],
+                                               len(self.seeds))
+            state = arm_training.init_members(self.seeds, numbers.gate_std, config=program.config)
             record = {"step": 1, "loss": 1.0, "gate_grad_norm_max": [0.0, 0.0]}
             self._finish(arm, state.trainable, [record], slice(0, 2), np.zeros(2))
 
@@ -130,8 +131,8 @@ def test_text_becomes_windows_of_whole_documents(tmp_path):
     backend.save(str(tmp_path / "tokenizer.json"))
     lines = "\n".join(json.dumps({"text": " ".join(f"w{(i * j) % 40}" for j in range(9))}) for i in range(40))
     (tmp_path / "text.jsonl").write_text(lines)
-    found = data.text_corpus([str(tmp_path / "text.jsonl")], data.gpt2_tokenizer(str(tmp_path)), 16, 0.2,
-                             tmp_path / "cache")
+    found = corpora.text_corpus([str(tmp_path / "text.jsonl")], corpora.gpt2_tokenizer(str(tmp_path)), 16, 0.2,
+                                tmp_path / "cache")
     both = found.train.stream.size + found.held_out.stream.size
     assert both == 400 and found.vocabulary == 42
     assert found.train.starts[-1] + 17 <= found.train.stream.size
@@ -140,8 +141,8 @@ def test_text_becomes_windows_of_whole_documents(tmp_path):
 
 
 def test_report_says_what_was_reported():
-    table = report.Table("t", {"a": {"x": report.Cell([1.0, 2.0], "9.9"), "y": "-"}, "b": {"x": report.Cell([3.0])}})
-    text = report.markdown(report.Report("n", "Title", [table], [], ["note"]), {"text": "setting"})
+    table = outcome.Table("t", {"a": {"x": outcome.Cell([1.0, 2.0], "9.9"), "y": "-"}, "b": {"x": outcome.Cell([3.0])}})
+    text = outcome.markdown(outcome.Report("n", "Title", [table], [], ["note"]), {"text": "setting"})
     assert "| a | 1.50 ± 0.71 | 9.9 | - |" in text and "| b | 3.00 |  |  |" in text and "x, reported" in text
 
 
@@ -197,14 +198,14 @@ def test_the_command_stops_at_its_time_limit(tmp_path, capsys):
 
 
 def test_a_diverging_arm_is_named(corpus, tmp_path, monkeypatch):
-    start = train.init_members
+    start = arm_training.init_members
 
     def poisoned(*arguments, **options):
         state = start(*arguments, **options)
         state.trainable["norm_final"]["scale"] = state.trainable["norm_final"]["scale"].at[1, 0].set(np.nan)
         return state
 
-    monkeypatch.setattr(train, "init_members", poisoned)
+    monkeypatch.setattr(arm_training, "init_members", poisoned)
     with pytest.raises(UserError, match="arm dense, seed 1: the loss or its gradient is not finite at step 1"):
         Lab(PRESET, corpus, tmp_path).params(arms.dense)
 

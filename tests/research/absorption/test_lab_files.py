@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from l2a_jax.errors import UserError
 from l2a_jax.files import claim
 from l2a_jax.research.absorption import arms, suite
-from l2a_jax.research.absorption.data import recall_corpus
+from l2a_jax.research.absorption.corpora import recall_corpus
 from l2a_jax.research.absorption.lab import Lab, OutOfTime
 from tests.research.absorption.test_lab import PRESET, Untrained
 from train.absorption import main

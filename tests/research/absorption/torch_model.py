@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from l2a_jax.research.absorption.config import TransformerConfig
+from l2a_jax.research.absorption.definitions import TransformerConfig
 
 
 def make_model(config: TransformerConfig, gated: bool) -> Any:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l2a_jax.research.absorption.loss import summed_nll, token_nll
+from l2a_jax.research.absorption.head_loss import summed_nll, token_nll
 
 
 def reference(hidden, kernel, targets):

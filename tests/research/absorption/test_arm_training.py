@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from l2a_jax.research.absorption import arms, train
-from l2a_jax.research.absorption.config import Arm
+from l2a_jax.research.absorption import arm_training, arms
+from l2a_jax.research.absorption.definitions import Arm
 from tests.research.absorption import cases
 
 STREAM = np.random.default_rng(0).integers(0, cases.CONFIG.vocab_size, 400).astype(np.uint16)
@@ -22,13 +22,13 @@ def starts(seeds, steps):
 
 
 def trained(group: list[Arm], seeds=SEEDS, steps=3):
-    program = train.Program(group[0].model(cases.CONFIG, 3), group[0].attention, cases.RECIPE)
-    numbers = train.member_axis([train.arm_numbers(arm, program.config, cases.RECIPE, cases.TOP_K) for arm in group],
-                                len(seeds))
+    program = arm_training.Program(group[0].model(cases.CONFIG, 3), group[0].attention, cases.RECIPE)
+    numbers = arm_training.member_axis([
+        arm_training.arm_numbers(arm, program.config, cases.RECIPE, cases.TOP_K) for arm in group], len(seeds))
     members = np.tile(seeds, len(group))
-    state = train.init_members(members, numbers.gate_std, config=program.config)
+    state = arm_training.init_members(members, numbers.gate_std, config=program.config)
     before = jax.tree.map(np.asarray, state.trainable)
-    state, metrics = train.train_chunk(state, STREAM, starts(members, steps), members, numbers, program=program)
+    state, metrics = arm_training.train_chunk(state, STREAM, starts(members, steps), members, numbers, program=program)
     return before, jax.tree.map(np.asarray, state.trainable), metrics
 
 
@@ -75,11 +75,11 @@ def test_no_gradient_reaches_a_gate_through_hard_top_k():
 
 
 def test_an_indexers_gate_learns_from_the_attention_alone():
-    numbers = train.arm_numbers(arms.indexer, cases.CONFIG, cases.RECIPE, cases.TOP_K)
+    numbers = arm_training.arm_numbers(arms.indexer, cases.CONFIG, cases.RECIPE, cases.TOP_K)
     params, tokens = cases.params(), cases.tokens(rows=2, length=17)
 
     def gradient(params, arm):
-        return jax.grad(lambda p: train.loss(p, tokens, numbers, None, train.Program(
+        return jax.grad(lambda p: arm_training.loss(p, tokens, numbers, None, arm_training.Program(
             cases.CONFIG, arm.attention, cases.RECIPE))[0])(params)
 
     plain, indexed = jax.jit(lambda p: (gradient(p, arms.hard_after), gradient(p, arms.indexer)))(params)
@@ -113,11 +113,11 @@ def test_the_update_is_optax_adamw_with_clipping():
     rng = np.random.default_rng(0)
     params, gradients = ({name: rng.normal(size=shape).astype(np.float32) for name, shape in (("a", (3, 4)), ("b", 5))}
                          for _ in range(2))
-    numbers = train.arm_numbers(arms.soft_learned, cases.CONFIG, cases.RECIPE, 3)
+    numbers = arm_training.arm_numbers(arms.soft_learned, cases.CONFIG, cases.RECIPE, 3)
     numbers = numbers._replace(trained={"a": 1.0, "b": 1.0}, decayed={"a": 1.0, "b": 1.0})
     r = cases.RECIPE
     chain = optax.chain(optax.clip_by_global_norm(r.clip),
-                        optax.adamw(lambda count: train.learning_rate(count, r), r.beta1, r.beta2,
+                        optax.adamw(lambda count: arm_training.learning_rate(count, r), r.beta1, r.beta2,
                                     weight_decay=r.weight_decay))
     ours, adam = params, optax.scale_by_adam().init(params)
     theirs, state = params, chain.init(params)
@@ -125,7 +125,7 @@ def test_the_update_is_optax_adamw_with_clipping():
     @jax.jit
     def both(step, ours, adam, theirs, state):
         changes, state = chain.update(gradients, state, theirs)
-        return train.update(step, ours, adam, gradients, numbers, r), optax.apply_updates(theirs, changes), state
+        return arm_training.update(step, ours, adam, gradients, numbers, r), optax.apply_updates(theirs, changes), state
 
     for step in range(3):
         (ours, adam, norm), theirs, state = both(jnp.asarray(step), ours, adam, theirs, state)
@@ -135,6 +135,6 @@ def test_the_update_is_optax_adamw_with_clipping():
 
 
 def test_learning_rate_rises_and_falls_to_zero():
-    rates = [float(train.learning_rate(jnp.asarray(step), cases.RECIPE)) for step in range(6)]
+    rates = [float(arm_training.learning_rate(jnp.asarray(step), cases.RECIPE)) for step in range(6)]
     np.testing.assert_allclose(rates[:2], [5e-3, 1e-2])
     assert rates[1] > rates[2] > rates[3] > rates[4] > rates[5] == 0.0

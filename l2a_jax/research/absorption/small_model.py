@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from l2a_jax.models.params import Tree, map_with_path
 from l2a_jax.research.absorption import gates, masks
-from l2a_jax.research.absorption.config import Attention, TransformerConfig
+from l2a_jax.research.absorption.definitions import Attention, TransformerConfig
 
 
 class Numbers(NamedTuple):

@@ -11,21 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l2a_jax.research.absorption import model
-from l2a_jax.research.absorption.config import CONVENTIONS, DENSE, HARD, SCORES, SELECT, SOFT, SOFT_GATE, Attention
-from l2a_jax.research.absorption.config import TransformerConfig as Config
-from l2a_jax.research.absorption.evaluate import with_selector
+from l2a_jax.research.absorption import small_model
+from l2a_jax.research.absorption.definitions import CONVENTIONS, DENSE, HARD, SCORES, SELECT, SOFT, SOFT_GATE, Attention
+from l2a_jax.research.absorption.definitions import TransformerConfig as Config
+from l2a_jax.research.absorption.scoring import with_selector
 from tests.research.absorption import cases
 
 
 def test_parameter_counts_are_the_papers():
-    counts = model.count_parameters(Config())
+    counts = small_model.count_parameters(Config())
     assert (counts["embedding"], counts["backbone"], counts["gates"]) == (12_865_792, 4_864_000, 393_216)
     assert counts["tied"] == 18_123_008  # as the replication logs it
     assert counts["untied"] - counts["gates"] == 30_595_584  # the "31M"
     for tied in (True, False):
         config = Config(tied=tied)
-        sizes = jax.tree.leaves(jax.eval_shape(lambda key, c=config: model.init_params(c, key), jax.random.key(0)))
+        sizes = jax.tree.leaves(jax.eval_shape(lambda key, c=config: small_model.init_params(c, key),
+                                               jax.random.key(0)))
         assert sum(leaf.size for leaf in sizes) == counts["tied" if tied else "untied"]
 
 
@@ -72,8 +73,8 @@ def test_forward_by_loops(attention):
 
 @functools.partial(jax.jit, static_argnames="static")
 def _run(params, tokens, attention, gated, static):
-    return model.hidden_states(params, tokens, cases.CONFIG, static or attention, cases.numbers(gated=gated > 0),
-                               key=jax.random.key(1))[0]
+    return small_model.hidden_states(params, tokens, cases.CONFIG, static or attention, cases.numbers(gated=gated > 0),
+                                     key=jax.random.key(1))[0]
 
 
 def run(params, tokens, attention, static=None, gated=np.ones(2, int)):  # noqa: B008 (never written to)
@@ -140,7 +141,8 @@ def test_experts_by_loops():
     up, down = layer["mlp"]["up"], layer["mlp"]["down"]
     for hashed in (False, True):
         numbers = cases.numbers(config=config)._replace(hashed=jnp.asarray(hashed))
-        out, aux = jax.jit(lambda n, layer: model.feed_forward(x, layer, tokens, config, n, 0.0, None))(numbers, layer)
+        run = jax.jit(lambda n, layer: small_model.feed_forward(x, layer, tokens, config, n, 0.0, None))
+        out, aux = run(numbers, layer)
         load = np.zeros(3)
         for b, t in np.ndindex(2, 5):
             row = np.asarray(x[b, t], np.float64)
@@ -166,7 +168,7 @@ def test_the_same_model_in_pytorch_computes_the_same_logits(gated):
     params, tokens = cases.params(), cases.tokens()
     module = torch_model.make_model(cases.CONFIG, gated)
     torch_model.copy_params(module, params)
-    hidden, _ = model.hidden_states(params, tokens, cases.CONFIG, SOFT_GATE if gated else DENSE, cases.numbers())
+    hidden, _ = small_model.hidden_states(params, tokens, cases.CONFIG, SOFT_GATE if gated else DENSE, cases.numbers())
     with torch.no_grad():
         theirs = module(torch.from_numpy(np.array(tokens)).long()).numpy()
-    np.testing.assert_allclose(hidden @ model.head_kernel(params).T, theirs, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(hidden @ small_model.head_kernel(params).T, theirs, rtol=1e-3, atol=1e-4)

@@ -171,7 +171,7 @@ def main(out: Path | None, model: str | None = None, with_torch: bool = True, on
         jax.clear_caches()
         for case, row in zip(chosen, result["cases"], strict=True):
             try:
-                from l2a_jax.research.speed.inference_torch import measure_torch
+                from l2a_jax.research.speed.inference_peer import measure_torch
 
                 row["ms"]["transformers"] = measure_torch(case, config, STEPS)
             except Exception as error:

@@ -18,8 +18,8 @@ import numpy as np
 
 from l2a_jax import attention
 from l2a_jax.research import tables
+from l2a_jax.research.speed.attention_peers import torch_peers
 from l2a_jax.research.speed.cases import SpeedCase
-from l2a_jax.research.speed.peers import torch_peers
 from l2a_jax.research.speed.timing import compile_jax, matmul_ceiling, time_compiled
 
 log = logging.getLogger("l2a_jax.speed")

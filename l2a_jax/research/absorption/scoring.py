@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Integer
 
 from l2a_jax.models.params import Tree
-from l2a_jax.research.absorption import gates, masks, model
-from l2a_jax.research.absorption.config import Attention, TransformerConfig
-from l2a_jax.research.absorption.loss import token_nll
+from l2a_jax.research.absorption import gates, masks, small_model
+from l2a_jax.research.absorption.definitions import Attention, TransformerConfig
+from l2a_jax.research.absorption.head_loss import token_nll
 
 EVALUATION_SEED = 1_000_003
 
@@ -24,7 +24,7 @@ def with_selector(params: Tree, selector: Tree | None = None) -> Tree:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "length"))
-def held_out_nll(params: Tree, stream: Integer[Array, " W"], starts: Int[Array, "n B"], numbers: model.Numbers,
+def held_out_nll(params: Tree, stream: Integer[Array, " W"], starts: Int[Array, "n B"], numbers: small_model.Numbers,
                  attention: Attention, *, config: TransformerConfig, dtype: str, length: int) -> Float[Array, " M"]:
     """Mean nats per token of every member under `attention` (indexed); `params` hold a selector."""
     def one(params):
@@ -32,9 +32,9 @@ def held_out_nll(params: Tree, stream: Integer[Array, " W"], starts: Int[Array, 
             index, starts = inputs
             tokens = stream[starts[:, None] + jnp.arange(length + 1)].astype(jnp.int32)
             key = jax.random.fold_in(jax.random.key(EVALUATION_SEED), index)
-            hidden, _ = model.hidden_states(params, tokens[:, :-1], config, attention, numbers, key=key,
-                                            dtype=jnp.dtype(dtype))
-            nll = token_nll(hidden.reshape(-1, hidden.shape[-1]), model.head_kernel(params),
+            hidden, _ = small_model.hidden_states(params, tokens[:, :-1], config, attention, numbers, key=key,
+                                                  dtype=jnp.dtype(dtype))
+            nll = token_nll(hidden.reshape(-1, hidden.shape[-1]), small_model.head_kernel(params),
                             tokens[:, 1:].reshape(-1))
             return total + jnp.mean(nll), None
 
@@ -45,9 +45,9 @@ def held_out_nll(params: Tree, stream: Integer[Array, " W"], starts: Int[Array, 
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "length"))
-def layer_statistics(params: Tree, stream: Integer[Array, " W"], starts: Int[Array, "n B"], numbers: model.Numbers,
-                     attention: Attention, ks: Int[Array, " K"], *, config: TransformerConfig, dtype: str,
-                     length: int) -> dict[str, Array]:
+def layer_statistics(params: Tree, stream: Integer[Array, " W"], starts: Int[Array, "n B"],
+                     numbers: small_model.Numbers, attention: Attention, ks: Int[Array, " K"], *,
+                     config: TransformerConfig, dtype: str, length: int) -> dict[str, Array]:
     """What the layers do in the forward pass of `attention` (indexed), for every member, [M, L, ...]:
 
     `mass` [.., K]: attention (softmax of S) in the k largest keys, mean over queries with more than k visible keys;
@@ -59,7 +59,7 @@ def layer_statistics(params: Tree, stream: Integer[Array, " W"], starts: Int[Arr
     def probe(view):
         s = gates.pair_scores(view.q, view.k, jnp.float32)
         weights = gates.masked_softmax(s, jnp.broadcast_to(visible, s.shape))
-        by = gates.pair_scores(*model.gate_heads(view.x, view.layer["selector"], config.heads), jnp.float32)
+        by = gates.pair_scores(*small_model.gate_heads(view.x, view.layer["selector"], config.heads), jnp.float32)
 
         def at(k):
             oracle = masks.select(s, k, False)
@@ -69,7 +69,7 @@ def layer_statistics(params: Tree, stream: Integer[Array, " W"], starts: Int[Arr
             return mass, masks.agreement(masks.select(by, k, False), oracle, k)
 
         mass, counts = jax.lax.map(at, ks)
-        own = jax.nn.sigmoid(gates.pair_scores(*model.gate_heads(view.x, view.layer["gate"], config.heads),
+        own = jax.nn.sigmoid(gates.pair_scores(*small_model.gate_heads(view.x, view.layer["gate"], config.heads),
                                                jnp.float32))
         pairs = jnp.sum(visible) * s.shape[0] * s.shape[1]
         moments = [jnp.sum(jnp.where(visible, power, 0.0)) / pairs for power in (own, jnp.square(own))]
@@ -80,8 +80,8 @@ def layer_statistics(params: Tree, stream: Integer[Array, " W"], starts: Int[Arr
             index, starts = inputs
             tokens = stream[starts[:, None] + jnp.arange(length)].astype(jnp.int32)
             key = jax.random.fold_in(jax.random.key(EVALUATION_SEED), index)
-            _, aux = model.hidden_states(params, tokens, config, attention, numbers, key=key, probe=probe,
-                                         dtype=jnp.dtype(dtype))
+            _, aux = small_model.hidden_states(params, tokens, config, attention, numbers, key=key, probe=probe,
+                                               dtype=jnp.dtype(dtype))
             found = dict(aux["probed"])
             if "load" in aux:
                 found["load"] = aux["load"]

@@ -156,7 +156,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Preset:
+class SuiteConfig:
     """Everything of a suite but its data and its arms."""
 
     model: TransformerConfig
@@ -179,34 +179,34 @@ _PAPER = TransformerConfig()
 _TOP_KS, _WIDTHS = (16, 32, 64, 128, 256), (8, 128)
 
 PRESETS = {
-    "tiny": Preset(
+    "tiny": SuiteConfig(
         TransformerConfig(vocab_size=0, layers=2, width=64, heads=2, hidden=128, positions=64, dropout=0.0,
                           gate_width=8, init_std=0.08, gate_std=0.04),
         Recipe(steps=80, batch_size=8, seq_len=64, learning_rate=5e-3, warmup=15, distill_steps=40,
                distill_learning_rate=1e-2),
         seeds=(0, 1), top_k=8, top_ks=(4, 8, 16), gate_widths=(2,), experts=4, eval_batches=8, scan=40,
         save_every=10_000, together=2),
-    "gpu": Preset(
+    "gpu": SuiteConfig(
         dataclasses.replace(_PAPER, dropout=0.0),  # about one pass over the text: nothing to hold back from
         Recipe(steps=3_000, warmup=200, learning_rate=1e-3, dtype="bfloat16"),
         seeds=(42, 123, 456), top_k=64, top_ks=_TOP_KS, gate_widths=_WIDTHS, experts=8, eval_batches=32, scan=100,
         save_every=100_000),
-    "paper": Preset(_PAPER, Recipe(), seeds=(42, 123, 456), top_k=64, top_ks=_TOP_KS, gate_widths=_WIDTHS, experts=8,
-                    eval_batches=200, scan=100, save_every=2_500),
+    "paper": SuiteConfig(_PAPER, Recipe(), seeds=(42, 123, 456), top_k=64, top_ks=_TOP_KS, gate_widths=_WIDTHS,
+                         experts=8, eval_batches=200, scan=100, save_every=2_500),
 }
 
 
 _FLAGS = {"learning_rate": "lr", "distill_learning_rate": "distill_lr"}
 
 
-def check_ranges(preset: Preset) -> None:
+def check_ranges(preset: SuiteConfig) -> None:
     """Raise UserError, naming the flag, where a number of a preset (after flags) is none that it can be."""
     for part in (preset.model, preset.recipe, preset):
         fields.check(part, spell=lambda name: fields.flag(_FLAGS.get(name, name)),
                      names=[name for name in fields.declared(type(part)) if name not in ("model", "recipe")])
 
 
-def check(preset: Preset) -> None:
+def check(preset: SuiteConfig) -> None:
     """Raise UserError where a number of a preset (after flags) cannot be, or its parts do not fit each other."""
     check_ranges(preset)
     model, recipe = preset.model, preset.recipe

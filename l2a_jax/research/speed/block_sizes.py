@@ -18,23 +18,13 @@ from l2a_jax.research import tables
 from l2a_jax.research.speed.cases import HEADS, SpeedCase
 from l2a_jax.research.speed.timing import compile_jax, time_compiled
 
-# Each tunes the row of the table that its own call takes (`loop_of`).
-CASES = [
-    SpeedCase("local", 32_768, window=1_024), SpeedCase("local", 4_096, batch=8, window=512),
-    SpeedCase("local", 16_384, window=2_048), SpeedCase("local", 16_384, window=4_096),
-    SpeedCase("local", 16_384, window=8_192), SpeedCase("local", 16_384, window=14_336), SpeedCase("full", 16_384),
-    SpeedCase("routed", 32_768, rate=0.2), SpeedCase("routed", 32_768, rate=0.05),
-    SpeedCase("mixed", 32_768, rate=0.2, window=1_024), SpeedCase("mixed", 32_768, rate=0.05, window=256),
-    SpeedCase("mixed", 2_048, batch=4, rate=0.5, window=512),
-    SpeedCase("local", 32_768, width=128, window=1_024), SpeedCase("local", 4_096, width=128, batch=8, window=512),
-    SpeedCase("local", 16_384, width=128, window=2_048), SpeedCase("local", 16_384, width=128, window=4_096),
-    SpeedCase("local", 16_384, width=128, window=8_192), SpeedCase("local", 16_384, width=128, window=14_336),
-    SpeedCase("full", 16_384, width=128),
-    SpeedCase("routed", 32_768, width=128, rate=0.2), SpeedCase("routed", 32_768, width=128, rate=0.05),
-    SpeedCase("mixed", 32_768, width=128, rate=0.2, window=1_024),
-    SpeedCase("mixed", 32_768, width=128, rate=0.05, window=256),
-    SpeedCase("mixed", 2_048, width=128, batch=4, rate=0.5, window=512),
-]
+_CALLS = (("local", 32_768, {"window": 1_024}), ("local", 4_096, {"batch": 8, "window": 512}),
+          *(("local", 16_384, {"window": window}) for window in (2_048, 4_096, 8_192, 14_336)),
+          ("full", 16_384, {}), ("routed", 32_768, {"rate": 0.2}), ("routed", 32_768, {"rate": 0.05}),
+          ("mixed", 32_768, {"rate": 0.2, "window": 1_024}), ("mixed", 32_768, {"rate": 0.05, "window": 256}),
+          ("mixed", 2_048, {"batch": 4, "rate": 0.5, "window": 512}))
+CASES = [SpeedCase(operation, length, width, **options) for width in HEADS for operation, length, options in _CALLS]
+"""Each tunes the row of the table that its own call takes (`loop_of`)."""
 _TILES = {  # (kernel, head width): (rows, keys, warps)
     ("forward", 64): [(64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8)],
     ("backward_q", 64): [(64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 8)],

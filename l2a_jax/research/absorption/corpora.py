@@ -23,7 +23,7 @@ from l2a_jax.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)
-class Windows:
+class CorpusWindows:
     """W windows: window w is `stream[starts[w] : starts[w] + T + 1]`, T inputs and their targets."""
 
     stream: np.ndarray
@@ -51,8 +51,8 @@ class Windows:
 class Corpus:
     """Training and held-out windows, and what is said about them."""
 
-    train: Windows
-    held_out: Windows
+    train: CorpusWindows
+    held_out: CorpusWindows
     vocabulary: int
     fingerprint: str
     description: dict[str, Any]
@@ -65,7 +65,7 @@ def recall_corpus(seq_len: int, windows: int, held_out: int, seed: int = 0) -> C
     parts = []
     for batch in (rows.batch(0), next(iter(RecallCorpus(seq_len, held_out, seed, distance, 2).held_out(1)))):
         stream = np.concatenate([batch.tokens, batch.targets[:, -1:]], axis=1).astype(np.uint16).reshape(-1)
-        parts.append(Windows(stream, np.arange(batch.tokens.shape[0], dtype=np.int32) * (seq_len + 1)))
+        parts.append(CorpusWindows(stream, np.arange(batch.tokens.shape[0], dtype=np.int32) * (seq_len + 1)))
     return Corpus(*parts, len(VOCABULARY), f"{rows.fingerprint} windows={windows}",
                   {"name": "synthetic recall corpus", "train_windows": windows, "held_out_windows": held_out,
                    "train_tokens": windows * seq_len})
@@ -94,7 +94,7 @@ def text_corpus(spec: Sequence[str], tokenizer: Any, seq_len: int, held_out: flo
         count = (stream.size - 1) // seq_len
         if count < 1:
             raise UserError(f"--data has {stream.size} {side.replace('_', ' ')} tokens; expected more than {seq_len}")
-        sides.append(Windows(stream, np.arange(count, dtype=np.int32) * seq_len))
+        sides.append(CorpusWindows(stream, np.arange(count, dtype=np.int32) * seq_len))
     keep = ("documents", "tokens", "unique_tokens", "held_out_documents", "held_out_tokens")
     description = {key: about[key] for key in keep} | {
         "train_windows": sides[0].starts.size, "held_out_windows": sides[1].starts.size, "held_out_share": held_out,

@@ -17,17 +17,17 @@ import optax
 from jaxtyping import Array, Float, Int, Integer
 
 from l2a_jax.models.params import Tree, map_with_path
-from l2a_jax.research.absorption import model
-from l2a_jax.research.absorption.config import Arm, Attention, Recipe, TransformerConfig
+from l2a_jax.research.absorption import small_model
+from l2a_jax.research.absorption.definitions import Arm, Attention, Recipe, TransformerConfig
 from l2a_jax.research.absorption.distill import attention_kl
-from l2a_jax.research.absorption.loss import summed_nll
+from l2a_jax.research.absorption.head_loss import summed_nll
 from l2a_jax.training.step import TrainState
 
 
 class ArmNumbers(NamedTuple):
     """An arm's traced side: the model's numbers, and per leaf (broadcast) what is trained and what decays, 0 or 1."""
 
-    model: model.Numbers
+    model: small_model.Numbers
     gate_std: Float[Array, ""]
     balance: Float[Array, ""]
     trained: Tree
@@ -65,8 +65,8 @@ def arm_numbers(arm: Arm, config: TransformerConfig, recipe: Recipe, top_k: int)
             return np.full((1, *ones), float(arm.routing == "learned"), np.float32)
         return np.ones((1, *ones), np.float32)
 
-    shapes = model.param_shapes(config)
-    numbers = model.Numbers(np.asarray(top_k, np.int32), gated, np.asarray(arm.routing == "hash"))
+    shapes = small_model.param_shapes(config)
+    numbers = small_model.Numbers(np.asarray(top_k, np.int32), gated, np.asarray(arm.routing == "hash"))
     # A gate that no gradient reaches stays out of the decay too, as in torch, whose optimizer skips such parameters.
     decaying = gate_trained & arm.attention.gate_has_gradient
     return ArmNumbers(
@@ -84,7 +84,7 @@ def member_axis(arms: Sequence[ArmNumbers], seeds: int) -> ArmNumbers:
 @functools.partial(jax.jit, static_argnames=("config",))
 def init_members(seeds: Integer[Array, " M"], gate_std: Float[Array, " M"], *, config: TransformerConfig) -> TrainState:
     """Step 0 of every member."""
-    params = jax.vmap(lambda seed, std: model.init_params(config, jax.random.key(seed), std))(seeds, gate_std)
+    params = jax.vmap(lambda seed, std: small_model.init_params(config, jax.random.key(seed), std))(seeds, gate_std)
     return TrainState(jnp.zeros((), jnp.int32), params, jax.vmap(optax.scale_by_adam().init)(params),
                       jnp.ones((), bool))
 
@@ -107,12 +107,12 @@ def loss(params: Tree, tokens: Int[Array, "B T_plus_1"], numbers: ArmNumbers, ke
     """What is minimised, and the language model's part of it: nats per token."""
     dtype = jnp.dtype(program.recipe.dtype)
     attention = program.attention
-    hidden, aux = model.hidden_states(
+    hidden, aux = small_model.hidden_states(
         params, tokens[:, :-1], program.config, attention, numbers.model, key=key, train=True, dtype=dtype,
         probe=functools.partial(attention_kl, name="gate", config=program.config) if attention.indexer else None,
         dense_backend=program.dense_backend)
     targets = tokens[:, 1:].reshape(-1)
-    nll = summed_nll(hidden.reshape(-1, hidden.shape[-1]), model.head_kernel(params), targets) / targets.size
+    nll = summed_nll(hidden.reshape(-1, hidden.shape[-1]), small_model.head_kernel(params), targets) / targets.size
     total = nll
     if attention.indexer:
         total += jnp.mean(aux["probed"])

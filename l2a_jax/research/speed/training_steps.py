@@ -23,7 +23,7 @@ from l2a_jax.config import MODELS, ModelConfig
 from l2a_jax.data.batch import Batch
 from l2a_jax.models.params import abstract_params, init_params
 from l2a_jax.research import tables
-from l2a_jax.research.speed import training_torch
+from l2a_jax.research.speed import training_peer
 from l2a_jax.research.speed.timing import matmul_ceiling, median_ms
 from l2a_jax.training.memory import checkpoint_policy, step_bytes
 from l2a_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -192,7 +192,7 @@ def _peer(case: StepCase, result: dict) -> dict | None:
     if known:
         return known[0]
     try:
-        return training_torch.measure(case)
+        return training_peer.measure(case)
     except Exception as error:  # whatever PyTorch raises is a reason, not our failure
         result["failed"][f"PyTorch {case.regime}"] = tables.reason(error)
         return None
