@@ -7,6 +7,7 @@ import pathlib
 import resource
 
 import jax
+from jax._src import xla_bridge  # whether a device is in use has no public name
 
 CPU_BATCH_TOKENS = 4_096
 """Of one forward pass on a CPU, where more of them bring no speed."""
@@ -15,6 +16,11 @@ CPU_BATCH_TOKENS = 4_096
 def platform() -> str:
     """`cpu`, `gpu` or another one of JAX's."""
     return jax.default_backend()
+
+
+def in_use() -> bool:
+    """Whether this process has used one already; asking for its platform does."""
+    return xla_bridge.backends_are_initialized()
 
 
 def kind() -> str:

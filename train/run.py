@@ -61,7 +61,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--remat", help="recomputed in the backward pass: layer (least memory), mlp, elementwise, none")
     parser.add_argument("--unroll", action=argparse.BooleanOptionalAction,
                         help="a program without a loop over layers: slower to compile, faster on a GPU")
-    parser.add_argument("--deterministic", action="store_true", help="bit-exact on a GPU too, at some speed")
+    parser.add_argument("--deterministic", action="store_true",
+                        help="bit for bit the same on a GPU too, resumed or not; slower")
     parser.add_argument("--save-every", type=int, help="steps")
     parser.add_argument("--eval-every", type=int, help="steps")
     parser.add_argument("--eval-batches", type=int, help="held-out batches an evaluation")

@@ -45,6 +45,7 @@ from l2a_jax.training.step import (
 )
 
 log = logging.getLogger("l2a_jax")
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
 class Plan(NamedTuple):
@@ -227,5 +228,11 @@ def load_tree(plan: Plan) -> tuple[Tree, Tree | None, str]:
 
 
 def set_deterministic() -> None:
-    """Ask XLA for deterministic GPU kernels; must happen before the first use of a device."""
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
+    """Ask XLA for deterministic GPU kernels. It is asked once, when a device is first used: UserError where one was."""
+    asked = os.environ.get("XLA_FLAGS", "")
+    if DETERMINISTIC in asked.split():
+        return
+    if device.in_use() and device.platform() != "cpu":  # a CPU's kernels all are
+        raise UserError("--deterministic has to be known before JAX uses the GPU, and this process has used it "
+                        f"already; begin a process for the run, or set XLA_FLAGS={DETERMINISTIC} before")
+    os.environ["XLA_FLAGS"] = f"{asked} {DETERMINISTIC}".strip()
