@@ -26,9 +26,14 @@ from jaxtyping import Bool, Float64
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import intervals
 from l2a_jax.evaluation.perplexity import BATCH_TOKENS, Scores, Windows, routing_rates, score_windows
+from l2a_jax.evaluation.registry import Work
 from l2a_jax.nn import routing
+from l2a_jax.shapes import each, share
 from l2a_jax.sources import Pretrained
 
+SHAPE = {"gap": float, "gap_95": intervals.INTERVAL, "seeds": int, "rows": each({
+    "perplexity": float, "density": share, "worse": float, "worse_95": intervals.INTERVAL, "perplexity_sd?": float,
+    "recall_accuracy?": share})}
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 5e-3}
 """Nats per token by which a window may differ when its own decisions are forced: rounding of the compute dtype."""
 
@@ -107,10 +112,16 @@ def audit(
             "interval": "normal over windows, paired with the learned row; nats per token"}
 
 
-def format_audit(report: dict[str, Any]) -> str:
+def task(work: Work) -> dict[str, Any]:
+    """The audit of the router's own pass over the text."""
+    return audit(work.model, work.windows, work.score(), seeds=work.options.audit_seeds, **work.passes)
+
+
+def told(report: dict[str, Any]) -> str:
     """The audit as a text table."""
     marked = any(row.get("recall_accuracy") is not None for row in report["rows"].values())
-    lines = [f"{'routing':<10} {'perplexity':>11} {'sd (seeds)':>11} {'routed':>8} {'worse by, nats/token [95 %]':>32}"
+    lines = ["routing audit:",
+             f"{'routing':<10} {'perplexity':>11} {'sd (seeds)':>11} {'routed':>8} {'worse by, nats/token [95 %]':>32}"
              + (f" {'recall':>8}" if marked else "")]
     for name, row in report["rows"].items():
         spread = f"{row['perplexity_sd']:.3f}" if row.get("perplexity_sd") is not None else "-"

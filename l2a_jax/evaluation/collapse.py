@@ -22,12 +22,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from l2a_jax.errors import UserError
+from l2a_jax.evaluation import texts
 from l2a_jax.evaluation.perplexity import Windows
+from l2a_jax.evaluation.registry import Work
 from l2a_jax.models.params import Tree, map_with_path
 from l2a_jax.models.transformer import hidden_states, unembed
 from l2a_jax.nn import routing
-from l2a_jax.sources import Pretrained
+from l2a_jax.shapes import nullable
+from l2a_jax.sources import Pretrained, locate, run_source
 from l2a_jax.training.loss import CHUNK
+from l2a_jax.training.metrics import read_metrics
 
 WINDOWS, LENGTH = 8, 1_024
 """Held-out windows looked at, and tokens of each: enough for counts and means, a few seconds on any device."""
@@ -65,6 +70,10 @@ class Rule(NamedTuple):
         return value is not None and (math.isnan(value) or _COMPARE[self.compare](value, self.threshold))
 
 
+_WRITTEN = {**{f"{name}?": float for name in ("distinct_1", "distinct_2", "distinct_4", "unigram_entropy",
+                                              "ends_in_loop")}, "longest_loop": int}
+SHAPE = {"verdict": str, "rule": str, "findings": [str], "not_measured": [str],
+         "generation": nullable({"greedy": _WRITTEN, "sampled": _WRITTEN})}
 HEALTHY = "healthy"
 RULES = (
     Rule("non-finite", "weights_not_finite", ">", 0, "parameters that are NaN or infinite"),
@@ -283,7 +292,23 @@ def training_measures(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return out | ({"held_out_loss": held_out[-1]} if held_out else {})
 
 
-def format_collapse(report: dict[str, Any]) -> str:
+def task(work: Work) -> dict[str, Any]:
+    """The report, with prompts of a kind that the model's tokenizer speaks, and its run's own records."""
+    model, source = work.model, work.options.source
+    run = run_source(locate(source))
+    records = [] if run is None else read_metrics(run.folder / "metrics.jsonl")
+    if texts.speaks_recall(model.tokenizer):  # its words are the corpus's: prompts are the beginnings of held-out rows
+        prompts, stops = [row[:24].tolist() for row in work.windows.tokens[:8]], ()
+    elif model.tokenizer is None:
+        raise UserError(f"{source} has no tokenizer, which collapse needs for its prompts")
+    else:
+        prompts = model.tokenizer.encode_batch(list(PROMPTS), add_special_tokens=False)
+        stops = model.tokenizer.end_ids
+    return collapse(model, work.windows, prompts=prompts, stop_tokens=stops, records=records,
+                    seed=work.options.seed, backend=work.options.backend)
+
+
+def told(report: dict[str, Any]) -> str:
     """The report as a few lines."""
     lines = [f"verdict: {report['verdict']} - {report['rule']}"]
     if len(report["findings"]) > 1:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import logging
 import re
 import time
@@ -24,16 +25,13 @@ from l2a_jax.attention.backends import CHOICES
 from l2a_jax.config import L2AConfig, ModelConfig, position_limit
 from l2a_jax.data.recall import RecallCorpus, needs_memory
 from l2a_jax.errors import UserError, needs
-from l2a_jax.evaluation import audit, collapse, intervals, needle, perplexity, pruning_cost, results, subject, texts
+from l2a_jax.evaluation import needle, perplexity, pruning_cost, registry, results, subject, texts
 from l2a_jax.evaluation.perplexity import Windows
-from l2a_jax.evaluation.tasks import FOLDERS
 from l2a_jax.fields import DTYPE, SEED, Choice, Filled, Range, between, count, length
 from l2a_jax.files import check_file
 from l2a_jax.sources import Pretrained, load_pretrained, locate, read_config, run_source, source_tokenizer
-from l2a_jax.training.metrics import read_metrics
 
 log = logging.getLogger("l2a_jax.eval")
-OWN_TASKS = ("collapse", "perplexity", "audit", "needle")
 RECALL_ROWS, RECALL_LENGTH = 64, 128
 _NOT_ROUTED = "a share of tokens not routed, such as 0.99"
 
@@ -98,24 +96,23 @@ def make_plan(options: Options) -> Plan:
         raise UserError("--prune-sparsity measures the router on --calibration TEXT: give both")
     config, own = read_config(options.source)
     config, layer = subject.layer_of(config, own, options.layer, options.route, options.prune_layers, options.source)
-    if "audit" in tasks and layer is None:
-        if "audit" in options.tasks:
-            raise UserError(f"--tasks audit: {options.source} is a plain model, which routes nothing; give a routed "
-                            "one, or --window to put an untrained layer on it")
-        tasks = tuple(name for name in tasks if name != "audit")
-    if "audit" in tasks and options.route != "learned":
-        if "audit" in options.tasks:
-            raise UserError(f"--tasks audit: --route {options.route} leaves no decision to audit")
-        tasks = tuple(name for name in tasks if name != "audit")
+    for name in [name for name in tasks if registry.TASKS[name].routed]:
+        why = None if layer is not None and options.route == "learned" else (
+            f"--route {options.route} leaves no decision to audit" if layer is not None else
+            f"{options.source} is a plain model, which routes nothing; give a routed one, or --window to put an "
+            "untrained layer on it")
+        if why is not None and name in options.tasks:
+            raise UserError(f"--tasks {name}: {why}")
+        tasks = tuple(other for other in tasks if other != name or why is None)
     if options.prune_sparsity is not None and layer is None:
         raise UserError(f"--prune-sparsity: {options.source} is a plain model, which has no layers to prune")
     tokenizer = source_tokenizer(options.source)
     windows = calibration = None
-    if {"perplexity", "audit", "collapse"} & set(tasks) or (_pruning(options) and options.text is not None):
+    if any(registry.TASKS[name].text for name in tasks) or (_pruning(options) and options.text is not None):
         windows = _windows(options, options.text, "--text", tokenizer, config, layer)
     if options.calibration is not None:
         calibration = _windows(options, options.calibration, "--calibration", tokenizer, config, layer)
-    lm_tasks = [name for name in tasks if name not in OWN_TASKS]
+    lm_tasks = [name for name in tasks if name in registry.BENCHMARKS]
     if lm_tasks and tokenizer is None:
         raise UserError(f"{options.source} has no tokenizer, which {lm_tasks[0]} needs")
     if lm_tasks:
@@ -136,12 +133,13 @@ def make_plan(options: Options) -> Plan:
 def idle(plan: Plan) -> list[tuple[bool, tuple[str, ...], str]]:
     """Where an option changes nothing, as rules for `commands.say_idle`."""
     o, tasks = plan.options, set(plan.tasks)
-    reads = bool(tasks & {"perplexity", "audit", "collapse"} or _pruning(o))
+    reads = any(registry.TASKS[name].text for name in tasks) or _pruning(o)
     return [
         (not reads, ("text", "context", "stride", "max_windows"), "no task reads a text"),
         (reads and o.text is None and o.calibration is None, ("stride",), "the rows of the recall corpus stand apart"),
         ("audit" not in tasks, ("audit_seeds",), "no routing audit is taken"),
-        (tasks <= {*OWN_TASKS}, ("limit", "num_fewshot", "task_data", "log_samples"), "no benchmark is among --tasks"),
+        (not tasks & {*registry.BENCHMARKS}, ("limit", "num_fewshot", "task_data", "log_samples"),
+         "no benchmark is among --tasks"),
         ("needle" not in tasks, tuple(map(_needle_flag, o.needle)), "needle is not among --tasks"),
         (not (tasks & {"perplexity", "audit"} or _pruning(o)), ("batch_tokens",),
          "it is of windows of text (perplexity, audit, pruning)"),
@@ -188,52 +186,16 @@ def evaluate(options: Options) -> tuple[dict[str, Any], Path]:
 
 
 def _steps(plan: Plan, model: Pretrained, unpruned: Pretrained) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
-    """(name, function) in the order of running; collapse first, which also reports on a model that nothing else can
-    run. A function returns results by task name."""
-    o = plan.options
-    passes = {"backend": o.backend, "batch_tokens": plan.batch_tokens}
-    steps: list[tuple[str, Callable]] = []
-    if "collapse" in plan.tasks:
-        steps.append(("collapse", lambda: {"collapse": _collapse(plan, model)}))
-    if {"perplexity", "audit"} & set(plan.tasks):
+    """(name, function) in the order of running. A function returns results by task name."""
+    passes = {"backend": plan.options.backend, "batch_tokens": plan.batch_tokens}
+    score = functools.cache(lambda: perplexity.score_windows(model, plan.windows, **passes))
 
-        def text():
-            scores = perplexity.score_windows(model, plan.windows, **passes)
-            found = {"perplexity": perplexity.result(scores, plan.windows)}
-            if "audit" in plan.tasks:
-                found["audit"] = audit.audit(model, plan.windows, scores, seeds=o.audit_seeds, **passes)
-            return found
+    def step(name: str) -> tuple[str, Callable[[], dict[str, Any]]]:
+        work = registry.Work(name, plan.options, model, unpruned, plan.windows, plan.needle, passes, score, plan.path)
+        return name, lambda: {name: registry.module(name).task(work)}
 
-        steps.append(("perplexity" + (" and routing audit" if "audit" in plan.tasks else ""), text))
-    if _pruning(o):
-        steps.append(("pruning", lambda: {"pruning": pruning_cost.report(unpruned, model, plan.windows, **passes)}))
-    lm_tasks = tuple(name for name in plan.tasks if name not in OWN_TASKS)
-    if lm_tasks:
-
-        def benchmarks():
-            from l2a_jax.evaluation.tasks import evaluate_tasks
-
-            return evaluate_tasks(model, lm_tasks, limit=o.limit, num_fewshot=o.num_fewshot, task_data=o.task_data,
-                                  backend=o.backend, log_samples=plan.path.parent if o.log_samples else None)
-
-        steps.append((", ".join(lm_tasks), benchmarks))
-    if "needle" in plan.tasks:
-        steps.append(("needle", lambda: {"needle": needle.run(model, plan.needle, plan.path, o.backend)}))
-    return steps
-
-
-def _collapse(plan: Plan, model: Pretrained) -> dict[str, Any]:
-    run = run_source(locate(plan.options.source))
-    records = [] if run is None else read_metrics(run.folder / "metrics.jsonl")
-    if texts.speaks_recall(model.tokenizer):  # its words are the corpus's: prompts are the beginnings of held-out rows
-        prompts, stops = [row[:24].tolist() for row in plan.windows.tokens[:8]], ()
-    elif model.tokenizer is None:
-        raise UserError(f"{plan.options.source} has no tokenizer, which collapse needs for its prompts")
-    else:
-        prompts = model.tokenizer.encode_batch(list(collapse.PROMPTS), add_special_tokens=False)
-        stops = model.tokenizer.end_ids
-    return collapse.collapse(model, plan.windows, prompts=prompts, stop_tokens=stops, records=records,
-                             seed=plan.options.seed, backend=plan.options.backend)
+    wanted = {*plan.tasks, *(("pruning",) if _pruning(plan.options) else ())}
+    return [step(name) for name in registry.TASKS if name in wanted]
 
 
 def _needle_flag(name: str) -> str:
@@ -245,7 +207,7 @@ def _pruning(options: Options) -> bool:
 
 
 def _tasks(asked: tuple[str, ...]) -> tuple[str, ...]:
-    known = (*OWN_TASKS, *FOLDERS)
+    known = registry.ASKED
     if not asked:
         raise UserError(f"--tasks names nothing; expected some of {', '.join(known)}")
     for name in asked:
@@ -253,9 +215,8 @@ def _tasks(asked: tuple[str, ...]) -> tuple[str, ...]:
             near = difflib.get_close_matches(name, known, n=1)
             raise UserError(f"--tasks: there is no task {name!r}" + (f" (did you mean {near[0]}?)" if near else "")
                             + f"; expected some of {', '.join(known)}")
-    # The audit belongs to every perplexity of a routed model, and cannot do without it.
-    both = {"perplexity": ("perplexity", "audit"), "audit": ("perplexity", "audit")}
-    return tuple(dict.fromkeys(part for name in asked for part in both.get(name, (name,))))
+    wanted = {*asked, *(other for name in asked for other in registry.TASKS[name].also)}
+    return tuple(name for name in known if name in wanted)
 
 
 def _windows(options, entry, flag, tokenizer, config, layer) -> Windows:
@@ -306,7 +267,8 @@ def _place(options: Options) -> tuple[Path, bool]:
 
 def _check_place(plan: Plan) -> None:
     """What will be written can be, and what is there can be merged into: found out before anything is computed."""
-    samples = [f"samples_{name}.jsonl" for name in plan.tasks if name not in OWN_TASKS and plan.options.log_samples]
+    samples = [f"samples_{name}.jsonl" for name in registry.BENCHMARKS
+               if name in plan.tasks and plan.options.log_samples]
     pictures = [needle.picture(plan.path).name] if "needle" in plan.tasks else []
     for name in (plan.path.name, *samples, *pictures):
         check_file(plan.path.with_name(name), "--out" if plan.options.out is not None else "the results")
@@ -325,29 +287,5 @@ def _variant(options: Options) -> str:
 
 def summary(found: dict[str, Any]) -> str:
     """The results as text, one paragraph a task."""
-    lines: list[str] = []
-    for name, entry in found["tasks"].items():
-        if name == "perplexity":
-            low, high = entry["perplexity_95"]
-            text, count = entry["text"], entry["tokens"]
-            lines.append(f"perplexity {entry['perplexity']:.3f} [{low:.3f}, {high:.3f}] over {count:,} tokens "
-                         f"of {text['name']} (context {text['context']}, stride {text['stride']}, {text['rule']})")
-            if entry.get("recall_accuracy") is not None:
-                lines.append(f"recall accuracy {entry['recall_accuracy']:.1%}")
-            if entry.get("sparsity") is not None:
-                layers = " ".join(f"{value:.0%}" for value in entry.get("sparsity_per_layer") or ())
-                lines.append(f"local: {entry['sparsity']:.1%} (by layer: {layers})")
-        elif name == "audit":
-            lines += ["routing audit:", audit.format_audit(entry)]
-        elif name == "collapse":
-            lines.append(collapse.format_collapse(entry))
-        elif name == "pruning":
-            lines.append(pruning_cost.format_report(entry))
-        elif name == "needle":
-            lines.append(needle.format_table(entry))
-        else:
-            shown = [f"{metric} {entry[metric]:.3f} +- {intervals.Z * entry[f'{metric}_stderr']:.3f}"
-                     for metric in ("acc", "acc_norm")
-                     if entry.get(metric) is not None and entry.get(f"{metric}_stderr") is not None]
-            lines.append(f"{name}: {', '.join(shown)} (95 %, {entry['n']} items, {entry['num_fewshot']}-shot)")
-    return "\n".join(lines)
+    return "\n".join((f"{name}: " if name in registry.BENCHMARKS else "") + registry.module(name).told(entry)
+                     for name, entry in found["tasks"].items())

@@ -19,6 +19,8 @@ Z = 1.959963984540054
 """The normal quantile of a two-sided 95 % interval."""
 
 Interval = tuple[float, float]
+INTERVAL = [float, 2]
+"""As a file holds it (`l2a_jax.shapes`)."""
 
 
 def token_mean(nll: Float[np.ndarray, " B"], tokens: Int[np.ndarray, " B"]) -> tuple[float, float]:

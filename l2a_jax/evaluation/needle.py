@@ -37,16 +37,28 @@ from l2a_jax.evaluation.needle_text import (
     recall_haystack,
     text_haystack,
 )
+from l2a_jax.evaluation.registry import Work
 from l2a_jax.fields import SEED, Distinct, Filled, between, check_value, count, length
 from l2a_jax.files import whole
+from l2a_jax.shapes import at_least, require_length, share, some
 from l2a_jax.sources import Pretrained
 
 log = logging.getLogger("l2a_jax.eval")
 MOST_PROMPTS = 100_000
+SHAPE = {"lengths": some(at_least(1)), "depths": some(share), "exact_match": [[share]], "ranked_first": [[share]],
+         "distractors": at_least(1), "needles": int, "per_cell": int,
+         "overall": {"n": at_least(1), "exact_match": share, "exact_match_stderr": float, "ranked_first": share,
+                     "mean_rank": float}}
 RECALL_LENGTHS = (64, 128, 256)
 """What the embedded model, trained on rows of 128 tokens, can be asked."""
 PANELS = {"exact_match": "greedy output is the answer\n{mean:.0%}",
           "ranked_first": "answer is the likeliest of {n}\n{mean:.0%} (chance {chance:.0%})"}
+
+
+def check_entry(entry: dict[str, Any], place: str) -> None:
+    """UserError where a grid has not a row a depth."""
+    for grid in ("exact_match", "ranked_first"):
+        require_length(entry[grid], len(entry["depths"]), f"{place}: {grid}", "as depths")
 
 
 @dataclass(frozen=True)
@@ -110,10 +122,10 @@ def make_options(given: dict[str, Any], model: Pretrained) -> NeedleOptions:
     return options
 
 
-def run(model: Pretrained, options: NeedleOptions, results: Path, backend: str) -> dict[str, Any]:
+def task(work: Work) -> dict[str, Any]:
     """The grid's result; its heat map goes beside the results, under their name."""
-    found = evaluate_needle(model, options, backend=backend)
-    drawn = picture(results)
+    found = evaluate_needle(work.model, work.needle, backend=work.options.backend)
+    drawn = picture(work.path)
     try:
         draw_heat_map(found, drawn)
     except Missing as lacking:
@@ -278,7 +290,7 @@ def _generated(model: Pretrained, prompts: Sequence[Prompt], options: NeedleOpti
     return out
 
 
-def format_table(result: dict[str, Any]) -> str:
+def told(result: dict[str, Any]) -> str:
     """Exact match and, in brackets, the share ranked first, in per cent: a row a depth, a column a length."""
     lengths, depths = result["lengths"], result["depths"]
     overall, answers = result["overall"], result["distractors"] + 1
@@ -303,9 +315,9 @@ def draw_heat_map(result: dict[str, Any], path: Path) -> None:
     for axis, (name, title) in zip(axes, PANELS.items(), strict=True):
         grid = np.asarray(result[name])
         image = axis.imshow(grid, vmin=0, vmax=1, cmap="cividis", aspect="auto")
-        for (row, column), share in np.ndenumerate(grid):
-            axis.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=13,
-                      color="black" if share > 0.5 else "white")
+        for (row, column), found in np.ndenumerate(grid):
+            axis.text(column, row, f"{100 * found:.0f}", ha="center", va="center", fontsize=13,
+                      color="black" if found > 0.5 else "white")
         axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
         axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
         axis.set_xlabel("context length (tokens)")

@@ -28,16 +28,29 @@ from l2a_jax.data.batch import Batch
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import intervals
 from l2a_jax.evaluation.loglikelihood import power_of_two
+from l2a_jax.evaluation.registry import Work
 from l2a_jax.models.params import check_layers
 from l2a_jax.models.transformer import check_tokens, hidden_states
 from l2a_jax.nn import routing
 from l2a_jax.progress import progress
+from l2a_jax.shapes import at_least, require_length, share, some
 from l2a_jax.sources import Pretrained
 from l2a_jax.training.loss import token_nll
 
 CONVENTION = ("window k reads tokens [kS, kS+C) and predicts the next of each; the first window is scored everywhere, "
               "later ones at their last S places; mean over all tokens but the text's first")
 BATCH_TOKENS = 16_384
+
+
+SHAPE = {"perplexity": float, "perplexity_95": intervals.INTERVAL, "tokens": at_least(1),
+         "text": {"name": str, "rule": str, "hash": str, "context": int, "stride": int},
+         "window_nll": some(float), "window_tokens": some(at_least(0)), "sparsity?": share,
+         "sparsity_per_layer?": [share], "recall_accuracy?": share}
+
+
+def check_entry(entry: dict[str, Any], place: str) -> None:
+    """UserError where there are not as many windows of tokens as of nats."""
+    require_length(entry["window_tokens"], len(entry["window_nll"]), f"{place}: window_tokens", "as window_nll")
 
 
 class Windows(NamedTuple):
@@ -152,6 +165,11 @@ def score_windows(
         np.asarray(entropy / windows.real.sum()) if routed else None)
 
 
+def task(work: Work) -> dict[str, Any]:
+    """The result of the router's own pass over the text."""
+    return result(work.score(), work.windows)
+
+
 def routing_rates(decisions: Bool[np.ndarray, "L B T"], real: Bool[np.ndarray, "B T"]) -> Float64[np.ndarray, " L"]:
     """Share of the real tokens that each layer routes."""
     return (decisions & real).sum(axis=(1, 2), dtype=np.float64) / real.sum()
@@ -176,6 +194,20 @@ def result(scores: Scores, windows: Windows) -> dict[str, Any]:
         out |= {"sparsity": float(sparsity.mean()), "sparsity_per_layer": sparsity,
                 "router_entropy_per_layer": scores.entropy}
     return out
+
+
+def told(entry: dict[str, Any]) -> str:
+    """Perplexity with its interval and text, and what stayed local."""
+    low, high = entry["perplexity_95"]
+    text = entry["text"]
+    lines = [f"perplexity {entry['perplexity']:.3f} [{low:.3f}, {high:.3f}] over {entry['tokens']:,} tokens of "
+             f"{text['name']} (context {text['context']}, stride {text['stride']}, {text['rule']})"]
+    if entry.get("recall_accuracy") is not None:
+        lines.append(f"recall accuracy {entry['recall_accuracy']:.1%}")
+    if entry.get("sparsity") is not None:
+        layers = " ".join(f"{value:.0%}" for value in entry.get("sparsity_per_layer") or ())
+        lines.append(f"local: {entry['sparsity']:.1%} (by layer: {layers})")
+    return "\n".join(lines)
 
 
 class _Scored(NamedTuple):

@@ -11,12 +11,17 @@ from l2a_jax.config import position_limit
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import intervals
 from l2a_jax.evaluation.perplexity import BATCH_TOKENS, Windows, result, routing_rates, score_windows
+from l2a_jax.evaluation.registry import Work
 from l2a_jax.inference.cache import cache_bytes
 from l2a_jax.inference.pruning import prune_by_sparsity, pruned
+from l2a_jax.shapes import at_least
 from l2a_jax.sources import Pretrained
 
 log = logging.getLogger("l2a_jax.eval")
 CACHE_TOKENS = 32_768
+SHAPE = {"pruned_layers": [int], "cache_tokens": int, "cache_bytes_before": at_least(1), "cache_bytes_after": int,
+         "cache_saved": int, "perplexity_before": float, "perplexity_after": float, "cost": float,
+         "cost_95": intervals.INTERVAL}
 
 
 def by_sparsity(model: Pretrained, calibration: Windows, threshold: float, *, backend: str = "auto",
@@ -52,7 +57,12 @@ def report(before: Pretrained, after: Pretrained, windows: Windows, *, backend: 
             "interval": "normal over windows, paired; nats per token"}
 
 
-def format_report(report: dict[str, Any]) -> str:
+def task(work: Work) -> dict[str, Any]:
+    """What the flags of pruning save and cost."""
+    return report(work.unpruned, work.model, work.windows, **work.passes)
+
+
+def told(report: dict[str, Any]) -> str:
     """The report as a line."""
     low, high = report["cost_95"]
     share = report["cache_saved"] / report["cache_bytes_before"]

@@ -54,7 +54,7 @@ def test_a_choice_that_matters_beats_every_control(report, windows):
     assert rows["static"]["density"] == pytest.approx(rows["learned"]["density"], abs=0.02)
     assert len(rows["random"]["perplexity_by_seed"]) == 2 and rows["random"]["perplexity_sd"] > 0
     assert report["reproduced_within"] < 1e-5
-    assert "random" in audit.format_audit(report)
+    assert "random" in audit.told(report)
 
 
 def test_rows_are_what_forcing_those_decisions_gives(report, model, windows, oracle):

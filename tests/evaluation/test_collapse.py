@@ -111,7 +111,7 @@ def test_a_sound_model(model, windows):
     assert found["text"]["loss"] == pytest.approx(math.log(2.8), abs=0.1) and found["text"]["future_seen"] < 1e-5
     sampled = found["generation"]["sampled"]
     assert sampled["ends_in_loop"] == 0 and sampled["distinct_2"] > 0.5 and sampled["own_perplexity"] < 5
-    assert "ends in loop" in collapse.format_collapse(found)
+    assert "ends in loop" in collapse.told(found)
 
 
 def test_a_weight_that_is_no_number(model, windows):

@@ -12,7 +12,7 @@ import pytest
 from l2a_jax.config import L2AConfig, ModelConfig
 from l2a_jax.data import recall
 from l2a_jax.errors import UserError
-from l2a_jax.evaluation.needle import NeedleOptions, build_prompts, draw_heat_map, evaluate_needle, format_table
+from l2a_jax.evaluation.needle import NeedleOptions, build_prompts, draw_heat_map, evaluate_needle, told
 from l2a_jax.evaluation.needle_text import NEEDLE, OPENING, QUESTION, text_haystack
 from l2a_jax.models.params import add_routing, init_params
 from l2a_jax.models.transformer import forward
@@ -147,7 +147,7 @@ def test_grids_table_and_picture(tiny, tmp_path):
             for j, length in enumerate(options.lengths):
                 rows = [pick(r) for r in result["prompts"] if r["depth"] == depth and r["length"] == length]
                 assert len(rows) == 3 and result[name][i][j] == pytest.approx(np.mean(rows))
-    table = format_table(result)
+    table = told(result)
     assert table.count("\n") == 4 and "n = 12" in table
     path = tmp_path / "deep" / "needle.png"
     draw_heat_map(result, path)

@@ -5,6 +5,7 @@ import pathlib
 import re
 import sys
 import tomllib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from l2a_jax.data.recipes import Hub
 from l2a_jax.data.text import hub_records, read_records
 from l2a_jax.evaluation import evaluate, needle
 from l2a_jax.evaluation.needle import NeedleOptions
+from l2a_jax.evaluation.registry import Work
 from l2a_jax.evaluation.tasks import load_tasks
 from l2a_jax.sources import TINY, load_pretrained
 from l2a_jax.training.metrics import draw_curves
@@ -110,7 +112,8 @@ def test_a_run_and_a_needle_go_without_their_pictures(without, monkeypatch, capl
     grid = {"lengths": [64], "depths": [0.0], "distractors": 7}
     monkeypatch.setattr(needle, "evaluate_needle", lambda *a, **k: grid)
     model = load_pretrained(TINY)
-    assert needle.run(model, NeedleOptions(), tmp_path / "eval.json", "auto") == grid
+    assert needle.task(Work("needle", SimpleNamespace(backend="auto"), model, model, None, NeedleOptions(), {}, None,
+                             tmp_path / "eval.json")) == grid
     assert "no needle.png" in caplog.text
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from l2a_jax.errors import UserError
-from l2a_jax.evaluation.results import INTERVAL
+from l2a_jax.evaluation.intervals import INTERVAL
 from l2a_jax.files import from_plain, parse_json, read_json
 from l2a_jax.shapes import at_least, each, nullable, one_of, require, require_length, share, some
 

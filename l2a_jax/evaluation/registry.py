@@ -1,0 +1,63 @@
+"""What a model can be asked: the one list of tasks, in the order of running. Free of JAX.
+
+From it follow `--tasks` and its help, what an evaluation reads, and what `eval.json` must hold. A task is a file here:
+
+    SHAPE         what its entry in `eval.json` must hold (`l2a_jax.shapes`); `check_entry(entry, place)`, if more
+    task(work)    its entry, in JSON types
+    told(entry)   the entry in a few lines, for people
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from l2a_jax.sources import Pretrained
+
+
+class Task(NamedTuple):
+    """`module`: its file. `text`: it reads --text. `routed`: it is about learned decisions, and left out where there
+    are none. `asked`: by name; else by flags of its own. `also`: what belongs to it, and is run with it."""
+
+    module: str
+    text: bool = False
+    routed: bool = False
+    asked: bool = True
+    also: tuple[str, ...] = ()
+
+
+BENCHMARKS = ("hellaswag", "piqa", "arc_challenge", "arc_easy")
+"""lm-eval's, by its own names."""
+TASKS = {
+    "collapse": Task("collapse", text=True),  # first: it also reports on a model that nothing else can run
+    "perplexity": Task("perplexity", text=True, also=("audit",)),
+    "audit": Task("audit", text=True, routed=True, also=("perplexity",)),
+    "pruning": Task("pruning_cost", asked=False),
+    **{name: Task("tasks") for name in BENCHMARKS},
+    "needle": Task("needle"),
+}
+ASKED = tuple(name for name, task in TASKS.items() if task.asked)
+
+
+class Work(NamedTuple):
+    """An evaluation under way, as a task sees it. `unpruned`: the model before --prune-...; `score`: the router's own
+    pass over `windows`, made once; `passes`: backend and batch of every other; `path`: of the results."""
+
+    name: str
+    options: Any
+    model: Pretrained
+    unpruned: Pretrained
+    windows: Any
+    needle: Any
+    passes: dict[str, Any]
+    score: Callable[[], Any]
+    path: Path
+
+
+def module(name: str) -> ModuleType:
+    """The file of a task, imported now. What is not in the list is taken for one of lm-eval's."""
+    return importlib.import_module(f"l2a_jax.evaluation.{TASKS.get(name, TASKS[BENCHMARKS[0]]).module}")
