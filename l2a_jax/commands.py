@@ -79,12 +79,9 @@ def spelled(script: str) -> str:
     ran = sys.argv[0]
     if ran.endswith(script):
         return f"python {ran}"
-    module = f".{script.removesuffix('.py').replace('/', '.')}"
-    if Path(ran).name.startswith("l2a-"):
-        for point in metadata.entry_points(group="console_scripts"):
-            if point.module.endswith(module):
-                return point.name
-    return f"python {script}"
+    module, installed = f".{script.removesuffix('.py').replace('/', '.')}", Path(ran).name.startswith("l2a-")
+    points = metadata.entry_points(group="console_scripts") if installed else ()
+    return next((point.name for point in points if point.module.endswith(module)), f"python {script}")
 
 
 def say_idle(given: Iterable[str], rules: Iterable[tuple[bool, Iterable[str], str]]) -> None:

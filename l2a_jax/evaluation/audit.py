@@ -113,7 +113,6 @@ def audit(
 
 
 def task(work: Work) -> dict[str, Any]:
-    """The audit of the router's own pass over the text."""
     return audit(work.model, work.windows, work.score(), seeds=work.options.audit_seeds, **work.passes)
 
 
@@ -127,13 +126,10 @@ def told(report: dict[str, Any]) -> str:
         spread = f"{row['perplexity_sd']:.3f}" if row.get("perplexity_sd") is not None else "-"
         low, high = row["worse_95"]
         worse = "-" if name == "learned" else f"{row['worse']:+.4f} [{low:+.4f}, {high:+.4f}]"
+        recall = "-" if row.get("recall_accuracy") is None else f"{row['recall_accuracy']:.1%}"
         lines.append(f"{name:<10} {row['perplexity']:>11.3f} {spread:>11} {row['density']:>8.1%} {worse:>32}"
-                     + (f" {_share(row.get('recall_accuracy')):>8}" if marked else ""))
+                     + (f" {recall:>8}" if marked else ""))
     return "\n".join(lines)
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
 
 
 @functools.partial(jax.jit, static_argnums=2)

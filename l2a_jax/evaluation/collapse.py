@@ -106,15 +106,11 @@ def judge(measures: Mapping[str, float | None]) -> dict[str, Any]:
               "holds": rule.holds(measures.get(rule.measure))} for rule in RULES]
     findings = [row for row in table if row["holds"]]
     missing = list(dict.fromkeys(row["measure"] for row in table if row["value"] is None))
-    return {"verdict": findings[0]["verdict"] if findings else HEALTHY,
-            "rule": _sentence(findings[0]) if findings else "no rule of the table holds",
+    said = "no rule of the table holds" if not findings else (
+        "{measure} = {value:.4g} {compare} {threshold:g} ({meaning})".format(**findings[0]))
+    return {"verdict": findings[0]["verdict"] if findings else HEALTHY, "rule": said,
             "findings": list(dict.fromkeys(row["verdict"] for row in findings)), "not_measured": missing,
             "rules": table}
-
-
-def _sentence(row: Mapping[str, Any]) -> str:
-    """A rule with its measure, as a person would read it."""
-    return f"{row['measure']} = {row['value']:.4g} {row['compare']} {row['threshold']:g} ({row['meaning']})"
 
 
 def collapse(
@@ -293,7 +289,6 @@ def training_measures(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def task(work: Work) -> dict[str, Any]:
-    """The report, with prompts of a kind that the model's tokenizer speaks, and its run's own records."""
     model, source = work.model, work.options.source
     run = run_source(locate(source))
     records = [] if run is None else read_metrics(run.folder / "metrics.jsonl")

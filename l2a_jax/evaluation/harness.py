@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from l2a_jax.errors import UserError, needs
+from l2a_jax.errors import UserError, needs, shown
 from l2a_jax.evaluation.loglikelihood import Request, Scores, log_likelihoods
 from l2a_jax.sources import Pretrained
 
@@ -32,7 +32,6 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int | None:
-        """The token that ends a text."""
         return self.tokenizer.eos_token_id
 
     @property
@@ -41,7 +40,6 @@ class HarnessModel(TemplateLM):
         return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids of one string."""
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens is not False)
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[Request]:
@@ -69,7 +67,7 @@ class HarnessModel(TemplateLM):
                 request = Request([self.prefix_token_id], alone[rest])
             if not request.context or not request.continuation:
                 empty = "continuation" if request.context else "context"
-                raise UserError(f"{self.label}: in {_short(pair[0])} + {_short(pair[1])} the {empty} has no token of "
+                raise UserError(f"{self.label}: in {shown(pair[0])} + {shown(pair[1])} the {empty} has no token of "
                                 "its own, so there is nothing to score")
             requests.append(request)
         return requests
@@ -86,13 +84,7 @@ class HarnessModel(TemplateLM):
         return list(zip(self.scores.log_probabilities.tolist(), self.scores.greedy.tolist(), strict=True))
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
-        """Not served: whole texts are `l2a_jax.evaluation.perplexity`'s business."""
         raise NotImplementedError("rolling log-likelihoods are not served; see l2a_jax.evaluation.perplexity")
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
-        """Not served: only multiple-choice tasks are."""
         raise NotImplementedError("only multiple-choice tasks are served; see l2a_jax.inference.generate")
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 60 else f"...{text[-57:]}")

@@ -55,29 +55,27 @@ class Scores(NamedTuple):
 
 
 class _Table(NamedTuple):
-    """What is to be computed. Requests with the same input (answers of one token) share it."""
+    """What is to be computed. Requests with the same input (answers of one token) share it: `members` of each input.
+    `targets`: the continuation of each request."""
 
     inputs: list[np.ndarray]
     members: dict[int, list[int]]
-    """The requests of each input."""
     targets: list[np.ndarray]
-    """The continuation of each request."""
     truncated: Bool[np.ndarray, " R"]
     limit: int
 
 
 class _Batch(NamedTuple):
+    """`requests`: which, in the order of their picks; `counts`: continuation tokens of each; `picks`: flat position of
+    the input before each continuation token, 0 after the last; `work`: tokens that are no padding."""
+
     requests: Int64[np.ndarray, " n"]
-    """Which requests, in the order of their picks."""
     counts: Int64[np.ndarray, " n"]
-    """Continuation tokens of each."""
     tokens: Int[np.ndarray, "B T"]
     segment_ids: Int[np.ndarray, "B T"] | None
     picks: Int[np.ndarray, " M"]
-    """Flat position of the input before each continuation token; 0 after the last."""
     targets: Int[np.ndarray, " M"]
     work: int
-    """Tokens that are no padding."""
 
 
 def log_likelihoods(

@@ -40,7 +40,7 @@ from l2a_jax.evaluation.needle_text import (
 from l2a_jax.evaluation.registry import Work
 from l2a_jax.fields import SEED, Distinct, Filled, between, check_value, count, length
 from l2a_jax.files import whole
-from l2a_jax.shapes import at_least, require_length, share, some
+from l2a_jax.shapes import at_least, share, some
 from l2a_jax.sources import Pretrained
 
 log = logging.getLogger("l2a_jax.eval")
@@ -49,16 +49,11 @@ SHAPE = {"lengths": some(at_least(1)), "depths": some(share), "exact_match": [[s
          "distractors": at_least(1), "needles": int, "per_cell": int,
          "overall": {"n": at_least(1), "exact_match": share, "exact_match_stderr": float, "ranked_first": share,
                      "mean_rank": float}}
+LENGTHS = {"exact_match": "depths", "ranked_first": "depths"}
 RECALL_LENGTHS = (64, 128, 256)
 """What the embedded model, trained on rows of 128 tokens, can be asked."""
 PANELS = {"exact_match": "greedy output is the answer\n{mean:.0%}",
           "ranked_first": "answer is the likeliest of {n}\n{mean:.0%} (chance {chance:.0%})"}
-
-
-def check_entry(entry: dict[str, Any], place: str) -> None:
-    """UserError where a grid has not a row a depth."""
-    for grid in ("exact_match", "ranked_first"):
-        require_length(entry[grid], len(entry["depths"]), f"{place}: {grid}", "as depths")
 
 
 @dataclass(frozen=True)
@@ -123,7 +118,6 @@ def make_options(given: dict[str, Any], model: Pretrained) -> NeedleOptions:
 
 
 def task(work: Work) -> dict[str, Any]:
-    """The grid's result; its heat map goes beside the results, under their name."""
     found = evaluate_needle(work.model, work.needle, backend=work.options.backend)
     drawn = picture(work.path)
     try:
@@ -256,7 +250,7 @@ def _prompt(form: CodeForm | RecallForm, hay: Haystack, options: NeedleOptions, 
                         f"and the answer alone need {length - room}")
     straw, places = hay.cut(room, rng)
     others = rng.random(options.needles - 1)
-    at = [_nearest(places, share * room) for share in (depth, *others)]
+    at = [int(places[np.abs(places - one * room).argmin()]) for one in (depth, *others)]
     pieces: list[int] = []
     previous, position = 0, 0
     for place, index in sorted(zip(at, range(len(at)), strict=True)):
@@ -267,10 +261,6 @@ def _prompt(form: CodeForm | RecallForm, hay: Haystack, options: NeedleOptions, 
         previous = place
     tokens = [*form.opening, *pieces, *straw[previous:].tolist(), *question]
     return Prompt(length, depth, seed, key, tokens, answers, answer_tokens, position)
-
-
-def _nearest(places: np.ndarray, at: float) -> int:
-    return int(places[np.abs(places - at).argmin()])
 
 
 def _generated(model: Pretrained, prompts: Sequence[Prompt], options: NeedleOptions, backend: str) -> list[dict]:

@@ -33,7 +33,7 @@ from l2a_jax.models.params import check_layers
 from l2a_jax.models.transformer import check_tokens, hidden_states
 from l2a_jax.nn import routing
 from l2a_jax.progress import progress
-from l2a_jax.shapes import at_least, require_length, share, some
+from l2a_jax.shapes import at_least, share, some
 from l2a_jax.sources import Pretrained
 from l2a_jax.training.loss import token_nll
 
@@ -46,11 +46,7 @@ SHAPE = {"perplexity": float, "perplexity_95": intervals.INTERVAL, "tokens": at_
          "text": {"name": str, "rule": str, "hash": str, "context": int, "stride": int},
          "window_nll": some(float), "window_tokens": some(at_least(0)), "sparsity?": share,
          "sparsity_per_layer?": [share], "recall_accuracy?": share}
-
-
-def check_entry(entry: dict[str, Any], place: str) -> None:
-    """UserError where there are not as many windows of tokens as of nats."""
-    require_length(entry["window_tokens"], len(entry["window_nll"]), f"{place}: window_tokens", "as window_nll")
+LENGTHS = {"window_tokens": "window_nll"}
 
 
 class Windows(NamedTuple):
@@ -144,16 +140,16 @@ def score_windows(
             tokens, targets, real = (_filled(x[start:stop], rows) for x in (*windows[:2], windows.real))
             picks = None if places is None else _filled(places[start:stop], rows)
             forced = None if decisions is None else _filled(decisions[:, start:stop], rows, axis=1)
-            found = jax.device_get(_score(model.params, tokens, targets, real, forced, pruned, picks, model.config,
-                                          layer, backend))
+            *found, decided, doubt = jax.device_get(_score(model.params, tokens, targets, real, forced, pruned, picks,
+                                                           model.config, layer, backend))
             at = np.arange(length)[None, :] if picks is None else places[start:stop]
-            for whole, part in ((nll, found.nll), (correct, found.correct)):
+            for whole, part in zip((nll, correct), found, strict=True):
                 np.put_along_axis(whole[start:stop], np.broadcast_to(at, part[: stop - start].shape),
                                   part[: stop - start], axis=1)
             _check_finite(nll, windows, start, stop)
-            if found.decisions is not None:
-                routed.append(found.decisions[:, : stop - start] & windows.real[None, start:stop])
-                entropy = entropy + found.entropy.astype(np.float64)
+            if decided is not None:
+                routed.append(decided[:, : stop - start] & windows.real[None, start:stop])
+                entropy = entropy + doubt.astype(np.float64)
             seen = windows.scored[:stop]
             report(stop, f"{stop} of {count} windows, perplexity {_so_far(nll[:stop][seen])}")
     marked = None
@@ -166,7 +162,6 @@ def score_windows(
 
 
 def task(work: Work) -> dict[str, Any]:
-    """The result of the router's own pass over the text."""
     return result(work.score(), work.windows)
 
 
@@ -210,13 +205,6 @@ def told(entry: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-class _Scored(NamedTuple):
-    nll: Any
-    correct: Any
-    decisions: Any
-    entropy: Any
-
-
 @functools.partial(jax.jit, static_argnums=(7, 8, 9))
 def _score(params, tokens, targets, real, decisions, pruned, picks, config, l2a_config, backend):
     hidden, routed = hidden_states(params, tokens, config, l2a_config, decisions=decisions, pruned=pruned,
@@ -226,8 +214,8 @@ def _score(params, tokens, targets, real, decisions, pruned, picks, config, l2a_
         targets = jnp.take_along_axis(targets, picks, axis=1)
     nll, correct = token_nll(params, hidden, targets, config)
     if routed is None:
-        return _Scored(nll, correct, None, None)
-    return _Scored(nll, correct, routed.decisions, routing.entropy(routed.probabilities, real) * jnp.sum(real))
+        return nll, correct, None, None
+    return nll, correct, routed.decisions, routing.entropy(routed.probabilities, real) * jnp.sum(real)
 
 
 def _scored_places(scored: Bool[np.ndarray, "B T"]) -> Int32[np.ndarray, "B M"] | None:

@@ -58,7 +58,6 @@ def report(before: Pretrained, after: Pretrained, windows: Windows, *, backend: 
 
 
 def task(work: Work) -> dict[str, Any]:
-    """What the flags of pruning save and cost."""
     return report(work.unpruned, work.model, work.windows, **work.passes)
 
 

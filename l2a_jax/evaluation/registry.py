@@ -2,7 +2,7 @@
 
 From it follow `--tasks` and its help, what an evaluation reads, and what `eval.json` must hold. A task is a file here:
 
-    SHAPE         what its entry in `eval.json` must hold (`l2a_jax.shapes`); `check_entry(entry, place)`, if more
+    SHAPE         what its entry in `eval.json` must hold (`l2a_jax.shapes`); LENGTHS: which lists are as long as which
     task(work)    its entry, in JSON types
     told(entry)   the entry in a few lines, for people
 """

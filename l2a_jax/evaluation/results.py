@@ -15,7 +15,7 @@ from l2a_jax.errors import UserError
 from l2a_jax.evaluation import registry
 from l2a_jax.files import claim, from_plain, plain, read_json, write_json
 from l2a_jax.provenance import provenance
-from l2a_jax.shapes import each, require
+from l2a_jax.shapes import each, require, require_length
 
 log = logging.getLogger("l2a_jax.eval")
 FILE = "eval.json"
@@ -39,8 +39,9 @@ def check(found: Any, where: str) -> None:
     for name, entry in found["tasks"].items():
         task, place = registry.module(name), f"{where}: task {name}"
         require(entry, task.SHAPE, place)
-        if hasattr(task, "check_entry"):
-            task.check_entry(entry, place)
+        for key, other in getattr(task, "LENGTHS", {}).items():
+            size, why = (entry[other], "which is n") if other == "n" else (len(entry[other]), f"as {other}")
+            require_length(size * [0] if entry.get(key) is None else entry[key], size, f"{place}: {key}", why)
 
 
 def origin(settings: dict[str, Any], seconds: float) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import namedtuple
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -29,22 +30,8 @@ BENCHMARKS = {"hellaswag": "HellaSwag", "piqa": "PIQA", "arc_challenge": "ARC-C"
 SOURCE = "T. Hertel, Testing Conditional Attention Routing at Consumer Scale, 21 April 2026"
 """What stands beside our numbers. Its text, checkpoints, window and penalty were not published, so a difference in
 perplexity may be one of texts; nearly all of its task scores are multiples of 0.002, about 500 items each."""
-
-
-class Reported(NamedTuple):
-    """One row of the study. Scores are shares of 1, `needle` as it was printed; None: not reported."""
-
-    size: str
-    regime: str
-    data: str | None
-    trained: str | None
-    perplexity: float
-    hellaswag: float | None
-    piqa: float | None
-    arc_challenge: float | None
-    needle: str
-
-
+Reported = namedtuple("Reported", "size regime data trained perplexity hellaswag piqa arc_challenge needle")
+"""A row of the study. Scores are shares of 1, `needle` as it was printed; None: not reported."""
 REPORTED = (
     Reported("qwen2.5-0.5b", "baseline", None, None, 11.52, 0.391, 0.700, 0.289, "60-80%"),
     Reported("qwen2.5-0.5b", "router", "diverse", "65K", 22.38, 0.354, 0.688, 0.234, "0-20%"),

@@ -19,7 +19,7 @@ from l2a_jax.evaluation import intervals
 from l2a_jax.evaluation.registry import Work
 from l2a_jax.evaluation.task_files import TaskFile, read_task
 from l2a_jax.files import plain, whole
-from l2a_jax.shapes import at_least, one_of, require_length, share, some
+from l2a_jax.shapes import at_least, one_of, share, some
 from l2a_jax.sources import Pretrained
 
 if TYPE_CHECKING:
@@ -32,19 +32,13 @@ FEWSHOT_SEED = 1_234
 METRICS = ("acc", "acc_norm")
 SHAPE = {"n": at_least(1), "num_fewshot": int, "acc": share, "correct": some(one_of(0, 1)), "acc_norm?": share,
          "correct_norm?": some(one_of(0, 1)), "acc_stderr?": float, "acc_norm_stderr?": float}
+LENGTHS = {"correct": "n", "correct_norm": "n"}
 
 
 def task(work: Work) -> dict[str, Any]:
-    """The benchmark that the work is named after."""
     o = work.options
     return evaluate_tasks(work.model, (work.name,), limit=o.limit, num_fewshot=o.num_fewshot, task_data=o.task_data,
                           backend=o.backend, log_samples=work.path.parent if o.log_samples else None)[work.name]
-
-
-def check_entry(entry: dict[str, Any], place: str) -> None:
-    """UserError where there is not a bit an item."""
-    for bits in ("correct", "correct_norm"):
-        require_length(entry.get(bits) or entry["correct"], entry["n"], f"{place}: {bits}", "which is n")
 
 
 def told(entry: dict[str, Any]) -> str:

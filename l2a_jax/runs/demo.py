@@ -30,16 +30,29 @@ def recall_report(run: Run, state: TrainState, frozen: Tree, source_params: Tree
     plan = run.plan
     plain = run.objective._replace(l2a_config=None)
     if plan.l2a_config is None:
-        rows = score(lambda batch, decisions: run.evaluate(state.trainable, frozen, batch, None), held_out)[0]
+        rows = score(lambda batch, _: run.evaluate(state.trainable, frozen, batch, None), held_out)[0]
         return {"rows": {"this model (full attention)": rows}}
-    start_trainable, start_frozen = run.split(add_routing(source_params, plan.config, plan.l2a_config)
-                                              if not plan.source_routed else source_params)
     baseline = jax.jit(lambda params, batch: evaluate_batch(params, batch, None, objective=plain))
-    return report(
-        baseline=lambda batch, decisions: baseline(source_params, batch),
-        untrained=lambda batch, decisions: run.evaluate(start_trainable, start_frozen, batch, decisions),
-        trained=lambda batch, decisions: run.evaluate(state.trainable, frozen, batch, decisions),
-        batches=held_out, seed=plan.settings.seed)
+
+    def model(trainable: Tree, frozen: Tree) -> Score:
+        return lambda batch, decisions: run.evaluate(trainable, frozen, batch, decisions)
+
+    trained = model(state.trainable, frozen)
+    untrained = model(*run.split(source_params if plan.source_routed else
+                                 add_routing(source_params, plan.config, plan.l2a_config)))
+    own, routed = score(trained, held_out)
+
+    def nothing(index, batch):
+        return np.zeros((routed.shape[0], *batch.tokens.shape), bool)
+
+    rows = {"baseline (full attention)": score(lambda batch, _: baseline(source_params, batch), held_out)[0],
+            "local only, untrained": score(untrained, held_out, nothing)[0],
+            "trained router": own,
+            "random routing, same rates": score(trained, held_out, random_like(routed, plan.settings.seed))[0],
+            "trained, nothing routed": score(trained, held_out, nothing)[0]}
+    needed = np.concatenate([needs_memory(batch.tokens) for batch in held_out])
+    return {"rows": rows, "router_any_layer": agreement(routed.any(axis=0), needed),
+            "router_per_layer": [agreement(layer, needed) for layer in routed]}
 
 
 def score(
@@ -76,23 +89,6 @@ def agreement(routed: Bool[np.ndarray, "B T"], needed: Bool[np.ndarray, "B T"]) 
     hits = float((routed & needed).sum())
     return {"precision": hits / routed.sum() if routed.any() else None,
             "recall": hits / needed.sum() if needed.any() else None, "routed": float(routed.mean())}
-
-
-def report(baseline: Score, untrained: Score, trained: Score, batches: list[Batch], seed: int) -> dict[str, Any]:
-    """The demo's table: baseline, local only, the trained model, random routing at its rates; router agreement."""
-    own, routed = score(trained, batches)
-
-    def nothing(index, batch):
-        return np.zeros((routed.shape[0], *batch.tokens.shape), bool)
-
-    rows = {"baseline (full attention)": score(baseline, batches)[0],
-            "local only, untrained": score(untrained, batches, nothing)[0],
-            "trained router": own,
-            "random routing, same rates": score(trained, batches, random_like(routed, seed))[0],
-            "trained, nothing routed": score(trained, batches, nothing)[0]}
-    needed = np.concatenate([needs_memory(batch.tokens) for batch in batches])
-    return {"rows": rows, "router_any_layer": agreement(routed.any(axis=0), needed),
-            "router_per_layer": [agreement(layer, needed) for layer in routed]}
 
 
 def format_report(report: dict[str, Any]) -> str:
