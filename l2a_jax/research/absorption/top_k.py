@@ -25,8 +25,8 @@ def by_sort(scores: Float[Array, "*S T"], k: Int[Array, ""] | int) -> Bool[Array
     index = jnp.clip(length - jnp.asarray(k, jnp.int32), 0, length - 1)
     kth = jax.lax.dynamic_index_in_dim(jnp.sort(scores, axis=-1), index, axis=-1, keepdims=True)
     above, equal = scores > kth, scores == kth
-    room = k - jnp.sum(above, axis=-1, keepdims=True)
-    return above | (equal & (jnp.cumsum(equal, axis=-1) <= room))
+    left = k - jnp.sum(above, axis=-1, keepdims=True)
+    return above | (equal & (jnp.cumsum(equal, axis=-1) <= left))
 
 
 def ordered(scores: Float[Array, "*S"]) -> Int[Array, "*S"]:
@@ -66,14 +66,14 @@ def _kernel(keys_ref, k_ref, mask_ref, *, length):
 
     threshold = jax.lax.fori_loop(0, 32, value_bit, jnp.full((ROWS,), LOWEST, jnp.int32))
     above, equal = keys > threshold[:, None], keys == threshold[:, None]
-    room = k - count(above)
+    left = k - count(above)
     place = jax.lax.broadcasted_iota(jnp.int32, (ROWS, length), 1)
     bits = length.bit_length()
 
     def place_bit(index, end):
-        # The largest end before which at most `room` of the equal keys lie.
+        # The largest end before which at most `left` of the equal keys lie.
         candidate = end + jnp.left_shift(jnp.int32(1), bits - 1 - index)
-        return jnp.where(count(equal & (place < candidate[:, None])) <= room, candidate, end)
+        return jnp.where(count(equal & (place < candidate[:, None])) <= left, candidate, end)
 
     end = jax.lax.fori_loop(0, bits, place_bit, jnp.zeros((ROWS,), jnp.int32))
     mask_ref[...] = (above | (equal & (place < end[:, None]))).astype(jnp.int8)

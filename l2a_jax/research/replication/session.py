@@ -14,9 +14,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
+from l2a_jax import device
 from l2a_jax.config import L2AConfig
 from l2a_jax.data.dataset import open_data
 from l2a_jax.errors import UserError
@@ -35,9 +35,8 @@ class Session:
 
     def __init__(self, models: dict[str, str], data_dir: str | Path, *, backend: str = "auto", compile_ahead: int = 0):
         self.models, self.data_dir, self.backend = models, str(data_dir), backend
-        on_cpu = jax.default_backend() == "cpu"
-        self.dtype = jnp.dtype("float32" if on_cpu else "bfloat16")
-        self.passes = {"backend": backend, "batch_tokens": 4_096 if on_cpu else perplexity.BATCH_TOKENS}
+        self.dtype = jnp.dtype(device.default_dtype())
+        self.passes = {"backend": backend, "batch_tokens": device.batch_tokens(perplexity.BATCH_TOKENS)}
         self._kept: dict[tuple, Any] = {}
         self._programs: dict[tuple, Run | Future] = {}
         self._threads = ThreadPoolExecutor(compile_ahead) if compile_ahead else None
