@@ -1,12 +1,14 @@
 """The guides are true: their commands run, their links and files are there, their words are those of the code.
 
 A shell block runs, in the order of its guide and in a folder of its own, unless a comment above it says what it needs
-(`<!-- needs: gpu, network -->`); then its flags at least are known to the command.
+(`<!-- needs: gpu, network -->`); then its flags at least are known to the command. Tables of flags are generated from
+what declares them: `PYTHONPATH=. python tests/test_guides.py` writes them anew.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import pathlib
 import re
@@ -129,6 +131,26 @@ def test_links_and_files_are_there(guide):
             assert (ROOT / name).exists() or (here / name).exists(), f"{guide} names {name}"
 
 
+FLAGS = re.compile(r"(<!-- flags: ([\w.]+) -->\n)(.*?)(<!-- end of flags -->)", re.S)
+
+
+def with_flags(guide: str) -> str:
+    """The guide with the flags of every dataclass that a comment names (`<!-- flags: MODULE.CLASS -->`)."""
+    flag_table = pytest.importorskip("l2a_jax.flags").flag_table
+
+    def generated(match: re.Match) -> str:
+        module, _, name = match[2].rpartition(".")
+        return f"{match[1]}\n{flag_table(getattr(importlib.import_module(module), name)).strip()}\n\n{match[4]}"
+
+    return FLAGS.sub(generated, text(guide))
+
+
+@pytest.mark.parametrize("guide", ["train/README.md", "eval/README.md"])
+def test_tables_of_flags_are_those_that_are_declared(guide):
+    assert FLAGS.search(text(guide))
+    assert with_flags(guide) == text(guide), "run PYTHONPATH=. python tests/test_guides.py"
+
+
 def tables(guide: str, heading: str) -> list[list[str]]:
     """The rows of the table under a heading, cell by cell."""
     part = re.split(rf"^## {heading}$", text(guide), flags=re.M)[1].split("\n## ")[0]
@@ -180,3 +202,8 @@ def test_every_marker_is_explained():
     tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
     markers = {line.partition(":")[0] for line in tool["pytest"]["ini_options"]["markers"]}
     assert {row[0].strip("`") for row in tables("CONTRIBUTING.md", "Tests")} == markers
+
+
+if __name__ == "__main__":
+    for guide in GUIDES:
+        (ROOT / guide).write_text(with_flags(guide))
