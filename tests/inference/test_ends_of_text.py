@@ -73,7 +73,7 @@ def test_a_prompt_file_that_cannot_be_read_is_named(tmp_path, monkeypatch, conte
 
 def _collapse(model, monkeypatch, seen):
     monkeypatch.setattr(collapse, "collapse", lambda *given, **options: {"stops": seen.append(options["stop_tokens"])})
-    evaluate._collapse(evaluate.make_plan(evaluate.Options(TINY, ("collapse",))), model)
+    dict(evaluate._steps(evaluate.make_plan(evaluate.Options(TINY, ("collapse",))), model, model))["collapse"]()
 
 
 def _study(model, monkeypatch, seen):
