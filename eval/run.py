@@ -19,13 +19,14 @@ NEEDLE = ("lengths", "depths", "seeds", "needles", "generate", "haystack")
 def make_parser() -> argparse.ArgumentParser:
     """Every flag; those left out are "not given"."""
     from l2a_jax.attention.backends import HELP
+    from l2a_jax.evaluation.registry import ASKED
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.add_argument("source", metavar="SOURCE", help="run folder (its newest checkpoint; "
                         "RUN/checkpoints/best: its best), hub id, folder or .gguf file")
     parser.add_argument("--tasks", required=True, action=commands.Parsed, parse=_names,
-                        help="some of perplexity, audit, collapse, needle, hellaswag, piqa, arc_challenge, arc_easy")
+                        help=f"some of {', '.join(ASKED)}")
     parser.add_argument("--out", action=commands.Parsed, parse=commands.path, help="folder for eval.json")
 
     text = parser.add_argument_group("text (perplexity, audit, collapse)")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from l2a_jax.errors import UserError, needs
 from l2a_jax.evaluation import intervals
-from l2a_jax.evaluation.registry import Work
+from l2a_jax.evaluation.registry import BENCHMARKS, Work
 from l2a_jax.evaluation.task_files import TaskFile, read_task
 from l2a_jax.files import plain, whole
 from l2a_jax.shapes import at_least, one_of, share, some
@@ -25,8 +25,6 @@ from l2a_jax.sources import Pretrained
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
-FOLDERS = {"hellaswag": "hellaswag", "piqa": "piqa", "arc_challenge": "arc", "arc_easy": "arc"}
-"""Where lm-eval keeps a definition: reading these alone spares the ten seconds that all its thousands take."""
 FEWSHOT_SEED = 1_234
 """lm-eval's own default."""
 METRICS = ("acc", "acc_norm")
@@ -93,11 +91,11 @@ def load_tasks(names: Sequence[str], files: dict[str, TaskFile], num_fewshot: in
     """
     lm_tasks = needs("lm_eval.tasks", "eval", "a benchmark")
     root = Path(lm_tasks.__file__).parent
-    folders = sorted({str(root / FOLDERS[name]) for name in names}) if set(names) <= set(FOLDERS) else None
+    folders = sorted({str(root / BENCHMARKS[name]) for name in names}) if set(names) <= set(BENCHMARKS) else None
     manager = lm_tasks.TaskManager(include_defaults=folders is None, include_path=folders)
     unknown = [name for name in names if name not in manager.all_subtasks]
     if unknown:
-        raise UserError(f"lm-eval has no task {unknown[0]!r}; the usual ones are {', '.join(FOLDERS)}")
+        raise UserError(f"lm-eval has no task {unknown[0]!r}; the usual ones are {', '.join(BENCHMARKS)}")
     try:
         # A group of one's own is lm-eval's way to change some settings of a task it knows.
         needed = limit if not num_fewshot else None
