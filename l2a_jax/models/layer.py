@@ -1,4 +1,4 @@
-"""One attention sublayer: plain, or conditional in its two topologies.
+"""One layer: attention, plain or conditional in its two topologies, and the gated MLP.
 
 x is the residual stream, s local and a global attention, d~ the straight-through decision (`nn.routing`):
 
@@ -6,15 +6,18 @@ x is the residual stream, s local and a global attention, d~ the straight-throug
     sequential  u = x + Wo s(norm_local(x));  h = norm_global(u);  y = u + Wo'(d~ a(h));  the router reads h
     parallel    y = x + Wo'(d~ a(norm_global(x))) + Wo((1 - d~) s(norm_local(x)))
     shared      the parallel layer with one attention set and one norm: y = x + Wo(d~ a + (1 - d~) s)
+    out         y + mlp(norm_mlp(y))
 
-Training computes s for every row and a for the routed rows; with leakage, sometimes a for every row. Without
-gradients to the decision (inference, forced decisions) the shared layer does each row's work once.
+`block` is called by every forward pass: training, scoring, prefill, decode, and the faulty ones of the autopsy. What
+differs between them is the `Attend` in its context. Which decision holds for a row and whether its global attention is
+computed is decided in `decide`, and nowhere else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +25,16 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from l2a_jax import attention
-from l2a_jax.config import L2AConfig, ModelConfig
+from l2a_jax.config import L2AConfig, ModelConfig, rope_of
 from l2a_jax.nn import routing
-from l2a_jax.nn.layers import joined, linear, rms_norm
-from l2a_jax.nn.rope import split_heads
+from l2a_jax.nn.layers import gated_mlp, joined, linear, rms_norm
+from l2a_jax.nn.rope import rope_table, split_heads
 
 QKV = ("q", "k", "v")
+Stream = Float[Array, "B T D"]
+Heads = Float[Array, "B T N H"]
+Keys = Float[Array, "B T K H"]
+PerRow = Bool[Array, "B T"]
 
 
 class LayerRouting(NamedTuple):
@@ -38,124 +45,210 @@ class LayerRouting(NamedTuple):
     logits: Float[Array, "*L B T"]
 
 
-class Context(NamedTuple):
-    """What is the same for every layer of a call. `train`: decisions are learned in this call.
+@runtime_checkable
+class Attend(Protocol):
+    """The attention functions that a layer calls: those of `l2a_jax.attention`, with whatever else they need."""
 
-    `attention` has the four functions of `l2a_jax.attention`; generation puts one there that keeps or reads a cache.
-    """
+    def full(self, q: Heads, k: Keys, v: Keys) -> Heads: ...
+
+    def local(self, q: Heads, k: Keys, v: Keys) -> Heads: ...
+
+    def routed(self, q: Heads, k: Keys, v: Keys, decisions: PerRow) -> Heads: ...
+
+    def mixed(self, q: Heads, k: Keys, v: Keys, decisions: PerRow) -> Heads: ...
+
+    def both(self, q: Heads, k: Keys, v: Keys, decisions: PerRow) -> tuple[Heads, Heads]: ...
+
+
+@dataclass
+class Attention:
+    """`l2a_jax.attention` over the tokens of a call: an `Attend` that remembers nothing."""
+
+    l2a: L2AConfig | None
+    segment_ids: Int[Array, "B T"] | None
+    backend: str
+
+    def full(self, q: Heads, k: Keys, v: Keys) -> Heads:
+        return attention.full(q, k, v, **self._call())
+
+    def local(self, q: Heads, k: Keys, v: Keys) -> Heads:
+        return attention.local(q, k, v, **self._call(), **self._window())
+
+    def routed(self, q: Heads, k: Keys, v: Keys, decisions: PerRow) -> Heads:
+        return attention.routed(q, k, v, decisions, **self._call())
+
+    def mixed(self, q: Heads, k: Keys, v: Keys, decisions: PerRow) -> Heads:
+        return attention.mixed(q, k, v, decisions, **self._call(), **self._window())
+
+    def both(self, q: Heads, k: Keys, v: Keys, decisions: PerRow) -> tuple[Heads, Heads]:
+        return attention.both(q, k, v, decisions, **self._call(), **self._window())
+
+    def _call(self) -> dict[str, Any]:
+        return {"segment_ids": self.segment_ids, "backend": self.backend}
+
+    def _window(self) -> dict[str, int]:
+        return {"window": self.l2a.window, "sinks": self.l2a.sinks}
+
+
+class Context(NamedTuple):
+    """What is the same for every layer of a call. `train`: decisions are learned in this call."""
 
     config: ModelConfig
     l2a: L2AConfig | None
     rope: tuple[Float[Array, "B T h"], Float[Array, "B T h"]]
-    segment_ids: Int[Array, "B T"] | None
-    real: Bool[Array, "B T"]
-    train: bool
-    backend: str
-    attention: Any = attention
+    real: PerRow
+    attend: Attend
+    train: bool = False
 
 
-def attend(
-    x: Float[Array, "B T D"],
-    layer: Mapping[str, Any],
-    context: Context,
-    forced: Bool[Array, "B T"] | None,
-    key: PRNGKeyArray | None,
-    pruned: Bool[Array, ""] | None,
-) -> tuple[Float[Array, "B T D"], LayerRouting | None]:
-    """The attention sublayer of one layer, residual included; `forced` decisions replace the router's."""
+class OfLayer(NamedTuple):
+    """What a call gives to one layer or, stacked on a leading L, to all. `decisions` replace the router's; `key` is for
+    what training draws; a layer that is `pruned` never routes, whoever decides."""
+
+    decisions: Bool[Array, "*L B T"] | None = None
+    key: PRNGKeyArray | None = None
+    pruned: Bool[Array, "*L"] | None = None
+
+
+class Decided(NamedTuple):
+    """About each row of a layer: its routing, whether its global attention is computed, and the gate d~ that opens it,
+    which has a gradient in training and where global attention is computed."""
+
+    routing: LayerRouting
+    computed: PerRow
+    gate: Float[Array, "B T"]
+
+
+def context_of(config: ModelConfig, l2a: L2AConfig | None, positions: Int[Array, "B T"], real: PerRow, attend: Attend,
+               train: bool = False) -> Context:
+    """The context of a call; both paths share one table of rotations."""
+    return Context(config, l2a, rope_table(positions, config, rope_of(config, l2a)), real, attend, train)
+
+
+def pruned_layers(config: ModelConfig, l2a: L2AConfig | None) -> Bool[Array, " L"] | None:
+    """Which layers the configuration prunes; None where it prunes none."""
+    if l2a is None or not l2a.pruned_layers:
+        return None
+    return jnp.isin(jnp.arange(config.num_layers), jnp.asarray(l2a.pruned_layers))
+
+
+def block(
+    x: Stream, layer: Mapping[str, Any], context: Context, given: OfLayer
+) -> tuple[Stream, LayerRouting | None]:
+    """One layer; its routing is None where the model is plain."""
     if context.l2a is None:
-        q, k, v = _qkv(_norm(x, layer["norm_attention"], context), layer["attention"], context)
-        rows = context.attention.full(q, k, v, segment_ids=context.segment_ids, backend=context.backend)
-        return x + _out(rows, layer["attention"]), None
-
-    def decide(h):
-        z = routing.router_logits(h, layer["router"]["kernel"])
-        d = routing.decide(z, context.l2a.temperature, context.l2a.threshold) if forced is None else forced
-        if context.train and context.l2a.flip:
-            d = routing.flipped(jax.random.fold_in(key, 1), d, context.l2a.flip)  # another draw than the leak's
-        d = d & context.real if pruned is None else d & context.real & ~pruned
-        # Kept whatever is rematerialised: a logit computed again rounds otherwise, and a token that so crossed the
-        # threshold would give the backward pass other rows than those whose log-sum-exps the forward pass left.
-        d = checkpoint_name(d, "decisions")
-        return LayerRouting(d, routing.probability(z, context.l2a.temperature), z)
-
-    topology = _sequential if context.l2a.topology == "sequential" else _parallel
-    return topology(x, layer, context, decide, key, pruned)
-
-
-def _sequential(x, layer, context, decide, key, pruned):
-    q, k, v = _qkv(_norm(x, layer["norm_local"], context), layer["attention_local"], context)
-    u = checkpoint_name(x + _out(_local(q, k, v, context), layer["attention_local"]), "residual")
-    h = _norm(u, layer["norm_global"], context)
-    decided = decide(h)
-    q, k, v = _qkv(h, layer["attention_global"], context)
-    rows, open_ = _global(q, k, v, decided, context, key, pruned)
-    return u + _out(routing.gate(open_, rows), layer["attention_global"]), decided
-
-
-def _parallel(x, layer, context, decide, key, pruned):
-    shared = context.l2a.share_attention
-    set_local, set_global = (layer[name] for name in (("attention",) * 2 if shared else ("attention_local",
-                                                                                          "attention_global")))
-    norm_local, norm_global = (layer[name] for name in (("norm_attention",) * 2 if shared else ("norm_local",
-                                                                                                 "norm_global")))
-    h = _norm(x, norm_global, context)
-    global_qkv = _qkv(h, set_global, context)
-    local_qkv = global_qkv if shared else _qkv(_norm(x, norm_local, context), set_local, context)
-
-    reads_local = context.l2a.router_input == "post_local"
-    if shared and not reads_local and not context.train:
-        decided = decide(h)
-        rows = context.attention.mixed(*global_qkv, decided.decisions, window=context.l2a.window,
-                                       sinks=context.l2a.sinks, segment_ids=context.segment_ids,
-                                       backend=context.backend)
-        return x + _out(rows, set_global), decided
-
-    if shared and not reads_local and context.l2a.leakage == 1:  # training that computes both paths for every row
-        decided = decide(h)
-        rows, difference = context.attention.both(*global_qkv, decided.decisions, window=context.l2a.window,
-                                                  sinks=context.l2a.sinks, segment_ids=context.segment_ids,
-                                                  backend=context.backend)
-        computed = context.real if pruned is None else context.real & ~pruned
-        open_ = routing.straight_through(decided.decisions, decided.probabilities, computed)
-        return x + _out(routing.with_decision_gradient(rows, open_, difference), set_global), decided
-
-    near = _local(*local_qkv, context)
-    decided = decide(_norm(x + _out(near, set_local), norm_global, context) if reads_local else h)
-    far, open_ = _global(*global_qkv, decided, context, key, pruned)
-    if shared:
-        return x + _out(routing.gate(open_, far) + routing.gate(1 - open_, near), set_global), decided
-    return x + _out(routing.gate(open_, far), set_global) + _out(routing.gate(1 - open_, near), set_local), decided
-
-
-def _local(q, k, v, context):
-    return context.attention.local(q, k, v, window=context.l2a.window, sinks=context.l2a.sinks,
-                                   segment_ids=context.segment_ids, backend=context.backend)
-
-
-def _global(q, k, v, decided, context, key, pruned):
-    """Global attention and the gate d~ that opens it; which rows were computed decides which gates get a gradient.
-
-    A leak computes every row. It is a matter of which rows are routed, not of a branch: a conditional would have the
-    host wait for the coin, and keep both branches' residuals.
-    """
-    options = {"segment_ids": context.segment_ids, "backend": context.backend}
-    d = decided.decisions
-    leakage = context.l2a.leakage if context.train else 0.0
-    if leakage == 1:
-        rows, computed = context.attention.full(q, k, v, **options), context.real
+        sublayer = _plain
+    elif context.l2a.topology == "sequential":
+        sublayer = _sequential
     else:
-        leaks = jax.random.bernoulli(key, leakage) if leakage else False
-        computed = d | (leaks & context.real)
-        rows = context.attention.routed(q, k, v, computed, **options)
+        sublayer = _shared if context.l2a.share_attention else _separate
+    y, routed = sublayer(x, layer, context, given)
+    y = checkpoint_name(y, "residual")
+    return y + gated_mlp(_norm(y, layer["norm_mlp"], context), layer["mlp"]), routed
+
+
+def decide(h: Stream, layer: Mapping[str, Any], context: Context, given: OfLayer) -> Decided:
+    """What is decided for each row, and for which rows global attention is computed:
+
+        decided    by `given.decisions`, else by the router, in training with a share `flip` of them inverted
+        computed   the routed rows; in training every real row where the layer leaks, which it does with probability
+                   `leakage`, one draw a call (1: always, and nothing is drawn)
+
+    Padding is never routed, nor is any row of a pruned layer. A leak is a matter of which rows are computed, not of a
+    branch: a conditional would have the host wait for the coin, and keep both branches' residuals.
+    """
+    l2a = context.l2a
+    able = context.real if given.pruned is None else context.real & ~given.pruned
+    z = routing.router_logits(h, layer["router"]["kernel"])
+    d = routing.decide(z, l2a.temperature, l2a.threshold) if given.decisions is None else given.decisions
+    if context.train and l2a.flip:
+        d = routing.flipped(jax.random.fold_in(given.key, 1), d, l2a.flip)  # another draw than the leak's
+    # Kept whatever is rematerialised: a logit computed again rounds otherwise, and a token that so crossed the
+    # threshold would give the backward pass other rows than those whose log-sum-exps the forward pass left.
+    d = checkpoint_name(d & able, "decisions")
+    p = routing.probability(z, l2a.temperature)
+    routed = LayerRouting(d, p, z)
     if not context.train:
-        return rows, d.astype(jnp.float32)
-    if pruned is not None:
-        computed = computed & ~pruned
-    return rows, routing.straight_through(d, decided.probabilities, computed)
+        return Decided(routed, d, d.astype(jnp.float32))
+    if l2a.leakage == 1:
+        computed = able
+    else:
+        computed = d | (jax.random.bernoulli(given.key, l2a.leakage) & able) if l2a.leakage else d
+    return Decided(routed, computed, routing.straight_through(d, p, computed))
 
 
-def _norm(x, params, context):
+def _dense(context: Context) -> bool:
+    """Whether global attention is computed for every row, so that nothing is gained by leaving any out."""
+    return context.train and context.l2a.leakage == 1
+
+
+def _plain(x: Stream, layer: Mapping[str, Any], context: Context, given: OfLayer) -> tuple[Stream, None]:
+    weights = layer["attention"]
+    q, k, v = _qkv(_norm(x, layer["norm_attention"], context), weights, context)
+    return x + _out(context.attend.full(q, k, v), weights), None
+
+
+def _sequential(x: Stream, layer: Mapping[str, Any], context: Context, given: OfLayer) -> tuple[Stream, LayerRouting]:
+    q, k, v = _qkv(_norm(x, layer["norm_local"], context), layer["attention_local"], context)
+    u = checkpoint_name(x + _out(context.attend.local(q, k, v), layer["attention_local"]), "residual")
+    h = _norm(u, layer["norm_global"], context)
+    decided = decide(h, layer, context, given)
+    far = _far(*_qkv(h, layer["attention_global"], context), decided, context)
+    return u + _out(routing.gate(decided.gate, far), layer["attention_global"]), decided.routing
+
+
+def _separate(x: Stream, layer: Mapping[str, Any], context: Context, given: OfLayer) -> tuple[Stream, LayerRouting]:
+    """The parallel layer with a set of its own for each path."""
+    weights, norm = layer["attention_global"], layer["norm_global"]
+    h = _norm(x, norm, context)
+    q, k, v = _qkv(h, weights, context)
+    near = context.attend.local(*_qkv(_norm(x, layer["norm_local"], context), layer["attention_local"], context))
+    if context.l2a.router_input == "post_local":
+        h = _norm(x + _out(near, layer["attention_local"]), norm, context)
+    decided = decide(h, layer, context, given)
+    far = _far(q, k, v, decided, context)
+    return (x + _out(routing.gate(decided.gate, far), weights)
+            + _out(routing.gate(1 - decided.gate, near), layer["attention_local"])), decided.routing
+
+
+def _shared(x: Stream, layer: Mapping[str, Any], context: Context, given: OfLayer) -> tuple[Stream, LayerRouting]:
+    """The parallel layer with one set for both paths: a row's decision only chooses the keys that it sees."""
+    weights, norm = layer["attention"], layer["norm_attention"]
+    h = _norm(x, norm, context)
+    q, k, v = _qkv(h, weights, context)
+    if context.l2a.router_input == "post_local":
+        near = context.attend.local(q, k, v)
+        decided = decide(_norm(x + _out(near, weights), norm, context), layer, context, given)
+        rows = _joined_paths(q, k, v, near, decided, context)
+    else:
+        decided = decide(h, layer, context, given)
+        if not context.train:
+            rows = context.attend.mixed(q, k, v, decided.routing.decisions)  # each row's work once
+        elif _dense(context):
+            rows = _dense_paths(q, k, v, decided, context)
+        else:
+            rows = _joined_paths(q, k, v, context.attend.local(q, k, v), decided, context)
+    return x + _out(rows, weights), decided.routing
+
+
+def _joined_paths(q: Heads, k: Keys, v: Keys, near: Heads, decided: Decided, context: Context) -> Heads:
+    """d~ a + (1 - d~) s, where a is computed for some rows and s for all."""
+    far = _far(q, k, v, decided, context)
+    return routing.gate(decided.gate, far) + routing.gate(1 - decided.gate, near)
+
+
+def _dense_paths(q: Heads, k: Keys, v: Keys, decided: Decided, context: Context) -> Heads:
+    """d~ a + (1 - d~) s, where both are computed for every row: backward a row's work is done once."""
+    rows, difference = context.attend.both(q, k, v, decided.routing.decisions)
+    return routing.with_decision_gradient(rows, decided.gate, difference)
+
+
+def _far(q: Heads, k: Keys, v: Keys, decided: Decided, context: Context) -> Heads:
+    """Global attention of the rows for which it is computed."""
+    return context.attend.full(q, k, v) if _dense(context) else context.attend.routed(q, k, v, decided.computed)
+
+
+def _norm(x: Stream, params: Mapping[str, Any], context: Context) -> Stream:
     return rms_norm(x, params, context.config.rms_norm_eps)
 
 
@@ -166,7 +259,7 @@ def join_projections(layer: Mapping[str, Any]) -> dict[str, Any]:
             for name, part in layer.items()}
 
 
-def _qkv(h, params, context):
+def _qkv(h: Stream, params: Mapping[str, Any], context: Context) -> tuple[Heads, Keys, Keys]:
     """q and k (rotated) and v from one matrix product: k and v alone are too narrow for the matrix units, and their
     gradients would each write a whole [B, T, D]."""
     heads, kv_heads = context.config.num_heads, context.config.num_kv_heads
@@ -176,5 +269,5 @@ def _qkv(h, params, context):
     return checkpoint_name(split_heads(product, together["bias"].reshape(shape), context.rope, kv_heads), "qkv")
 
 
-def _out(rows, params):
+def _out(rows: Heads, params: Mapping[str, Any]) -> Stream:
     return linear(rows.reshape(*rows.shape[:2], -1), params["o"])

@@ -12,16 +12,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from l2a_jax.attention.reference import real_tokens, segment_starts
-from l2a_jax.config import L2AConfig, ModelConfig, position_limit, rope_of
+from l2a_jax.config import L2AConfig, ModelConfig, position_limit
 from l2a_jax.errors import UserError
-from l2a_jax.models.layer import Context, LayerRouting, attend, join_projections
+from l2a_jax.models.layer import (
+    Attend,
+    Attention,
+    LayerRouting,
+    OfLayer,
+    block,
+    context_of,
+    join_projections,
+    pruned_layers,
+)
 from l2a_jax.models.params import Tree, as_module, check_layers, from_module, init_params, output_matrix
-from l2a_jax.nn.layers import gated_mlp, rms_norm
-from l2a_jax.nn.rope import rope_table
+from l2a_jax.nn.layers import rms_norm
 
 
 class Output(NamedTuple):
@@ -46,6 +53,7 @@ def hidden_states(
     backend: str = "auto",
     remat: Callable | bool = False,
     unroll: bool = False,
+    attend: Attend | None = None,
 ) -> tuple[Float[Array, "B T D"], LayerRouting | None]:
     """The normed output of the last layer, and the routing of every layer ([L, B, T] each; None for a plain model).
 
@@ -55,33 +63,22 @@ def hidden_states(
     straight-through gradients and leakage on; `key` (already folded with seed, step and microbatch) is needed where 0 <
     leakage < 1 or 0 < flip. `remat`: recompute each layer, all but its decisions, in the backward pass; a checkpoint
     policy says what else to keep. `unroll`: a program without a loop over layers, which compiles longer and keeps what
-    the backward pass needs where it was made, in place of stacking it. The compute dtype is the embedding's.
+    the backward pass needs where it was made, in place of stacking it. `attend`: attention functions to use in place of
+    those of `backend`. The compute dtype is the embedding's.
 
     Raises UserError on tokens outside the vocabulary (where values are known), or a sequence longer than the rotary
     embedding is meant for; ValueError on shapes that do not fit.
     """
-    x, routing, _ = _run(params, tokens, config, l2a_config, positions, segment_ids, decisions, key, train, backend,
-                         remat, unroll, None, pruned)
+    options = _Pass(positions, segment_ids, decisions, pruned, key, train, backend, remat, unroll, attend)
+    x, routing, _ = _run(params, tokens, config, l2a_config, options)
     return rms_norm(x, params["norm_final"], config.rms_norm_eps), routing
 
 
-def probe_layers(
-    params: Tree,
-    tokens: Int[Array, "B T"],
-    config: ModelConfig,
-    l2a_config: L2AConfig | None = None,
-    *,
-    probe: Callable[[Float[Array, "B T D"]], Any],
-    positions=None,
-    segment_ids=None,
-    decisions=None,
-    key=None,
-    train: bool = False,
-    backend: str = "auto",
-) -> Any:
-    """`probe` of the residual stream after each layer, stacked on a leading L (entry 0 of L + 1 is the embedding)."""
-    return _run(params, tokens, config, l2a_config, positions, segment_ids, decisions, key, train, backend, False,
-                False, probe)[2]
+def probe_layers(params: Tree, tokens: Int[Array, "B T"], config: ModelConfig, l2a_config: L2AConfig | None = None, *,
+                 probe: Callable[[Float[Array, "B T D"]], Any], **options: Any) -> Any:
+    """`probe` of the residual stream after each layer, stacked on a leading L + 1 (entry 0 is the embedding);
+    `options` are those of `hidden_states`."""
+    return _run(params, tokens, config, l2a_config, _Pass(**options), probe)[2]
 
 
 def unembed(params: Tree, hidden: Float[Array, "B T D"], config: ModelConfig) -> Float[Array, "B T V"]:
@@ -97,53 +94,65 @@ def forward(params: Tree, tokens: Int[Array, "B T"], config: ModelConfig, l2a_co
     return Output(unembed(params, hidden, config), routing)
 
 
-def _run(params, tokens, config, l2a_config, positions, segment_ids, decisions, key, train, backend, remat, unroll,
-         probe, pruned=None):
-    _check(params, tokens, config, l2a_config, segment_ids, decisions, key, train)
-    index = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    if positions is None:
-        positions = index if segment_ids is None else index - segment_starts(segment_ids, tokens.shape)
-    context = Context(
-        config=config,
-        l2a=l2a_config,
-        rope=rope_table(positions, config, rope_of(config, l2a_config)),
-        segment_ids=segment_ids,
-        real=real_tokens(segment_ids, tokens.shape),
-        train=train and decisions is None,
-        backend=backend,
-    )
+class _Pass(NamedTuple):
+    """The options of `hidden_states`."""
 
-    def block(x, inputs):
-        layer, forced, layer_key, pruned = inputs
-        x, routing = attend(x, layer, context, forced, layer_key, pruned)
-        x = checkpoint_name(x, "residual")
-        x = x + gated_mlp(rms_norm(x, layer["norm_mlp"], config.rms_norm_eps), layer["mlp"])
+    positions: Int[Array, "B T"] | None = None
+    segment_ids: Int[Array, "B T"] | None = None
+    decisions: Bool[Array, "L B T"] | None = None
+    pruned: Bool[Array, " L"] | None = None
+    key: PRNGKeyArray | None = None
+    train: bool = False
+    backend: str = "auto"
+    remat: Callable | bool = False
+    unroll: bool = False
+    attend: Attend | None = None
+
+
+def _run(
+    params: Tree, tokens: Int[Array, "B T"], config: ModelConfig, l2a_config: L2AConfig | None, options: _Pass,
+    probe: Callable[[Float[Array, "B T D"]], Any] | None = None,
+) -> tuple[Float[Array, "B T D"], LayerRouting | None, Any]:
+    """The residual stream after the last layer, the routing, and what `probe` saw."""
+    _check(params, tokens, config, l2a_config, options)
+    ids, positions = options.segment_ids, options.positions
+    if positions is None:
+        index = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        positions = index if ids is None else index - segment_starts(ids, tokens.shape)
+    context = context_of(config, l2a_config, positions, real_tokens(ids, tokens.shape),
+                         options.attend or Attention(l2a_config, ids, options.backend),
+                         options.train and options.decisions is None)
+
+    def one(x, inputs):
+        layer, given = inputs
+        x, routing = block(x, layer, context, given)
         return x, (routing, None if probe is None else probe(x))
 
-    if remat:
+    if options.remat:
         # prevent_cse is for remat outside a loop, where the second computation would be merged with the first; inside
         # one it would only block fusion.
         policies = jax.checkpoint_policies
-        keep = policies.save_only_these_names("decisions")  # see `attend`; whatever else is kept or not
-        policy = keep if remat is True else policies.save_from_both_policies(keep, remat)
-        block = jax.checkpoint(block, policy=policy, prevent_cse=unroll)
+        keep = policies.save_only_these_names("decisions")  # see `decide`; whatever else is kept or not
+        policy = keep if options.remat is True else policies.save_from_both_policies(keep, options.remat)
+        one = jax.checkpoint(one, policy=policy, prevent_cse=options.unroll)
 
-    layers = jnp.arange(config.num_layers)
-    keys = None if key is None else jax.vmap(lambda layer: jax.random.fold_in(key, layer))(layers)
-    if pruned is None and l2a_config is not None and l2a_config.pruned_layers:
-        pruned = jnp.isin(layers, jnp.asarray(l2a_config.pruned_layers))
+    keys = None if options.key is None else jax.vmap(lambda layer: jax.random.fold_in(options.key, layer))(
+        jnp.arange(config.num_layers))
+    pruned = pruned_layers(config, l2a_config) if options.pruned is None else options.pruned
     x = params["embed"]["embedding"][tokens]
     start = None if probe is None else probe(x)
     # Without a loop: one concatenation for all layers, and one slice of its gradient, in place of one a layer.
-    stack = join_projections(params["layers"]) if unroll else params["layers"]
-    x, (routing, probed) = jax.lax.scan(block, x, (stack, decisions, keys, pruned),
-                                        unroll=config.num_layers if unroll else 1)
+    stack = join_projections(params["layers"]) if options.unroll else params["layers"]
+    x, (routing, probed) = jax.lax.scan(one, x, (stack, OfLayer(options.decisions, keys, pruned)),
+                                        unroll=config.num_layers if options.unroll else 1)
     if probe is not None:
         probed = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), start, probed)
     return x, routing, probed
 
 
-def _check(params, tokens, config, l2a_config, segment_ids, decisions, key, train):
+def _check(params: Tree, tokens: Int[Array, ...], config: ModelConfig, l2a_config: L2AConfig | None,
+           options: _Pass) -> None:
+    segment_ids, decisions = options.segment_ids, options.decisions
     if tokens.ndim != 2:
         raise ValueError(f"tokens are {tokens.shape}; expected [B, T]")
     if ("router" in params["layers"]) != (l2a_config is not None):
@@ -158,7 +167,7 @@ def _check(params, tokens, config, l2a_config, segment_ids, decisions, key, trai
     if l2a_config is not None:
         check_layers(config, l2a_config)
         draws = 0 < l2a_config.leakage < 1 or l2a_config.flip > 0
-        if train and decisions is None and draws and key is None:
+        if options.train and decisions is None and draws and options.key is None:
             raise ValueError(f"training with leakage {l2a_config.leakage} and flip {l2a_config.flip} draws at random: "
                              "give a key")
     if decisions is not None:

@@ -31,6 +31,10 @@ def joined(params: Mapping[str, Params], names: tuple[str, ...]) -> Params:
 
 
 def gated_mlp(x: Float[Array, "*B D"], params: Params) -> Float[Array, "*B D"]:
-    """down(silu(gate(x)) * up(x))."""
-    gate, up = checkpoint_name((linear(x, params["gate"]), linear(x, params["up"])), "mlp")
+    """down(silu(gate(x)) * up(x)); gate and up may be one "gate_up", whose outputs lie side by side."""
+    if "gate_up" in params:
+        gate, up = jnp.split(linear(x, params["gate_up"]), 2, axis=-1)
+    else:
+        gate, up = linear(x, params["gate"]), linear(x, params["up"])
+    gate, up = checkpoint_name((gate, up), "mlp")
     return linear(jax.nn.silu(gate) * up, params["down"])

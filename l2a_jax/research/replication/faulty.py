@@ -1,14 +1,14 @@
 """A trainer with one fault at a time, for the autopsy of "collapse" only: the library's own trainer refuses all this.
 
 It is the plain loop that many scripts are: no check that a number is finite, NaN losses logged as 0, the last weights
-kept whatever they are. The step is built from the library's functions (`attend`, `cross_entropy`, the regime's
+kept whatever they are. The step is built from the library's functions (`hidden_states`, `cross_entropy`, the regime's
 optimizer); the faults are the fields of `Fault`, all of them numbers to one compiled step, but for the masters' dtype.
 """
 
 from __future__ import annotations
 
 import functools
-from types import SimpleNamespace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -17,15 +17,12 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Float64
 
-from l2a_jax import attention
-from l2a_jax.attention.reference import local_mask, real_tokens, segment_starts
-from l2a_jax.config import rope_of
+from l2a_jax.attention.reference import local_mask, real_tokens
 from l2a_jax.data.batch import Batch, TrainingData
-from l2a_jax.models.layer import Context, LayerRouting, attend
+from l2a_jax.models.layer import Attention, Heads, Keys, LayerRouting, PerRow
 from l2a_jax.models.params import Tree
+from l2a_jax.models.transformer import hidden_states
 from l2a_jax.nn import routing
-from l2a_jax.nn.layers import gated_mlp, rms_norm
-from l2a_jax.nn.rope import rope_table
 from l2a_jax.progress import progress
 from l2a_jax.training.loss import cross_entropy
 from l2a_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -143,43 +140,31 @@ def _step(masters, optimizer_state, frozen, batch, key, step, penalty, lr_factor
                    "lost": lost / jnp.maximum(asked, 1)}
 
 
-def leaky_hidden_states(params: Tree, batch: Batch, key: Any, symmetric: Any, *, objective: Objective
-                        ) -> tuple[Float[Array, "B T D"], LayerRouting]:
-    """`hidden_states` of a training call; where `symmetric` (a bool, perhaps traced), local attention sees the future
-    too. Padding rows hold anything."""
-    config, layer_config, tokens = objective.config, objective.l2a_config, batch.tokens
-    ids = None if batch.segment_ids is None else jnp.asarray(batch.segment_ids)
-    places = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    positions = places - segment_starts(ids, tokens.shape)
-    context = Context(config, layer_config, rope_table(positions, config, rope_of(config, layer_config)), ids,
-                      real_tokens(ids, tokens.shape), True, objective.backend,
-                      leaky_attention(symmetric))
+@dataclass
+class LeakyAttention(Attention):
+    """The attention of training, with a local one that is not causal where `symmetric` (a bool, perhaps traced):
+    padding rows hold anything then."""
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def block(x, inputs):
-        layer, layer_key = inputs
-        x, routed = attend(x, layer, context, None, layer_key, None)
-        return x + gated_mlp(rms_norm(x, layer["norm_mlp"], config.rms_norm_eps), layer["mlp"]), routed
+    symmetric: Any
 
-    keys = jax.vmap(lambda layer: jax.random.fold_in(key, layer))(jnp.arange(config.num_layers))
-    x, routed = jax.lax.scan(block, params["embed"]["embedding"][tokens], (params["layers"], keys))
-    return rms_norm(x, params["norm_final"], config.rms_norm_eps), routed
-
-
-def leaky_attention(symmetric: Any) -> SimpleNamespace:
-    """What training asks of `l2a_jax.attention`, with a local attention that is not causal where `symmetric`."""
-
-    def local(q, k, v, *, window, sinks, segment_ids, backend):
-        causal = local_mask(segment_ids, q.shape[:2], window=window, sinks=sinks)
+    def local(self, q: Heads, k: Keys, v: Keys) -> Heads:
+        ids, window = self.segment_ids, self.l2a.window
+        causal = local_mask(ids, q.shape[:2], window=window, sinks=self.l2a.sinks)
         ahead = jnp.arange(q.shape[1])[None, :] - jnp.arange(q.shape[1])[:, None]
-        future = jnp.broadcast_to((ahead > 0) & (ahead < window) & symmetric, causal.shape)
-        if segment_ids is not None:
-            future &= segment_ids[:, :, None] == segment_ids[:, None, :]
+        future = jnp.broadcast_to((ahead > 0) & (ahead < window) & self.symmetric, causal.shape)
+        if ids is not None:
+            future &= ids[:, :, None] == ids[:, None, :]
         return jax.nn.dot_product_attention(q, k, v, mask=(causal | future)[:, None])
 
-    def both(q, k, v, decisions, *, window, sinks, segment_ids, backend):
-        far = attention.full(q, k, v, segment_ids=segment_ids, backend=backend)
-        near = local(q, k, v, window=window, sinks=sinks, segment_ids=segment_ids, backend=backend)
+    def both(self, q: Heads, k: Keys, v: Keys, decisions: PerRow) -> tuple[Heads, Heads]:
+        far, near = self.full(q, k, v), self.local(q, k, v)
         return jnp.where(decisions[:, :, None, None], far, near), jax.lax.stop_gradient(far - near)
 
-    return SimpleNamespace(local=local, full=attention.full, routed=attention.routed, both=both)
+
+def leaky_hidden_states(params: Tree, batch: Batch, key: Any, symmetric: Any, *, objective: Objective
+                        ) -> tuple[Float[Array, "B T D"], LayerRouting]:
+    """`hidden_states` of a training call with a `LeakyAttention`."""
+    ids = None if batch.segment_ids is None else jnp.asarray(batch.segment_ids)
+    return hidden_states(params, batch.tokens, objective.config, objective.l2a_config, segment_ids=ids, key=key,
+                         train=True, remat=True,
+                         attend=LeakyAttention(objective.l2a_config, ids, objective.backend, symmetric))

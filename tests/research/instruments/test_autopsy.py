@@ -35,9 +35,8 @@ def test_the_faulty_attention_is_the_band_on_both_sides():
             start = np.flatnonzero(ids[row] == ids[row, i])[0]
             sink[row, i, start] = start <= i
     mask = (near | sink) & (ids[:, :, None] == ids[:, None, :])
-    found, expected = jax.jit(lambda: (faulty.leaky_attention(True).local(
-        q, k, v, window=5, sinks=1, segment_ids=jnp.asarray(ids), backend="auto"),
-        masked_attention(q, k, v, jnp.asarray(mask))))()
+    leaky = faulty.LeakyAttention(L2AConfig(window=5, sinks=1), jnp.asarray(ids), "auto", True)
+    found, expected = jax.jit(lambda: (leaky.local(q, k, v), masked_attention(q, k, v, jnp.asarray(mask))))()
     np.testing.assert_allclose(np.asarray(found)[ids != 0], np.asarray(expected)[ids != 0], atol=1e-5)
 
 
