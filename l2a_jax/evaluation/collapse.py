@@ -31,7 +31,7 @@ from l2a_jax.models.transformer import hidden_states, unembed
 from l2a_jax.nn import routing
 from l2a_jax.shapes import nullable
 from l2a_jax.sources import Pretrained, locate, run_source
-from l2a_jax.training.loss import CHUNK
+from l2a_jax.training.loss import CHUNK, chunked
 from l2a_jax.training.metrics import read_metrics
 
 WINDOWS, LENGTH = 8, 1_024
@@ -165,7 +165,7 @@ def text_measures(model: Pretrained, windows: Windows, backend: str = "auto") ->
     rows, length = min(WINDOWS, len(windows.tokens)), min(LENGTH, windows.tokens.shape[1])
     tokens, targets, real = (x[:rows, :length] for x in (windows.tokens, windows.targets, windows.real))
     options = (model.config, model.l2a_config, backend)
-    found = jax.device_get(_probe(model.params, tokens, targets, real, None, *options))
+    found = jax.device_get(_probe(model.params, tokens, targets, real, *options))
     count = int(real.sum())
     top = found["top"][real]
     finite = int(found["not_finite"][real].sum())
@@ -330,17 +330,10 @@ def _hidden(params, tokens, decisions, config, l2a_config, backend):
     return hidden.astype(jnp.float32), None if routed is None else routed.decisions
 
 
-@functools.partial(jax.jit, static_argnums=(5, 6, 7))
-def _probe(params, tokens, targets, real, decisions, config, l2a_config, backend):
+@functools.partial(jax.jit, static_argnums=(4, 5, 6))
+def _probe(params, tokens, targets, real, config, l2a_config, backend):
     """Per token: nats, spread, entropy, likeliest token, logits not finite; and the hidden states and routing."""
-    hidden, routed = hidden_states(params, tokens, config, l2a_config, decisions=decisions, backend=backend)
-    size = min(CHUNK, tokens.size)
-    count = -(-tokens.size // size)
-
-    def chunks(x):
-        x = x.reshape(tokens.size, *x.shape[2:])
-        padded = jnp.pad(x, ((0, count * size - tokens.size), *((0, 0),) * (x.ndim - 1)))
-        return padded.reshape(count, size, *x.shape[1:])
+    hidden, routed = hidden_states(params, tokens, config, l2a_config, backend=backend)
 
     def look(inputs):
         rows, target = inputs
@@ -351,7 +344,7 @@ def _probe(params, tokens, targets, real, decisions, config, l2a_config, backend
                 "entropy": -jnp.sum(jnp.exp(log_p) * log_p, axis=-1),
                 "top": jnp.argmax(logits, axis=-1), "not_finite": jnp.sum(~jnp.isfinite(logits), axis=-1)}
 
-    seen = jax.tree.map(lambda x: x.reshape(-1)[: tokens.size].reshape(tokens.shape),
-                        jax.lax.map(look, (chunks(hidden), chunks(targets))))
+    chunks = (chunked(hidden.reshape(-1, hidden.shape[-1]), CHUNK), chunked(targets.reshape(-1), CHUNK))
+    seen = jax.tree.map(lambda x: x.reshape(-1)[: tokens.size].reshape(tokens.shape), jax.lax.map(look, chunks))
     return {**seen, "hidden": hidden.astype(jnp.float32), "decisions": None if routed is None else routed.decisions,
             "router_entropy": None if routed is None else routing.entropy(routed.probabilities, real)}

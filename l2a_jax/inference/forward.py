@@ -1,8 +1,8 @@
 """The two forward passes of generation: a whole prompt, which fills the cache, and one token, which reads it.
 
-Both run the block of `models.layer` as it is, with an `Attend` that keeps the keys and values it is given (prefill) or
-looks into the cache (decode). Rows are padded on the right, so that a token's slot is its position; what stands in the
-padding is never seen by a real token and is overwritten as the row grows.
+Both run the block of `models.layer` as it is, with an `Attention` that keeps the keys and values it is given (prefill)
+or looks into the cache (decode). Rows are padded on the right, so that a token's slot is its position; what stands in
+the padding is never seen by a real token and is overwritten as the row grows.
 """
 
 from __future__ import annotations
@@ -17,17 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from l2a_jax.attention.decode import attend_cache
 from l2a_jax.config import L2AConfig, ModelConfig
 from l2a_jax.inference.cache import Cache, Layout, empty_cache, full_reads, put, ring_of, ring_reads
-from l2a_jax.models.layer import (
-    Attention,
-    Heads,
-    Keys,
-    OfLayer,
-    PerRow,
-    block,
-    context_of,
-    join_projections,
-    pruned_layers,
-)
+from l2a_jax.models.layer import Attention, Heads, Keys, OfLayer, PerRow, block, context_of, join_projections, pruned_of
 from l2a_jax.models.params import Tree
 from l2a_jax.models.transformer import unembed
 from l2a_jax.nn.layers import joined, rms_norm
@@ -56,16 +46,9 @@ class _Recorder(Attention):
 
 
 def prefill(
-    params: Tree,
-    tokens: Int[Array, "B T"],
-    lengths: Int[Array, B],
-    config: ModelConfig,
-    l2a_config: L2AConfig | None,
-    layout: Layout,
-    *,
-    decisions: Bool[Array, "L B T"] | None = None,
-    pruned: Bool[Array, " L"] | None = None,
-    backend: str = "auto",
+    params: Tree, tokens: Int[Array, "B T"], lengths: Int[Array, B], config: ModelConfig, l2a_config: L2AConfig | None,
+    layout: Layout, *,
+    decisions: Bool[Array, "L B T"] | None = None, pruned: Bool[Array, " L"] | None = None, backend: str = "auto",
 ) -> tuple[Float[Array, "B V"], Cache, Bool[Array, "L B T"] | None]:
     """Logits after the last token of each row (of `lengths[b]` tokens, then padding), the cache, and the decisions.
 
@@ -77,7 +60,7 @@ def prefill(
     recorder = _Recorder(l2a_config, None, backend)
     context = context_of(config, l2a_config, positions, real, recorder)
     x = params["embed"]["embedding"][tokens]
-    pruned = pruned_layers(config, l2a_config) if pruned is None else pruned
+    pruned = pruned_of(config, l2a_config) if pruned is None else pruned
 
     def step(carry, inputs):
         x, cache = carry
@@ -101,8 +84,7 @@ def prefill(
 def _scanned(places: tuple[int | None, ...]) -> tuple[Int[Array, " L"], Bool[Array, " L"] | None]:
     """A layer's place in a cache and whether it has one, as arrays over the layers; no question where all have."""
     has = [place is not None for place in places]
-    index = jnp.asarray([place or 0 for place in places], jnp.int32)
-    return index, None if all(has) else jnp.asarray(has)
+    return jnp.asarray([place or 0 for place in places], jnp.int32), None if all(has) else jnp.asarray(has)
 
 
 class DecodeParams(NamedTuple):
@@ -123,20 +105,15 @@ def decode_params(params: Tree) -> DecodeParams:
 
 
 @dataclass
-class _Reader:
+class _Reader(Attention):
     """The attention of a decode step: looks at the cache of one layer after the other, and stores the token there."""
 
     cache: Cache
     layout: Layout
-    l2a: L2AConfig | None
     position: Int[Array, B]
     active: Bool[Array, B]
-    backend: str
     layer: int = 0
     stored: bool = False
-
-    def at(self, layer: int) -> None:
-        self.layer, self.stored = layer, False
 
     def full(self, q: Heads, k: Keys, v: Keys) -> Heads:
         return self._full(q, k, v, 0, self.active, 0)
@@ -161,9 +138,6 @@ class _Reader:
         begin = jnp.where(decisions[:, 0], 0, self._window())
         return self._full(q, k, v, begin, self.active, self.l2a.sinks)
 
-    def both(self, q: Heads, k: Keys, v: Keys, decisions: PerRow) -> tuple[Heads, Heads]:
-        raise NotImplementedError("nothing is learned while decoding")
-
     def _window(self) -> Int[Array, B]:
         return jnp.maximum(self.position + 1 - self.l2a.window, 0)
 
@@ -177,35 +151,24 @@ class _Reader:
 
 
 def decode_step(
-    params: DecodeParams,
-    tokens: Int[Array, B],
-    position: Int[Array, B],
-    active: Bool[Array, B],
-    cache: Cache,
-    config: ModelConfig,
-    l2a_config: L2AConfig | None,
-    layout: Layout,
-    *,
-    decisions: Bool[Array, "L B"] | None = None,
-    pruned: Bool[Array, " L"] | None = None,
-    backend: str = "auto",
+    params: DecodeParams, tokens: Int[Array, B], position: Int[Array, B], active: Bool[Array, B], cache: Cache,
+    config: ModelConfig, l2a_config: L2AConfig | None, layout: Layout, *,
+    decisions: Bool[Array, "L B"] | None = None, pruned: Bool[Array, " L"] | None = None, backend: str = "auto",
 ) -> tuple[Float[Array, "B V"], Cache, Bool[Array, "L B"] | None]:
     """Logits after one more token per row, at `position` (the number of tokens before it); cache; decisions.
 
     Rows that are not `active` read nothing; their logits mean nothing. `decisions` override the router, and
     `pruned` are those of `hidden_states`.
     """
-    reader = _Reader(cache, layout, l2a_config, position, active, backend)
+    reader = _Reader(l2a_config, None, backend, cache, layout, position, active)
     context = context_of(config, l2a_config, position[:, None], active[:, None], reader)
     x = params.rest["embed"]["embedding"][tokens[:, None]]
     decided = []
     for index, layer in enumerate(params.layers):
-        reader.at(index)
+        reader.layer, reader.stored = index, False
         forced = None if decisions is None else decisions[index][:, None]
-        if pruned is not None:
-            off = pruned[index]
-        else:  # known before any number is
-            off = jnp.asarray(True) if l2a_config is not None and index in l2a_config.pruned_layers else None
+        own = jnp.asarray(True) if l2a_config is not None and index in l2a_config.pruned_layers else None
+        off = own if pruned is None else pruned[index]
         x, routing = block(x, layer, context, OfLayer(forced, None, off))
         decided.append(None if routing is None else routing.decisions[:, 0])
     return _logits(params.rest, x, config), reader.cache, None if l2a_config is None else jnp.stack(decided)

@@ -8,16 +8,14 @@ x is the residual stream, s local and a global attention, d~ the straight-throug
     shared      the parallel layer with one attention set and one norm: y = x + Wo(d~ a + (1 - d~) s)
     out         y + mlp(norm_mlp(y))
 
-`block` is called by every forward pass: training, scoring, prefill, decode, and the faulty ones of the autopsy. What
-differs between them is the `Attend` in its context. Which decision holds for a row and whether its global attention is
-computed is decided in `decide`, and nowhere else.
+Every forward pass calls `block`: training, scoring, prefill, decode, and the faulty ones of the autopsy; what differs
+is the `Attention` that they hand in. What is decided and computed for which row is said in `decide` alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from l2a_jax import attention
 from l2a_jax.config import L2AConfig, ModelConfig, rope_of
 from l2a_jax.nn import routing
-from l2a_jax.nn.layers import gated_mlp, joined, linear, rms_norm
+from l2a_jax.nn.layers import Params, gated_mlp, joined, linear, rms_norm
 from l2a_jax.nn.rope import rope_table, split_heads
 
 QKV = ("q", "k", "v")
@@ -45,24 +43,10 @@ class LayerRouting(NamedTuple):
     logits: Float[Array, "*L B T"]
 
 
-@runtime_checkable
-class Attend(Protocol):
-    """The attention functions that a layer calls: those of `l2a_jax.attention`, with whatever else they need."""
-
-    def full(self, q: Heads, k: Keys, v: Keys) -> Heads: ...
-
-    def local(self, q: Heads, k: Keys, v: Keys) -> Heads: ...
-
-    def routed(self, q: Heads, k: Keys, v: Keys, decisions: PerRow) -> Heads: ...
-
-    def mixed(self, q: Heads, k: Keys, v: Keys, decisions: PerRow) -> Heads: ...
-
-    def both(self, q: Heads, k: Keys, v: Keys, decisions: PerRow) -> tuple[Heads, Heads]: ...
-
-
 @dataclass
 class Attention:
-    """`l2a_jax.attention` over the tokens of a call: an `Attend` that remembers nothing."""
+    """The attention functions that a layer calls: `l2a_jax.attention` over the tokens of a call. Who wants another (one
+    that keeps a cache, reads it, or is faulty) overrides them."""
 
     l2a: L2AConfig | None
     segment_ids: Int[Array, "B T"] | None
@@ -72,22 +56,22 @@ class Attention:
         return attention.full(q, k, v, **self._call())
 
     def local(self, q: Heads, k: Keys, v: Keys) -> Heads:
-        return attention.local(q, k, v, **self._call(), **self._window())
+        return attention.local(q, k, v, **self._windowed())
 
     def routed(self, q: Heads, k: Keys, v: Keys, decisions: PerRow) -> Heads:
         return attention.routed(q, k, v, decisions, **self._call())
 
     def mixed(self, q: Heads, k: Keys, v: Keys, decisions: PerRow) -> Heads:
-        return attention.mixed(q, k, v, decisions, **self._call(), **self._window())
+        return attention.mixed(q, k, v, decisions, **self._windowed())
 
     def both(self, q: Heads, k: Keys, v: Keys, decisions: PerRow) -> tuple[Heads, Heads]:
-        return attention.both(q, k, v, decisions, **self._call(), **self._window())
+        return attention.both(q, k, v, decisions, **self._windowed())
 
     def _call(self) -> dict[str, Any]:
         return {"segment_ids": self.segment_ids, "backend": self.backend}
 
-    def _window(self) -> dict[str, int]:
-        return {"window": self.l2a.window, "sinks": self.l2a.sinks}
+    def _windowed(self) -> dict[str, Any]:
+        return {"window": self.l2a.window, "sinks": self.l2a.sinks, **self._call()}
 
 
 class Context(NamedTuple):
@@ -97,8 +81,13 @@ class Context(NamedTuple):
     l2a: L2AConfig | None
     rope: tuple[Float[Array, "B T h"], Float[Array, "B T h"]]
     real: PerRow
-    attend: Attend
+    attend: Attention
     train: bool = False
+
+    @property
+    def dense(self) -> bool:
+        """Whether global attention is computed for every row, without asking which."""
+        return self.train and self.l2a.leakage == 1
 
 
 class OfLayer(NamedTuple):
@@ -119,35 +108,30 @@ class Decided(NamedTuple):
     gate: Float[Array, "B T"]
 
 
-def context_of(config: ModelConfig, l2a: L2AConfig | None, positions: Int[Array, "B T"], real: PerRow, attend: Attend,
-               train: bool = False) -> Context:
+def context_of(config: ModelConfig, l2a: L2AConfig | None, positions: Int[Array, "B T"], real: PerRow,
+               attend: Attention, train: bool = False) -> Context:
     """The context of a call; both paths share one table of rotations."""
     return Context(config, l2a, rope_table(positions, config, rope_of(config, l2a)), real, attend, train)
 
 
-def pruned_layers(config: ModelConfig, l2a: L2AConfig | None) -> Bool[Array, " L"] | None:
+def pruned_of(config: ModelConfig, l2a: L2AConfig | None) -> Bool[Array, " L"] | None:
     """Which layers the configuration prunes; None where it prunes none."""
     if l2a is None or not l2a.pruned_layers:
         return None
     return jnp.isin(jnp.arange(config.num_layers), jnp.asarray(l2a.pruned_layers))
 
 
-def block(
-    x: Stream, layer: Mapping[str, Any], context: Context, given: OfLayer
-) -> tuple[Stream, LayerRouting | None]:
+def block(x: Stream, layer: Params, context: Context, given: OfLayer) -> tuple[Stream, LayerRouting | None]:
     """One layer; its routing is None where the model is plain."""
-    if context.l2a is None:
-        sublayer = _plain
-    elif context.l2a.topology == "sequential":
-        sublayer = _sequential
-    else:
-        sublayer = _shared if context.l2a.share_attention else _separate
+    l2a, sublayer = context.l2a, _plain
+    if l2a is not None:
+        sublayer = _sequential if l2a.topology == "sequential" else _shared if l2a.share_attention else _separate
     y, routed = sublayer(x, layer, context, given)
     y = checkpoint_name(y, "residual")
     return y + gated_mlp(_norm(y, layer["norm_mlp"], context), layer["mlp"]), routed
 
 
-def decide(h: Stream, layer: Mapping[str, Any], context: Context, given: OfLayer) -> Decided:
+def decide(h: Stream, layer: Params, context: Context, given: OfLayer) -> Decided:
     """What is decided for each row, and for which rows global attention is computed:
 
         decided    by `given.decisions`, else by the router, in training with a share `flip` of them inverted
@@ -170,25 +154,19 @@ def decide(h: Stream, layer: Mapping[str, Any], context: Context, given: OfLayer
     routed = LayerRouting(d, p, z)
     if not context.train:
         return Decided(routed, d, d.astype(jnp.float32))
-    if l2a.leakage == 1:
-        computed = able
-    else:
-        computed = d | (jax.random.bernoulli(given.key, l2a.leakage) & able) if l2a.leakage else d
+    computed = able if context.dense else d
+    if 0 < l2a.leakage < 1:
+        computed = d | (jax.random.bernoulli(given.key, l2a.leakage) & able)
     return Decided(routed, computed, routing.straight_through(d, p, computed))
 
 
-def _dense(context: Context) -> bool:
-    """Whether global attention is computed for every row, so that nothing is gained by leaving any out."""
-    return context.train and context.l2a.leakage == 1
-
-
-def _plain(x: Stream, layer: Mapping[str, Any], context: Context, given: OfLayer) -> tuple[Stream, None]:
+def _plain(x: Stream, layer: Params, context: Context, given: OfLayer) -> tuple[Stream, None]:
     weights = layer["attention"]
     q, k, v = _qkv(_norm(x, layer["norm_attention"], context), weights, context)
     return x + _out(context.attend.full(q, k, v), weights), None
 
 
-def _sequential(x: Stream, layer: Mapping[str, Any], context: Context, given: OfLayer) -> tuple[Stream, LayerRouting]:
+def _sequential(x: Stream, layer: Params, context: Context, given: OfLayer) -> tuple[Stream, LayerRouting]:
     q, k, v = _qkv(_norm(x, layer["norm_local"], context), layer["attention_local"], context)
     u = checkpoint_name(x + _out(context.attend.local(q, k, v), layer["attention_local"]), "residual")
     h = _norm(u, layer["norm_global"], context)
@@ -197,7 +175,7 @@ def _sequential(x: Stream, layer: Mapping[str, Any], context: Context, given: Of
     return u + _out(routing.gate(decided.gate, far), layer["attention_global"]), decided.routing
 
 
-def _separate(x: Stream, layer: Mapping[str, Any], context: Context, given: OfLayer) -> tuple[Stream, LayerRouting]:
+def _separate(x: Stream, layer: Params, context: Context, given: OfLayer) -> tuple[Stream, LayerRouting]:
     """The parallel layer with a set of its own for each path."""
     weights, norm = layer["attention_global"], layer["norm_global"]
     h = _norm(x, norm, context)
@@ -207,27 +185,28 @@ def _separate(x: Stream, layer: Mapping[str, Any], context: Context, given: OfLa
         h = _norm(x + _out(near, layer["attention_local"]), norm, context)
     decided = decide(h, layer, context, given)
     far = _far(q, k, v, decided, context)
-    return (x + _out(routing.gate(decided.gate, far), weights)
-            + _out(routing.gate(1 - decided.gate, near), layer["attention_local"])), decided.routing
+    y = x + _out(routing.gate(decided.gate, far), weights)
+    return y + _out(routing.gate(1 - decided.gate, near), layer["attention_local"]), decided.routing
 
 
-def _shared(x: Stream, layer: Mapping[str, Any], context: Context, given: OfLayer) -> tuple[Stream, LayerRouting]:
+def _shared(x: Stream, layer: Params, context: Context, given: OfLayer) -> tuple[Stream, LayerRouting]:
     """The parallel layer with one set for both paths: a row's decision only chooses the keys that it sees."""
     weights, norm = layer["attention"], layer["norm_attention"]
     h = _norm(x, norm, context)
     q, k, v = _qkv(h, weights, context)
+    near = None
     if context.l2a.router_input == "post_local":
         near = context.attend.local(q, k, v)
-        decided = decide(_norm(x + _out(near, weights), norm, context), layer, context, given)
+        h = _norm(x + _out(near, weights), norm, context)
+    decided = decide(h, layer, context, given)
+    if near is not None:
         rows = _joined_paths(q, k, v, near, decided, context)
+    elif not context.train:
+        rows = context.attend.mixed(q, k, v, decided.routing.decisions)  # each row's work once
+    elif context.dense:
+        rows = _dense_paths(q, k, v, decided, context)
     else:
-        decided = decide(h, layer, context, given)
-        if not context.train:
-            rows = context.attend.mixed(q, k, v, decided.routing.decisions)  # each row's work once
-        elif _dense(context):
-            rows = _dense_paths(q, k, v, decided, context)
-        else:
-            rows = _joined_paths(q, k, v, context.attend.local(q, k, v), decided, context)
+        rows = _joined_paths(q, k, v, context.attend.local(q, k, v), decided, context)
     return x + _out(rows, weights), decided.routing
 
 
@@ -245,21 +224,21 @@ def _dense_paths(q: Heads, k: Keys, v: Keys, decided: Decided, context: Context)
 
 def _far(q: Heads, k: Keys, v: Keys, decided: Decided, context: Context) -> Heads:
     """Global attention of the rows for which it is computed."""
-    return context.attend.full(q, k, v) if _dense(context) else context.attend.routed(q, k, v, decided.computed)
+    return context.attend.full(q, k, v) if context.dense else context.attend.routed(q, k, v, decided.computed)
 
 
-def _norm(x: Stream, params: Mapping[str, Any], context: Context) -> Stream:
+def _norm(x: Stream, params: Params, context: Context) -> Stream:
     return rms_norm(x, params, context.config.rms_norm_eps)
 
 
-def join_projections(layer: Mapping[str, Any]) -> dict[str, Any]:
+def join_projections(layer: Params) -> dict[str, Any]:
     """A layer, or stacked layers, whose attention sets have one "qkv" in place of "q", "k" and "v"."""
     # The barrier keeps XLA from joining each layer's part where it is used, in slow little kernels.
     return {name: {"qkv": jax.lax.optimization_barrier(joined(part, QKV)), "o": part["o"]} if "q" in part else part
             for name, part in layer.items()}
 
 
-def _qkv(h: Stream, params: Mapping[str, Any], context: Context) -> tuple[Heads, Keys, Keys]:
+def _qkv(h: Stream, params: Params, context: Context) -> tuple[Heads, Keys, Keys]:
     """q and k (rotated) and v from one matrix product: k and v alone are too narrow for the matrix units, and their
     gradients would each write a whole [B, T, D]."""
     heads, kv_heads = context.config.num_heads, context.config.num_kv_heads
@@ -269,5 +248,5 @@ def _qkv(h: Stream, params: Mapping[str, Any], context: Context) -> tuple[Heads,
     return checkpoint_name(split_heads(product, together["bias"].reshape(shape), context.rope, kv_heads), "qkv")
 
 
-def _out(rows: Heads, params: Mapping[str, Any]) -> Stream:
+def _out(rows: Heads, params: Params) -> Stream:
     return linear(rows.reshape(*rows.shape[:2], -1), params["o"])

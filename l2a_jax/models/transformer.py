@@ -17,16 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from l2a_jax.attention.reference import real_tokens, segment_starts
 from l2a_jax.config import L2AConfig, ModelConfig, position_limit
 from l2a_jax.errors import UserError
-from l2a_jax.models.layer import (
-    Attend,
-    Attention,
-    LayerRouting,
-    OfLayer,
-    block,
-    context_of,
-    join_projections,
-    pruned_layers,
-)
+from l2a_jax.models.layer import Attention, LayerRouting, OfLayer, block, context_of, join_projections, pruned_of
 from l2a_jax.models.params import Tree, as_module, check_layers, from_module, init_params, output_matrix
 from l2a_jax.nn.layers import rms_norm
 
@@ -39,21 +30,14 @@ class Output(NamedTuple):
 
 
 def hidden_states(
-    params: Tree,
-    tokens: Int[Array, "B T"],
-    config: ModelConfig,
-    l2a_config: L2AConfig | None = None,
-    *,
+    params: Tree, tokens: Int[Array, "B T"], config: ModelConfig, l2a_config: L2AConfig | None = None, *,
     positions: Int[Array, "B T"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     decisions: Bool[Array, "L B T"] | None = None,
     pruned: Bool[Array, " L"] | None = None,
     key: PRNGKeyArray | None = None,
-    train: bool = False,
-    backend: str = "auto",
-    remat: Callable | bool = False,
-    unroll: bool = False,
-    attend: Attend | None = None,
+    train: bool = False, backend: str = "auto", remat: Callable | bool = False, unroll: bool = False,
+    attend: Attention | None = None,
 ) -> tuple[Float[Array, "B T D"], LayerRouting | None]:
     """The normed output of the last layer, and the routing of every layer ([L, B, T] each; None for a plain model).
 
@@ -106,7 +90,7 @@ class _Pass(NamedTuple):
     backend: str = "auto"
     remat: Callable | bool = False
     unroll: bool = False
-    attend: Attend | None = None
+    attend: Attention | None = None
 
 
 def _run(
@@ -138,7 +122,7 @@ def _run(
 
     keys = None if options.key is None else jax.vmap(lambda layer: jax.random.fold_in(options.key, layer))(
         jnp.arange(config.num_layers))
-    pruned = pruned_layers(config, l2a_config) if options.pruned is None else options.pruned
+    pruned = pruned_of(config, l2a_config) if options.pruned is None else options.pruned
     x = params["embed"]["embedding"][tokens]
     start = None if probe is None else probe(x)
     # Without a loop: one concatenation for all layers, and one slice of its gradient, in place of one a layer.
@@ -150,7 +134,7 @@ def _run(
     return x, routing, probed
 
 
-def _check(params: Tree, tokens: Int[Array, ...], config: ModelConfig, l2a_config: L2AConfig | None,
+def _check(params: Tree, tokens: Int[Array, "*S"], config: ModelConfig, l2a_config: L2AConfig | None,
            options: _Pass) -> None:
     segment_ids, decisions = options.segment_ids, options.decisions
     if tokens.ndim != 2:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from l2a_jax.attention.kernels.launch import on_gpu
 from l2a_jax.config import ModelConfig
@@ -76,11 +76,11 @@ def token_nll(params: Tree, hidden: Float[Array, "B T D"], targets: Int[Array, "
         return (jax.nn.logsumexp(logits, axis=-1) - _picked(logits, inputs[1]),
                 jnp.argmax(logits, axis=-1) == inputs[1])
 
-    nll, correct = jax.lax.map(one, (_chunked(rows, chunk), _chunked(targets.reshape(-1), chunk)))
+    nll, correct = jax.lax.map(one, (chunked(rows, chunk), chunked(targets.reshape(-1), chunk)))
     return tuple(out.reshape(-1)[: targets.size].reshape(targets.shape) for out in (nll, correct))
 
 
-def _chunked(x, chunk):
+def chunked(x: Shaped[Array, " n ..."], chunk: int) -> Shaped[Array, "chunks chunk ..."]:
     """[n, ...] as [chunks, chunk, ...], padded with zeros."""
     size = min(chunk, x.shape[0])
     count = -(-x.shape[0] // size)
@@ -148,7 +148,7 @@ def _forward(how, rows, kernel, targets, weights, need_rows, need_kernel):
         return (sums, kernel_gradient), row_gradient
 
     start = (jnp.zeros(()), jnp.zeros(())), jnp.zeros(kernel.shape, jnp.float32) if need_kernel else None
-    inputs = tuple(_chunked(x, how.chunk) for x in (rows, targets, weights))
+    inputs = tuple(chunked(x, how.chunk) for x in (rows, targets, weights))
     (sums, kernel_gradient), row_gradient = jax.lax.scan(step, start, inputs)
     if row_gradient is not None:
         row_gradient = row_gradient.reshape(-1, rows.shape[-1])[: rows.shape[0]]

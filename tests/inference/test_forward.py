@@ -9,11 +9,13 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from l2a_jax.inference import generate as module
 from l2a_jax.inference.cache import layout_of, ring_of, ring_reads, ring_slot
-from l2a_jax.inference.forward import prefill
+from l2a_jax.inference.forward import decode_params, decode_step, prefill
 from l2a_jax.inference.sampling import nucleus, sample
+from l2a_jax.models.transformer import probe_layers
 from tests.inference.cases import QUICK, whole
 from tests.models.cases import CONFIG, LAYERS, make_params, make_tokens
 
@@ -83,3 +85,27 @@ def test_sampling_draws_from_the_nucleus_alone():
     np.testing.assert_allclose(share, expected / expected.sum(), atol=0.03)
     np.testing.assert_allclose(scores, np.asarray(logits)[0][np.asarray(drawn)], rtol=1e-5)
     assert set(np.asarray(draw(many, jax.random.key(1), 1.0, 0.6)[0]).tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize("name", ["shared", "parallel post_local", "sequential"])
+def test_layers_pruned_by_numbers_are_those_that_the_configuration_prunes(name):
+    """In every pass that takes decisions, and against forced ones too; only the cache keeps what it need not."""
+    params, tokens, lengths = make_params(LAYERS[name]), make_tokens(2, 24), jnp.array([24, 17], jnp.int32)
+    chosen = jax.random.bernoulli(jax.random.key(3), 0.5, (3, 2, 25))
+
+    def passes(layer, pruned, decisions):
+        layout = layout_of(CONFIG, layer, 30)
+        before, now = (None, None) if decisions is None else (decisions[:, :, :24], decisions[:, :, 24])
+        stream = probe_layers(params, tokens, CONFIG, layer, probe=lambda x: x, decisions=before, pruned=pruned)
+        logits, cache, prompt = prefill(params, tokens, lengths, CONFIG, layer, layout, decisions=before, pruned=pruned)
+        step, _, routed = decode_step(decode_params(params), tokens[:, 0], lengths, lengths > 0, cache, CONFIG, layer,
+                                      layout, decisions=now, pruned=pruned)
+        return stream, logits, step, prompt, routed
+
+    for decisions in (None, chosen):
+        own = jax.jit(functools.partial(passes, dataclasses.replace(LAYERS[name], pruned_layers=(1,)), None),
+                      compiler_options=QUICK)(decisions)
+        given = jax.jit(functools.partial(passes, LAYERS[name]), compiler_options=QUICK)(
+            jnp.array([False, True, False]), decisions)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), own, given)
+        assert not np.asarray(given[3])[1].any() and not np.asarray(given[4])[1].any()
