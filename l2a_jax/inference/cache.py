@@ -73,9 +73,8 @@ def empty_cache(config: ModelConfig, layout: Layout, batch: int, dtype: Any) -> 
     return Cache(store(layout.full_layers, layout.slots), store(layout.ring_layers, layout.ring_slots))
 
 
-def cache_bytes(
-    config: ModelConfig, l2a_config: L2AConfig | None, batch: int, tokens: int, dtype: Any = jnp.bfloat16
-) -> int:
+def cache_bytes(config: ModelConfig, l2a_config: L2AConfig | None, batch: int, tokens: int,
+                dtype: Any = jnp.bfloat16) -> int:
     """Bytes of the cache of `batch` rows of `tokens` tokens."""
     layout = layout_of(config, l2a_config, tokens)
     per_slot = 2 * batch * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize

@@ -26,7 +26,7 @@ from l2a_jax import attention
 from l2a_jax.config import L2AConfig, ModelConfig, rope_of
 from l2a_jax.nn import routing
 from l2a_jax.nn.layers import Params, gated_mlp, joined, linear, rms_norm
-from l2a_jax.nn.rope import rope_table, split_heads
+from l2a_jax.nn.rope import Table, rope_table, split_heads
 
 QKV = ("q", "k", "v")
 Stream = Float[Array, "B T D"]
@@ -79,7 +79,7 @@ class Context(NamedTuple):
 
     config: ModelConfig
     l2a: L2AConfig | None
-    rope: tuple[Float[Array, "B T h"], Float[Array, "B T h"]]
+    rope: Table
     real: PerRow
     attend: Attention
     train: bool = False
@@ -100,8 +100,7 @@ class OfLayer(NamedTuple):
 
 
 class Decided(NamedTuple):
-    """About each row of a layer: its routing, whether its global attention is computed, and the gate d~ that opens it,
-    which has a gradient in training and where global attention is computed."""
+    """Of each row: its routing, whether its global attention is computed, and the gate d~ that opens it."""
 
     routing: LayerRouting
     computed: PerRow

@@ -50,11 +50,8 @@ def param_shapes(config: ModelConfig, l2a_config: L2AConfig | None = None) -> Tr
     if l2a_config is not None:
         block["router"] = {"kernel": stacked(c.hidden_size)}
 
-    tree = {
-        "embed": {"embedding": (c.vocab_size, c.hidden_size)},
-        "layers": block,
-        "norm_final": {"scale": (c.hidden_size,)},
-    }
+    tree = {"embed": {"embedding": (c.vocab_size, c.hidden_size)}, "layers": block,
+            "norm_final": {"scale": (c.hidden_size,)}}
     if not c.tie_embeddings:
         tree["unembed"] = {"kernel": (c.hidden_size, c.vocab_size)}
     return tree
@@ -66,9 +63,8 @@ def map_with_path(function: Callable[[str, Any], Any], *trees: Tree) -> Tree:
     def name(path):
         return "/".join(str(entry.key) for entry in path)
 
-    return jax.tree_util.tree_map_with_path(
-        lambda path, *leaves: function(name(path), *leaves), *trees, is_leaf=lambda x: type(x) is tuple
-    )
+    return jax.tree_util.tree_map_with_path(lambda path, *leaves: function(name(path), *leaves), *trees,
+                                            is_leaf=lambda x: type(x) is tuple)
 
 
 def by_layer(tree: Tree) -> Tree:
@@ -93,21 +89,18 @@ def param_dtype(path: str, dtype: Any) -> Any:
 
 def abstract_params(config: ModelConfig, l2a_config: L2AConfig | None = None, dtype: Any = jnp.float32) -> Tree:
     """The tree as `jax.ShapeDtypeStruct` leaves: what a checkpoint or a conversion has to fill."""
-    return map_with_path(
-        lambda path, shape: jax.ShapeDtypeStruct(shape, param_dtype(path, dtype)), param_shapes(config, l2a_config)
-    )
+    return map_with_path(lambda path, shape: jax.ShapeDtypeStruct(shape, param_dtype(path, dtype)),
+                         param_shapes(config, l2a_config))
 
 
-def init_params(
-    config: ModelConfig, key: PRNGKeyArray, l2a_config: L2AConfig | None = None, dtype: Any = jnp.float32
-) -> Tree:
+def init_params(config: ModelConfig, key: PRNGKeyArray, l2a_config: L2AConfig | None = None,
+                dtype: Any = jnp.float32) -> Tree:
     """Fresh parameters: kernels normal, norms 1, biases 0, routers 0 (everything is routed).
 
     The kernels' deviation is 0.6 / sqrt(D): Qwen2's 0.02 at the width of its 0.5B, and no weaker in a narrow model,
     where 0.02 would leave every product of two kernels near zero for hundreds of steps.
     With separate sets both start from the same draw, as `add_routing` would have it. Works under `jax.eval_shape`.
     """
-
     deviation = 0.6 / config.hidden_size**0.5
 
     def leaf(path, shape):

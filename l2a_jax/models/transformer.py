@@ -120,8 +120,8 @@ def _run(
         policy = keep if options.remat is True else policies.save_from_both_policies(keep, options.remat)
         one = jax.checkpoint(one, policy=policy, prevent_cse=options.unroll)
 
-    keys = None if options.key is None else jax.vmap(lambda layer: jax.random.fold_in(options.key, layer))(
-        jnp.arange(config.num_layers))
+    layers = jnp.arange(config.num_layers)
+    keys = None if options.key is None else jax.vmap(lambda layer: jax.random.fold_in(options.key, layer))(layers)
     pruned = pruned_of(config, l2a_config) if options.pruned is None else options.pruned
     x = params["embed"]["embedding"][tokens]
     start = None if probe is None else probe(x)

@@ -57,18 +57,14 @@ def amplitude(scaling: RopeScaling) -> float:
     return 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
 
 
-def rope_table(
-    positions: Int[Array, "B T"], config: ModelConfig, scaling: RopeScaling
-) -> tuple[Float[Array, "B T h"], Float[Array, "B T h"]]:
+def rope_table(positions: Int[Array, "B T"], config: ModelConfig, scaling: RopeScaling) -> Table:
     """cos and sin of every position's angles, float32, h = H/2."""
     frequencies = inverse_frequencies(config.head_dim, config.rope_theta, scaling, config.max_positions)
     angles = positions.astype(jnp.float32)[..., None] * jnp.asarray(frequencies)
     return jnp.cos(angles) * amplitude(scaling), jnp.sin(angles) * amplitude(scaling)
 
 
-def apply_rope(
-    x: Float[Array, "B T N H"], table: tuple[Float[Array, "B T h"], Float[Array, "B T h"]]
-) -> Float[Array, "B T N H"]:
+def apply_rope(x: Float[Array, "B T N H"], table: Table) -> Float[Array, "B T N H"]:
     """Rotate the pairs (x[i], x[i + H/2]) by their position's angle, in float32."""
     cos, sin = (part[:, :, None, :] for part in table)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

@@ -16,9 +16,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 def router_logits(h: Float[Array, "B T D"], kernel: Float[Array, D]) -> Float[Array, "B T"]:
     """z = w . h, in float32 at highest precision: a bfloat16 product would move tokens across the threshold."""
-    return jnp.einsum(
-        "btd,d->bt", h.astype(jnp.float32), kernel.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
-    )
+    return jnp.einsum("btd,d->bt", h.astype(jnp.float32), kernel.astype(jnp.float32),
+                      precision=jax.lax.Precision.HIGHEST)
 
 
 def decide(z: Float[Array, "*S"], temperature: float, threshold: float) -> Bool[Array, "*S"]:
@@ -36,9 +35,7 @@ def probability(z: Float[Array, "*S"], temperature: float) -> Float[Array, "*S"]
     return jax.nn.sigmoid(z / temperature)
 
 
-def straight_through(
-    d: Bool[Array, "*S"], p: Float[Array, "*S"], computed: Bool[Array, "*S"]
-) -> Float[Array, "*S"]:
+def straight_through(d: Bool[Array, "*S"], p: Float[Array, "*S"], computed: Bool[Array, "*S"]) -> Float[Array, "*S"]:
     """d~ = d + (p - stop_gradient(p)): the value of d, the gradient of p, and none where global was not `computed`.
 
     The inner bracket is exactly 0, so the value is exactly d. A row whose global attention was not computed has no
@@ -82,9 +79,7 @@ def penalty(p: Float[Array, "L B T"], real: Bool[Array, "B T"]) -> Float[Array, 
     return jnp.sum(jnp.where(real, jnp.square(p), 0.0)) / (p.shape[0] * jnp.maximum(jnp.sum(real), 1))
 
 
-def penalty_weight(
-    step: Int[Array, ""] | int, *, maximum: Any, warmup: Any, ramp: Any
-) -> Float[Array, ""]:
+def penalty_weight(step: Int[Array, ""] | int, *, maximum: Any, warmup: Any, ramp: Any) -> Float[Array, ""]:
     """lambda(step): 0 up to step `warmup`, linear over the next `ramp` steps, then `maximum`; numbers or traced."""
     progress = (jnp.asarray(step, jnp.float32) - warmup) / jnp.maximum(ramp, 1)
     return maximum * jnp.clip(progress, 0.0, 1.0)

@@ -34,20 +34,12 @@ class TokenLoss(NamedTuple):
     correct: Float[Array, ""]
 
 
-def cross_entropy(
-    params: Tree,
-    hidden: Float[Array, "B T D"],
-    targets: Int[Array, "B T"],
-    weights: Float[Array, "B T"],
-    config: ModelConfig,
-    chunk: int | None = None,
-    logits_dtype: Any = None,
-) -> TokenLoss:
+def cross_entropy(params: Tree, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"], weights: Float[Array, "B T"],
+                  config: ModelConfig, chunk: int | None = None, logits_dtype: Any = None) -> TokenLoss:
     """Weighted sums over all tokens; divide by the weights' sum for means. Differentiable in hidden and in the head.
 
-    `chunk`: tokens at a time (None: `CHUNK` float32 logits' worth of memory). `logits_dtype`: None
-    for `logits_dtype_of` the dtype of `hidden`.
-    """
+    `chunk`: tokens at a time (None: `CHUNK` float32 logits' worth of memory). `logits_dtype`: None for
+    `logits_dtype_of` the dtype of `hidden`."""
     dtype = jnp.dtype(logits_dtype_of(hidden.dtype) if logits_dtype is None else logits_dtype)
     kernel = output_matrix(params, config)
     rows = hidden.reshape(-1, hidden.shape[-1])
