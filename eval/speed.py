@@ -41,7 +41,7 @@ def check(arguments: argparse.Namespace) -> None:
     """UserError where the flags contradict each other or cannot be read; says which ones change nothing."""
     from l2a_jax.errors import UserError
     from l2a_jax.files import check_file
-    from l2a_jax.training.regimes import check_regime
+    from l2a_jax.training.tables import check_regime
 
     modes = [name for name in MODES if getattr(arguments, name)]
     if len(modes) > 1 and modes != ["training", "large"]:

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from l2a_jax.models.transformer import Output, Qwen2, forward, hidden_states, unembed
     from l2a_jax.nn import routing
     from l2a_jax.sources import Pretrained, load_pretrained
-    from l2a_jax.training.regimes import REGIMES, count_parameters, regime_mask
+    from l2a_jax.training.regimes import count_parameters, regime_mask
     from l2a_jax.training.settings import PRESETS
+    from l2a_jax.training.tables import REGIMES
 
 # Loaded at their first use: a command must be able to say what is wrong, and to be interrupted, before JAX is there.
 _HOMES = {
@@ -33,7 +34,8 @@ _HOMES = {
     "models.params": ("abstract_params", "add_routing", "init_params"),
     "models.transformer": ("Output", "Qwen2", "forward", "hidden_states", "unembed"),
     "training.settings": ("PRESETS",),
-    "training.regimes": ("REGIMES", "count_parameters", "regime_mask"),
+    "training.tables": ("REGIMES",),
+    "training.regimes": ("count_parameters", "regime_mask"),
     "sources": ("Pretrained", "load_pretrained"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

@@ -11,20 +11,25 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from l2a_jax.fields import LONGEST, PROBABILITY, Choice, Range, above, between, check, count, length
+from l2a_jax.fields import LONGEST, PROBABILITY, Choice, Range, Unit, above, between, check, count, length
 
 ROPE_KINDS = ("none", "theta", "linear", "yarn")
 TOPOLOGIES = ("sequential", "parallel")
 ROUTER_INPUTS = ("pre", "post_local")
 
 
-Window = Annotated[int, length()]
-Sinks = Annotated[int, length(0)]
-Topology = Annotated[str, Choice(*TOPOLOGIES)]
-RouterInput = Annotated[str, Choice(*ROUTER_INPUTS)]
+Window = Annotated[int, length(), Unit("keys"), "keys a local token sees, itself included"]
+Sinks = Annotated[int, length(0), Unit("keys"), "first keys that every token sees"]
+Topology = Annotated[str, Choice(*TOPOLOGIES), "local and global attention one after the other, or side by side"]
+ShareAttention = Annotated[bool, "one attention set for both"]
+RouterInput = Annotated[str, Choice(*ROUTER_INPUTS), "the router reads the stream before or after local attention"]
 # Beyond these a sigmoid of z / temperature is a step, or a constant, in float32.
-Temperature = Annotated[float, between(1e-6, 1e6)]
-Threshold = Annotated[float, Range(0, 1, low_included=False, high_included=False)]
+Temperature = Annotated[float, between(1e-6, 1e6), "of the router"]
+Threshold = Annotated[float, Range(0, 1, low_included=False, high_included=False), Unit("probability"),
+                      "probability from which a token is routed"]
+Leakage = Annotated[float, PROBABILITY, Unit("share"), "share of layer calls that compute every row's global attention"]
+Flip = Annotated[float, PROBABILITY, Unit("share"),
+                 "share of decisions that training inverts at random (routing noise)"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -99,14 +104,14 @@ class L2AConfig:
     window: Window = 256
     sinks: Sinks = 4
     topology: Topology = "parallel"
-    share_attention: bool = True
+    share_attention: ShareAttention = True
     router_input: RouterInput = "pre"
     rope: RopeScaling | None = None
     temperature: Temperature = 0.1
     threshold: Threshold = 0.5
-    leakage: Annotated[float, PROBABILITY] = 1.0
+    leakage: Leakage = 1.0
     pruned_layers: tuple[Annotated[int, count(0)], ...] = ()
-    flip: Annotated[float, PROBABILITY] = 0.0
+    flip: Flip = 0.0
 
     def __post_init__(self):
         object.__setattr__(self, "pruned_layers", tuple(self.pruned_layers))

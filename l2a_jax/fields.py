@@ -1,23 +1,25 @@
-"""What a setting may be: its type, its range or its choices, said where it is declared and checked from there.
+"""What a setting may be: its type, its range or choices, its unit and its help, said where it is declared.
 
-    steps: Annotated[int | None, at_least(1)] = None
-    backend: Annotated[str, Choice("auto", "xla")] = "auto"
+    steps: Annotated[int | None, count(), Unit("steps"), "optimiser steps"] = None
+    backend: Annotated[str, Choice("auto", "xla"), "attention backend"] = "auto"
 
-`check` holds a value of such a dataclass to its declaration, for commands, for library calls and for files alike.
+`check` holds a value of such a dataclass to its declaration, for commands, for library calls and for files alike;
+`flags` makes the command line of it. Free of JAX, so that help is quick.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
 import math
+import numbers
+import struct
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from l2a_jax.errors import UserError, shown
 
@@ -41,7 +43,7 @@ class Range:
         if not self.low <= value <= self.high:
             return False
         # Programs compute in float32: what becomes an excluded end there, zero or infinity, is one.
-        value = value if isinstance(value, (int, np.integer)) else float32(float(value))
+        value = value if isinstance(value, numbers.Integral) else float32(float(value))
         return (value != math.inf and (self.low_included or value != self.low)
                 and (self.high_included or value != self.high))
 
@@ -57,7 +59,7 @@ class Range:
 
     def told(self, value: Any) -> str:
         """What is expected, to one who gave `value`: an end that only float32 makes of it needs a word more."""
-        rounds = isinstance(value, (float, np.floating)) and self.low <= value <= self.high
+        rounds = not isinstance(value, numbers.Integral) and self.low <= value <= self.high
         rounds = rounds and (value != self.low or self.low_included) and (value != self.high or self.high_included)
         more = ", and finite" if value == math.inf == self.high else ", in float32 too" if rounds else ""
         return f"{self}{more}"
@@ -65,9 +67,11 @@ class Range:
 
 def float32(value: float) -> float:
     """The number as programs see it: rounded to float32, where what is too small to be normal counts as 0."""
-    with np.errstate(over="ignore"):
-        rounded = float(np.float32(value))
-    return 0.0 if abs(rounded) < np.finfo(np.float32).tiny else rounded
+    try:
+        rounded = struct.unpack("f", struct.pack("f", value))[0]
+    except OverflowError:
+        rounded = math.copysign(math.inf, value)
+    return 0.0 if abs(rounded) < 2.0**-126 else rounded
 
 
 class Choice(tuple):
@@ -131,11 +135,35 @@ def length(low: int = 1, meaning: str = "") -> Range:
     return Range(low, LONGEST, meaning=meaning)
 
 
+RULES = (Range, Choice, Filled)
 SEED = Range(0, 2**32 - 1)
 """JAX makes its keys of 32 bits of a seed: 2**32 would draw what 0 draws."""
 DTYPE = Choice("float32", "bfloat16")
 SHARE_OF_RUN = between(0, 1, "a share of the run")
 PROBABILITY = between(0, 1, "a probability")
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """What a number counts, or a text names."""
+
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """How people write a value whose type does not say: `read(text, flag)` is the value, or raises UserError."""
+
+    read: Callable[[str, str], Any]
+
+
+class Mark(enum.Enum):
+    """What else there is to say of a field. Without a mark it is a flag, and part of what a step is compiled from."""
+
+    DIAL = "an argument of the compiled step, so that runs that differ in it alone share the program"
+    OUTSIDE = "no matter of the compiled step"
+    POSITIONAL = "a flag without its name"
+    RECORDED = "no flag: added when the flags have been read"
 
 
 def flag(name: str) -> str:
@@ -150,6 +178,16 @@ def declared(kind: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
+def said(hint: Any, kind: type) -> list[Any]:
+    """What an annotation says of a field, of one kind: its help is the first `str`, its unit the first `Unit`."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return [note for note in arguments[1:] if isinstance(note, kind)] + said(arguments[0], kind)
+    if origin in (typing.Union, types.UnionType):
+        return [note for option in arguments for note in said(option, kind)]
+    return []
+
+
 def check(settings: Any, spell: Callable[[str], str] = flag, names: Iterable[str] | None = None,
           error: type[ValueError] = UserError) -> None:
     """`error` on the first field (of `names`, or all) whose value is not what its declaration says.
@@ -159,6 +197,12 @@ def check(settings: Any, spell: Callable[[str], str] = flag, names: Iterable[str
     hints = declared(type(settings))
     for name in hints if names is None else names:
         check_value(getattr(settings, name), hints[name], spell(name), error)
+
+
+def check_given(given: Mapping[str, Any], kind: type) -> None:
+    """UserError on the first of some fields of the dataclass `kind` whose value is not what is declared there."""
+    for name, value in given.items():
+        check_value(value, declared(kind)[name], flag(name))
 
 
 def check_value(value: Any, hint: Any, name: str, error: type[ValueError] = UserError) -> None:
@@ -173,10 +217,11 @@ def problem(value: Any, hint: Any) -> str | None:
     origin = typing.get_origin(hint)
     if origin is typing.Annotated:
         inner, *rules = typing.get_args(hint)
+        rules = [rule for rule in rules if isinstance(rule, RULES)]
         wrong = problem(value, inner)
         if wrong is not None or value is None:
             return wrong if wrong is None or not rules else f"{wrong}, {rules[0]}"
-        broken = next((rule for rule in rules if isinstance(rule, (Range, Choice, Filled)) and value not in rule), None)
+        broken = next((rule for rule in rules if value not in rule), None)
         return broken.told(value) if isinstance(broken, Range) else None if broken is None else str(broken)
     if origin in (typing.Union, types.UnionType):
         options = typing.get_args(hint)
@@ -197,10 +242,9 @@ def problem(value: Any, hint: Any) -> str | None:
     if hint is bool:
         return None if isinstance(value, bool) else "true or false"
     if hint is int:
-        return None if isinstance(value, (int, np.integer)) and not isinstance(value, bool) else "a whole number"
+        return None if isinstance(value, numbers.Integral) and not isinstance(value, bool) else "a whole number"
     if hint is float:
-        number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-        return None if number else "a number"
+        return None if isinstance(value, numbers.Real) and not isinstance(value, bool) else "a number"
     if hint is Path:
         return None if isinstance(value, (str, Path)) else "a path"
     kind = origin or hint

@@ -11,7 +11,8 @@ import pathlib
 import pytest
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "l2a_jax"
-GROUND = ("errors", "commands", "device", "provenance", "files", "fields", "shapes", "config", "progress", "version")
+GROUND = ("errors", "commands", "device", "provenance",
+          "files", "fields", "flags", "shapes", "config", "progress", "version")
 FLOORS = (GROUND, ("attention",), ("nn",), ("models",), ("data",), ("training",), ("weights",), ("sources",),
           ("inference",), ("evaluation",), ("runs",), ("research",))
 """From the ground up. A module may import from its own floor and from those below."""

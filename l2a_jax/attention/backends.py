@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from l2a_jax.errors import UserError
+from l2a_jax.fields import Choice
 
 BACKENDS = ("reference", "xla", "cudnn", "pallas", "pallas_interpret")
 CHOICES = ("auto", *BACKENDS)
+Backend = Annotated[str, Choice(*CHOICES), "what computes attention"]
 HELP = f"attention: {', '.join(CHOICES)}"
 
 

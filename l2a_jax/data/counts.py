@@ -1,9 +1,8 @@
-"""Numbers as people write them: `12M` tokens, `code=2 math=0.5` for a mix."""
+"""Numbers as people write them: `12M` tokens, layers `3,5-8`."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from decimal import Decimal
 
 from l2a_jax.errors import UserError
@@ -30,28 +29,22 @@ def parse_count(text: str | int, what: str = "a count") -> int:
     return int(value)
 
 
+def parse_layers(text: str, flag: str = "--prune-layers") -> tuple[int, ...]:
+    """The layers that a flag names, such as "3,5-8". Raises UserError on anything else."""
+    found = set()
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        whole = first.isdecimal() and (last or first).isdecimal() and len(last or first) <= 6
+        if not whole or int(last or first) < int(first):
+            raise UserError(f"{flag} {text!r}: {part.strip()!r} is no layer; expected numbers and ranges, such as "
+                            "3,5-8")
+        found |= set(range(int(first), int(last or first) + 1))
+    return tuple(sorted(found))
+
+
 def format_count(count: int) -> str:
     """12_345_678 -> `12.3M`: three digits at most, for people to read."""
     for unit, name in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):
         if count >= 0.9995 * unit:  # 999,950 is 1M in three digits, not 1e+03k
             return f"{count / unit:.3g}{name}"
     return str(count)
-
-
-def parse_weights(entries: str | Iterable[str], what: str = "a weight") -> dict[str, float]:
-    """`["code=2", "math=0.5"]` or `"code=2,math=0.5"` -> {"code": 2.0, "math": 0.5}, for `open_data(weights=)`.
-
-    Raises `UserError` for anything that is not NAME=NUMBER, and for a name given twice.
-    """
-    weights: dict[str, float] = {}
-    for entry in [entries] if isinstance(entries, str) else entries:
-        for part in filter(None, entry.split(",")):
-            name, equals, number = part.strip().partition("=")
-            try:
-                weight = float(number)
-            except ValueError:
-                equals = ""
-            if not (name and equals) or name in weights:
-                raise UserError(f"{what} is {part!r}; expected NAME=NUMBER, each domain once, such as code=2 math=0.5")
-            weights[name] = weight
-    return weights

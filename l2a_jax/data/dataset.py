@@ -16,13 +16,12 @@ from l2a_jax.data.batch import Batch
 from l2a_jax.data.echo import with_echoes
 from l2a_jax.data.encoder import check_ids, make_encoder
 from l2a_jax.data.mixing import Mix, held_out_identities, interleave, make_mix, permutation, ranks
-from l2a_jax.data.packing import Plan, best_fit, concatenate
+from l2a_jax.data.packing import PACKINGS, Plan, best_fit, concatenate
 from l2a_jax.data.recipes import Domain, resolve
 from l2a_jax.data.store import TokenStore, largest_id
 from l2a_jax.data.tokenise import tokenised
 from l2a_jax.errors import UserError
 
-PACKINGS = ("best_fit", "concat")
 _DIGITS = 16
 ORDER = 1
 """Raised whenever the same arguments would give other batches than before."""

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
+PACKINGS = ("best_fit", "concat")
+
 
 class Plan(NamedTuple):
     """P pieces in R rows; row r is pieces `rows[r]:rows[r + 1]`, left to right."""

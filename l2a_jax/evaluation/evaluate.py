@@ -12,56 +12,25 @@ import logging
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from l2a_jax import commands, device, fields
 from l2a_jax.attention import api as attention
-from l2a_jax.attention.backends import CHOICES
 from l2a_jax.config import L2AConfig, ModelConfig, position_limit
 from l2a_jax.data.recall import RecallCorpus, needs_memory
 from l2a_jax.errors import UserError, needs
 from l2a_jax.evaluation import needle, perplexity, pruning_cost, registry, results, subject, texts
+from l2a_jax.evaluation.options import Options
 from l2a_jax.evaluation.perplexity import Windows
-from l2a_jax.fields import DTYPE, SEED, Choice, Filled, Range, between, count, length
 from l2a_jax.files import check_file
 from l2a_jax.sources import Pretrained, load_pretrained, locate, read_config, run_source, source_tokenizer
 
 log = logging.getLogger("l2a_jax.eval")
 RECALL_ROWS, RECALL_LENGTH = 64, 128
-_NOT_ROUTED = "a share of tokens not routed, such as 0.99"
-
-
-@dataclass(frozen=True)
-class Options:
-    """One evaluation. `layer` holds the layer flags that were given; lengths are tokens; None: not given."""
-
-    source: Annotated[str, Filled()]
-    tasks: tuple[str, ...]
-    text: Annotated[str | None, Filled()] = None
-    context: Annotated[int | None, length()] = None
-    stride: Annotated[int | None, length()] = None
-    max_windows: Annotated[int | None, count()] = None
-    audit_seeds: Annotated[int, between(1, 1_000)] = 3
-    limit: Annotated[int | None, count()] = None
-    num_fewshot: Annotated[int | None, between(0, 1_000)] = None
-    task_data: Path | None = None
-    log_samples: bool = False
-    needle: dict[str, Any] = field(default_factory=dict)
-    layer: dict[str, Any] = field(default_factory=dict)
-    route: Annotated[str, Choice(*subject.ROUTES)] = "learned"
-    prune_layers: tuple[Annotated[int, count(0)], ...] = ()
-    prune_sparsity: Annotated[float | None, Range(0, 1, high_included=False, meaning=_NOT_ROUTED)] = None
-    calibration: Annotated[str | None, Filled()] = None
-    dtype: Annotated[str | None, DTYPE] = None
-    backend: Annotated[str, Choice(*CHOICES)] = "auto"
-    batch_tokens: Annotated[int | None, count()] = None
-    seed: Annotated[int, SEED] = 0
-    out: Path | None = None
 
 
 class Plan(NamedTuple):

@@ -37,8 +37,9 @@ from l2a_jax.evaluation.needle_text import (
     recall_haystack,
     text_haystack,
 )
+from l2a_jax.evaluation.options import Generate, Hay, Lengths, NeedleFlags, Needles
 from l2a_jax.evaluation.registry import Work
-from l2a_jax.fields import SEED, Distinct, Filled, between, check_value, count, length
+from l2a_jax.fields import SEED, Distinct, between, check_given
 from l2a_jax.files import whole
 from l2a_jax.shapes import at_least, share, some
 from l2a_jax.sources import Pretrained
@@ -56,6 +57,11 @@ PANELS = {"exact_match": "greedy output is the answer\n{mean:.0%}",
           "ranked_first": "answer is the likeliest of {n}\n{mean:.0%} (chance {chance:.0%})"}
 
 
+def spread(depths: int) -> tuple[float, ...]:
+    """So many depths, from the beginning to the end."""
+    return tuple(np.linspace(0, 1, depths).tolist())
+
+
 @dataclass(frozen=True)
 class NeedleOptions:
     """The grid and what is hidden in it.
@@ -68,15 +74,15 @@ class NeedleOptions:
     document. `generate`: so many prompts, spread over the grid, are also continued by real decoding, to be read.
     """
 
-    lengths: Annotated[tuple[Annotated[int, length()], ...], Distinct()] = (512, 1_024, 2_048, 4_096)
-    depths: Annotated[tuple[Annotated[float, between(0, 1)], ...], Distinct()] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    seeds: Annotated[tuple[Annotated[int, SEED], ...], Distinct()] = (0, 1, 2)
-    needles: Annotated[int, count()] = 1
+    lengths: Lengths = NeedleFlags.needle_lengths
+    depths: Annotated[tuple[Annotated[float, between(0, 1)], ...], Distinct()] = spread(NeedleFlags.needle_depths)
+    seeds: Annotated[tuple[Annotated[int, SEED], ...], Distinct()] = tuple(range(NeedleFlags.needle_seeds))
+    needles: Needles = NeedleFlags.needle_needles
     digits: Annotated[int, between(1, 18)] = 5
     distractors: Annotated[int, between(1, 1_000)] = 7
-    haystack: Annotated[tuple[Annotated[str, Filled()], ...], Filled("a list")] = (RECALL,)
+    haystack: Hay = NeedleFlags.haystack
     join: str | None = "source"
-    generate: Annotated[int, count(0)] = 0
+    generate: Generate = NeedleFlags.needle_generate
 
     def __post_init__(self):
         fields.check(self, spell=lambda name: f"needle {name}")
@@ -102,13 +108,12 @@ def make_options(given: dict[str, Any], model: Pretrained) -> NeedleOptions:
     computed.
     """
     fields = dict(given)
-    for name in ("depths", "seeds"):
-        check_value(fields.get(name), Annotated[int | None, between(1, 1_000)], f"--needle-{name}")
+    check_given({f"needle_{name}": fields[name] for name in ("depths", "seeds") if name in fields}, NeedleFlags)
     if texts.speaks_recall(model.tokenizer) and "haystack" not in fields:
         log.info("no --haystack: needles are hidden in the synthetic recall corpus, whose words this model speaks")
         fields.setdefault("lengths", RECALL_LENGTHS)
     if "depths" in fields:
-        fields["depths"] = tuple(np.linspace(0, 1, fields["depths"]).tolist())
+        fields["depths"] = spread(fields["depths"])
     if "seeds" in fields:
         fields["seeds"] = tuple(range(fields["seeds"]))
     options = NeedleOptions(**{name: tuple(value) if isinstance(value, list) else value for name, value in

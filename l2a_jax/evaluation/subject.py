@@ -25,27 +25,23 @@ from l2a_jax.training.regimes import count_parameters
 from l2a_jax.training.run_files import read_run, read_summary
 
 log = logging.getLogger("l2a_jax.eval")
-ROUTES = ("learned", "all", "none")
-LAYER_FLAGS = ("window", "sinks", "topology", "share_attention", "router_input", "rope", "temperature", "threshold")
 
 
 def layer_of(config: ModelConfig, own: L2AConfig | None, given: dict[str, Any], route: str,
              prune: tuple[int, ...], source: str) -> tuple[ModelConfig, L2AConfig | None]:
     """The configurations to evaluate with. UserError where the flags contradict the source or each other."""
-    asked = presets.Settings(regime="router_strict", given=tuple(sorted(given)), **given)
-    fields.check(asked, names=given)
+    fields.check_given(given, presets.LayerSettings)
     if own is None and set(given) <= {"rope"}:
         if route != "learned" or prune:
             raise UserError(f"{source} is a plain model, which has nothing to route or prune; give --window (and "
                             "--sinks, --topology) to put an untrained layer on it")
         return (dataclasses.replace(config, rope=presets.parse_rope(given["rope"])) if given else config), None
     if own is None:
-        share = given.get("share_attention", asked.topology != "sequential")
-        layer = presets.layer_of(dataclasses.replace(asked, share_attention=share))
+        layer = presets.make_layer({"share_attention": given.get("topology") != "sequential", **given})
         if route == "learned":
             log.info("the layer on %s is untrained: its router routes every token (--route none: no token)", source)
     else:
-        layer = presets.adapt_layer(own, asked, source)
+        layer = presets.adapt_layer(own, given, source)
     beyond = [index for index in prune if not 0 <= index < config.num_layers]
     if beyond:
         raise UserError(f"--prune-layers names {beyond[0]}; {source} has layers 0 to {config.num_layers - 1}")

@@ -21,7 +21,8 @@ from l2a_jax.config import L2AConfig, ModelConfig, position_limit
 from l2a_jax.errors import UserError
 from l2a_jax.inference.cache import Cache, Layout, layout_of
 from l2a_jax.inference.forward import DecodeParams, decode_params, decode_step, prefill
-from l2a_jax.inference.sampling import Sampling, sample
+from l2a_jax.inference.options import Sampling
+from l2a_jax.inference.sampling import sample
 from l2a_jax.models.params import Tree, check_layers
 from l2a_jax.models.transformer import check_tokens
 

@@ -42,19 +42,6 @@ def pruned(model: Pretrained, layers: Sequence[int]) -> Pretrained:
     return model._replace(l2a_config=dataclasses.replace(model.l2a_config, pruned_layers=tuple(sorted(every))))
 
 
-def parse_layers(text: str, flag: str = "--prune-layers") -> tuple[int, ...]:
-    """The layers that a flag names, such as "3,5-8". Raises UserError on anything else."""
-    found = set()
-    for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        whole = first.isdecimal() and (last or first).isdecimal() and len(last or first) <= 6
-        if not whole or int(last or first) < int(first):
-            raise UserError(f"{flag} {text!r}: {part.strip()!r} is no layer; expected numbers and ranges, such as "
-                            "3,5-8")
-        found |= set(range(int(first), int(last or first) + 1))
-    return tuple(sorted(found))
-
-
 def cache_saving(model: Pretrained, tokens: int, batch: int = 1) -> tuple[int, int]:
     """Cache bytes of `batch` rows of `tokens` tokens: (as the model is, with nothing pruned)."""
     dtype = model.params["embed"]["embedding"].dtype

@@ -2,25 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
-
-from l2a_jax.attention.backends import CHOICES
-from l2a_jax.fields import Choice, above, at_least, length
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a text is continued. `temperature` 0: the likeliest token; `top_p` 1: no cut. Both are rounded to float32."""
-
-    max_new_tokens: Annotated[int, length()] = 128
-    temperature: Annotated[float, at_least(0)] = 0.0
-    top_p: Annotated[float, above(0, 1, "a share of probability")] = 1.0
-    backend: Annotated[str, Choice(*CHOICES)] = "auto"
 
 
 def nucleus(logits: Float[Array, "B V"], top_p: Float[Array, ""] | float) -> Float[Array, "B V"]:

@@ -6,25 +6,25 @@ import dataclasses
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 from jaxtyping import PRNGKeyArray
 
 from l2a_jax import commands, device
 from l2a_jax.attention import api as attention
-from l2a_jax.config import L2AConfig, Sinks, Window
+from l2a_jax.data.counts import parse_layers
 from l2a_jax.errors import UserError
-from l2a_jax.fields import SEED, Choice, check, float32
+from l2a_jax.fields import check, float32
 from l2a_jax.files import read_text
 from l2a_jax.inference.forward import decode_params
 from l2a_jax.inference.generate import advance, bucket, request, start
-from l2a_jax.inference.pruning import cache_saving, parse_layers, pruned
-from l2a_jax.inference.sampling import Sampling
+from l2a_jax.inference.options import Asked
+from l2a_jax.inference.pruning import cache_saving, pruned
 from l2a_jax.models.params import add_routing
 from l2a_jax.sources import Pretrained, load_pretrained
+from l2a_jax.training.settings import make_layer
 from l2a_jax.weights import Tokenizer
 
 CHUNK = 8  # decode steps per dispatch: seldom enough to cost nothing, often enough to read along
@@ -110,16 +110,6 @@ class Writer:
         self.before, self.held, self.shade = self.held, [], None
 
 
-@dataclass(frozen=True)
-class Asked(Sampling):
-    """The flags of `eval/generate.py` that have a range."""
-
-    window: Window | None = None
-    sinks: Sinks | None = None
-    dtype: Annotated[str | None, Choice("bfloat16", "float16", "float32")] = None
-    seed: Annotated[int, SEED] = 0
-
-
 def prepare(source: str | Path, *, window: int | None = None, sinks: int | None = None,
             prune_layers: str | None = None, dtype: Any = None) -> Pretrained:
     """The model of a source; a plain one with `window` or `sinks` gets an untrained router, which routes everything.
@@ -132,10 +122,7 @@ def prepare(source: str | Path, *, window: int | None = None, sinks: int | None 
         if model.l2a_config is not None:
             raise UserError(f"{source} has a routed layer of its own (window {model.l2a_config.window}, sinks "
                             f"{model.l2a_config.sinks}); --window and --sinks are for plain models")
-        try:
-            layer = L2AConfig(**given)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        layer = make_layer(given)
         model = model._replace(l2a_config=layer, params=add_routing(model.params, model.config, layer))
     return model if prune_layers is None else pruned(model, parse_layers(prune_layers))
 

@@ -29,10 +29,11 @@ from l2a_jax.errors import UserError
 from l2a_jax.models.params import Tree, abstract_params, add_routing, init_params
 from l2a_jax.sources import TINY, load_pretrained, read_config, recall_tokenizer, source_tokenizer
 from l2a_jax.training import memory
+from l2a_jax.training import settings as presets
 from l2a_jax.training.optimizer import OptimizerConfig, make_optimizer
-from l2a_jax.training.regimes import PLAIN_REGIMES, check_attention_layers, regime_mask
+from l2a_jax.training.regimes import regime_mask
 from l2a_jax.training.run_files import RunConfig
-from l2a_jax.training.settings import RECALL_EMPHASIS, Settings, adapt_layer, as_used, layer_of, model_of, steps_of
+from l2a_jax.training.settings import RECALL_EMPHASIS, Settings
 from l2a_jax.training.step import (
     Dials,
     Objective,
@@ -43,6 +44,7 @@ from l2a_jax.training.step import (
     initial_state,
     split_params,
 )
+from l2a_jax.training.tables import PLAIN_REGIMES, check_attention_layers
 
 log = logging.getLogger("l2a_jax")
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
@@ -87,13 +89,14 @@ def make_plan(settings: Settings, *, read: Callable = read_source, open_data: Ca
     else:
         config, source_layer, tokenizer = read(source)
     if source_layer is None:
-        l2a_config = layer_of(settings)
+        l2a_config = presets.layer_of(settings)
     else:
         if settings.regime in PLAIN_REGIMES:
             raise UserError(f"--regime {settings.regime} trains a plain model, but {source} has an L2A layer")
-        l2a_config = adapt_layer(source_layer, settings, source)
-        settings = as_used(settings, l2a_config)
-    config = model_of(settings, config)
+        l2a_config = presets.adapt_layer(source_layer, {name: getattr(settings, name) for name in settings.given},
+                                         source, settings.preset)
+        settings = presets.as_used(settings, l2a_config)
+    config = presets.model_of(settings, config)
     check_attention_layers(settings.attention_layers, settings.regime, config.num_layers)
     limit = position_limit(config, l2a_config)
     if settings.seq_len > limit:
@@ -111,7 +114,7 @@ def make_plan(settings: Settings, *, read: Callable = read_source, open_data: Ca
         reach = 0 if l2a_config is None else l2a_config.window + l2a_config.sinks
         data = RecallCorpus(settings.seq_len, settings.batch_size, settings.seed, distance=max(24, reach + 1),
                             emphasis=RECALL_EMPHASIS if settings.regime == "pretrain" else 1.0)
-    steps = steps_of(settings, data.tokens_per_batch)
+    steps = presets.steps_of(settings, data.tokens_per_batch)
     return Plan(settings, source, config, l2a_config, source_layer is not None, data, tokenizer, steps, dtype)
 
 
@@ -176,9 +179,8 @@ def dials_of(plan: Plan) -> Dials:
 
 def program_key(plan: Plan) -> tuple:
     """What is compiled into a run's step: plans of equal keys share one program (`Run._replace(plan=...)`)."""
-    s = plan.settings
-    return (plan.config, plan.l2a_config, plan.dtype.name, s.regime, s.grad_accum, s.batch_size, s.seq_len, s.packing,
-            s.backend, s.remat, _unrolls(s), s.master_dtype, s.weight_decay, s.clip, s.attention_layers)
+    resolved = dataclasses.replace(plan.settings, dtype=plan.dtype.name, unroll=_unrolls(plan.settings))
+    return plan.config, plan.l2a_config, presets.compiled_in(resolved)
 
 
 def compile_run(plan: Plan) -> Run:

@@ -18,14 +18,7 @@ import jax
 from l2a_jax import device
 from l2a_jax.errors import UserError
 from l2a_jax.models.params import Tree
-
-# What each mode keeps. "elementwise" keeps the result of every matrix product and attention call that is expensive.
-KEPT = {
-    "layer": (),
-    "mlp": ("qkv", "attention", "residual"),
-    "elementwise": ("qkv", "attention", "residual", "mlp"),
-}
-MODES = (*KEPT, "none")
+from l2a_jax.training.tables import KEPT, MODES
 
 
 def checkpoint_policy(mode: str) -> Callable | bool:

@@ -17,7 +17,8 @@ import optax
 from jaxtyping import Array, BFloat16, Float32, PRNGKeyArray
 
 from l2a_jax.models.params import Tree, map_with_path
-from l2a_jax.training.regimes import group_of, keep_layers, regime_mask
+from l2a_jax.training.regimes import keep_layers, regime_mask
+from l2a_jax.training.tables import group_of
 
 
 @dataclass(frozen=True)

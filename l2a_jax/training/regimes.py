@@ -1,8 +1,7 @@
-"""Regimes: which parameters a run trains, as one table of path patterns.
+"""Regimes at work: the mask of a tree that the table (`tables`) gives, and the tree split along it.
 
-Every leaf belongs to exactly one group, and a regime is a set of groups; a leaf that no pattern covers, or two do, is
-an error, never a silently frozen or trained parameter. The mask is the declaration. Training differentiates the
-trainable subtree only (`partition`), so gradients, clipping, optimizer state and checkpoints never hold a frozen leaf.
+Training differentiates the trainable subtree only (`partition`), so gradients, clipping, optimizer state and
+checkpoints never hold a frozen leaf.
 
 `attention_layers` narrows a regime further: attention is then trained in these layers alone, everything else as the
 regime says. Layers are stacked in one leaf, so this is not a matter of which leaves are trained: gradients and updates
@@ -12,73 +11,20 @@ of the other layers are set to zero (`keep_layers`), while masters and optimizer
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from l2a_jax.errors import UserError
 from l2a_jax.models.params import Tree, map_with_path
-
-GROUPS: dict[str, str] = {
-    "router": r"layers/router/kernel",
-    "attention": r"layers/attention(_local|_global)?/(q|k|v|o)/(kernel|bias)",
-    "attention_norms": r"layers/norm_(attention|local|global)/scale",
-    "mlp": r"layers/mlp/(gate|up|down)/kernel",
-    "other_norms": r"(layers/norm_mlp|norm_final)/scale",
-    "embeddings": r"(embed/embedding|unembed/kernel)",
-}
-
-REGIMES: dict[str, tuple[str, ...]] = {
-    "baseline": (),
-    "router_strict": ("router",),
-    "router_only": ("router", "attention_norms"),
-    "l2a_ft": ("router", "attention_norms", "attention"),
-    "l2a_paper": ("router", "attention_norms", "attention", "other_norms"),
-    "full_ft": tuple(GROUPS),
-    "pretrain": tuple(GROUPS),
-}
-# These run a plain model: they add no router.
-PLAIN_REGIMES = ("baseline", "pretrain")
-
-
-def group_of(path: str) -> str:
-    """The one group whose pattern covers the whole path. Raises ValueError where none or several do."""
-    groups = [name for name, pattern in GROUPS.items() if re.fullmatch(pattern, path)]
-    if len(groups) != 1:
-        raise ValueError(f"parameter {path!r} is covered by {len(groups)} groups of the regime table {groups}; "
-                         "expected exactly one")
-    return groups[0]
-
-
-def check_regime(regime: str, flag: str = "--regime") -> str:
-    """`regime` itself, or UserError naming the known ones."""
-    if regime not in REGIMES:
-        raise UserError(f"{flag} is {regime!r}; expected one of {', '.join(REGIMES)}")
-    return regime
+from l2a_jax.training.tables import REGIMES, check_regime, group_of
 
 
 def regime_mask(params: Tree, regime: str) -> Tree:
     """True where the regime trains a leaf: an Optax mask of `params`' structure (arrays or shapes alike)."""
     trained = REGIMES[check_regime(regime)]
     return map_with_path(lambda path, _: group_of(path) in trained, params)
-
-
-def check_attention_layers(layers: Sequence[int] | None, regime: str, num_layers: int) -> None:
-    """UserError where `layers` (None: all) is no choice of attention layers to train for this regime and model."""
-    if layers is None:
-        return
-    if "attention" not in REGIMES[check_regime(regime)]:
-        trains = ", ".join(name for name, groups in REGIMES.items() if "attention" in groups)
-        raise UserError(f"--attention-layers chooses where attention is trained, but --regime {regime} trains no "
-                        f"attention; expected one of {trains}")
-    if not layers or len(set(layers)) != len(layers):
-        raise UserError(f"--attention-layers is {list(layers)}; expected at least one layer, each once")
-    beyond = [layer for layer in layers if not 0 <= layer < num_layers]
-    if beyond:
-        raise UserError(f"--attention-layers names {beyond[0]}; the model has layers 0 to {num_layers - 1}")
 
 
 def keep_layers(tree: Tree, layers: Sequence[int] | None) -> Tree:

@@ -17,8 +17,8 @@ from l2a_jax.config import L2AConfig, ModelConfig, l2a_config_from_dict, model_c
 from l2a_jax.errors import UserError, shown
 from l2a_jax.files import from_plain, read_json
 from l2a_jax.shapes import nullable, number, require
-from l2a_jax.training.regimes import PLAIN_REGIMES
 from l2a_jax.training.settings import Settings
+from l2a_jax.training.tables import PLAIN_REGIMES
 
 LATER = {"unroll", "flip", "echo", "attention_layers", "given"}
 """Settings that came after the first run folders: their defaults are what those runs did."""

@@ -8,95 +8,132 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
-from l2a_jax import fields
-from l2a_jax.attention.backends import CHOICES
-from l2a_jax.config import (
-    L2AConfig,
-    ModelConfig,
-    RopeScaling,
-    RouterInput,
-    Sinks,
-    Temperature,
-    Threshold,
-    Topology,
-    Window,
-)
-from l2a_jax.data.dataset import PACKINGS
+from l2a_jax import config, fields
+from l2a_jax.attention.backends import Backend
+from l2a_jax.config import L2AConfig, ModelConfig, RopeScaling
+from l2a_jax.data.counts import parse_count, parse_layers
+from l2a_jax.data.packing import PACKINGS
 from l2a_jax.errors import UserError
-from l2a_jax.fields import (
-    DTYPE,
-    PROBABILITY,
-    SEED,
-    SHARE_OF_RUN,
-    Choice,
-    Distinct,
-    Filled,
-    Range,
-    above,
-    at_least,
-    between,
-    count,
-    length,
-)
-from l2a_jax.training.memory import MODES
-from l2a_jax.training.regimes import PLAIN_REGIMES, REGIMES, check_regime
+from l2a_jax.fields import DTYPE, SHARE_OF_RUN, Choice, Distinct, Filled, Mark, Range, Unit, Written, above, count
+from l2a_jax.training.tables import MODES, PLAIN_REGIMES, REGIMES, check_regime
+
+DIAL, OUTSIDE = Mark.DIAL, Mark.OUTSIDE
+STEPS, SHARE = Unit("steps"), Unit("share")
+Source = Annotated[str, Filled(), Unit("source"),
+                   "hub id, folder, run folder (its newest checkpoint; RUN/checkpoints/best: its best) or .gguf file"]
 
 
 @dataclass(frozen=True)
-class Settings:
-    """One training run. Lengths are tokens or steps as said; `warmup` and the penalty's times are shares of the run.
+class DataSettings:
+    """Model and data."""
 
-    `rope` is KIND or KIND:FACTOR (None: the model's own). `unroll` None: on a GPU, unless memory comes first. `steps`
-    wins over `tokens`. `dtype` is what the forward pass computes in (None: bfloat16 on an accelerator, float32 on a
-    CPU); masters and optimizer are `master_dtype`.
-    """
+    model: Annotated[Source | None, OUTSIDE] = None
+    data: Annotated[tuple[Annotated[str, Filled(), Unit("text")], ...], OUTSIDE,
+                    "wikitext, diverse, RECIPE=DIR, files, folders or globs"] = ()
+    seq_len: Annotated[int, fields.length(2), Unit("tokens"), "tokens a row"] = 2_048
+    batch_size: Annotated[int, count(), Unit("rows"), "rows a micro-batch"] = 4
+    grad_accum: Annotated[int, count(), Unit("batches"), "micro-batches a step"] = 1
+    packing: Annotated[str, Choice(*PACKINGS), "documents that never see each other, or one long text"] = "best_fit"
+    echo: Annotated[float, fields.between(0, 1, "a share of the rows"), SHARE, OUTSIDE,
+                    "share of the rows trained on in which earlier text is repeated"] = 0.0
 
-    regime: Annotated[str, Choice(*REGIMES)]
-    preset: tuple[str, ...] = ()
-    model: Annotated[str | None, Filled()] = None
-    data: tuple[Annotated[str, Filled()], ...] = ()
-    steps: Annotated[int | None, count()] = None
-    tokens: Annotated[int | None, Range(1, 2**63 - 1)] = 12_000_000
-    seq_len: Annotated[int, length(2)] = 2_048
-    batch_size: Annotated[int, count()] = 4
-    grad_accum: Annotated[int, count()] = 1
-    packing: Annotated[str, Choice(*PACKINGS)] = "best_fit"
-    echo: Annotated[float, between(0, 1, "a share of the rows")] = 0.0
-    window: Window = 256
-    sinks: Sinks = 4
-    topology: Topology = "parallel"
-    share_attention: bool = True
-    router_input: RouterInput = "pre"
-    rope: Annotated[str | None, Filled()] = None
-    temperature: Temperature = 0.1
-    threshold: Threshold = 0.5
-    leakage: Annotated[float, PROBABILITY] = 1.0
-    flip: Annotated[float, PROBABILITY] = 0.0
-    penalty: Annotated[float, at_least(0)] = 0.0
-    penalty_warmup: Annotated[float, SHARE_OF_RUN] = 0.05
-    penalty_ramp: Annotated[float, SHARE_OF_RUN] = 0.45
-    lr: Annotated[float, above(0)] = 5e-5
-    router_lr: Annotated[float | None, above(0)] = None
-    weight_decay: Annotated[float, at_least(0)] = 0.0
-    warmup: Annotated[float, SHARE_OF_RUN] = 0.05
-    clip: Annotated[float, above(0)] = 1.0
-    backend: Annotated[str, Choice(*CHOICES)] = "auto"
-    dtype: Annotated[str | None, DTYPE] = None
-    master_dtype: Annotated[str, DTYPE] = "float32"
-    remat: Annotated[str, Choice(*MODES)] = "elementwise"
-    unroll: bool | None = None
-    # Where attention is trained (None: in all layers).
-    attention_layers: Annotated[tuple[Annotated[int, count(0)], ...] | None, Distinct()] = None
-    deterministic: bool = False
-    save_every: Annotated[int, count()] = 500
-    eval_every: Annotated[int, count()] = 250
-    eval_batches: Annotated[int, count()] = 8
-    seed: Annotated[int, SEED] = 0
-    # What was asked for by a flag or a named preset; a routed source's own layer yields only to this.
-    given: tuple[str, ...] = ()
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """Layer."""
+
+    window: config.Window = L2AConfig.window
+    sinks: config.Sinks = L2AConfig.sinks
+    topology: config.Topology = L2AConfig.topology
+    share_attention: config.ShareAttention = L2AConfig.share_attention
+    router_input: config.RouterInput = L2AConfig.router_input
+    rope: Annotated[str | None, Filled(),
+                    "none, theta:FACTOR, linear:FACTOR or yarn:FACTOR (default: the model's own)"] = None
+    temperature: config.Temperature = L2AConfig.temperature
+    threshold: config.Threshold = L2AConfig.threshold
+
+
+@dataclass(frozen=True)
+class RoutingSettings:
+    """How routing is trained."""
+
+    leakage: config.Leakage = L2AConfig.leakage
+    flip: config.Flip = L2AConfig.flip
+    penalty: Annotated[float, fields.at_least(0), DIAL, "maximum of lambda, the weight of mean p^2"] = 0.0
+    penalty_warmup: Annotated[float, SHARE_OF_RUN, SHARE, DIAL, "share of the run with lambda 0"] = 0.05
+    penalty_ramp: Annotated[float, SHARE_OF_RUN, SHARE, DIAL,
+                            "share of the run over which lambda then rises"] = 0.45
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """Length and optimizer."""
+
+    steps: Annotated[int | None, count(), STEPS, DIAL, "optimiser steps; they win over --tokens"] = None
+    tokens: Annotated[int | None, Range(1, 2**63 - 1), Unit("tokens"), Written(parse_count), DIAL,
+                      "tokens to train on, such as 12M"] = 12_000_000
+    lr: Annotated[float, above(0), DIAL, "peak learning rate"] = 5e-5
+    router_lr: Annotated[float | None, above(0), DIAL, "the router's own (default: --lr)"] = None
+    weight_decay: Annotated[float, fields.at_least(0), "of matrices, but for the router"] = 0.0
+    warmup: Annotated[float, SHARE_OF_RUN, SHARE, DIAL, "share of the run over which the learning rate rises"] = 0.05
+    clip: Annotated[float, above(0), Unit("norm"), "global norm of the gradient"] = 1.0
+    attention_layers: Annotated[tuple[Annotated[int, count(0)], ...] | None, Distinct(), Unit("layers"),
+                                Written(parse_layers),
+                                "train attention in these layers alone, such as 3,5-8 (default: all)"] = None
+
+
+@dataclass(frozen=True)
+class ComputeSettings:
+    """Compute."""
+
+    backend: Backend = "auto"
+    dtype: Annotated[str | None, DTYPE,
+                     "what the forward pass computes in (default: bfloat16; on a CPU float32)"] = None
+    master_dtype: Annotated[str, DTYPE, "of trained weights and optimizer"] = "float32"
+    remat: Annotated[str, Choice(*MODES), "recomputed in the backward pass: layer needs the least memory"] = \
+        "elementwise"
+    unroll: Annotated[bool | None, "a program without a loop over layers: slower to compile, faster on a GPU "
+                                   "(default: on a GPU, unless --remat is layer)"] = None
+    deterministic: Annotated[bool, "bit for bit the same on a GPU too, resumed or not; slower"] = False
+
+
+@dataclass(frozen=True)
+class ReportSettings:
+    """Checkpoints, evaluation and chance."""
+
+    save_every: Annotated[int, count(), STEPS, OUTSIDE, "steps between two checkpoints"] = 500
+    eval_every: Annotated[int, count(), STEPS, OUTSIDE, "steps between two looks at held-out text"] = 250
+    eval_batches: Annotated[int, count(), Unit("batches"), OUTSIDE, "held-out batches an evaluation"] = 8
+    seed: Annotated[int, fields.SEED, OUTSIDE, "of data, leakage, noise and fresh parameters"] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(DataSettings, LayerSettings, RoutingSettings, OptimizerSettings, ComputeSettings, ReportSettings):
+    """What is trained. One run: every setting, in groups that are these base classes; `given` is what a flag or a named
+    preset asked for (a routed source's own layer yields only to this)."""
+
+    regime: Annotated[str, Choice(*REGIMES), "which parameters are trained"]
+    preset: Annotated[tuple[str, ...], OUTSIDE,
+                      "values by name, the later one wins and flags override; of a routed --model, either may change "
+                      "the layer's numbers, not its wiring"] = ()
+    given: Annotated[tuple[str, ...], OUTSIDE, Mark.RECORDED] = ()
+
+
+def compiled_in(settings: Settings) -> tuple:
+    """What a step is compiled from besides shapes and layer: every setting that no mark says to be something else."""
+    return tuple(getattr(settings, name) for name, hint in fields.declared(Settings).items()
+                 if name not in (*LAYER_FIELDS, "rope") and not {DIAL, OUTSIDE} & {*fields.said(hint, Mark)})
+
+
+class Preset(NamedTuple):
+    """Settings under a name."""
+
+    about: str
+    values: dict[str, Any]
 
 
 # Function-preserving at the start, sinks kept, both paths computed: what made router-only training lossless.
@@ -104,23 +141,19 @@ REPAIR: dict[str, Any] = {
     "topology": "parallel", "share_attention": True, "sinks": 4, "window": 256, "rope": "none", "leakage": 1.0,
     "penalty": 0.3, "penalty_warmup": 0.05, "penalty_ramp": 0.45, "lr": 5e-5, "router_lr": 3e-4, "weight_decay": 0.0,
 }
-PRESETS: dict[str, dict[str, Any]] = {
-    # The authors' release: L2A's own layer and schedule (lambda reaches its maximum at the last step).
-    "paper": {
+PRESETS: dict[str, Preset] = {
+    "paper": Preset("the authors' release: L2A's own layer and schedule (lambda is greatest at the last step)", {
         "topology": "sequential", "share_attention": False, "sinks": 0, "rope": "theta:5", "leakage": 0.1,
-        "penalty": 1.31e-3, "penalty_warmup": 209 / 3973, "penalty_ramp": 1 - 209 / 3973, "lr": 5e-5,
-    },
-    "repair": REPAIR,
-    # What kept the needle to 32,768 tokens with nine tenths of the decisions local (eval/results/replication.md).
-    "repair-far": {**REPAIR, "window": 1_024, "penalty": 0.5, "seq_len": 8_192, "batch_size": 1, "grad_accum": 1,
-                   "flip": 0.3, "echo": 1.0},
-    # The consumer-scale operating points: one 24 GB card, 12M (0.5B) or 8M tokens, 8,192 tokens a step.
-    "0.5b-24gb": {"model": "Qwen/Qwen2.5-0.5B", "tokens": 12_000_000, "seq_len": 2_048, "batch_size": 4,
-                  "grad_accum": 1},
-    "1.5b-24gb": {"model": "Qwen/Qwen2.5-1.5B", "tokens": 8_000_000, "seq_len": 2_048, "batch_size": 2,
-                  "grad_accum": 2, "remat": "layer"},
-    "3b-24gb": {"model": "Qwen/Qwen2.5-3B", "tokens": 8_000_000, "seq_len": 2_048, "batch_size": 1, "grad_accum": 4,
-                "remat": "layer"},
+        "penalty": 1.31e-3, "penalty_warmup": 209 / 3973, "penalty_ramp": 1 - 209 / 3973, "lr": 5e-5}),
+    "repair": Preset("keeps the model intact at the start, and its sinks; both paths are computed", REPAIR),
+    "repair-far": Preset("repair for long texts: the needle kept to 32,768 tokens with nine tenths local", {
+        **REPAIR, "window": 1_024, "penalty": 0.5, "seq_len": 8_192, "batch_size": 1, "grad_accum": 1, "flip": 0.3,
+        "echo": 1.0}),
+    **{f"{size}-24gb": Preset(f"Qwen2.5-{size.upper()} on one card of 24 GB, 8,192 tokens a step", {
+        "model": f"Qwen/Qwen2.5-{size.upper()}", "tokens": tokens, "seq_len": 2_048, "batch_size": 4 // accumulated,
+        "grad_accum": accumulated, **remat})
+       for size, tokens, accumulated, remat in (("0.5b", 12_000_000, 1, {}), ("1.5b", 8_000_000, 2, {"remat": "layer"}),
+                                                ("3b", 8_000_000, 4, {"remat": "layer"}))},
 }
 
 REGIME_PRESET = {"router_strict": "repair", "router_only": "repair", "l2a_ft": "paper", "l2a_paper": "paper",
@@ -151,7 +184,7 @@ def resolve(regime: str, given: dict[str, Any], presets: tuple[str, ...] = ()) -
         raise UserError(f"--preset is {unknown[0]!r}; expected one of {', '.join(PRESETS)}")
     values: dict[str, Any] = {}
     for name in presets:
-        values |= PRESETS[name]
+        values |= PRESETS[name].values
     values |= given
     asked = tuple(sorted(values))
     values["data"] = tuple(values.get("data") or ())
@@ -163,7 +196,7 @@ def resolve(regime: str, given: dict[str, Any], presets: tuple[str, ...] = ()) -
     elif not values["data"]:
         raise UserError("--model was given without --data; name the text to train on (wikitext, diverse, or files)")
     else:
-        base = PRESETS.get(REGIME_PRESET.get(regime, ""), {})
+        base = PRESETS[REGIME_PRESET[regime]].values if regime in REGIME_PRESET else {}
     if "tokens" in given and "steps" in given:
         raise UserError("--steps and --tokens both say how long to train; give one of them")
     if "tokens" in given:
@@ -190,36 +223,39 @@ def parse_rope(text: str) -> RopeScaling:
                         f"({error})") from error
 
 
-LAYER_FIELDS = ("window", "sinks", "topology", "share_attention", "router_input", "temperature", "threshold", "leakage",
-                "flip")
+LAYER_FIELDS = tuple(name for name in fields.declared(L2AConfig) if name in {*fields.declared(Settings)} - {"rope"})
 STRUCTURE = ("topology", "share_attention", "router_input")
 
 
-def layer_of(settings: Settings) -> L2AConfig | None:
-    """The L2A layer that the settings describe; None for the plain regimes. UserError where they contradict."""
-    if settings.regime in PLAIN_REGIMES:
-        return None
+def make_layer(given: Mapping[str, Any], own: L2AConfig | None = None) -> L2AConfig:
+    """The L2A layer that settings describe: a new one, or `own` with these changes. UserError where they contradict."""
+    values = dict(given)
+    if values.get("rope") is not None:
+        values["rope"] = parse_rope(values["rope"])
     try:
-        return L2AConfig(rope=None if settings.rope is None else parse_rope(settings.rope),
-                         **{name: getattr(settings, name) for name in LAYER_FIELDS})
+        return L2AConfig(**values) if own is None else dataclasses.replace(own, **values)
     except UserError:
         raise
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
-def adapt_layer(own: L2AConfig, settings: Settings, source: str) -> L2AConfig:
-    """A routed source keeps its own layer; what was asked for by a flag or a named preset may change its numbers, but
+def layer_of(settings: Settings) -> L2AConfig | None:
+    """The L2A layer of a run from a plain model; None for the plain regimes."""
+    if settings.regime in PLAIN_REGIMES:
+        return None
+    return make_layer({name: getattr(settings, name) for name in (*LAYER_FIELDS, "rope")})
+
+
+def adapt_layer(own: L2AConfig, given: Mapping[str, Any], source: str, named: tuple[str, ...] = ()) -> L2AConfig:
+    """A routed source keeps its own layer; what was given by a flag or a preset of `named` may change its numbers, but
     not how it is wired (UserError)."""
-    asked = {name: getattr(settings, name) for name in LAYER_FIELDS if name in settings.given}
     for name in STRUCTURE:
-        if asked.get(name, getattr(own, name)) != getattr(own, name):
-            by = [preset for preset in settings.preset if PRESETS[preset].get(name) == asked[name]]
-            raise UserError(f"{fields.flag(name)} is {asked[name]}" + (f" by --preset {by[-1]}" if by else "")
+        if given.get(name, getattr(own, name)) != getattr(own, name):
+            by = [preset for preset in named if PRESETS[preset].values.get(name) == given[name]]
+            raise UserError(f"{fields.flag(name)} is {given[name]}" + (f" by --preset {by[-1]}" if by else "")
                             + f", but {source} was trained with {getattr(own, name)}")
-    if "rope" in settings.given:
-        asked["rope"] = None if settings.rope is None else parse_rope(settings.rope)
-    return dataclasses.replace(own, **asked)
+    return make_layer({name: value for name, value in given.items() if name in (*LAYER_FIELDS, "rope")}, own)
 
 
 def as_used(settings: Settings, layer: L2AConfig) -> Settings:
@@ -247,11 +283,11 @@ def idle(settings: Settings) -> list[tuple[bool, tuple[str, ...], str]]:
     ]
 
 
-def model_of(settings: Settings, config: ModelConfig) -> ModelConfig:
+def model_of(settings: Settings, shape: ModelConfig) -> ModelConfig:
     """The model's shape; a plain regime carries `rope` itself, having no layer to carry it."""
     if settings.regime in PLAIN_REGIMES and settings.rope is not None:
-        return dataclasses.replace(config, rope=parse_rope(settings.rope))
-    return config
+        return dataclasses.replace(shape, rope=parse_rope(settings.rope))
+    return shape
 
 
 def steps_of(settings: Settings, tokens_per_batch: float) -> int:

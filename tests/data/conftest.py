@@ -7,7 +7,7 @@ import random
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from l2a_jax.data import open_data
+from l2a_jax.data.dataset import open_data
 
 END = "<|endoftext|>"
 

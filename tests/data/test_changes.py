@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from l2a_jax.data import difference
+from l2a_jax.data.changes import difference
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 import pytest
 
-from l2a_jax.data import format_count, parse_count, parse_weights
+from l2a_jax.data.counts import format_count, parse_count
 from l2a_jax.errors import UserError
 
 
@@ -24,18 +24,6 @@ def test_anything_else_is_an_error_that_names_the_flag(text):
 def test_counts_for_people():
     assert [format_count(n) for n in (999, 12_345_678, 1500, 999_499, 999_950)] == [
         "999", "12.3M", "1.5k", "999k", "1M"]
-
-
-def test_weights_as_people_write_them():
-    assert parse_weights(["code=2", "math=0.5,science=0"]) == {"code": 2.0, "math": 0.5, "science": 0.0}
-    assert parse_weights("code=2, math=1") == {"code": 2.0, "math": 1.0}
-    assert parse_weights([]) == {}
-
-
-@pytest.mark.parametrize("entry", ["code", "code=", "=2", "code=much", "code=1,code=2"])
-def test_weights_that_do_not_read(entry):
-    with pytest.raises(UserError, match=r"--mix is .*expected NAME=NUMBER"):
-        parse_weights([entry], "--mix")
 
 
 @pytest.mark.parametrize("text", ["1e999", "9" * 5_000, "1e400T", "9223372036854775808", "1e999999T", "1e" + "9" * 30,

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from l2a_jax.data import TrainingData, decode_row, open_data
+from l2a_jax.data.batch import TrainingData, decode_row
+from l2a_jax.data.dataset import open_data
 from l2a_jax.errors import UserError
 
 END = 256

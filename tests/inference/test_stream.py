@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from l2a_jax.config import MODELS, L2AConfig
+from l2a_jax.data.counts import parse_layers
 from l2a_jax.errors import UserError
 from l2a_jax.inference import generate as module
 from l2a_jax.inference import pruning, stream
@@ -120,10 +121,10 @@ def test_layers_above_the_threshold_are_pruned_and_stay_pruned_when_saved(tmp_pa
 
 
 def test_ranges_of_layers():
-    assert pruning.parse_layers("3, 5-8,5") == (3, 5, 6, 7, 8)
+    assert parse_layers("3, 5-8,5") == (3, 5, 6, 7, 8)
     for bad in ("", "3-1", "-1", "a-b"):
         with pytest.raises(UserError, match="--prune-layers"):
-            pruning.parse_layers(bad)
+            parse_layers(bad)
 
 
 def test_cache_bytes_count_what_is_kept():

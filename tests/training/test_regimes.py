@@ -10,7 +10,8 @@ from l2a_jax.config import MODELS, L2AConfig
 from l2a_jax.errors import UserError
 from l2a_jax.models.params import abstract_params, init_params, map_with_path
 from l2a_jax.training.optimizer import OptimizerConfig, make_optimizer
-from l2a_jax.training.regimes import REGIMES, combine, count_parameters, group_of, partition, regime_mask
+from l2a_jax.training.regimes import combine, count_parameters, partition, regime_mask
+from l2a_jax.training.tables import REGIMES, group_of
 from tests.models.cases import CONFIG, LAYERS, UNTIED, make_params
 
 SEPARATE, SHARED = L2AConfig(share_attention=False), L2AConfig()

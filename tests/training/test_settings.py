@@ -13,13 +13,13 @@ import pytest
 from l2a_jax.attention import api
 from l2a_jax.config import L2AConfig, ModelConfig, RopeScaling, position_limit
 from l2a_jax.errors import Unsupported, UserError
+from l2a_jax.fields import declared, problem
 from l2a_jax.runs.plan import dials_of, make_plan
 from l2a_jax.training import settings as presets
 from l2a_jax.training.loop import stacked_batch
 from tests.training.test_bad_input import load_command
 
-NUMBERS = {field.name: field for field in dataclasses.fields(presets.Settings) if "float" in field.type
-           or field.type in ("Temperature", "Threshold")}
+NUMBERS = [name for name, hint in declared(presets.Settings).items() if (problem("", hint) or "")[:8] == "a number"]
 REFUSED = [
     *((name, value) for name in sorted({*NUMBERS, "temperature", "threshold", "lr", "weight_decay", "penalty_ramp"})
       for value in (math.nan, math.inf, -1.0)),

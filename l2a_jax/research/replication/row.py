@@ -122,9 +122,7 @@ class Row:
     def program(self) -> tuple:
         """What rows must share to share a compiled training step, from their settings alone: nothing is opened."""
         s = self.settings()
-        layer = () if self.regime == "baseline" else tuple(getattr(s, name) for name in (*presets.LAYER_FIELDS, "rope"))
-        return (self.size, self.regime, s.seq_len, s.batch_size, s.grad_accum, s.packing, s.remat, s.unroll, s.dtype,
-                s.master_dtype, s.weight_decay, s.clip, s.backend, s.attention_layers, *layer)
+        return self.size, presets.layer_of(s), presets.compiled_in(s)
 
     @property
     def training_hash(self) -> str:

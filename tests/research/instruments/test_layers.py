@@ -18,8 +18,9 @@ from l2a_jax.training import settings as presets
 from l2a_jax.training.checkpoints import LATEST, Checkpoints
 from l2a_jax.training.metrics import read_metrics
 from l2a_jax.training.optimizer import OptimizerConfig, make_optimizer
-from l2a_jax.training.regimes import check_attention_layers, count_parameters, group_of, partition, regime_mask
+from l2a_jax.training.regimes import count_parameters, partition, regime_mask
 from l2a_jax.training.step import initial_state
+from l2a_jax.training.tables import check_attention_layers, group_of
 from tests.models.cases import LAYERS, make_params
 from tests.training.test_bad_input import load_command
 

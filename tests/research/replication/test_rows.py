@@ -9,7 +9,6 @@ import pytest
 
 from l2a_jax.config import MODELS
 from l2a_jax.errors import UserError
-from l2a_jax.inference.pruning import parse_layers
 from l2a_jax.models.params import abstract_params
 from l2a_jax.research.replication import damage
 from l2a_jax.research.replication.instruments import INSTRUMENTS
@@ -44,8 +43,6 @@ def test_flags_are_the_settings_of_the_training_command():
     parser = command("train/run").make_parser()
     for row in all_rows():
         flags = vars(parser.parse_args(row.flags("M.gguf", "texts")))
-        if "attention_layers" in flags:
-            flags["attention_layers"] = parse_layers(flags["attention_layers"], "--attention-layers")
         regime = flags.pop("regime")
         assert presets.resolve(regime, flags) == row.settings("M.gguf", "texts"), row.name
 
