@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import shutil
 import signal
@@ -17,7 +16,7 @@ import pytest
 import l2a_jax as l2a
 from l2a_jax.errors import UserError
 from l2a_jax.runs import plan
-from tests.training.test_resume import FLAGS, ROOT, finish, kill_after, records, same, start
+from tests.training.test_resume import ENVIRONMENT, FLAGS, ROOT, finish, kill_after, records, same, start
 
 FIRST_USE = """
 import os, sys
@@ -36,7 +35,7 @@ main(sys.argv[1:])
 
 def flags_at_first_use(*arguments: object) -> list[str]:
     """What XLA_FLAGS holds just before a command first uses a device, and whether one is in use."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_dump_to=nowhere"}
+    env = {**ENVIRONMENT, "XLA_FLAGS": "--xla_dump_to=nowhere"}
     return subprocess.run([sys.executable, "-c", FIRST_USE, *map(str, arguments)], env=env, capture_output=True,
                           text=True, check=True, timeout=120).stdout.split()
 

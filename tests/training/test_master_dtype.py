@@ -80,7 +80,7 @@ def test_at_the_default_rate_every_norm_scale_moves_as_in_float32():
     np.testing.assert_allclose(moves[jnp.bfloat16], moves[jnp.float32], atol=2e-5)  # their momentum is rounded
 
 
-@pytest.mark.parametrize("leaf", ["q", "v", "o"])
+@pytest.mark.parametrize("leaf", ["q", "o"])
 def test_at_the_default_rate_matrices_move_where_float32_moves_them(leaf):
     """Rounded to the nearest, entries above 1/32 would never move: here all together do, as they should."""
     before, exact = trained(jnp.float32, 20, "l2a_ft")
@@ -110,7 +110,7 @@ def test_many_steps_of_one_small_update_arrive():
 
 
 def test_matrices_alone_are_bfloat16_and_no_second_moment_is():
-    _, state = trained(jnp.bfloat16, 1, "l2a_ft")
+    _, state = trained(jnp.bfloat16, 20, "l2a_ft")
     moments = moments_of(state)
     assert {leaf.dtype.name for m in moments for leaf in jax.tree.leaves(m.nu)} == {"float32"}
     assert {leaf.dtype.name for m in moments for leaf in jax.tree.leaves(m.mu)} == {"bfloat16"}

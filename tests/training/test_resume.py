@@ -16,9 +16,12 @@ FLAGS = ["--regime", "l2a_ft", "--steps", "60", "--batch-size", "2", "--save-eve
          "--eval-batches", "1", "--leakage", "0.5", "--grad-accum", "2", "--penalty", "0.1"]
 
 
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
 def start(*arguments):
     return subprocess.Popen([sys.executable, str(ROOT / "train" / "run.py"), *map(str, arguments)], cwd=ROOT,
-                            env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL,
+                            env=ENVIRONMENT, stdout=subprocess.DEVNULL,
                             stderr=subprocess.PIPE, text=True)
 
 
@@ -110,7 +113,7 @@ def test_a_run_is_a_source_and_exports(unbroken, tmp_path):
 
     out = tmp_path / "exported"
     subprocess.run([sys.executable, str(ROOT / "convert" / "to_hf.py"), str(unbroken), str(out), "--dtype", "float32"],
-                   check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
+                   check=True, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
     again = load_pretrained(out, np.float32)
     assert again.l2a_config == trained.l2a_config and again.config == trained.config
     jax.tree.map(np.testing.assert_array_equal, again.params, trained.params)

@@ -164,11 +164,11 @@ class Lab:
         start_gates = jax.tree.map(np.asarray, arm_training.init_members(
             seeds, numbers.gate_std, config=program.config).trainable["layers"]["gate"])
         step, saved = int(state.step), int(state.step)
-        records = MetricsLog(folder / "metrics.jsonl", step)
-        history = read_metrics(folder / "metrics.jsonl")
+        history = read_metrics(folder / "metrics.jsonl", step)
         if step != (history[-1]["step"] if history else 0):
             raise UserError(f"{folder}: metrics.jsonl ends at step {history[-1]['step'] if history else 0}, the "
                             f"checkpoint is of step {step}; move the folder away, and the arm is trained again")
+        records = MetricsLog(folder / "metrics.jsonl", step)
         began = time.monotonic()
 
         def save():

@@ -157,7 +157,7 @@ def load_masters(session: Session, row: Row, path: Path) -> Tree:
     """The whole tree of a row whose trained leaves were kept. UserError where the file does not hold just those."""
     advice = "move it away, and the row is trained again"
     try:
-        with np.load(path) as file:
+        with path.open("rb") as stream, np.load(stream) as file:  # numpy leaves a damaged file of its own open
             kept = {name: file[name] for name in file.files}
     except (OSError, EOFError, ValueError, KeyError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); {advice}") from error
