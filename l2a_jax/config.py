@@ -13,6 +13,8 @@ from typing import Annotated, Any
 
 from l2a_jax.fields import LONGEST, PROBABILITY, Choice, Range, Unit, above, between, check, count, length
 
+END_OF_TEXT = "<|endoftext|>"
+"""Qwen2.5's mark between documents. An instruct model's `eos_token` is its end of turn, which is something else."""
 ROPE_KINDS = ("none", "theta", "linear", "yarn")
 TOPOLOGIES = ("sequential", "parallel")
 ROUTER_INPUTS = ("pre", "post_local")

@@ -27,13 +27,11 @@ from l2a_jax.training.optimizer import master_dtype_of
 from l2a_jax.training.regimes import combine, partition, regime_mask
 from l2a_jax.training.run_files import describes_run, read_run
 from l2a_jax.weights.assemble import Tensors, assemble, floating
-from l2a_jax.weights.carried import Carried, folder_carried
-from l2a_jax.weights.ends import GENERATION
 from l2a_jax.weights.export import SHARD_BYTES, check_free, save_pretrained
 from l2a_jax.weights.gguf_file import GGUFFile
 from l2a_jax.weights.gguf_model import gguf_config, gguf_tokenizer
 from l2a_jax.weights.hf_config import parse_config
-from l2a_jax.weights.hf_folder import HFFolder, refuse_adapter, shard_files, tie
+from l2a_jax.weights.hf_folder import GENERATION, Carried, HFFolder, folder_carried, refuse_adapter, shard_files, tie
 from l2a_jax.weights.tokenizer import Tokenizer
 from l2a_jax.weights.tokenizer_folder import FILES as TOKENIZER_FILES
 from l2a_jax.weights.tokenizer_folder import load_tokenizer

@@ -10,10 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from l2a_jax.config import END_OF_TEXT
 from l2a_jax.errors import UserError
-
-DOCUMENT_ENDS = "<|endoftext|>"
-"""Qwen2.5's mark between documents. An instruct model's `eos_token` is its end of turn, which is something else."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +41,9 @@ def make_encoder(tokenizer: Any, end_id: int | None = None) -> Encoder:
         raise UserError(f"the tokenizer is a {type(tokenizer).__name__}; expected one with encode(text)")
     names = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
     if end_id is None:
-        end_id = names.get(DOCUMENT_ENDS, getattr(tokenizer, "eos_token_id", None))
+        end_id = names.get(END_OF_TEXT, getattr(tokenizer, "eos_token_id", None))
     if end_id is None:
-        raise UserError(f"the tokenizer has neither {DOCUMENT_ENDS} nor eos_token_id; expected an id to end documents")
+        raise UserError(f"the tokenizer has neither {END_OF_TEXT} nor eos_token_id; expected an id to end documents")
     known = max(names.values(), default=getattr(tokenizer, "vocab_size", 2**31) - 1)
     if fast is None:
         identity = json.dumps([type(tokenizer).__qualname__, sorted(names.items()), repr(tokenizer)])

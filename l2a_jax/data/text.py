@@ -19,13 +19,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from l2a_jax.config import END_OF_TEXT
 from l2a_jax.data.files import PARQUET, TEXT, check_regular, suffix
 from l2a_jax.data.recipes import RECIPES, Domain, Hub
 from l2a_jax.errors import UserError, needs
 from l2a_jax.files import parse_json
-
-SEPARATOR = "<|endoftext|>"
-"""Splits a plain text file into documents; a file without it is one document."""
 
 LAYOUTS = ("text", "content", "{question}\n{answer}")
 """What the text of a record may be called, in the order tried on the first record, where no field is given."""
@@ -115,7 +113,7 @@ def separated(lines: Iterable[str]) -> Iterator[Fragment]:
     """Documents between `<|endoftext|>` marks; without a mark all lines are one document."""
     starts = True
     for line in lines:
-        head, *tails = line.split(SEPARATOR)
+        head, *tails = line.split(END_OF_TEXT)
         if head or not tails:
             yield Fragment(head, starts)
             starts = False

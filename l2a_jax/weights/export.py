@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from l2a_jax.config import L2AConfig, ModelConfig
 from l2a_jax.errors import UserError
@@ -17,14 +20,25 @@ from l2a_jax.files import partial_folder, write_json
 from l2a_jax.models.params import Tree, map_with_path, param_shapes
 from l2a_jax.progress import gigabytes
 from l2a_jax.weights.assemble import floating
-from l2a_jax.weights.carried import Carried, write_carried
 from l2a_jax.weights.hf_config import beyond_the_model, config_fields
-from l2a_jax.weights.hf_folder import INDEX, SINGLE
+from l2a_jax.weights.hf_folder import INDEX, SINGLE, Carried
 from l2a_jax.weights.names import Place, take, tensor_map
-from l2a_jax.weights.safetensors_file import Stored, write_safetensors
 from l2a_jax.weights.tokenizer import Tokenizer
 
 SHARD_BYTES = 5_000_000_000
+_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+class Stored(NamedTuple):
+    """A tensor to be written: what is known of it beforehand, and how to get it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def save_pretrained(
@@ -57,7 +71,9 @@ def save_pretrained(
     with new_folder(out) as folder:
         write_json(folder / "config.json", fields)
         if carried is not None:
-            write_carried(carried, folder)
+            for name, content in carried.files.items():
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_bytes(content)
         if tokenizer is not None:
             tokenizer.save(folder)
         with gigabytes(f"writing {out}", sum(tensor.nbytes for tensor in tensors.values())) as written:
@@ -145,3 +161,24 @@ def _write_shards(folder: Path, tensors: dict[str, Stored], shard_bytes: int) ->
         weight_map |= dict.fromkeys(shard, file)
     total = sum(tensor.nbytes for tensor in tensors.values())
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Stored]) -> None:
+    """Write `tensors` in their order, each read when its turn comes: the library's own writer wants them all at once,
+    a second model in memory. Raises OSError if the disk refuses.
+
+    The format: the header's length (8 bytes), a JSON header padded with spaces to 8 bytes, the raw bytes.
+    """
+    # transformers refuses a file that does not say which framework wrote it; "pt" is how every Hugging Face model says.
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _NAMES[tensor.dtype.name], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            array = np.ascontiguousarray(tensor.read(), tensor.dtype)
+            file.write(array.view(np.uint8).reshape(-1).data)

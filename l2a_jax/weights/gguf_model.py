@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from l2a_jax.config import ModelConfig
+from l2a_jax.config import END_OF_TEXT, ModelConfig
 from l2a_jax.errors import UserError, shown
-from l2a_jax.weights.ends import END_OF_TEXT
 from l2a_jax.weights.gguf_file import GGUFFile
 from l2a_jax.weights.gguf_keys import ARCHITECTURE, check_keys, rope_scaling
 from l2a_jax.weights.hf_config import shortest_float32

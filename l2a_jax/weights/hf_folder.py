@@ -1,4 +1,4 @@
-"""The tensors of a Hugging Face folder: one safetensors file, or many with an index."""
+"""A Hugging Face folder: its tensors (one safetensors file, or many with an index), and what it says beyond these."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import ml_dtypes  # noqa: F401  (lets numpy name bfloat16, which safetensors asks for)
 import numpy as np
@@ -18,6 +19,7 @@ from l2a_jax.files import read_json, reading
 from l2a_jax.weights.assemble import block_rows
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 PREFIX = "model."
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 log = logging.getLogger("l2a_jax")
@@ -91,6 +93,21 @@ class HFFolder:
                                         f"{', '.join(_FLOATING)}")
         except (SafetensorError, OSError) as error:
             raise UserError(f"{shard} is not a readable safetensors file (truncated or corrupt?): {error}") from error
+
+
+class Carried(NamedTuple):
+    """What a folder says beyond the model, for an export to write again: the fields of its `config.json`, and whole
+    files by their path in it. What they mean is another reader's business."""
+
+    config: dict[str, Any]
+    files: dict[str, bytes]
+
+
+def folder_carried(folder: Path) -> Carried:
+    """What to carry over from a folder. Raises UserError or OSError where a file cannot be read."""
+    files = [folder / GENERATION, *sorted(folder.glob("additional_chat_templates/*.jinja"))]
+    return Carried(read_json(folder / "config.json"),
+                   {str(file.relative_to(folder)): file.read_bytes() for file in files if file.exists()})
 
 
 def shard_files(path: Path) -> list[Path]:

@@ -19,8 +19,8 @@ from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers,
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
+from l2a_jax.config import END_OF_TEXT
 from l2a_jax.errors import UserError
-from l2a_jax.weights.ends import END_OF_TEXT
 
 QWEN2_SPLIT = "|".join((
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",  # English contractions

@@ -14,9 +14,10 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
+from l2a_jax.config import END_OF_TEXT
 from l2a_jax.errors import UserError, shown
 from l2a_jax.files import read_json, read_text
-from l2a_jax.weights.ends import END_OF_TEXT, folder_end_ids
+from l2a_jax.weights.hf_folder import GENERATION
 from l2a_jax.weights.tokenizer import ROLES, Tokenizer, building, byte_level_bpe, content_of, post_process
 
 VOCABULARY, MERGES, WHOLE = "vocab.json", "merges.txt", "tokenizer.json"
@@ -47,7 +48,7 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     settings = _settings(folder)
     added = _added(folder, settings)
     vocabulary = _vocabulary(folder / VOCABULARY)
-    ends = folder_end_ids(folder)
+    ends = _end_ids(folder)
     if not whole.exists():
         _agree(_ids(added), f"{SETTINGS} or {ADDED}", vocabulary, str(folder / VOCABULARY))
         lines = read_text(folder / MERGES).split("\n")
@@ -63,6 +64,19 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     backend.add_tokens([token for _, token in sorted(added.items()) if token.content not in stated])
     _agree(backend.get_vocab(), str(whole), _ids(added), f"{SETTINGS} or {ADDED}")
     return _with_defaults(Tokenizer(post_process(backend, settings), settings, ends))
+
+
+def _end_ids(folder: Path) -> tuple[int, ...]:
+    """The ids that end a text, as transformers' generation takes them: those of `generation_config.json`, else of
+    `config.json`; empty where neither says so. Raises UserError where one is no id."""
+    for path in (folder / GENERATION, folder / "config.json"):
+        said = _optional(path).get("eos_token_id")
+        ids = [] if said is None else said if isinstance(said, list) else [said]
+        if not all(type(index) is int and index >= 0 for index in ids):
+            raise UserError(f"{path}: eos_token_id is {shown(said)}; expected a token id, or a list of them")
+        if ids:
+            return tuple(dict.fromkeys(ids))
+    return ()
 
 
 def _whole(path: Path) -> Backend:
