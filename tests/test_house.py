@@ -16,7 +16,7 @@ GROUND = ("errors", "commands", "device", "provenance",
 FLOORS = (GROUND, ("attention",), ("nn",), ("models",), ("data",), ("training",), ("weights",), ("sources",),
           ("inference",), ("evaluation",), ("runs",), ("research",))
 """From the ground up. A module may import from its own floor and from those below."""
-LINES = {"library": 15_461, "research": 7_588}
+LINES = {"library": 15_460, "research": 7_668}
 
 
 def module_of(path: pathlib.Path) -> str:
@@ -80,7 +80,7 @@ def test_commands_reach_the_library_and_nothing_reaches_them():
 def test_what_a_device_is_stands_in_one_file():
     asked = {"default_backend", "device_kind", "memory_stats", "compute_capability"}
     for name, path in MODULES.items():
-        if name != "l2a_jax.device" and not name.startswith("l2a_jax.research"):
+        if name != "l2a_jax.device":
             found = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
             assert not asked & found, f"{name} asks JAX for {asked & found}: ask l2a_jax.device"
 

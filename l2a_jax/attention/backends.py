@@ -10,7 +10,6 @@ from l2a_jax.fields import Choice
 BACKENDS = ("reference", "xla", "cudnn", "pallas", "pallas_interpret")
 CHOICES = ("auto", *BACKENDS)
 Backend = Annotated[str, Choice(*CHOICES), "what computes attention"]
-HELP = f"attention: {', '.join(CHOICES)}"
 
 
 def check_name(backend: str, what: str = "attention backend", names: tuple[str, ...] = BACKENDS) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,11 @@ def said(result: dict[str, Any]) -> str:
     """A heading as a sentence."""
     versions = [f"{name} {result['versions'][name]}" for name in LIBRARIES if name in result["versions"]]
     return f"{', '.join([result['date'][:10], result['device'], *versions])}: `{' '.join(result['command'])}`."
+
+
+def chosen(cases: Iterable[Any], only: str) -> list[Any]:
+    """The cases in whose name the regular expression `only` is found."""
+    return [case for case in cases if re.search(only, case.name)]
 
 
 def reason(error: Exception) -> str:

@@ -168,10 +168,10 @@ def markdown(result: dict) -> str:
                      rows), *failures]).rstrip() + "\n"
 
 
-def main(cases: list[SpeedCase], out: Path | None, name: str, with_torch: bool = True, in_turn: bool = False) -> None:
-    """Measure, print the table, and write NAME.json and NAME.md to `out`."""
+def main(cases: list[SpeedCase], only: str, out: Path | None, name: str, with_torch: bool, in_turn: bool) -> None:
+    """Measure the cases in whose name `only` is found, print the table, and write NAME.json and NAME.md to `out`."""
     text = ""
-    for result in run(cases, with_torch, in_turn):
+    for result in run(tables.chosen(cases, only), with_torch, in_turn):
         text = markdown(result)
         tables.write(out, name, result, text)
     print(text, flush=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import product
 from pathlib import Path
@@ -124,9 +123,7 @@ def sweep(case: SpeedCase, kernels=KERNELS, workers: int = 12) -> list[dict]:
 def main(out: Path | None, only: str) -> None:
     """Sweep the cases, print the best of each kernel and what was chosen, write everything to `out`."""
     everything = []
-    for case in CASES:
-        if not re.search(only, case.name):
-            continue
+    for case in tables.chosen(CASES, only):
         results = sweep(case)
         everything += results
         for kernel in KERNELS:

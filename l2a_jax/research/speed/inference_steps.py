@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -155,7 +154,7 @@ def main(out: Path | None, model: str | None = None, with_torch: bool = True, on
     JSON to `out`."""
     params, config, weights = load(model)
     result = {**tables.heading(), "weights": weights, "cases": []}
-    chosen = [case for case in CASES if re.search(only, case.name)]
+    chosen = tables.chosen(CASES, only)
     for case in chosen:
         times, failed = {}, {}
         for kind, layer in (("routed", LAYER), ("dense", None)):

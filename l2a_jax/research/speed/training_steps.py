@@ -199,10 +199,11 @@ def _peer(case: StepCase, result: dict) -> dict | None:
         return None
 
 
-def main(cases: list[StepCase], out: Path | None, name: str = "speed_training", with_torch: bool = True) -> None:
-    """Measure, print the table, and write NAME.json and NAME.md to `out`, after every case."""
+def main(cases: list[StepCase], only: str, out: Path | None, name: str, with_torch: bool) -> None:
+    """Measure the cases in whose name `only` is found, print the table, and write NAME.json and NAME.md to `out`, after
+    every case."""
     result = {**tables.heading(), "matmul_teraflops_per_second": matmul_ceiling(), "steps": [], "failed": {}}
-    for case in cases:
+    for case in tables.chosen(cases, only):
         try:
             result["steps"].append(measure(case))
             log.info("%s", json.dumps({k: result["steps"][-1][k] for k in ("case", "ms", "memory_gb")}))
