@@ -66,7 +66,7 @@ class Settings(NamedTuple):
     top_p: Float[Array, ""]
     key: PRNGKeyArray | None
     stop_tokens: Int[Array, S]
-    decisions: Bool[Array, "L B S"] | None
+    decisions: Bool[Array, "L B T"] | Bool[Array, "L B S"] | None
 
 
 class State(NamedTuple):
@@ -91,30 +91,34 @@ def generate(
     top_p: float = 1.0,
     key: PRNGKeyArray | None = None,
     stop_tokens: Sequence[int] = (),
-    decisions: Bool[Any, "L B S"] | None = None,
+    decisions: Bool[Any, "L B T"] | Bool[Any, "L B S"] | None = None,
+    room: int | None = None,
     backend: str = "auto",
 ) -> Generation:
     """Continue each prompt (a list of token ids) by up to `max_new_tokens`, or up to the first of `stop_tokens`.
 
     `temperature` 0 takes the likeliest token; above 0, tokens are drawn with `key` from the `top_p` nucleus.
-    `decisions` [L, B, S] override the router by position, S being the longest prompt plus `max_new_tokens`.
+    `decisions` override the router by position. [L, B, T], T being the longest prompt, in the prompts; after them it
+    decides itself. [L, B, S], S being T plus `max_new_tokens`, in everything.
+    `room` (at least `max_new_tokens`): what to compile for; calls of different `max_new_tokens` then share a program.
     Raises UserError on an empty batch or prompt, a token outside the vocabulary, a text longer than the rotary
     embedding is meant for, or settings that make no sense.
     """
     tokens, lengths, options, settings = request(
         config, l2a_config, prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, key=key,
-        stop_tokens=stop_tokens, decisions=decisions, backend=backend, params=params)
-    out = _generate(params, tokens, lengths, settings, options, bucket(max_new_tokens, 16))
-    room = int(lengths.max()) + max_new_tokens
+        stop_tokens=stop_tokens, decisions=decisions, room=room, backend=backend, params=params)
+    out = _generate(params, tokens, lengths, settings, options, bucket(room or max_new_tokens, 16))
+    whole = int(lengths.max()) + max_new_tokens
     return out._replace(
         tokens=out.tokens[:, :max_new_tokens], log_probabilities=out.log_probabilities[:, :max_new_tokens],
-        decisions=None if out.decisions is None else out.decisions[:, :, :room])
+        decisions=None if out.decisions is None else out.decisions[:, :, :whole])
 
 
 def request(
     config: ModelConfig, l2a_config: L2AConfig | None, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
     temperature: float = 0.0, top_p: float = 1.0, key: PRNGKeyArray | None = None, stop_tokens: Sequence[int] = (),
-    decisions: Bool[Any, "L B S"] | None = None, backend: str = "auto", params: Tree | None = None,
+    decisions: Bool[Any, "L B T"] | Bool[Any, "L B S"] | None = None, room: int | None = None, backend: str = "auto",
+    params: Tree | None = None,
 ) -> tuple[Int[Array, "B T"], Int[Array, B], Options, Settings]:
     """The padded prompts, their lengths, and the two halves of the options, checked as `generate` says."""
     if len(prompts) == 0:
@@ -140,18 +144,21 @@ def request(
         row[: len(prompt)] = prompt
     tokens = jnp.asarray(tokens)
     check_tokens(tokens, config)
-    room = tokens.shape[1] + bucket(max_new_tokens, 16)
+    if room is not None and room < max_new_tokens:
+        raise ValueError(f"room is {room}; expected at least max_new_tokens = {max_new_tokens}")
+    slots = tokens.shape[1] + bucket(room or max_new_tokens, 16)
     if decisions is not None:
         decisions = np.asarray(decisions, bool)
-        expected = (config.num_layers, len(prompts), longest + max_new_tokens)
-        if l2a_config is None or decisions.shape != expected:
-            raise ValueError(f"decisions are {decisions.shape}; expected [L, B, S] = {expected} of a routed model")
-        decisions = jnp.asarray(np.pad(decisions, ((0, 0), (0, 0), (0, room - decisions.shape[2]))))
+        rows, whole = (config.num_layers, len(prompts)), longest + max_new_tokens
+        if l2a_config is None or decisions.shape not in ((*rows, longest), (*rows, whole)):
+            raise ValueError(f"decisions are {decisions.shape}; expected [L, B, T] = {(*rows, longest)} or [L, B, S] = "
+                             f"{(*rows, whole)} of a routed model")
+        size = slots if decisions.shape[2] == whole else tokens.shape[1]
+        decisions = jnp.asarray(np.pad(decisions, ((0, 0), (0, 0), (0, size - decisions.shape[2]))))
     stop_tokens = [stop for stop in stop_tokens if 0 <= stop < config.vocab_size]  # no other can ever be chosen
-    slots = -(-max(len(stop_tokens), 1) // STOP_SLOTS) * STOP_SLOTS
-    stops = np.full((slots,), -1, np.int32)
+    stops = np.full((-(-max(len(stop_tokens), 1) // STOP_SLOTS) * STOP_SLOTS,), -1, np.int32)
     stops[: len(stop_tokens)] = stop_tokens
-    options = Options(config, l2a_config, layout_of(config, l2a_config, room), temperature > 0, top_p < 1, backend)
+    options = Options(config, l2a_config, layout_of(config, l2a_config, slots), temperature > 0, top_p < 1, backend)
     settings = Settings(jnp.int32(max_new_tokens), jnp.float32(temperature), jnp.float32(top_p),
                         key if temperature > 0 else None, jnp.asarray(stops), decisions)
     return tokens, jnp.asarray(lengths), options, settings
@@ -189,10 +196,13 @@ def advance(params: DecodeParams, state: State, settings: Settings, options: Opt
             until: Int[Array, ""] | int) -> State:
     """Go on until every row is done or has `until` tokens."""
     rows = jnp.arange(state.next.shape[0])
+    given = settings.decisions
+    if given is not None and given.shape[2] < options.layout.slots:  # they are the prompts' alone
+        given = None
 
     def step(state):
         active = ~state.done
-        forced = None if settings.decisions is None else settings.decisions[:, rows, state.position]
+        forced = None if given is None else given[:, rows, state.position]
         logits, cache, decided = decode_step(params, state.next, state.position, active, state.cache, options.config,
                                              options.l2a_config, options.layout, decisions=forced,
                                              backend=options.backend)

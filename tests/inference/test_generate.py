@@ -85,6 +85,42 @@ def test_steps_are_the_whole_sequence(name):
     check(out, PROMPTS, layer, params, decisions, config)
 
 
+@pytest.mark.parametrize("name", ["shared, pruned", "sequential sinks, pruned"])
+def test_the_router_decides_after_a_prompt_of_forced_decisions(name):
+    """Step by step: one full pass over the growing row, forced where the prompt stands, the router's own after it."""
+    layer = WIRINGS[name][0]
+    params = make_params(layer)
+    given = np.array(routing.random(jax.random.key(9), [0.3, 0.5, 1.0], 3, 29))
+    out = generate(params, CONFIG, layer, PROMPTS, max_new_tokens=6, room=NEW, decisions=given, backend="reference")
+    assert out.tokens.shape == (3, 6) and out.decisions.shape == (CONFIG.num_layers, 3, 29 + 6)
+    rows = [list(prompt) for prompt in PROMPTS]
+    fixed = np.zeros((CONFIG.num_layers, 3, 29 + 6), bool)
+    fixed[:, :, :29] = given
+    able = np.isin(np.arange(CONFIG.num_layers), layer.pruned_layers, invert=True)[:, None]
+    for step in range(6):
+        for row, prompt in enumerate(PROMPTS):  # what stands at the row's newest place is the router's own choice
+            fixed[:, row, len(prompt) + step :] = False
+        scores, routed = whole(params, rows, layer, fixed)
+        place = np.array([len(row) - 1 for row in rows])
+        if step:
+            # What a layer's router sees of the newest token depends on its decisions in the layers below: bottom up.
+            for index in range(CONFIG.num_layers):
+                logits = np.asarray(routed.logits)[index, np.arange(3), place]
+                assert (np.abs(logits) > EPSILON).all()
+                fixed[index, np.arange(3), place] = logits >= 0
+                scores, routed = whole(params, rows, layer, fixed)
+            np.testing.assert_array_equal(np.asarray(out.decisions)[:, np.arange(3), place],
+                                          fixed[:, np.arange(3), place] & able)
+        best = np.asarray(scores)[np.arange(3), place]
+        np.testing.assert_array_equal(out.tokens[:, step], best.argmax(-1))
+        np.testing.assert_allclose(out.log_probabilities[:, step], best.max(-1), atol=2e-5)
+        for row, token in zip(rows, best.argmax(-1).tolist(), strict=True):
+            row.append(token)
+    for row, prompt in enumerate(PROMPTS):
+        np.testing.assert_array_equal(np.asarray(out.decisions)[:, row, : len(prompt)],
+                                      given[:, row, : len(prompt)] & able)
+
+
 def test_a_row_alone_left_or_right_padded_gives_the_same():
     layer, params = LAYERS["shared"], make_params(LAYERS["shared"])
     together = generate(params, CONFIG, layer, PROMPTS, max_new_tokens=NEW, backend="xla")
@@ -141,6 +177,8 @@ def test_what_does_not_fit_the_model_is_refused():
         generate(params, CONFIG, LAYERS["shared"], [[1]], max_new_tokens=1)
     with pytest.raises(ValueError, match="of a routed model"):
         generate(params, CONFIG, None, [[1]], max_new_tokens=1, decisions=np.ones((3, 1, 2), bool))
+    with pytest.raises(ValueError, match="expected at least max_new_tokens"):
+        generate(params, CONFIG, None, [[1]], max_new_tokens=2, room=1)
     with pytest.raises(NotImplementedError, match="cuDNN"):
         generate(params, CONFIG, None, [[1]], max_new_tokens=2, backend="cudnn")
 
