@@ -22,8 +22,8 @@ from l2a_jax import commands, device, fields
 from l2a_jax.attention import api as attention
 from l2a_jax.config import L2AConfig, ModelConfig, position_limit
 from l2a_jax.data.recall import RecallCorpus, needs_memory
-from l2a_jax.errors import UserError, needs
-from l2a_jax.evaluation import needle, perplexity, pruning_cost, registry, results, subject, texts
+from l2a_jax.errors import UserError
+from l2a_jax.evaluation import perplexity, pruning_cost, registry, results, subject, texts
 from l2a_jax.evaluation.options import Options
 from l2a_jax.evaluation.perplexity import Windows
 from l2a_jax.files import check_file
@@ -43,7 +43,7 @@ class Plan(NamedTuple):
     layer: L2AConfig | None
     windows: Windows | None
     calibration: Windows | None
-    needle: Any
+    prepared: dict[str, Any]
     dtype: str
     batch_tokens: int
     path: Path
@@ -65,7 +65,7 @@ def make_plan(options: Options) -> Plan:
         raise UserError("--prune-sparsity measures the router on --calibration TEXT: give both")
     config, own = read_config(options.source)
     config, layer = subject.layer_of(config, own, options.layer, options.route, options.prune_layers, options.source)
-    for name in [name for name in tasks if registry.TASKS[name].routed]:
+    for name in [name for name in tasks if registry.find(name).routed]:
         why = None if layer is not None and options.route == "learned" else (
             f"--route {options.route} leaves no decision to audit" if layer is not None else
             f"{options.source} is a plain model, which routes nothing; give a routed one, or --window to put an "
@@ -77,32 +77,22 @@ def make_plan(options: Options) -> Plan:
         raise UserError(f"--prune-sparsity: {options.source} is a plain model, which has no layers to prune")
     tokenizer = source_tokenizer(options.source)
     windows = calibration = None
-    if any(registry.TASKS[name].text for name in tasks) or (_pruning(options) and options.text is not None):
+    if any(registry.find(name).text for name in tasks) or (_pruning(options) and options.text is not None):
         windows = _windows(options, options.text, "--text", tokenizer, config, layer)
     if options.calibration is not None:
         calibration = _windows(options, options.calibration, "--calibration", tokenizer, config, layer)
-    lm_tasks = [name for name in tasks if name in registry.BENCHMARKS]
-    if lm_tasks and tokenizer is None:
-        raise UserError(f"{options.source} has no tokenizer, which {lm_tasks[0]} needs")
-    if lm_tasks:
-        needs("lm_eval", "eval", f"--tasks {lm_tasks[0]}")
-    if lm_tasks and options.task_data is not None:
-        from l2a_jax.evaluation.task_files import read_task
-
-        for name in lm_tasks:
-            read_task(name, options.task_data)
-    grid = None
-    if "needle" in tasks:
-        grid = needle.make_options(options.needle, Pretrained(config, layer, {}, tokenizer, ""))
+    bare = Pretrained(config, layer, {}, tokenizer, "")
+    prepared = {name: registry.module(name).prepare(name, options, bare)
+                for name in tasks if hasattr(registry.module(name), "prepare")}
     path, replace = _place(options)
     batch_tokens = options.batch_tokens or device.batch_tokens(perplexity.BATCH_TOKENS)
-    return Plan(options, tasks, config, own, layer, windows, calibration, grid, dtype, batch_tokens, path, replace)
+    return Plan(options, tasks, config, own, layer, windows, calibration, prepared, dtype, batch_tokens, path, replace)
 
 
 def idle(plan: Plan) -> list[tuple[bool, tuple[str, ...], str]]:
     """Where an option changes nothing, as rules for `commands.say_idle`."""
     o, tasks = plan.options, set(plan.tasks)
-    reads = any(registry.TASKS[name].text for name in tasks) or _pruning(o)
+    reads = any(registry.find(name).text for name in tasks) or _pruning(o)
     return [
         (not reads, ("text", "context", "stride", "max_windows"), "no task reads a text"),
         (reads and o.text is None and o.calibration is None, ("stride",), "the rows of the recall corpus stand apart"),
@@ -160,7 +150,8 @@ def _steps(plan: Plan, model: Pretrained, unpruned: Pretrained) -> list[tuple[st
     score = functools.cache(lambda: perplexity.score_windows(model, plan.windows, **passes))
 
     def step(name: str) -> tuple[str, Callable[[], dict[str, Any]]]:
-        work = registry.Work(name, plan.options, model, unpruned, plan.windows, plan.needle, passes, score, plan.path)
+        work = registry.Work(name, plan.options, model, unpruned, plan.windows, plan.prepared.get(name), passes, score,
+                             plan.path)
         return name, lambda: {name: registry.module(name).task(work)}
 
     wanted = {*plan.tasks, *(("pruning",) if _pruning(plan.options) else ())}
@@ -184,7 +175,7 @@ def _tasks(asked: tuple[str, ...]) -> tuple[str, ...]:
             near = difflib.get_close_matches(name, known, n=1)
             raise UserError(f"--tasks: there is no task {name!r}" + (f" (did you mean {near[0]}?)" if near else "")
                             + f"; expected some of {', '.join(known)}")
-    wanted = {*asked, *(other for name in asked for other in registry.TASKS[name].also)}
+    wanted = {*asked, *(other for name in asked for other in registry.find(name).also)}
     return tuple(name for name in known if name in wanted)
 
 
@@ -236,10 +227,9 @@ def _place(options: Options) -> tuple[Path, bool]:
 
 def _check_place(plan: Plan) -> None:
     """What will be written can be, and what is there can be merged into: found out before anything is computed."""
-    samples = [f"samples_{name}.jsonl" for name in registry.BENCHMARKS
-               if name in plan.tasks and plan.options.log_samples]
-    pictures = [needle.picture(plan.path).name] if "needle" in plan.tasks else []
-    for name in (plan.path.name, *samples, *pictures):
+    made = [file for name in plan.tasks if hasattr(registry.module(name), "writes")
+            for file in registry.module(name).writes(name, plan.options, plan.prepared[name], plan.path)]
+    for name in (plan.path.name, *made):
         check_file(plan.path.with_name(name), "--out" if plan.options.out is not None else "the results")
     if plan.path.exists():
         results.read_results(plan.path)

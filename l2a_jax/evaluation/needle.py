@@ -122,8 +122,16 @@ def make_options(given: dict[str, Any], model: Pretrained) -> NeedleOptions:
     return options
 
 
+def prepare(name: str, options: Any, model: Pretrained) -> NeedleOptions:
+    return make_options(options.needle, model)
+
+
+def writes(name: str, options: Any, prepared: NeedleOptions, path: Path) -> list[str]:
+    return [picture(path).name]
+
+
 def task(work: Work) -> dict[str, Any]:
-    found = evaluate_needle(work.model, work.needle, backend=work.options.backend)
+    found = evaluate_needle(work.model, work.prepared, backend=work.options.backend)
     drawn = picture(work.path)
     try:
         draw_heat_map(found, drawn)

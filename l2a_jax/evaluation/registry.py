@@ -5,6 +5,11 @@ From it follow `--tasks` and its help, what an evaluation reads, and what `eval.
     SHAPE         what its entry in `eval.json` must hold (`l2a_jax.shapes`); LENGTHS: which lists are as long as which
     task(work)    its entry, in JSON types
     told(entry)   the entry in a few lines, for people
+
+and, where it has them:
+
+    prepare(name, options, model)           what it reads and checks before there are weights: `work.prepared`
+    writes(name, options, prepared, path)   names of the files that it writes beside the results in `path`
 """
 
 from __future__ import annotations
@@ -41,23 +46,31 @@ TASKS = {
     "needle": Task("needle"),
 }
 ASKED = tuple(name for name, task in TASKS.items() if task.asked)
+LM_EVAL = Task("tasks")
+"""What every name that is not in the list is taken for: a task of lm-eval's."""
 
 
 class Work(NamedTuple):
-    """An evaluation under way, as a task sees it. `unpruned`: the model before --prune-...; `score`: the router's own
-    pass over `windows`, made once; `passes`: backend and batch of every other; `path`: of the results."""
+    """An evaluation under way, as a task sees it. `unpruned`: the model before --prune-...; `prepared`: what the task
+    made of the options before there were weights; `score`: the router's own pass over `windows`, made once; `passes`:
+    backend and batch of every other; `path`: of the results."""
 
     name: str
     options: Any
     model: Pretrained
     unpruned: Pretrained
     windows: Any
-    needle: Any
+    prepared: Any
     passes: dict[str, Any]
     score: Callable[[], Any]
     path: Path
 
 
+def find(name: str) -> Task:
+    """The task of a name."""
+    return TASKS.get(name, LM_EVAL)
+
+
 def module(name: str) -> ModuleType:
-    """The file of a task, imported now. What is not in the list is taken for one of lm-eval's."""
-    return importlib.import_module(f"l2a_jax.evaluation.{TASKS.get(name, TASKS['piqa']).module}")
+    """The file of a task, imported now."""
+    return importlib.import_module(f"l2a_jax.evaluation.{find(name).module}")

@@ -33,6 +33,18 @@ SHAPE = {"n": at_least(1), "num_fewshot": int, "acc": share, "correct": some(one
 LENGTHS = {"correct": "n", "correct_norm": "n"}
 
 
+def prepare(name: str, options: Any, model: Pretrained) -> None:
+    if model.tokenizer is None:
+        raise UserError(f"{options.source} has no tokenizer, which {name} needs")
+    needs("lm_eval", "eval", f"--tasks {name}")
+    if options.task_data is not None:
+        read_task(name, options.task_data)
+
+
+def writes(name: str, options: Any, prepared: None, path: Path) -> list[str]:
+    return [f"samples_{name}.jsonl"] if options.log_samples else []
+
+
 def task(work: Work) -> dict[str, Any]:
     o = work.options
     return evaluate_tasks(work.model, (work.name,), limit=o.limit, num_fewshot=o.num_fewshot, task_data=o.task_data,
