@@ -28,8 +28,9 @@ from l2a_jax.training.regimes import combine, partition, regime_mask
 from l2a_jax.training.run_files import describes_run, read_run
 from l2a_jax.weights.assemble import Tensors, assemble, floating
 from l2a_jax.weights.export import SHARD_BYTES, check_free, save_pretrained
+from l2a_jax.weights.gguf_config import gguf_config
 from l2a_jax.weights.gguf_file import GGUFFile
-from l2a_jax.weights.gguf_model import gguf_config, gguf_tokenizer
+from l2a_jax.weights.gguf_tokenizer import gguf_tokenizer
 from l2a_jax.weights.hf_config import parse_config
 from l2a_jax.weights.hf_folder import GENERATION, Carried, HFFolder, folder_carried, refuse_adapter, shard_files, tie
 from l2a_jax.weights.tokenizer import Tokenizer

@@ -15,14 +15,17 @@ import numpy as np
 
 from l2a_jax.config import L2AConfig, ModelConfig, RopeScaling, l2a_config_from_dict, to_dict
 from l2a_jax.errors import UserError, few, shown
+from l2a_jax.fields import check_value
+from l2a_jax.weights.names import SIZES
 
 PLAIN_TYPE, L2A_TYPE = "qwen2", "l2a_qwen2"
 L2A_KEY = "l2a_config"
 
-_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_INTEGERS = (*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings")
-_WRITTEN = {*_INTEGERS, L2A_KEY, "model_type", "architectures", "hidden_act", "rms_norm_eps", "tie_word_embeddings",
-            "use_sliding_window", "rope_theta", "rope_scaling", "rope_parameters", "torch_dtype", "dtype"}
+_SIZES = {"vocab_size": "vocab_size", **{name: size.hf for name, size in SIZES.items()}}
+_OPTIONAL = ("num_kv_heads", "head_dim", "max_positions")
+_WRITTEN = {*_SIZES.values(), L2A_KEY, "model_type", "architectures", "hidden_act", "rms_norm_eps",
+            "tie_word_embeddings", "use_sliding_window", "rope_theta", "rope_scaling", "rope_parameters", "torch_dtype",
+            "dtype"}
 _SWITCHES = ("tie_word_embeddings", "use_sliding_window")
 _ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters")
 _ALWAYS = {"rope_theta", "rope_type", "type", "factor", "partial_rotary_factor", "truncate",
@@ -62,32 +65,24 @@ def parse_config(fields: dict[str, Any], where: str = "config.json") -> tuple[Mo
     if fields.get("model_type") not in (PLAIN_TYPE, L2A_TYPE):
         raise UserError(f"{where} describes a model of type {fields.get('model_type')!r}; expected {PLAIN_TYPE!r} "
                         "(Qwen2 or Qwen2.5)")
-    missing = [name for name in _REQUIRED if fields.get(name) is None]
+    sizes = {name: fields.get(key) for name, key in _SIZES.items()}
+    missing = [_SIZES[name] for name, size in sizes.items() if size is None and name not in _OPTIONAL]
     if missing:
         raise UserError(f"{where} misses {', '.join(missing)}")
-    odd = [name for name in _INTEGERS if not isinstance(fields.get(name), int | None) or fields.get(name) is True]
-    if odd:
-        raise UserError(f"{where} has {few(f'{name} {shown(fields[name])}' for name in odd)}; expected whole numbers")
-    none = [name for name in _INTEGERS if fields.get(name) is not None and fields[name] < 1]
-    if none:
-        raise UserError(f"{where} has {few(f'{name} {shown(fields[name])}' for name in none)}; expected at least 1")
+    for expected, fits in (("whole numbers", lambda size: type(size) is int), ("at least 1", lambda size: size >= 1)):
+        wrong = [f"{_SIZES[name]} {shown(size)}" for name, size in sizes.items() if size is not None and not fits(size)]
+        if wrong:
+            raise UserError(f"{where} has {few(wrong)}; expected {expected}")
+    defaults = {"num_kv_heads": sizes["num_heads"], "head_dim": sizes["hidden_size"] // sizes["num_heads"],
+                "max_positions": 32_768}
+    sizes |= {name: default for name, default in defaults.items() if sizes[name] is None}
     try:
         _refuse_other_computing(fields, where)
-        heads, max_positions = fields["num_attention_heads"], fields.get("max_position_embeddings") or 32_768
-        theta, rope = _parse_rope(fields, max_positions, where)
+        theta, rope = _parse_rope(fields, sizes["max_positions"], where)
         config = ModelConfig(
-            vocab_size=fields["vocab_size"],
-            hidden_size=fields["hidden_size"],
-            intermediate_size=fields["intermediate_size"],
-            num_layers=fields["num_hidden_layers"],
-            num_heads=heads,
-            num_kv_heads=fields.get("num_key_value_heads") or heads,
-            head_dim=fields.get("head_dim") or fields["hidden_size"] // max(heads, 1),
-            rope_theta=theta,
-            rope=rope,
+            **sizes, rope_theta=theta, rope=rope,
             rms_norm_eps=shortest_float32(fields.get("rms_norm_eps", 1e-6)),
             tie_embeddings=bool(fields.get("tie_word_embeddings", False)),
-            max_positions=max_positions,
         )
         l2a_config = l2a_config_from_dict(fields.get(L2A_KEY))
     except UserError:
@@ -122,15 +117,8 @@ def config_fields(
     fields = {
         "architectures": ["Qwen2ForCausalLM" if l2a_config is None else "L2AQwen2ForCausalLM"],
         "model_type": PLAIN_TYPE if l2a_config is None else L2A_TYPE,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
+        **{key: getattr(config, name) for name, key in _SIZES.items()},
         "hidden_act": "silu",
-        "max_position_embeddings": config.max_positions,
         "rms_norm_eps": config.rms_norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
         "use_sliding_window": False,
@@ -209,8 +197,7 @@ def _parse_rope(fields: dict[str, Any], max_positions: int, where: str) -> tuple
 
     def number(name: str, default: float) -> float:
         value = given.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"RoPE {name} is {shown(value)}; expected a number")
+        check_value(value, float, f"RoPE {name}", ValueError)
         return float(value)
 
     given["rope_theta"] = 10_000.0 if base is None else base
@@ -223,17 +210,11 @@ def _parse_rope(fields: dict[str, Any], max_positions: int, where: str) -> tuple
     if kind == "linear":
         return theta, RopeScaling("linear", number("factor", math.nan))
     original = number("original_max_position_embeddings", max_positions)
-    if original != int(original):
+    if not original.is_integer():
         raise ValueError(f"original_max_position_embeddings is {original}; expected a whole number")
     factor = number("factor", max_positions / (original or math.nan))
-    return theta, RopeScaling(
-        "yarn",
-        factor,
-        int(original),
-        number("beta_fast", 32.0),
-        number("beta_slow", 1.0),
-        _attention_factor(given, factor),
-    )
+    return theta, RopeScaling("yarn", factor, int(original), number("beta_fast", 32.0), number("beta_slow", 1.0),
+                              _attention_factor(given, factor))
 
 
 def _attention_factor(given: dict[str, Any], factor: float) -> float | None:

@@ -1,4 +1,5 @@
-"""One table of names: where each leaf of our tree lives in a Hugging Face folder and in a GGUF file.
+"""Two tables of names: where each leaf of our tree, and each size of a model, stands in a Hugging Face folder and in a
+GGUF file.
 
 Both directions read it: `tensor_map` lists every tensor that a model must have, so whatever a source holds beyond it
 is left over and whatever it lacks is missing. The second attention set and the router carry the names of the L2A
@@ -65,6 +66,25 @@ TABLE: dict[str, Row] = {
         Row("unembed/kernel", "lm_head.weight", "output.weight", TRANSPOSE),
     )
 }
+
+
+class Size(NamedTuple):
+    """A size of `ModelConfig`, by its key in `config.json` and its field in a GGUF file."""
+
+    hf: str
+    gguf: str
+
+
+SIZES = {
+    "hidden_size": Size("hidden_size", "embedding_length"),
+    "intermediate_size": Size("intermediate_size", "feed_forward_length"),
+    "num_layers": Size("num_hidden_layers", "block_count"),
+    "num_heads": Size("num_attention_heads", "attention.head_count"),
+    "num_kv_heads": Size("num_key_value_heads", "attention.head_count_kv"),
+    "head_dim": Size("head_dim", "attention.key_length"),
+    "max_positions": Size("max_position_embeddings", "context_length"),
+}
+"""But for the vocabulary's: of a GGUF file it is the number of rows of its embedding."""
 
 
 class Place(NamedTuple):

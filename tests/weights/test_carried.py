@@ -17,7 +17,7 @@ from l2a_jax.models.params import init_params
 from l2a_jax.sources import convert, load_pretrained, read_config
 from l2a_jax.weights import load_tokenizer, save_pretrained
 from l2a_jax.weights.gguf_file import GGUFFile
-from l2a_jax.weights.gguf_model import gguf_tokenizer
+from l2a_jax.weights.gguf_tokenizer import gguf_tokenizer
 
 BEYOND = {"bos_token_id": 3, "eos_token_id": [5, 7], "pad_token_id": None, "attention_dropout": 0.1, "use_cache": True,
           "initializer_range": 0.02, "max_window_layers": 28, "sliding_window": None, "transformers_version": "4.43.1",

@@ -8,7 +8,7 @@ from tiny_gguf import write_gguf
 from l2a_jax.errors import UserError
 from l2a_jax.weights import load_tokenizer
 from l2a_jax.weights.gguf_file import GGUFFile
-from l2a_jax.weights.gguf_model import gguf_tokenizer
+from l2a_jax.weights.gguf_tokenizer import gguf_tokenizer
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from l2a_jax.errors import UserError
 from l2a_jax.sources import convert
 from l2a_jax.weights import load_tokenizer
 from l2a_jax.weights.gguf_file import GGUFFile
-from l2a_jax.weights.gguf_model import gguf_tokenizer
+from l2a_jax.weights.gguf_tokenizer import gguf_tokenizer
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 USER, THINK = "<｜User｜>", "<think>"

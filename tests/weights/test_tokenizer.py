@@ -12,7 +12,7 @@ from l2a_jax.errors import UserError
 from l2a_jax.sources import load_pretrained
 from l2a_jax.weights import load_tokenizer
 from l2a_jax.weights.gguf_file import GGUFFile
-from l2a_jax.weights.gguf_model import gguf_tokenizer
+from l2a_jax.weights.gguf_tokenizer import gguf_tokenizer
 
 STORED = json.loads(Path(__file__).with_name("reference_tokens.json").read_text())
 

@@ -1,6 +1,8 @@
-"""Which fields of a GGUF file say how a Qwen2 model computes: each is used, or refused unless it changes nothing.
+"""A GGUF file's fields as a model's configuration: each that says how a Qwen2 model computes is used, or refused unless
+it changes nothing.
 
 The meanings are llama.cpp's. A field that is not listed here is refused too: what it would change is not known.
+Tensors need no permutation of q and k: GGUF keeps Qwen2's half-split rotary layout.
 """
 
 from __future__ import annotations
@@ -8,17 +10,18 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from l2a_jax.config import RopeScaling
+from l2a_jax.config import ModelConfig, RopeScaling
 from l2a_jax.errors import UserError, shown
+from l2a_jax.fields import check_value
 from l2a_jax.weights.gguf_file import GGUFFile
 from l2a_jax.weights.hf_config import shortest_float32
+from l2a_jax.weights.names import SIZES
 
 ARCHITECTURE = "qwen2"
 _PREFIX = ARCHITECTURE + "."
 _SCALING = "rope.scaling."
 
-_USED = {"context_length", "embedding_length", "feed_forward_length", "block_count", "vocab_size",
-         "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
+_USED = {*(size.gguf for size in SIZES.values()), "vocab_size", "attention.value_length",
          "attention.layer_norm_rms_epsilon", "attention.sliding_window", "rope.dimension_count", "rope.freq_base",
          "rope.scale_linear", *(_SCALING + name for name in (
              "type", "factor", "original_context_length", "attn_factor", "yarn_attn_factor", "yarn_ext_factor",
@@ -47,8 +50,52 @@ _OFF: dict[str, tuple[Any, ...]] = {
 """Fields of other models, with the values at which they change nothing."""
 
 
-def check_keys(file: GGUFFile) -> None:
-    """Raise UserError on a field that says to compute something else than this library does, or that is unknown."""
+def gguf_config(file: GGUFFile) -> ModelConfig:
+    """The model's shape; a stored `output.weight` makes it untied, as in transformers.
+
+    Raises UserError on another architecture, or on fields that are missing, unknown or unsupported.
+    """
+    architecture = file.fields.get("general.architecture")
+    if architecture != ARCHITECTURE:
+        raise UserError(f"{file.path} holds a model of architecture {architecture!r}; expected {ARCHITECTURE!r}")
+    if file.fields.get("split.count", 1) not in (0, 1):
+        raise UserError(f"{file.path} is one of {file.fields['split.count']} parts of a model; merge them into one")
+    if "token_embd.weight" not in file.shapes:
+        raise UserError(f"{file.path} does not fit its configuration; missing: token_embd.weight")
+    _check_keys(file)
+    heads, hidden = (_number(file, SIZES[name].gguf, int) for name in ("num_heads", "hidden_size"))
+    defaults = {"num_kv_heads": heads, "head_dim": hidden // max(heads, 1)}
+    sizes = {name: _number(file, size.gguf, int, defaults.get(name)) for name, size in SIZES.items()}
+    for name in ("rope.dimension_count", "attention.value_length"):
+        width = _number(file, name, int, sizes["head_dim"])
+        if width != sizes["head_dim"]:
+            raise UserError(f"{file.path}: {_PREFIX}{name} is {width}, the head width {sizes['head_dim']}; they must "
+                            "be equal")
+    try:
+        return ModelConfig(
+            vocab_size=file.shapes["token_embd.weight"][0], **sizes,
+            rope_theta=shortest_float32(file.fields.get(_PREFIX + "rope.freq_base", 10_000.0)),
+            rope=_rope_scaling(file),
+            rms_norm_eps=_number(file, "attention.layer_norm_rms_epsilon", float),
+            tie_embeddings="output.weight" not in file.shapes,
+        )
+    except UserError:
+        raise
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(f"{file.path} has an unusable configuration: {error}") from error
+
+
+def _number(file: GGUFFile, name: str, kind: type, default: float | None = None) -> Any:
+    """The number in a field of the model. Raises UserError where it is missing, or not of its kind (int or float)."""
+    value = file.fields.get(_PREFIX + name, default)
+    if value is None:
+        raise UserError(f"{file.path} misses the field {_PREFIX}{name}")
+    check_value(value, kind, f"{file.path}: {_PREFIX}{name}")
+    return value if kind is int else shortest_float32(value)
+
+
+def _check_keys(file: GGUFFile) -> None:
+    """UserError on a field that says to compute something else than this library does, or that is unknown."""
     kind = file.fields.get("general.type", "model")
     if kind != "model":
         raise UserError(f"{file.path} holds {shown(kind)} (general.type); expected a model")
@@ -75,39 +122,28 @@ def check_keys(file: GGUFFile) -> None:
                         "not compute; expected 0, the context length, or no such field")
 
 
-def rope_scaling(file: GGUFFile) -> RopeScaling:
+def _rope_scaling(file: GGUFFile) -> RopeScaling:
     """How the file stretches RoPE. As in llama.cpp a factor without a type is linear, a factor of 0 is none, and
     YaRN's attention factor multiplies 0.1 ln(factor) + 1. Raises UserError on what is not computed here."""
-
-    def field(name: str, default: Any = None) -> Any:
-        return file.fields.get(_PREFIX + name, default)
+    stated = file.fields.get(_PREFIX + _SCALING + "type")
 
     def number(name: str, default: float) -> float:
-        value = field(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UserError(f"{file.path}: {_PREFIX}{name} is {shown(value)}; expected a number")
-        return shortest_float32(value)
+        return _number(file, _SCALING + name, float, default)
 
-    kind = field(_SCALING + "type", "linear")
+    kind = "linear" if stated is None else stated
     if kind not in ("none", "linear", "yarn"):
         raise UserError(f"{file.path} scales RoPE by {shown(kind)}; expected none, linear or yarn")
-    old = number("rope.scale_linear", 0.0)
-    factor = number(_SCALING + "factor", old) or 1.0
-    attention = number(_SCALING + "attn_factor", 1.0) * number(_SCALING + "yarn_attn_factor", 1.0)
+    factor = number("factor", _number(file, "rope.scale_linear", float, 0.0)) or 1.0
+    attention = number("attn_factor", 1.0) * number("yarn_attn_factor", 1.0)
     if kind != "yarn":
         if attention != 1.0:
             raise UserError(f"{file.path} scales cos and sin by {attention} ({_PREFIX}{_SCALING}attn_factor) without "
                             "YaRN, which this library does not compute")
-        stated = field(_SCALING + "type") == "linear"
-        return RopeScaling() if kind == "none" or (factor == 1.0 and not stated) else RopeScaling("linear", factor)
-    if number(_SCALING + "yarn_ext_factor", 1.0) not in (1.0, -1.0):
-        raise UserError(f"{file.path}: {_PREFIX}{_SCALING}yarn_ext_factor is "
-                        f"{shown(field(_SCALING + 'yarn_ext_factor'))}; expected 1")
-    return RopeScaling(
-        "yarn",
-        factor,
-        field(_SCALING + "original_context_length"),
-        number(_SCALING + "yarn_beta_fast", 32.0),
-        number(_SCALING + "yarn_beta_slow", 1.0),
-        None if attention == 1.0 else attention * (0.1 * math.log(factor) + 1.0),
-    )
+        none = kind == "none" or (factor == 1.0 and stated is None)
+        return RopeScaling() if none else RopeScaling("linear", factor)
+    extrapolation = number("yarn_ext_factor", 1.0)
+    if extrapolation not in (1.0, -1.0):
+        raise UserError(f"{file.path}: {_PREFIX}{_SCALING}yarn_ext_factor is {extrapolation}; expected 1")
+    return RopeScaling("yarn", factor, file.fields.get(_PREFIX + _SCALING + "original_context_length"),
+                       number("yarn_beta_fast", 32.0), number("yarn_beta_slow", 1.0),
+                       None if attention == 1.0 else attention * (0.1 * math.log(factor) + 1.0))

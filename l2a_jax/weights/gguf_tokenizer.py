@@ -1,18 +1,12 @@
-"""A Qwen2 model in a GGUF file: its configuration and its tokenizer, from the file's own fields.
-
-Tensors need no permutation of q and k: GGUF keeps Qwen2's half-split rotary layout. A stored `output.weight` makes the
-model untied, as in transformers.
-"""
+"""The tokenizer of a GGUF file, from the file's own fields."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from l2a_jax.config import END_OF_TEXT, ModelConfig
+from l2a_jax.config import END_OF_TEXT
 from l2a_jax.errors import UserError, shown
 from l2a_jax.weights.gguf_file import GGUFFile
-from l2a_jax.weights.gguf_keys import ARCHITECTURE, check_keys, rope_scaling
-from l2a_jax.weights.hf_config import shortest_float32
 from l2a_jax.weights.tokenizer import Tokenizer, byte_level_bpe, spelled
 
 PRE_TOKENIZERS = ("qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "megrez")
@@ -20,55 +14,6 @@ PRE_TOKENIZERS = ("qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "megrez")
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 _TYPES = range(7)
-
-
-def gguf_config(file: GGUFFile) -> ModelConfig:
-    """The model's shape. Raises UserError on another architecture, or on fields that are missing or unsupported."""
-    architecture = file.fields.get("general.architecture")
-    if architecture != ARCHITECTURE:
-        raise UserError(f"{file.path} holds a model of architecture {architecture!r}; expected {ARCHITECTURE!r}")
-    if file.fields.get("split.count", 1) not in (0, 1):
-        raise UserError(f"{file.path} is one of {file.fields['split.count']} parts of a model; merge them into one")
-    if "token_embd.weight" not in file.shapes:
-        raise UserError(f"{file.path} does not fit its configuration; missing: token_embd.weight")
-    check_keys(file)
-
-    def field(name: str, default: int | None = None) -> int:
-        value = file.fields.get(f"{ARCHITECTURE}.{name}", default)
-        if value is None:
-            raise UserError(f"{file.path} misses the field {ARCHITECTURE}.{name}")
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise UserError(f"{file.path}: {ARCHITECTURE}.{name} is {value!r}; expected a whole number")
-        return value
-
-    heads, hidden = field("attention.head_count"), field("embedding_length")
-    head_dim = field("attention.key_length", hidden // max(heads, 1))
-    for name in ("rope.dimension_count", "attention.value_length"):
-        if field(name, head_dim) != head_dim:
-            raise UserError(f"{file.path}: {ARCHITECTURE}.{name} is {field(name)}, the head width {head_dim}; "
-                            "they must be equal")
-    try:
-        config = ModelConfig(
-            vocab_size=file.shapes["token_embd.weight"][0],
-            hidden_size=hidden,
-            intermediate_size=field("feed_forward_length"),
-            num_layers=field("block_count"),
-            num_heads=heads,
-            num_kv_heads=field("attention.head_count_kv", heads),
-            head_dim=head_dim,
-            rope_theta=shortest_float32(file.fields.get(f"{ARCHITECTURE}.rope.freq_base", 10_000.0)),
-            rope=rope_scaling(file),
-            rms_norm_eps=shortest_float32(file.fields[f"{ARCHITECTURE}.attention.layer_norm_rms_epsilon"]),
-            tie_embeddings="output.weight" not in file.shapes,
-            max_positions=field("context_length"),
-        )
-    except KeyError as error:
-        raise UserError(f"{file.path} misses the field {error.args[0]}") from error
-    except UserError:
-        raise
-    except (TypeError, ValueError, ArithmeticError) as error:
-        raise UserError(f"{file.path} has an unusable configuration: {error}") from error
-    return config
 
 
 def gguf_tokenizer(file: GGUFFile) -> Tokenizer | None:
