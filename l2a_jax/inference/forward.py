@@ -48,12 +48,13 @@ class _Recorder(Attention):
 def prefill(
     params: Tree, tokens: Int[Array, "B T"], lengths: Int[Array, B], config: ModelConfig, l2a_config: L2AConfig | None,
     layout: Layout, *,
-    decisions: Bool[Array, "L B T"] | None = None, pruned: Bool[Array, " L"] | None = None, backend: str = "auto",
+    decisions: Bool[Array, "L B T"] | None = None, pruned: Bool[Array, " L"] | None = None,
+    heads: Bool[Array, "L K"] | None = None, backend: str = "auto",
 ) -> tuple[Float[Array, "B V"], Cache, Bool[Array, "L B T"] | None]:
     """Logits after the last token of each row (of `lengths[b]` tokens, then padding), the cache, and the decisions.
 
-    `decisions` and `pruned` are those of `hidden_states`; padding is never routed. Memory is O(T): the caches are
-    filled layer by layer.
+    `decisions`, `pruned` and `heads` are those of `hidden_states`; padding is never routed. Memory is O(T): the caches
+    are filled layer by layer.
     """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     real = positions < lengths[:, None]
@@ -75,7 +76,7 @@ def prefill(
         return (x, cache), None if routing is None else routing.decisions
 
     cache = empty_cache(config, layout, tokens.shape[0], x.dtype)
-    inputs = (params["layers"], OfLayer(decisions, None, pruned), _scanned(layout.full), _scanned(layout.ring))
+    inputs = (params["layers"], OfLayer(decisions, None, pruned, heads), _scanned(layout.full), _scanned(layout.ring))
     (x, cache), decided = jax.lax.scan(step, (x, cache), inputs)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
     return _logits(params, last, config), cache, decided
@@ -153,12 +154,13 @@ class _Reader(Attention):
 def decode_step(
     params: DecodeParams, tokens: Int[Array, B], position: Int[Array, B], active: Bool[Array, B], cache: Cache,
     config: ModelConfig, l2a_config: L2AConfig | None, layout: Layout, *,
-    decisions: Bool[Array, "L B"] | None = None, pruned: Bool[Array, " L"] | None = None, backend: str = "auto",
+    decisions: Bool[Array, "L B"] | None = None, pruned: Bool[Array, " L"] | None = None,
+    heads: Bool[Array, "L K"] | None = None, backend: str = "auto",
 ) -> tuple[Float[Array, "B V"], Cache, Bool[Array, "L B"] | None]:
     """Logits after one more token per row, at `position` (the number of tokens before it); cache; decisions.
 
-    Rows that are not `active` read nothing; their logits mean nothing. `decisions` override the router, and
-    `pruned` are those of `hidden_states`.
+    Rows that are not `active` read nothing; their logits mean nothing. `decisions` override the router; `pruned`
+    and `heads` are those of `hidden_states`.
     """
     reader = _Reader(l2a_config, None, backend, cache, layout, position, active)
     context = context_of(config, l2a_config, position[:, None], active[:, None], reader)
@@ -169,7 +171,8 @@ def decode_step(
         forced = None if decisions is None else decisions[index][:, None]
         own = jnp.asarray(True) if l2a_config is not None and index in l2a_config.pruned_layers else None
         off = own if pruned is None else pruned[index]
-        x, routing = block(x, layer, context, OfLayer(forced, None, off))
+        opened = None if heads is None else heads[index]
+        x, routing = block(x, layer, context, OfLayer(forced, None, off, opened))
         decided.append(None if routing is None else routing.decisions[:, 0])
     return _logits(params.rest, x, config), reader.cache, None if l2a_config is None else jnp.stack(decided)
 

@@ -24,7 +24,7 @@ from l2a_jax.inference.forward import DecodeParams, decode_params, decode_step, 
 from l2a_jax.inference.options import Sampling
 from l2a_jax.inference.sampling import sample
 from l2a_jax.models.params import Tree, check_layers
-from l2a_jax.models.transformer import check_tokens
+from l2a_jax.models.transformer import check_heads, check_tokens
 
 STOP_SLOTS = 4  # stop tokens are padded to a multiple of this, so that their number is no new shape
 
@@ -67,6 +67,7 @@ class Settings(NamedTuple):
     key: PRNGKeyArray | None
     stop_tokens: Int[Array, S]
     decisions: Bool[Array, "L B T"] | Bool[Array, "L B S"] | None
+    heads: Bool[Array, "L K"] | None
 
 
 class State(NamedTuple):
@@ -92,6 +93,7 @@ def generate(
     key: PRNGKeyArray | None = None,
     stop_tokens: Sequence[int] = (),
     decisions: Bool[Any, "L B T"] | Bool[Any, "L B S"] | None = None,
+    heads: Bool[Any, "L K"] | None = None,
     room: int | None = None,
     backend: str = "auto",
 ) -> Generation:
@@ -99,14 +101,15 @@ def generate(
 
     `temperature` 0 takes the likeliest token; above 0, tokens are drawn with `key` from the `top_p` nucleus.
     `decisions` override the router by position. [L, B, T], T being the longest prompt, in the prompts; after them it
-    decides itself. [L, B, S], S being T plus `max_new_tokens`, in everything.
+    decides itself. [L, B, S], S being T plus `max_new_tokens`, in everything. `heads` are those of `hidden_states`.
     `room` (at least `max_new_tokens`): what to compile for; calls of different `max_new_tokens` then share a program.
     Raises UserError on an empty batch or prompt, a token outside the vocabulary, a text longer than the rotary
     embedding is meant for, or settings that make no sense.
     """
     tokens, lengths, options, settings = request(
         config, l2a_config, prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, key=key,
-        stop_tokens=stop_tokens, decisions=decisions, room=room, backend=backend, params=params)
+        stop_tokens=stop_tokens, decisions=decisions, heads=heads, room=room, backend=backend,
+        params=params)
     out = _generate(params, tokens, lengths, settings, options, bucket(room or max_new_tokens, 16))
     whole = int(lengths.max()) + max_new_tokens
     return out._replace(
@@ -117,8 +120,8 @@ def generate(
 def request(
     config: ModelConfig, l2a_config: L2AConfig | None, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
     temperature: float = 0.0, top_p: float = 1.0, key: PRNGKeyArray | None = None, stop_tokens: Sequence[int] = (),
-    decisions: Bool[Any, "L B T"] | Bool[Any, "L B S"] | None = None, room: int | None = None, backend: str = "auto",
-    params: Tree | None = None,
+    decisions: Bool[Any, "L B T"] | Bool[Any, "L B S"] | None = None, heads: Bool[Any, "L K"] | None = None,
+    room: int | None = None, backend: str = "auto", params: Tree | None = None,
 ) -> tuple[Int[Array, "B T"], Int[Array, B], Options, Settings]:
     """The padded prompts, their lengths, and the two halves of the options, checked as `generate` says."""
     if len(prompts) == 0:
@@ -155,12 +158,14 @@ def request(
                              f"{(*rows, whole)} of a routed model")
         size = slots if decisions.shape[2] == whole else tokens.shape[1]
         decisions = jnp.asarray(np.pad(decisions, ((0, 0), (0, 0), (0, size - decisions.shape[2]))))
+    check_heads(heads, config, l2a_config)
     stop_tokens = [stop for stop in stop_tokens if 0 <= stop < config.vocab_size]  # no other can ever be chosen
     stops = np.full((-(-max(len(stop_tokens), 1) // STOP_SLOTS) * STOP_SLOTS,), -1, np.int32)
     stops[: len(stop_tokens)] = stop_tokens
     options = Options(config, l2a_config, layout_of(config, l2a_config, slots), temperature > 0, top_p < 1, backend)
     settings = Settings(jnp.int32(max_new_tokens), jnp.float32(temperature), jnp.float32(top_p),
-                        key if temperature > 0 else None, jnp.asarray(stops), decisions)
+                        key if temperature > 0 else None, jnp.asarray(stops), decisions,
+                        None if heads is None else jnp.asarray(heads))
     return tokens, jnp.asarray(lengths), options, settings
 
 
@@ -183,7 +188,7 @@ def start(params: Tree, tokens: Int[Array, "B T"], lengths: Int[Array, B], setti
     batch, width = tokens.shape
     forced = None if settings.decisions is None else settings.decisions[:, :, :width]
     logits, cache, decided = prefill(params, tokens, lengths, options.config, options.l2a_config, options.layout,
-                                     decisions=forced, backend=options.backend)
+                                     decisions=forced, heads=settings.heads, backend=options.backend)
     if decided is not None:
         decided = jnp.pad(decided, ((0, 0), (0, 0), (0, options.layout.slots - width)))
     zeros = jnp.zeros((batch,), jnp.int32)
@@ -205,7 +210,7 @@ def advance(params: DecodeParams, state: State, settings: Settings, options: Opt
         forced = None if given is None else given[:, rows, state.position]
         logits, cache, decided = decode_step(params, state.next, state.position, active, state.cache, options.config,
                                              options.l2a_config, options.layout, decisions=forced,
-                                             backend=options.backend)
+                                             heads=settings.heads, backend=options.backend)
         out = state.out
         if decided is not None:
             out = out._replace(decisions=out.decisions.at[:, rows, state.position].set(decided))

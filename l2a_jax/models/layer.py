@@ -92,11 +92,15 @@ class Context(NamedTuple):
 
 class OfLayer(NamedTuple):
     """What a call gives to one layer or, stacked on a leading L, to all. `decisions` replace the router's; `key` is for
-    what training draws; a layer that is `pruned` never routes, whoever decides."""
+    what training draws; a layer that is `pruned` never routes, whoever decides. A key/value head in `heads` sees
+    everything, whatever is decided. `nudge` is added to the gate of each row: zeros, whose gradient says what each
+    decision is worth."""
 
     decisions: Bool[Array, "*L B T"] | None = None
     key: PRNGKeyArray | None = None
     pruned: Bool[Array, "*L"] | None = None
+    heads: Bool[Array, "*L K"] | None = None
+    nudge: Float[Array, "*L B T"] | None = None
 
 
 class Decided(NamedTuple):
@@ -135,7 +139,7 @@ def decide(h: Stream, layer: Params, context: Context, given: OfLayer) -> Decide
 
         decided    by `given.decisions`, else by the router, in training with a share `flip` of them inverted
         computed   the routed rows; in training every real row where the layer leaks, which it does with probability
-                   `leakage`, one draw a call (1: always, and nothing is drawn)
+                   `leakage`, one draw a call (1: always, and nothing is drawn); with a `nudge` every real row
 
     Padding is never routed, nor is any row of a pruned layer. A leak is a matter of which rows are computed, not of a
     branch: a conditional would have the host wait for the coin, and keep both branches' residuals.
@@ -151,6 +155,8 @@ def decide(h: Stream, layer: Params, context: Context, given: OfLayer) -> Decide
     d = checkpoint_name(d & able, "decisions")
     p = routing.probability(z, l2a.temperature)
     routed = LayerRouting(d, p, z)
+    if given.nudge is not None:
+        return Decided(routed, able, d.astype(jnp.float32) + jnp.where(able, given.nudge, 0.0))
     if not context.train:
         return Decided(routed, d, d.astype(jnp.float32))
     computed = able if context.dense else d
@@ -200,12 +206,15 @@ def _shared(x: Stream, layer: Params, context: Context, given: OfLayer) -> tuple
     decided = decide(h, layer, context, given)
     if near is not None:
         rows = _joined_paths(q, k, v, near, decided, context)
+    elif context.dense or given.nudge is not None:
+        rows = _dense_paths(q, k, v, decided, context)
     elif not context.train:
         rows = context.attend.mixed(q, k, v, decided.routing.decisions)  # each row's work once
-    elif context.dense:
-        rows = _dense_paths(q, k, v, decided, context)
     else:
         rows = _joined_paths(q, k, v, context.attend.local(q, k, v), decided, context)
+    if given.heads is not None:
+        opened = jnp.repeat(given.heads, q.shape[2] // k.shape[2])[:, None]
+        rows = jnp.where(opened, context.attend.full(q, k, v), rows)
     return x + _out(rows, weights), decided.routing
 
 

@@ -35,6 +35,8 @@ def hidden_states(
     segment_ids: Int[Array, "B T"] | None = None,
     decisions: Bool[Array, "L B T"] | None = None,
     pruned: Bool[Array, " L"] | None = None,
+    heads: Bool[Array, "L K"] | None = None,
+    nudge: Float[Array, "L B T"] | None = None,
     key: PRNGKeyArray | None = None,
     train: bool = False, backend: str = "auto", remat: Callable | bool = False, unroll: bool = False,
     attend: Attention | None = None,
@@ -43,7 +45,10 @@ def hidden_states(
 
     `positions` default to 0..T-1, restarting with every document of `segment_ids`. `decisions` override the router: no
     straight-through gradient, leakage or penalty then. `pruned` says which layers never route (None: the
-    configuration's `pruned_layers`), as numbers, so that one program serves every choice. `train` switches
+    configuration's `pruned_layers`), as numbers, so that one program serves every choice. `heads`: key/value heads that
+    see everything whatever is decided (shared attention, outside training; arXiv 2410.10819 calls them retrieval
+    heads). `nudge` is added to the decisions as numbers: zeros, for the gradient with respect to every decision, for
+    which global attention of every real row is computed (outside training). `train` switches
     straight-through gradients and leakage on; `key` (already folded with seed, step and microbatch) is needed where 0 <
     leakage < 1 or 0 < flip. `remat`: recompute each layer, all but its decisions, in the backward pass; a checkpoint
     policy says what else to keep. `unroll`: a program without a loop over layers, which compiles longer and keeps what
@@ -53,7 +58,7 @@ def hidden_states(
     Raises UserError on tokens outside the vocabulary (where values are known), or a sequence longer than the rotary
     embedding is meant for; ValueError on shapes that do not fit.
     """
-    options = _Pass(positions, segment_ids, decisions, pruned, key, train, backend, remat, unroll, attend)
+    options = _Pass(positions, segment_ids, decisions, pruned, heads, nudge, key, train, backend, remat, unroll, attend)
     x, routing, _ = _run(params, tokens, config, l2a_config, options)
     return rms_norm(x, params["norm_final"], config.rms_norm_eps), routing
 
@@ -85,6 +90,8 @@ class _Pass(NamedTuple):
     segment_ids: Int[Array, "B T"] | None = None
     decisions: Bool[Array, "L B T"] | None = None
     pruned: Bool[Array, " L"] | None = None
+    heads: Bool[Array, "L K"] | None = None
+    nudge: Float[Array, "L B T"] | None = None
     key: PRNGKeyArray | None = None
     train: bool = False
     backend: str = "auto"
@@ -123,11 +130,12 @@ def _run(
     layers = jnp.arange(config.num_layers)
     keys = None if options.key is None else jax.vmap(lambda layer: jax.random.fold_in(options.key, layer))(layers)
     pruned = pruned_of(config, l2a_config) if options.pruned is None else options.pruned
+    given = OfLayer(options.decisions, keys, pruned, options.heads, options.nudge)
     x = params["embed"]["embedding"][tokens]
     start = None if probe is None else probe(x)
     # Without a loop: one concatenation for all layers, and one slice of its gradient, in place of one a layer.
     stack = join_projections(params["layers"]) if options.unroll else params["layers"]
-    x, (routing, probed) = jax.lax.scan(one, x, (stack, OfLayer(options.decisions, keys, pruned)),
+    x, (routing, probed) = jax.lax.scan(one, x, (stack, given),
                                         unroll=config.num_layers if options.unroll else 1)
     if probe is not None:
         probed = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), start, probed)
@@ -160,7 +168,22 @@ def _check(params: Tree, tokens: Int[Array, "*S"], config: ModelConfig, l2a_conf
         if decisions.shape != (config.num_layers, *tokens.shape):
             raise ValueError(f"decisions are {decisions.shape}; expected [L, B, T] = "
                              f"{(config.num_layers, *tokens.shape)}")
+    check_heads(options.heads, config, l2a_config, options.train)
+    if options.nudge is not None and (options.train or l2a_config is None):
+        raise ValueError("a nudge is for decisions outside training")
     check_tokens(tokens, config)
+
+
+def check_heads(heads: Bool[Array, "L K"] | None, config: ModelConfig, l2a_config: L2AConfig | None,
+                train: bool = False) -> None:
+    """Raise ValueError where key/value heads cannot be opened: they share one set and one cache with the window."""
+    if heads is None:
+        return
+    if l2a_config is None or not l2a_config.share_attention or l2a_config.pruned_layers or train:
+        raise ValueError(f"heads that see everything need a shared layer without pruned ones, outside training; "
+                         f"this is {l2a_config}")
+    if heads.shape != (config.num_layers, config.num_kv_heads):
+        raise ValueError(f"heads are {heads.shape}; expected [L, K] = {(config.num_layers, config.num_kv_heads)}")
 
 
 def check_tokens(tokens: Int[Array, "*S"], config: ModelConfig) -> None:

@@ -15,11 +15,12 @@ from tests.models.cases import CONFIG, LAYERS, hidden, make_params, make_tokens
 
 
 def softmax_rows(q, k, v, visible):
-    """Attention of one sequence, one row and head at a time, in float64."""
+    """Attention of one sequence, one row and head at a time, in float64; `visible` is of each row, or head and row."""
+    visible = np.broadcast_to(visible, (q.shape[1], *visible.shape[-2:]))
     out = np.zeros(q.shape)
     for t in range(q.shape[0]):
         for head in range(q.shape[1]):
-            keys = np.flatnonzero(visible[t])
+            keys = np.flatnonzero(visible[head, t])
             if keys.size:
                 group = head // (q.shape[1] // k.shape[1])
                 scores = k[keys, group] @ q[t, head] / np.sqrt(q.shape[2])
@@ -28,8 +29,9 @@ def softmax_rows(q, k, v, visible):
     return out
 
 
-def oracle(params, tokens, config, layer, decisions):
-    """The forward pass of DESIGN.md for one sequence, decisions given, without any of the library's attention."""
+def oracle(params, tokens, config, layer, decisions, heads=None):
+    """The forward pass of DESIGN.md for one sequence, decisions given, without any of the library's attention. `heads`:
+    key/value heads [L, K] that see everything (shared layers)."""
     length = tokens.shape[1]
     i, j = np.arange(length)[:, None], np.arange(length)[None]
     causal = j <= i
@@ -57,7 +59,10 @@ def oracle(params, tokens, config, layer, decisions):
         shared = layer.share_attention
         local_set, global_set = (p["attention"],) * 2 if shared else (p["attention_local"], p["attention_global"])
         local_norm, global_norm = (p["norm_attention"],) * 2 if shared else (p["norm_local"], p["norm_global"])
-        if layer.topology == "sequential":
+        if heads is not None:
+            opened = np.repeat(np.asarray(heads[index]), config.num_heads // config.num_kv_heads)[:, None, None]
+            y = x + attend(norm(x, local_norm), local_set, np.where(opened | (d[0] > 0)[None], causal, near))
+        elif layer.topology == "sequential":
             u = x + attend(norm(x, local_norm), local_set, near)
             y = u + d * attend(norm(u, global_norm), global_set, causal)
         else:

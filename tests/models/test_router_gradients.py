@@ -152,3 +152,39 @@ def test_a_decision_is_made_once_whatever_is_rematerialised(name, mode, unroll, 
 
     jax.block_until_ready(jax.jit(jax.grad(loss))(params))
     assert len(calls) == CONFIG.num_layers
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_nudge_has_the_gradient_of_every_decision(name, trained):
+    """d loss / d z of dense training is d loss / d nudge times the sigmoid's slope. Training goes on through the later
+    routers too, a nudge holds their decisions: so in the last layer, or in all where routers are zero and see nothing.
+    """
+    layer = dataclasses.replace(LAYERS[name], leakage=1.0, temperature=WARM)
+    params, tokens, segments = make_params(layer), make_tokens(), packed()
+    if not trained:
+        kernel = jnp.zeros_like(params["layers"]["router"]["kernel"])
+        params = {**params, "layers": {**params["layers"], "router": {"kernel": kernel}}}
+    want, decisions = logit_gradients(params, tokens, layer, segment_ids=segments)
+    cotangent = jax.random.normal(jax.random.key(9), (*tokens.shape, CONFIG.hidden_size))
+
+    def loss(nudge):
+        hidden, routed = hidden_states(params, tokens, CONFIG, layer, nudge=nudge, segment_ids=segments,
+                                       backend="reference")
+        return jnp.sum(hidden * cotangent), routed
+
+    gradient, routed = jax.grad(loss, has_aux=True)(jnp.zeros((CONFIG.num_layers, *tokens.shape)))
+    np.testing.assert_array_equal(routed.decisions, decisions)
+    first = CONFIG.num_layers - 1 if trained else 0
+    slope = routed.probabilities * (1 - routed.probabilities) / WARM
+    np.testing.assert_allclose((gradient * slope)[first:], want[first:], atol=1e-4, rtol=1e-3)
+    assert np.abs(want[first:]).max() > 0.1 and (gradient[:, np.asarray(segments) == 0] == 0).all()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_nudge_of_zero_changes_nothing(name):
+    params, tokens = make_params(LAYERS[name]), make_tokens()
+    forced = routing.random(jax.random.key(4), [0.2, 0.5, 0.9], *tokens.shape)
+    ours, theirs = (hidden_states(params, tokens, CONFIG, LAYERS[name], decisions=forced, backend="reference",
+                                  nudge=nudge)[0] for nudge in (jnp.zeros(forced.shape), None))
+    np.testing.assert_allclose(ours, theirs, atol=2e-5)
