@@ -55,7 +55,7 @@ def test_the_audit_of_absorption_refuses(path, small, monkeypatch):
     model = Pretrained(small[0], object(), {}, small[2], "")
     monkeypatch.setattr(l2a_audit, "load_pretrained", lambda *a: model)
     with pytest.raises(UserError, match=SAID):
-        l2a_audit.open_subject("qwen2.5-tiny", [path], 1, 64, 2)
+        l2a_audit.open_audited("qwen2.5-tiny", [path], 1, 64, 2)
 
 
 def test_the_suite_counts_ids_and_not_tokens(path, tmp_path):

@@ -17,7 +17,7 @@ from l2a_jax.evaluation import collapse, evaluate, needle
 from l2a_jax.evaluation.needle_text import Haystack
 from l2a_jax.inference import generate as generation
 from l2a_jax.inference import stream
-from l2a_jax.research.replication.measures import Subject
+from l2a_jax.research.replication.measures import EvaluatedRow
 from l2a_jax.sources import TINY, Pretrained, load_pretrained, locate
 from tests.evaluation.byte_tokenizer import byte_tokenizer
 from tests.models.cases import CONFIG
@@ -77,7 +77,7 @@ def _collapse(model, monkeypatch, seen):
 
 
 def _study(model, monkeypatch, seen):
-    subject = object.__new__(Subject)
+    subject = object.__new__(EvaluatedRow)
     subject.model = model
     seen.append(subject.prompts()[1])
 

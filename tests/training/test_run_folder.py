@@ -114,7 +114,7 @@ def test_every_reader_names_the_file_the_key_and_what_was_expected(name, tmp_pat
     readers = [lambda: resume(folder)]
     if name != "a model's":  # evaluation, generation and export take that one for a model
         readers += [lambda: load_pretrained(folder, np.float32), lambda: source_tokenizer(folder),
-                    lambda: l2a_audit.open_subject(str(folder), (), None, None, None)]
+                    lambda: l2a_audit.open_audited(str(folder), (), None, None, None)]
     for read in readers:
         with pytest.raises(UserError) as said:
             read()

@@ -10,12 +10,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
 from l2a_jax import fields
 from l2a_jax.errors import UserError
-from l2a_jax.fields import DTYPE, SEED, Choice, Distinct, Range, above, at_least, between, count, length
+from l2a_jax.fields import DTYPE, SEED, Choice, Distinct, Range, Unit, above, at_least, between, count, length
 
 SOFT = ("none", "multiplicative", "additive")
 SELECT = ("none", "gate", "selector", "oracle", "used", "random", "window")
@@ -94,7 +95,7 @@ class TransformerConfig:
     hidden: Annotated[int, count()] = 1_024
     positions: Annotated[int, length(2)] = 512
     tied: bool = True
-    dropout: Annotated[float, _BELOW_1] = 0.1
+    dropout: Annotated[float, _BELOW_1, "share of activations"] = 0.1
     gate_width: Annotated[int, count()] = 32
     experts: Annotated[int, count(0)] = 0
     """Above 0: the feed-forward layer's hidden units are divided among so many experts, one of which serves a token."""
@@ -138,21 +139,21 @@ class Arm:
 class Recipe:
     """How every arm is trained, the same for all; AdamW with warm-up, cosine to 0, clipping by global norm."""
 
-    steps: Annotated[int, count()] = 50_000
-    batch_size: Annotated[int, count()] = 16
-    seq_len: Annotated[int, length(2)] = 512
-    learning_rate: Annotated[float, _RATE] = 3e-4
-    warmup: Annotated[int, count(0)] = 1_000
-    weight_decay: Annotated[float, at_least(0)] = 0.1
+    steps: Annotated[int, count(), Unit("steps"), "of every arm"] = 50_000
+    batch_size: Annotated[int, count(), Unit("rows"), "rows a step"] = 16
+    seq_len: Annotated[int, length(2), Unit("tokens"), "tokens a row"] = 512
+    learning_rate: Annotated[float, _RATE, Unit("rate"), "peak learning rate"] = 3e-4
+    warmup: Annotated[int, count(0), Unit("steps"), "steps of warm-up"] = 1_000
+    weight_decay: Annotated[float, at_least(0), "of AdamW"] = 0.1
     beta1: Annotated[float, _BELOW_1] = 0.9
     beta2: Annotated[float, _BELOW_1] = 0.95
     clip: Annotated[float, above(0)] = 1.0
     balance: Annotated[float, at_least(0)] = 0.01
     """Weight of the load-balance loss of a learned router of experts (Fedus et al. 2022, equation 4)."""
-    distill_steps: Annotated[int, count()] = 1_000
-    distill_learning_rate: Annotated[float, _RATE] = 1e-3
-    dtype: Annotated[str, DTYPE] = "float32"
-    """What is computed in; masters, optimizer, norms' statistics, softmax and loss are float32."""
+    distill_steps: Annotated[int, count(), Unit("steps"), "of every distilled gate"] = 1_000
+    distill_learning_rate: Annotated[float, _RATE, Unit("rate"), "of distilled gates"] = 1e-3
+    dtype: Annotated[str, DTYPE, "what is computed in"] = "float32"
+    """Masters, optimizer, norms' statistics, softmax and loss are float32."""
 
 
 @dataclass(frozen=True)
@@ -161,18 +162,17 @@ class SuiteConfig:
 
     model: TransformerConfig
     recipe: Recipe
-    seeds: Annotated[tuple[Annotated[int, SEED], ...], Distinct()]
-    top_k: Annotated[int, length()]
-    """Keys that a query keeps; the published 64 of 512."""
+    seeds: Annotated[tuple[Annotated[int, SEED], ...], Distinct(), "trained side by side"]
+    top_k: Annotated[int, length(), Unit("keys"), "keys that a query keeps; the published 64 of 512"]
     top_ks: tuple[Annotated[int, length()], ...]
     gate_widths: tuple[Annotated[int, count()], ...]
     experts: Annotated[int, count()]
-    eval_batches: Annotated[int, count()]
+    eval_batches: Annotated[int, count(), Unit("batches"), "held-out batches, at most"]
     scan: Annotated[int, count()]
     """Steps in one dispatch."""
-    save_every: Annotated[int, count()]
-    together: Annotated[int, between(1, 1_000)] = 1
-    """Arms of one program trained side by side, beside the seeds."""
+    save_every: Annotated[int, count(), Unit("steps"), "steps between two checkpoints of an arm"]
+    together: Annotated[int, between(1, 1_000), Unit("arms"),
+                        "arms of one program trained side by side, beside the seeds"] = 1
 
 
 _PAPER = TransformerConfig()
@@ -196,13 +196,32 @@ PRESETS = {
 }
 
 
-_FLAGS = {"learning_rate": "lr", "distill_learning_rate": "distill_lr"}
+FLAGS: dict[str, tuple[type, str]] = {
+    "seeds": (SuiteConfig, "seeds"), "steps": (Recipe, "steps"), "batch_size": (Recipe, "batch_size"),
+    "seq_len": (Recipe, "seq_len"), "lr": (Recipe, "learning_rate"), "warmup": (Recipe, "warmup"),
+    "weight_decay": (Recipe, "weight_decay"), "dropout": (TransformerConfig, "dropout"), "dtype": (Recipe, "dtype"),
+    "top_k": (SuiteConfig, "top_k"), "distill_steps": (Recipe, "distill_steps"),
+    "distill_lr": (Recipe, "distill_learning_rate"), "eval_batches": (SuiteConfig, "eval_batches"),
+    "together": (SuiteConfig, "together"), "save_every": (SuiteConfig, "save_every")}
+"""By flag: which number of a preset it replaces."""
+_SPELLED = {name: flag for flag, (_, name) in FLAGS.items()}
+
+
+def changed(preset: SuiteConfig, given: Mapping[str, Any], tied: bool) -> SuiteConfig:
+    """The preset with the numbers of `FLAGS` that were given; its `top_k` is one of its `top_ks`."""
+    numbers: dict[type, dict[str, Any]] = {TransformerConfig: {"tied": tied}, Recipe: {}, SuiteConfig: {}}
+    for flag, value in given.items():
+        kind, name = FLAGS[flag]
+        numbers[kind][name] = value
+    preset = dataclasses.replace(preset, model=dataclasses.replace(preset.model, **numbers[TransformerConfig]),
+                                 recipe=dataclasses.replace(preset.recipe, **numbers[Recipe]), **numbers[SuiteConfig])
+    return dataclasses.replace(preset, top_ks=tuple(sorted({*preset.top_ks, preset.top_k})))
 
 
 def check_ranges(preset: SuiteConfig) -> None:
     """Raise UserError, naming the flag, where a number of a preset (after flags) is none that it can be."""
     for part in (preset.model, preset.recipe, preset):
-        fields.check(part, spell=lambda name: fields.flag(_FLAGS.get(name, name)),
+        fields.check(part, spell=lambda name: fields.flag(_SPELLED.get(name, name)),
                      names=[name for name in fields.declared(type(part)) if name not in ("model", "recipe")])
 
 

@@ -58,7 +58,7 @@ class Score(NamedTuple):
     routed: float
 
 
-def open_subject(source: str, data: Sequence[str], batches: int | None, seq_len: int | None, batch_size: int | None
+def open_audited(source: str, data: Sequence[str], batches: int | None, seq_len: int | None, batch_size: int | None
                  ) -> Audited:
     """A run folder with its own data, or (with `--data`) any L2A model; UserError where there is nothing to audit."""
     run = run_source(locate(source))
@@ -85,13 +85,13 @@ def open_subject(source: str, data: Sequence[str], batches: int | None, seq_len:
     return Audited(loaded.config, loaded.l2a_config, loaded.params, None, held_out, False, dtype)
 
 
-def audit(subject: Audited, others: Sequence[tuple[str, Tree, L2AConfig]], seeds: Sequence[int]) -> Report:
+def audit(audited: Audited, others: Sequence[tuple[str, Tree, L2AConfig]], seeds: Sequence[int]) -> Report:
     """Every choice of decisions under the weights before and after; random and shuffled ones once for each seed."""
-    choices = _choices(subject, others, seeds)
+    choices = _choices(audited, others, seeds)
     scores: dict[str, dict[str, list[Score]]] = {}
-    for when, params in (("after", subject.after), ("before", subject.before)):
+    for when, params in (("after", audited.after), ("before", audited.before)):
         if params is not None:
-            score = _scorer(subject, params)
+            score = _scorer(audited, params)
             scores[when] = {name: [score(drawn) for drawn in draws] for name, draws in choices.items()}
     table = Table("Held-out perplexity by whose decisions are taken", note="Carried: (random - learned) / (nothing - "
                   "learned), in nats: 1 where random decisions at the same rates are as bad as none, 0 where they are "
@@ -105,7 +105,7 @@ def audit(subject: Audited, others: Sequence[tuple[str, Tree, L2AConfig]], seeds
             nll = np.array([one.nll for one in draws])
             table.rows[name] |= {f"{when} training": Cell(perplexity(nll), digits=3),
                                  f"nats above learned, {when}": Cell(nll - own, digits=4)}
-            if subject.is_recall:
+            if audited.is_recall:
                 table.rows[name][f"recall accuracy, {when}"] = Cell([one.recall for one in draws], digits=3)
         random = np.array([one.nll for one in found["random, same rates"]])
         carried.rows[f"attention {when} the run"] = {
@@ -115,10 +115,10 @@ def audit(subject: Audited, others: Sequence[tuple[str, Tree, L2AConfig]], seeds
     return Report("l2a_audit", "What L2A's learned decisions carry", [table, carried], [panel])
 
 
-def _choices(subject: Audited, others, seeds) -> dict[str, list[list[np.ndarray]]]:
+def _choices(audited: Audited, others, seeds) -> dict[str, list[list[np.ndarray]]]:
     """Whose decisions are taken: by name, a list of draws, each of them an array [L, B, T] a batch."""
-    learned = _decisions(subject, subject.after, subject.l2a_config)
-    real = [np.asarray(real_tokens(batch.segment_ids, batch.tokens.shape)) for batch in subject.batches]
+    learned = _decisions(audited, audited.after, audited.l2a_config)
+    real = [np.asarray(real_tokens(batch.segment_ids, batch.tokens.shape)) for batch in audited.batches]
     rates = sum((d & r).sum(axis=(1, 2)) for d, r in zip(learned, real, strict=True)) / sum(r.sum() for r in real)
 
     def drawn(draw):
@@ -131,28 +131,28 @@ def _choices(subject: Audited, others, seeds) -> dict[str, list[list[np.ndarray]
         "shuffled": drawn(lambda key, index: routing.shuffled(key, jnp.asarray(learned[index]),
                                                               jnp.asarray(real[index]))),
         "everything": [[np.ones_like(one) for one in learned]], "nothing": [[np.zeros_like(one) for one in learned]],
-        **{f"of {name}": [_decisions(subject, params, layer)] for name, params, layer in others}}
+        **{f"of {name}": [_decisions(audited, params, layer)] for name, params, layer in others}}
 
 
-def _decisions(subject: Audited, params: Tree, layer: L2AConfig) -> list[np.ndarray]:
+def _decisions(audited: Audited, params: Tree, layer: L2AConfig) -> list[np.ndarray]:
     """What a model decides for every batch."""
-    objective = Objective(subject.config, layer, dtype=subject.dtype)
-    return [np.asarray(_evaluate(params, batch, None, objective=objective).decisions) for batch in subject.batches]
+    objective = Objective(audited.config, layer, dtype=audited.dtype)
+    return [np.asarray(_evaluate(params, batch, None, objective=objective).decisions) for batch in audited.batches]
 
 
-def _scorer(subject: Audited, params: Tree) -> Callable[[list[np.ndarray]], Score]:
+def _scorer(audited: Audited, params: Tree) -> Callable[[list[np.ndarray]], Score]:
     """The score of weights that are forced to take decisions."""
-    objective = Objective(subject.config, subject.l2a_config, dtype=subject.dtype)
+    objective = Objective(audited.config, audited.l2a_config, dtype=audited.dtype)
 
     def score(decisions):
         nll = counted = right = asked = routed = real = 0.0
-        for batch, chosen in zip(subject.batches, decisions, strict=True):
+        for batch, chosen in zip(audited.batches, decisions, strict=True):
             result = jax.device_get(_evaluate(params, batch, jnp.asarray(chosen), objective=objective))
             nll += float((result.nll * batch.weights).sum(dtype=np.float64))
             counted += float(batch.weights.sum())
             routed += float((np.asarray(chosen) & result.real).mean(axis=0).sum())
             real += float(result.real.sum())
-            if subject.is_recall:
+            if audited.is_recall:
                 needed = needs_memory(batch.tokens)
                 right, asked = right + float(result.correct[needed].sum()), asked + float(needed.sum())
         if not counted:
@@ -164,32 +164,32 @@ def _scorer(subject: Audited, params: Tree) -> Callable[[list[np.ndarray]], Scor
     return score
 
 
-def run(sources: Sequence[str], data: Sequence[str], out: pathlib.Path, batches: int | None,
+def run(sources: Sequence[str], data: Sequence[str], out: pathlib.Path, *, eval_batches: int | None,
         seeds: Sequence[int] | None, seq_len: int | None, batch_size: int | None) -> Report:
     """`--experiment l2a_audit RUN [OTHER...]`: audit RUN, with the others' decisions among the choices."""
     if not sources:
         raise UserError("--experiment l2a_audit needs a run folder or an L2A model: l2a_audit RUN [OTHER_RUN]")
     outcome.check_place("l2a_audit", out)
-    subject = open_subject(sources[0], data, batches, seq_len, batch_size)
+    audited = open_audited(sources[0], data, eval_batches, seq_len, batch_size)
     others = []
     for source in sources[1:]:
-        other = load_pretrained(source, subject.dtype)
+        other = load_pretrained(source, audited.dtype)
         same = ("num_layers", "vocab_size")
-        if other.l2a_config is None or any(getattr(other.config, n) != getattr(subject.config, n) for n in same):
+        if other.l2a_config is None or any(getattr(other.config, n) != getattr(audited.config, n) for n in same):
             raise UserError(f"{source} cannot decide for {sources[0]}; expected an L2A model of as many layers and the "
                             "same vocabulary")
-        others.append((pathlib.Path(source).name, _with(other.params, other.config, subject), other.l2a_config))
-    found = audit(subject, others, tuple(seeds or (0, 1, 2)))
-    text = (f"{pathlib.Path(sources[0]).name} on {device.described()}; {len(subject.batches)} held-out "
-            f"batches of {' x '.join(map(str, subject.batches[0].tokens.shape))} tokens; layer {subject.l2a_config}.")
-    about = {"text": text, "run": pathlib.Path(sources[0]).name, "l2a_config": dataclasses.asdict(subject.l2a_config)}
+        others.append((pathlib.Path(source).name, _with(other.params, other.config, audited), other.l2a_config))
+    found = audit(audited, others, tuple(seeds or (0, 1, 2)))
+    text = (f"{pathlib.Path(sources[0]).name} on {device.described()}; {len(audited.batches)} held-out "
+            f"batches of {' x '.join(map(str, audited.batches[0].tokens.shape))} tokens; layer {audited.l2a_config}.")
+    about = {"text": text, "run": pathlib.Path(sources[0]).name, "l2a_config": dataclasses.asdict(audited.l2a_config)}
     outcome.write(found, about, out)
     print(outcome.markdown(found, about))
     log.info("written to %s", out)
     return found
 
 
-def _with(params: Tree, config: ModelConfig, subject: Audited) -> Tree:
-    if dataclasses.replace(config, rope=subject.config.rope) != subject.config:
+def _with(params: Tree, config: ModelConfig, audited: Audited) -> Tree:
+    if dataclasses.replace(config, rope=audited.config.rope) != audited.config:
         raise UserError("the other run's model has other shapes; expected two runs of one model")
     return params

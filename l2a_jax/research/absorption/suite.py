@@ -11,7 +11,7 @@ from typing import Any
 
 from l2a_jax.errors import UserError
 from l2a_jax.provenance import provenance
-from l2a_jax.research.absorption import corpora, definitions, outcome
+from l2a_jax.research.absorption import corpora, outcome
 from l2a_jax.research.absorption.definitions import Arm, SuiteConfig
 from l2a_jax.research.absorption.experiments import EXPERIMENTS
 from l2a_jax.research.absorption.lab import Lab
@@ -106,10 +106,3 @@ def check_names(names: Sequence[str]) -> list[str]:
         if name not in (*known, "all"):
             raise UserError(f"--experiment {name}: unknown; expected all, {', '.join(known)} or l2a_audit")
     return known if "all" in names else [name for name in known if name in names]
-
-
-def check_preset(name: str) -> SuiteConfig:
-    """A preset by name."""
-    if name not in definitions.PRESETS:
-        raise UserError(f"--preset {name}: unknown; expected {', '.join(definitions.PRESETS)}")
-    return definitions.PRESETS[name]

@@ -1,4 +1,4 @@
-"""Instruments by name: what else a row can be asked, each a function of a `Subject` that returns plain JSON."""
+"""Instruments by name: what else a row can be asked, each a function of an `EvaluatedRow` that returns plain JSON."""
 
 from __future__ import annotations
 
@@ -25,59 +25,59 @@ SAMPLE = Path(__file__).with_name("sample.txt")
 """The text of the picture: ours, written to be shown to anyone, of prose, lists, code, tables and repetition."""
 
 
-def _residual(subject) -> dict[str, Any]:
+def _residual(evaluated) -> dict[str, Any]:
     """Distance of the residual stream from the plain model's, layer by layer."""
-    windows, _ = subject.audited()
-    return residual_distance(subject.plain, subject.model, windows, backend=subject.session.backend)
+    windows, _ = evaluated.audited()
+    return residual_distance(evaluated.plain, evaluated.model, windows, backend=evaluated.session.backend)
 
 
-def _flips(subject) -> dict[str, Any]:
+def _flips(evaluated) -> dict[str, Any]:
     """Perplexity with a share of the learned decisions inverted."""
-    return flip_sweep(subject.model, *subject.audited(), seeds=subject.row.measures.audit_seeds,
-                      **subject.session.passes)
+    return flip_sweep(evaluated.model, *evaluated.audited(), seeds=evaluated.row.measures.audit_seeds,
+                      **evaluated.session.passes)
 
 
-def _routed(subject) -> dict[str, Any]:
+def _routed(evaluated) -> dict[str, Any]:
     """Which tokens are routed, by class; and where pictures may go, a text with its routed tokens shaded."""
-    windows, scores = subject.audited()
-    layer = subject.model.l2a_config
-    found = routed_text.what_is_routed(windows, scores.decisions, subject.model.tokenizer.decode, reach=layer.window,
+    windows, scores = evaluated.audited()
+    layer = evaluated.model.l2a_config
+    found = routed_text.what_is_routed(windows, scores.decisions, evaluated.model.tokenizer.decode, reach=layer.window,
                                        pruned=layer.pruned_layers)
-    _shade(subject, windows, scores.decisions, "routed", subject.row.name)
+    _shade(evaluated, windows, scores.decisions, "routed", evaluated.row.name)
     return found
 
 
-def _picture(subject) -> dict[str, Any]:
+def _picture(evaluated) -> dict[str, Any]:
     """Which tokens are routed, as a picture of a text of our own, which may be shown to anyone."""
-    ids = np.asarray(subject.model.tokenizer.encode(read_text(SAMPLE), add_special_tokens=False), np.int32)
-    context = subject.row.measures.context
+    ids = np.asarray(evaluated.model.tokenizer.encode(read_text(SAMPLE), add_special_tokens=False), np.int32)
+    context = evaluated.row.measures.context
     windows = perplexity.text_windows(ids, context, context, {"name": SAMPLE.name}, limit=1)
-    decisions = perplexity.score_windows(subject.model, windows, **subject.session.passes).decisions
+    decisions = perplexity.score_windows(evaluated.model, windows, **evaluated.session.passes).decisions
     if decisions is None:
         raise UserError("picture: this is a plain model, which routes nothing")
-    share, shown = _shade(subject, windows, decisions, "picture", f"{SAMPLE.name} as {subject.row.name} routes it")
+    share, shown = _shade(evaluated, windows, decisions, "picture", f"{SAMPLE.name} as {evaluated.row.name} routes it")
     return {"text": SAMPLE.name, "tokens": len(share), "shown": shown, "share": float(share.mean())}
 
 
-def _shade(subject, windows: Windows, decisions, kind: str, title: str) -> tuple[np.ndarray, int | None]:
+def _shade(evaluated, windows: Windows, decisions, kind: str, title: str) -> tuple[np.ndarray, int | None]:
     """Of the first window's real tokens: in what share of the layers each is routed, and how many a picture shows."""
     real = windows.real[0]
-    share = routed_text.routed_share(decisions[:, :1], subject.model.l2a_config.pruned_layers)[0][real]
-    if subject.out is None:
+    share = routed_text.routed_share(decisions[:, :1], evaluated.model.l2a_config.pruned_layers)[0][real]
+    if evaluated.out is None:
         return share, None
-    path = subject.out / f"{subject.row.name}_{kind}.png"
-    return share, routed_picture.draw_routed_text(windows.tokens[0][real], share, subject.model.tokenizer.decode, path,
-                                                  title=title)
+    path = evaluated.out / f"{evaluated.row.name}_{kind}.png"
+    decode = evaluated.model.tokenizer.decode
+    return share, routed_picture.draw_routed_text(windows.tokens[0][real], share, decode, path, title=title)
 
 
-def _prunable(subject) -> dict[str, Any]:
+def _prunable(evaluated) -> dict[str, Any]:
     """Which layers can lose global attention: chosen on the first half of the windows, paid for on the rest."""
-    windows, _ = subject.audited()
+    windows, _ = evaluated.audited()
     half = len(windows.tokens) // 2
     if half == 0:
         raise UserError("prunable: half of the audited windows choose and half pay, so there must be two at least")
-    return prunable(subject.model, _some(windows, slice(None, half)), _some(windows, slice(half, None)),
-                    **subject.session.passes)
+    return prunable(evaluated.model, _some(windows, slice(None, half)), _some(windows, slice(half, None)),
+                    **evaluated.session.passes)
 
 
 def _some(windows: Windows, chosen: slice) -> Windows:
@@ -85,15 +85,15 @@ def _some(windows: Windows, chosen: slice) -> Windows:
     return Windows(w.tokens[chosen], w.targets[chosen], w.scored[chosen], w.real[chosen], w.about)
 
 
-def _thresholds(subject) -> dict[str, Any]:
+def _thresholds(evaluated) -> dict[str, Any]:
     """Sparsity, perplexity and needle at lower thresholds than the router was trained with."""
-    options, prepared = subject.session.needles(subject.row)
-    return threshold_sweep(subject.model, *subject.audited(), prepared, options, **subject.session.passes)
+    options, prepared = evaluated.session.needles(evaluated.row)
+    return threshold_sweep(evaluated.model, *evaluated.audited(), prepared, options, **evaluated.session.passes)
 
 
-def _autopsy(subject) -> dict[str, Any]:
+def _autopsy(evaluated) -> dict[str, Any]:
     """The row's training with each fault on purpose, and which of the reported symptoms it produces."""
-    session, row = subject.session, subject.row
+    session, row = evaluated.session, evaluated.row
     plan = session.plan(row)
     s, dials = plan.settings, dials_of(plan)
     objective = session.program(row).objective._replace(
@@ -108,12 +108,12 @@ def _autopsy(subject) -> dict[str, Any]:
         return {"task_margin": autopsy.task_margin(error),
                 "needle": needles.score(model, prepared, options, **session.passes)["exact_match"]}
 
-    prompts, stops = subject.prompts()
+    prompts, stops = evaluated.prompts()
     names = row.measures.faults
     if unknown := set(names) - {fault.name for fault in FAULTS}:
         raise UserError(f"autopsy: there is no fault {', '.join(sorted(unknown))}")
     faults = [fault for fault in FAULTS if fault.name in names or not names]
-    return autopsy.autopsy(subject.plain, plan.l2a_config, plan.data, subject.audited()[0], prompts,
+    return autopsy.autopsy(evaluated.plain, plan.l2a_config, plan.data, evaluated.audited()[0], prompts,
                           objective=objective, optimizer=rule, regime=s.regime, faults=faults, extra=extra,
                           stop_tokens=stops, seed=s.seed, batch_tokens=session.passes["batch_tokens"])
 

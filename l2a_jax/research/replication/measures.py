@@ -23,7 +23,7 @@ from l2a_jax.research.replication.trained import start_params
 from l2a_jax.sources import Pretrained
 
 
-class Subject:
+class EvaluatedRow:
     """A trained row under evaluation. `model` is the row's, `plain` the model it came from, `start` the row's model
     before training, `records` the steps of its training, `out` where a picture may go (None: nowhere). Passes that
     several tasks need are made once."""
@@ -65,56 +65,56 @@ class Subject:
         return tokenizer.encode_batch(list(collapse.PROMPTS), add_special_tokens=False), tokenizer.end_ids
 
 
-def _perplexity(subject: Subject) -> dict[str, Any]:
-    return perplexity.result(subject.scores, subject.windows)
+def _perplexity(evaluated: EvaluatedRow) -> dict[str, Any]:
+    return perplexity.result(evaluated.scores, evaluated.windows)
 
 
-def _audit(subject: Subject) -> dict[str, Any]:
-    windows, scores = subject.audited()
-    return audit.audit(subject.model, windows, scores, seeds=subject.row.measures.audit_seeds,
-                       **subject.session.passes)
+def _audit(evaluated: EvaluatedRow) -> dict[str, Any]:
+    windows, scores = evaluated.audited()
+    return audit.audit(evaluated.model, windows, scores, seeds=evaluated.row.measures.audit_seeds,
+                       **evaluated.session.passes)
 
 
-def _contexts(subject: Subject) -> dict[str, Any]:
-    m, out = subject.row.measures, {}
+def _contexts(evaluated: EvaluatedRow) -> dict[str, Any]:
+    m, out = evaluated.row.measures, {}
     for context in m.contexts:
-        windows = subject.session.windows(subject.row, context, max(1, m.context_tokens // context))
-        scores = score_windows(subject.model, windows, label=f"perplexity at {context}", **subject.session.passes)
+        windows = evaluated.session.windows(evaluated.row, context, max(1, m.context_tokens // context))
+        scores = score_windows(evaluated.model, windows, label=f"perplexity at {context}", **evaluated.session.passes)
         out[str(context)] = perplexity.result(scores, windows)
     return out
 
 
-def _needle(subject: Subject) -> dict[str, Any]:
-    options, prepared = subject.session.needles(subject.row)
-    return needles.score(subject.model, prepared, options, controls=subject.row.measures.controls,
-                         **subject.session.passes)
+def _needle(evaluated: EvaluatedRow) -> dict[str, Any]:
+    options, prepared = evaluated.session.needles(evaluated.row)
+    return needles.score(evaluated.model, prepared, options, controls=evaluated.row.measures.controls,
+                         **evaluated.session.passes)
 
 
-def _collapse(subject: Subject) -> dict[str, Any]:
-    prompts, stops = subject.prompts()
-    found = collapse.collapse(subject.model, subject.windows, prompts=prompts, records=subject.records,
-                              stop_tokens=stops, backend=subject.session.backend)
+def _collapse(evaluated: EvaluatedRow) -> dict[str, Any]:
+    prompts, stops = evaluated.prompts()
+    found = collapse.collapse(evaluated.model, evaluated.windows, prompts=prompts, records=evaluated.records,
+                              stop_tokens=stops, backend=evaluated.session.backend)
     for texts in (found["generation"] or {}).values():
         if isinstance(texts, dict) and "texts" in texts:
             texts["texts"] = texts["texts"][:2]
     return found
 
 
-def _absorption(subject: Subject) -> dict[str, Any]:
+def _absorption(evaluated: EvaluatedRow) -> dict[str, Any]:
     """Do the learned decisions still matter once attention has adapted? The trained weights ("after") and those from
     before the run ("before") score the same windows under the run's decisions, random ones at each layer's rate, and
     none. `carried` = (random - learned) / (none - learned): 1 where random decisions are as bad as none at all."""
-    windows, learned = subject.audited()
+    windows, learned = evaluated.audited()
     if learned.decisions is None:
         raise UserError("absorption: this row routes nothing")
     rates, (count, length) = routing_rates(learned.decisions, windows.real), windows.tokens.shape
+    seeds = evaluated.row.measures.audit_seeds
     choices = {"learned": [learned.decisions], "none": [np.zeros_like(learned.decisions)],
-               "random": [audit.random_decisions(seed, rates, count, length)
-                          for seed in range(subject.row.measures.audit_seeds)]}
-    out: dict[str, Any] = {"windows": count, "seeds": subject.row.measures.audit_seeds, "density": float(rates.mean())}
-    for when, model in (("after", subject.model), ("before", subject.start)):
+               "random": [audit.random_decisions(seed, rates, count, length) for seed in range(seeds)]}
+    out: dict[str, Any] = {"windows": count, "seeds": seeds, "density": float(rates.mean())}
+    for when, model in (("after", evaluated.model), ("before", evaluated.start)):
         nll = {name: np.mean([score_windows(model, windows, decisions, label=f"absorption, {when}, {name}",
-                                            **subject.session.passes).nll for decisions in draws], axis=0)
+                                            **evaluated.session.passes).nll for decisions in draws], axis=0)
                for name, draws in choices.items()}
         worse, interval = intervals.paired_windows(nll["random"], nll["learned"], learned.tokens)
         lost, lost_interval = intervals.paired_windows(nll["none"], nll["learned"], learned.tokens)
@@ -124,23 +124,23 @@ def _absorption(subject: Subject) -> dict[str, Any]:
     return out
 
 
-def _task_controls(subject: Subject) -> dict[str, Any]:
-    return {name: benchmarks.controls(subject.model, subject.session.benchmark(subject.row, name),
-                                      **subject.session.passes) for name in BENCHMARKS}
+def _task_controls(evaluated: EvaluatedRow) -> dict[str, Any]:
+    return {name: benchmarks.controls(evaluated.model, evaluated.session.benchmark(evaluated.row, name),
+                                      **evaluated.session.passes) for name in BENCHMARKS}
 
 
-def _benchmark(name: str) -> Callable[[Subject], dict[str, Any]]:
-    return lambda subject: benchmarks.score(subject.model, subject.session.benchmark(subject.row, name),
-                                            subject.session.backend)
+def _benchmark(name: str) -> Callable[[EvaluatedRow], dict[str, Any]]:
+    return lambda evaluated: benchmarks.score(evaluated.model, evaluated.session.benchmark(evaluated.row, name),
+                                            evaluated.session.backend)
 
 
-TASKS: dict[str, Callable[[Subject], dict[str, Any]]] = {
+TASKS: dict[str, Callable[[EvaluatedRow], dict[str, Any]]] = {
     "perplexity": _perplexity, "audit": _audit, "contexts": _contexts, "needle": _needle, "absorption": _absorption,
     "collapse": _collapse, "task_controls": _task_controls, **{name: _benchmark(name) for name in BENCHMARKS},
 }
 
 
-def measure(subject: Subject, task: str) -> dict[str, Any]:
+def measure(evaluated: EvaluatedRow, task: str) -> dict[str, Any]:
     """The result of one task or instrument; {"not_finite": why} where the model's numbers are not finite.
 
     UserError on anything else that is wrong."""
@@ -148,7 +148,7 @@ def measure(subject: Subject, task: str) -> dict[str, Any]:
     if task not in known:
         raise UserError(f"there is no task or instrument {task!r}; expected some of {', '.join(known)}")
     try:
-        found = known[task](subject)
+        found = known[task](evaluated)
     except UserError as error:
         if "not finite" not in str(error):
             raise

@@ -23,7 +23,7 @@ from l2a_jax.errors import UserError
 from l2a_jax.files import check_file, claim, write_json
 from l2a_jax.provenance import provenance
 from l2a_jax.research.deadline import OutOfTime, check
-from l2a_jax.research.replication.measures import Subject, measure
+from l2a_jax.research.replication.measures import EvaluatedRow, measure
 from l2a_jax.research.replication.row import Row
 from l2a_jax.research.replication.row_file import FORMAT, read_row
 from l2a_jax.research.replication.session import Session
@@ -149,11 +149,11 @@ def _run_row(row: Row, session: Session, out: Path, deadline: float, keep: bool)
             save_masters(trained.masters, kept)
         del trained
         _write(path, found, "partial")
-    subject = Subject(session, row, params, records, out)
+    evaluated = EvaluatedRow(session, row, params, records, out)
     for task in _missing(row, found):
         check(deadline)
         began = time.perf_counter()
-        result = measure(subject, task)
+        result = measure(evaluated, task)
         seconds = time.perf_counter() - began
         found["evaluations"][task] = {"hash": row.task_hash(task), "seconds": round(seconds, 2), "result": result,
                                       **_elsewhere(found["environment"])}

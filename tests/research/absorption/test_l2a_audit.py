@@ -53,7 +53,7 @@ def test_audit_tables(subject):
 
 def test_a_plain_model_has_nothing_to_audit():
     with pytest.raises(UserError, match="plain model"):
-        l2a_audit.open_subject("qwen2.5-tiny", [], None, None, None)
+        l2a_audit.open_audited("qwen2.5-tiny", [], None, None, None)
 
 
 def test_held_out_text_without_anything_to_score_is_said(subject, monkeypatch, tmp_path):
@@ -67,4 +67,4 @@ def test_held_out_text_without_anything_to_score_is_said(subject, monkeypatch, t
     monkeypatch.setattr(l2a_audit, "load_pretrained", lambda source, dtype: SimpleNamespace(
         l2a_config=subject.l2a_config, config=subject.config, tokenizer="one"))
     with pytest.raises(UserError, match=r"--data a.txt has no held-out documents"):
-        l2a_audit.open_subject("model", ["a.txt"], None, None, None)
+        l2a_audit.open_audited("model", ["a.txt"], None, None, None)

@@ -177,10 +177,9 @@ def test_bad_input_is_one_line(flags, said, capsys, tmp_path):
     (["--experiment", "l2a_audit", "RUN", "--lr", "0.1", "--untied"], ["--lr", "--untied"]),
     (["--benchmark", "--seeds", "3"], ["--seeds"]), (["--experiment", "all", "--lr", "0.1"], [])))
 def test_flags_without_effect_are_said(flags, idle, caplog):
-    parsed, defaults = command.make_parser().parse_args(flags), command.make_parser().parse_args([])
+    options, given = command.read(flags)
     with caplog.at_level("WARNING", "l2a_jax"):
-        commands.say_idle([name for name in vars(parsed) if getattr(parsed, name) != getattr(defaults, name)],
-                          command.idle(parsed))
+        commands.say_idle(given, command.idle(options))
     assert sorted(line.split()[0] for line in caplog.messages) == sorted(idle)
 
 

@@ -17,7 +17,7 @@ from l2a_jax.evaluation import needle
 from l2a_jax.evaluation.perplexity import score_windows
 from l2a_jax.research import deadline
 from l2a_jax.research.replication import report, runner, trained
-from l2a_jax.research.replication.measures import Subject, measure
+from l2a_jax.research.replication.measures import EvaluatedRow, measure
 from l2a_jax.runs.plan import compile_run, dials_of, program_key
 from l2a_jax.runs.train import train
 from l2a_jax.sources import TINY, load_pretrained
@@ -116,7 +116,7 @@ def test_a_measurement_says_where_it_was_made_when_not_where_the_row_was_trained
 
 def test_the_picture_is_of_our_own_text(session, rows, done, tmp_path):
     params = trained.load_masters(session, rows[1], done / "one.npz")
-    found = measure(Subject(session, rows[1], params, [], tmp_path), "picture")
+    found = measure(EvaluatedRow(session, rows[1], params, [], tmp_path), "picture")
     assert found["text"] == "sample.txt" and 0 < found["shown"] <= found["tokens"] <= 128
     assert (tmp_path / "one_picture.png").stat().st_size > 2_000 and 0 <= found["share"] <= 1
     out = tmp_path / "report"
@@ -150,7 +150,7 @@ def test_a_row_trains_as_the_command_does(session, rows, done, data_dir, tmp_pat
 
 
 def test_needle_as_windows_is_the_needle_task(session, rows, done):
-    subject = Subject(session, rows[1], trained.load_masters(session, rows[1], done / "one.npz"), [])
+    subject = EvaluatedRow(session, rows[1], trained.load_masters(session, rows[1], done / "one.npz"), [])
     options, prepared = session.needles(rows[1])
     found = needle.evaluate_needle(subject.model, options)
     bits = load(done, "one")["evaluations"]["needle"]["result"]["lengths"]["64"]["bits"]
