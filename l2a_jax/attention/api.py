@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
 
 from l2a_jax import device
 from l2a_jax.attention.backends import CHOICES, check_name
+from l2a_jax.attention.reference import Heads, Ids, Keys, PerRow
 from l2a_jax.errors import Unsupported
 
 log = logging.getLogger("l2a_jax.attention")
@@ -123,16 +123,8 @@ def _both(module, q, k, v, decisions, *, segment_ids, window, sinks):
     return jnp.where(decisions[:, :, None, None], far, near), jax.lax.stop_gradient(far - near)
 
 
-def local(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    *,
-    window: int,
-    sinks: int = 0,
-    segment_ids: Int[Array, "B T"] | None = None,
-    backend: str = "auto",
-) -> Float[Array, "B T N H"]:
+def local(q: Heads, k: Keys, v: Keys, *, window: int, sinks: int = 0, segment_ids: Ids | None = None,
+          backend: str = "auto") -> Heads:
     """Causal attention over `window` keys including the token itself, plus the first `sinks` keys.
 
     q, k, v: one float dtype, which is the output's too. `window`, `sinks`: keys. `segment_ids`: see `reference`.
@@ -141,15 +133,8 @@ def local(
     return _dispatch("local", backend, q, k, v, segment_ids=segment_ids, window=window, sinks=sinks)
 
 
-def routed(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    decisions: Bool[Array, "B T"],
-    *,
-    segment_ids: Int[Array, "B T"] | None = None,
-    backend: str = "auto",
-) -> Float[Array, "B T N H"]:
+def routed(q: Heads, k: Keys, v: Keys, decisions: PerRow, *, segment_ids: Ids | None = None,
+           backend: str = "auto") -> Heads:
     """Full causal attention for rows whose decision is True; every other row is exactly 0, and costs nothing.
 
     Keys and values exist for every token. No gradient flows to `decisions` here (see `l2a_jax.nn.routing`).
@@ -157,17 +142,8 @@ def routed(
     return _dispatch("routed", backend, q, k, v, decisions.astype(bool), segment_ids=segment_ids)
 
 
-def mixed(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    decisions: Bool[Array, "B T"],
-    *,
-    window: int,
-    sinks: int = 0,
-    segment_ids: Int[Array, "B T"] | None = None,
-    backend: str = "auto",
-) -> Float[Array, "B T N H"]:
+def mixed(q: Heads, k: Keys, v: Keys, decisions: PerRow, *, window: int, sinks: int = 0, segment_ids: Ids | None = None,
+          backend: str = "auto") -> Heads:
     """One pass in which each row sees everything (decision True) or its window and sinks (False).
 
     For inference and frozen decisions with shared attention; learning a decision needs both outputs of a row.
@@ -176,17 +152,8 @@ def mixed(
                      sinks=sinks)
 
 
-def both(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    decisions: Bool[Array, "B T"],
-    *,
-    window: int,
-    sinks: int = 0,
-    segment_ids: Int[Array, "B T"] | None = None,
-    backend: str = "auto",
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N H"]]:
+def both(q: Heads, k: Keys, v: Keys, decisions: PerRow, *, window: int, sinks: int = 0, segment_ids: Ids | None = None,
+         backend: str = "auto") -> tuple[Heads, Heads]:
     """`mixed`, and beside it what each decision changes: `full` - `local`, for every row.
 
     For learning decisions with shared attention, where a decision's gradient is <g, full - local>. Both are computed
@@ -197,13 +164,6 @@ def both(
                      sinks=sinks)
 
 
-def full(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    *,
-    segment_ids: Int[Array, "B T"] | None = None,
-    backend: str = "auto",
-) -> Float[Array, "B T N H"]:
+def full(q: Heads, k: Keys, v: Keys, *, segment_ids: Ids | None = None, backend: str = "auto") -> Heads:
     """Causal attention over everything in the row's own document."""
     return _dispatch("full", backend, q, k, v, segment_ids=segment_ids)

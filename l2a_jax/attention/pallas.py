@@ -9,6 +9,7 @@ lost where they fall below 6e-8 (long rows, small cotangents): scale the loss, o
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +19,13 @@ from l2a_jax import device
 from l2a_jax.attention.kernels import blocks
 from l2a_jax.attention.kernels.backward_kv import backward_kv
 from l2a_jax.attention.kernels.backward_q import backward_q
+from l2a_jax.attention.kernels.blocks import Blocks
 from l2a_jax.attention.kernels.forward import forward
 from l2a_jax.attention.kernels.launch import lost
-from l2a_jax.attention.kernels.plan import Block, Spec, make_plan
+from l2a_jax.attention.kernels.plan import Spec, make_plan
 from l2a_jax.attention.kernels.sinks import MAX_SINKS, add_sink_gradients
 from l2a_jax.attention.kernels.tile import DEAD
+from l2a_jax.attention.reference import Heads, Ids, Keys, PerRow
 from l2a_jax.attention.rows import take, token_rows
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -82,95 +85,99 @@ def mixed(q, k, v, decisions, *, window, sinks=0, segment_ids=None, **kernel):
 
 def both(q, k, v, decisions, *, window, sinks=0, segment_ids=None, interpret=False, table=None):
     """(`mixed`, full - local): two forward passes, and the one backward pass of `mixed`."""
-    kernel = {"interpret": interpret, "table": table}
     if window >= q.shape[1]:
-        out = full(q, k, v, segment_ids=segment_ids, **kernel)
+        out = full(q, k, v, segment_ids=segment_ids, interpret=interpret, table=table)
         return out, jnp.zeros_like(out)
+    hows = tuple(_how(kind, q, k, segment_ids, limits, sinks, interpret, table)
+                 for kind, limits in (("all", None), ("all", window), ("mixed", window)))
+    return _both(q, k, v, decisions, segment_ids, hows)
+
+
+class _How(NamedTuple):
+    """What is static in a call."""
+
+    spec: Spec
+    blocks: Blocks
+    interpret: bool
+
+
+def _how(kind: str, q: Heads, k: Keys, segment_ids: Ids | None, window: int | None, sinks: int, interpret: bool,
+         table: Blocks | None) -> _How:
     length, heads, width = q.shape[1:]
-    shape = (length, heads, k.shape[2], width)
-    packed = segment_ids is not None
-    specs = (Spec("all", *shape, segmented=packed),
-             *(Spec(kind, *shape, window, min(sinks, length), packed) for kind in ("all", "mixed")))
-    tables = tuple(tuple(sorted((table or blocks.table(blocks.architecture(), width, q.dtype.itemsize,
-                                                       blocks.loop_of(spec))).items())) for spec in specs)
-    return _both(q, k, v, decisions, segment_ids, specs, tables, interpret)
+    spec = Spec(kind, length, heads, k.shape[2], width, window, 0 if window is None else min(sinks, length),
+                segment_ids is not None)
+    table = table or blocks.table(blocks.architecture(), width, q.dtype.itemsize, blocks.loop_of(spec))
+    return _How(spec, table, interpret)
 
 
 def _call(kind, q, k, v, decisions, segment_ids, *, window=None, sinks=0, interpret=False, table=None):
-    length, heads, width = q.shape[1:]
-    if window is not None and window >= length:
-        window, sinks, kind = None, 0, "all" if kind == "mixed" else kind
+    if window is not None and window >= q.shape[1]:
+        window, kind = None, "all" if kind == "mixed" else kind
         decisions = decisions if kind == "routed" else None
-    spec = Spec(kind, length, heads, k.shape[2], width, window, min(sinks, length), segment_ids is not None)
-    table = table or blocks.table(blocks.architecture(), width, q.dtype.itemsize, blocks.loop_of(spec))
-    return _attend(q, k, v, decisions, segment_ids, spec, tuple(sorted(table.items())), interpret)
+    how = _how(kind, q, k, segment_ids, window, sinks, interpret, table)
+    return _attend(q, k, v, decisions, segment_ids, how)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _attend(q, k, v, decisions, segment_ids, spec: Spec, table: tuple[tuple[str, Block], ...], interpret: bool):
-    return _attend_forward(q, k, v, decisions, segment_ids, spec, table, interpret)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(q: Heads, k: Keys, v: Keys, decisions: PerRow | None, segment_ids: Ids | None, how: _How) -> Heads:
+    return _attend_forward(q, k, v, decisions, segment_ids, how)[0]
 
 
-def _attend_forward(q, k, v, decisions, segment_ids, spec, table, interpret):
-    plan = make_plan(spec, q.shape[0], decisions, segment_ids)
+def _attend_forward(q, k, v, decisions, segment_ids, how):
+    plan = make_plan(how.spec, q.shape[0], decisions, segment_ids)
     # Named, so that a rematerialised layer may keep them and spare its backward pass this kernel.
-    out, lse = checkpoint_name(forward(spec, dict(table)["forward"], q, k, v, plan, interpret=interpret), "attention")
+    out, lse = checkpoint_name(
+        forward(how.spec, how.blocks.forward, q, k, v, plan, interpret=how.interpret), "attention")
     return out, (q, k, v, decisions, segment_ids, plan, out, lse)
 
 
-def _attend_backward(spec, table, interpret, saved, d_out):
-    return _backward(spec, dict(table), interpret, *saved, d_out)
-
-
-def _backward(spec, block, interpret, q, k, v, decisions, segment_ids, plan, out, lse, d_out):
-    """Cotangents of _attend's arrays; `lse` is in working order."""
+def _attend_backward(how, saved, d_out):
+    """Cotangents of _attend's arrays; of what is saved, `lse` is in working order."""
+    (spec, tiles, interpret), (q, k, v, decisions, segment_ids, plan, out, lse) = how, saved
     d_out = d_out.astype(q.dtype)
     d_q, delta, ordered_q, ordered_d_out = backward_q(
-        spec, block["backward_q"], q, k, v, plan, out, lse, d_out, interpret=interpret)
+        spec, tiles.backward_q, q, k, v, plan, out, lse, d_out, interpret=interpret)
     if spec.kind == "all":
         ordered_q, ordered_d_out = q, d_out
     d_k, d_v = backward_kv(
-        spec, block["backward_kv"], ordered_q, k, v, plan, lse, delta, ordered_d_out, interpret=interpret)
+        spec, tiles.backward_kv, ordered_q, k, v, plan, lse, delta, ordered_d_out, interpret=interpret)
     if spec.sinks:
-        rows = _token_order(spec, q.shape[0], decisions, segment_ids)
+        rows = None
+        if spec.explicit:
+            rows = token_rows(q.shape[:2], segment_ids, window=spec.window, sinks=spec.sinks, everything=decisions)
         if spec.kind == "mixed":
             lse, delta = (take(x.swapaxes(1, 2), plan.rank).swapaxes(1, 2) for x in (lse, delta))
         d_k, d_v = add_sink_gradients(
-            spec, block["sinks"], d_k, d_v, q, k, v, rows, lse, delta, d_out, interpret=interpret)
+            spec, tiles.sinks, d_k, d_v, q, k, v, rows, lse, delta, d_out, interpret=interpret)
     return d_q, d_k, d_v, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _both(q, k, v, decisions, segment_ids, specs, tables, interpret: bool):
-    return _both_forward(q, k, v, decisions, segment_ids, specs, tables, interpret)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _both(q: Heads, k: Keys, v: Keys, decisions: PerRow, segment_ids: Ids | None, hows: tuple[_How, _How, _How]
+          ) -> tuple[Heads, Heads]:
+    return _both_forward(q, k, v, decisions, segment_ids, hows)[0]
 
 
-def _both_forward(q, k, v, decisions, segment_ids, specs, tables, interpret):
+def _both_forward(q, k, v, decisions, segment_ids, hows):
     (far, far_lse), (near, near_lse) = (
-        forward(spec, dict(table)["forward"], q, k, v, make_plan(spec, q.shape[0], None, segment_ids),
-                interpret=interpret) for spec, table in zip(specs[:2], tables[:2], strict=True))
+        forward(spec, tiles.forward, q, k, v, make_plan(spec, q.shape[0], None, segment_ids), interpret=interpret)
+        for spec, tiles, interpret in hows[:2])
     out = jnp.where(decisions[:, :, None, None], far, near)
     lse = jnp.where(decisions[:, None, :], far_lse, near_lse)
     out, lse, difference = checkpoint_name((out, lse, far - near), "attention")
     return (out, difference), (q, k, v, decisions, segment_ids, out, lse)
 
 
-def _both_backward(specs, tables, interpret, saved, cotangents):
-    q, k, v, decisions, segment_ids, out, lse = saved
-    spec = specs[2]
-    plan = make_plan(spec, q.shape[0], decisions, segment_ids)
+def _both_backward(hows, saved, cotangents):
+    *call, out, lse = saved
+    q, _, _, decisions, segment_ids = call
+    plan = make_plan(hows[2].spec, q.shape[0], decisions, segment_ids)
     index = plan.index[:, None, :]
     lse = jnp.where(index >= 0, jnp.take_along_axis(lse, jnp.maximum(index, 0), axis=2), DEAD)
-    return _backward(spec, dict(tables[2]), interpret, q, k, v, decisions, segment_ids, plan, out, lse, cotangents[0])
+    return _attend_backward(hows[2], (*call, plan, out, lse), cotangents[0])
 
 
 _both.defvjp(_both_forward, _both_backward)
-
-
-def _token_order(spec, batch, decisions, segment_ids):
-    if not spec.explicit:
-        return None
-    return token_rows((batch, spec.length), segment_ids, window=spec.window, sinks=spec.sinks, everything=decisions)

@@ -16,33 +16,34 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+Heads = Float[Array, "B T N H"]
+Keys = Float[Array, "B T K H"]
+PerRow = Bool[Array, "B T"]
+Ids = Int[Array, "B T"]  # of documents
+
 
 def real_tokens(segment_ids: Int[Any, "*B T"] | None, shape: tuple[int, ...]) -> Bool[Any, "*B T"]:
     """Which tokens are real: those that are no padding, and all where there are no documents."""
     return jnp.ones(shape, bool) if segment_ids is None else segment_ids != 0
 
 
-def segment_starts(segment_ids: Int[Array, "B T"] | None, shape: tuple[int, int]) -> Int[Array, "B T"]:
+def segment_starts(segment_ids: Ids | None, shape: tuple[int, int]) -> Int[Array, "B T"]:
     """Index of the first token of each token's document; all 0 where there are no documents."""
     if segment_ids is None:
         return jnp.zeros(shape, jnp.int32)
     index = jnp.arange(shape[1], dtype=jnp.int32)
-    is_start = jnp.concatenate(
-        [jnp.ones((shape[0], 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1
-    )
+    is_start = jnp.concatenate([jnp.ones((shape[0], 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
     return jax.lax.cummax(jnp.where(is_start, index, 0), axis=1)
 
 
-def causal_mask(segment_ids: Int[Array, "B T"] | None, shape: tuple[int, int]) -> Bool[Array, "B T T"]:
+def causal_mask(segment_ids: Ids | None, shape: tuple[int, int]) -> Bool[Array, "B T T"]:
     """True where query i may see key j: j <= i, in the same document, which is not padding."""
     index, starts = jnp.arange(shape[1]), segment_starts(segment_ids, shape)
     mask = (index[None, :] <= index[:, None]) & (starts[:, :, None] == starts[:, None, :])
     return mask if segment_ids is None else mask & real_tokens(segment_ids, shape)[:, :, None]
 
 
-def local_mask(
-    segment_ids: Int[Array, "B T"] | None, shape: tuple[int, int], *, window: int, sinks: int
-) -> Bool[Array, "B T T"]:
+def local_mask(segment_ids: Ids | None, shape: tuple[int, int], *, window: int, sinks: int) -> Bool[Array, "B T T"]:
     """The causal mask, cut to `window` keys including the token itself plus the first `sinks` keys of its document."""
     index = jnp.arange(shape[1])
     near = index[:, None] - index[None, :] < window
@@ -57,9 +58,7 @@ def masked_softmax(scores: Float[Array, "*dims S"], mask: Bool[Array, "*#dims S"
     return jnp.where(mask, jax.nn.softmax(jnp.where(mask, scores, hidden), axis=-1), 0.0)
 
 
-def masked_attention(
-    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], mask: Bool[Array, "B T T"]
-) -> Float[Array, "B T N H"]:
+def masked_attention(q: Heads, k: Keys, v: Keys, mask: Bool[Array, "B T T"]) -> Heads:
     """softmax(q k^T / sqrt(H)) v over the keys that `mask` allows; rows that may see nothing are exactly 0."""
     batch, length, heads, width = q.shape
     groups = heads // k.shape[2]
@@ -89,9 +88,6 @@ def routed(q, k, v, decisions, *, segment_ids=None):
 def mixed(q, k, v, decisions, *, window, sinks=0, segment_ids=None):
     """Each row sees everything (decision True) or its window and sinks (False)."""
     shape = q.shape[:2]
-    mask = jnp.where(
-        decisions[:, :, None],
-        causal_mask(segment_ids, shape),
-        local_mask(segment_ids, shape, window=window, sinks=sinks),
-    )
+    mask = jnp.where(decisions[:, :, None], causal_mask(segment_ids, shape),
+                     local_mask(segment_ids, shape, window=window, sinks=sinks))
     return masked_attention(q, k, v, mask)

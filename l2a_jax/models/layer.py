@@ -23,6 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from l2a_jax import attention
+from l2a_jax.attention.reference import Heads, Ids, Keys, PerRow
 from l2a_jax.config import L2AConfig, ModelConfig, rope_of
 from l2a_jax.nn import routing
 from l2a_jax.nn.layers import Params, gated_mlp, joined, linear, rms_norm
@@ -30,9 +31,6 @@ from l2a_jax.nn.rope import Table, rope_table, split_heads
 
 QKV = ("q", "k", "v")
 Stream = Float[Array, "B T D"]
-Heads = Float[Array, "B T N H"]
-Keys = Float[Array, "B T K H"]
-PerRow = Bool[Array, "B T"]
 
 
 class LayerRouting(NamedTuple):
@@ -49,7 +47,7 @@ class Attention:
     that keeps a cache, reads it, or is faulty) overrides them."""
 
     l2a: L2AConfig | None
-    segment_ids: Int[Array, "B T"] | None
+    segment_ids: Ids | None
     backend: str
 
     def full(self, q: Heads, k: Keys, v: Keys) -> Heads:

@@ -47,7 +47,7 @@ def test_packed_calls_lower_at_every_width(operation, width):
 @pytest.mark.parametrize("arch, width, loop", ROWS)
 def test_shared_memory_stays_within_the_card(arch, width, loop):
     for itemsize, limit in ((2, arch), (4, "sm_89")):
-        for kernel, block in blocks.table(arch, width, itemsize, loop).items():
+        for kernel, block in blocks.table(arch, width, itemsize, loop)._asdict().items():
             need = blocks.shared_memory(kernel, block, width, itemsize, MAX_SINKS)
             assert need <= blocks.SHARED_MEMORY[limit], f"{kernel} {block} needs {need} bytes"
 

@@ -1,17 +1,17 @@
 """Tile sizes by (architecture, head width, kind of loop) and kernel, and the shared memory that each needs.
 
-The sm_90 rows were chosen by `python eval/speed.py --blocks` on an H100 (`eval/results/blocks.json`), by the least mean
-of time over best time among a row's cases (for "whole" full attention alone; sinks are not swept). The sm_89 rows (RTX
-4090, L40) were chosen without the card: no spilled registers, neither by `python eval/speed.py --compile` nor by XLA
-0.11.2's own compiler for that target, and well inside its shared memory; they have not been timed.
+The sm_90 rows were chosen by `python eval/speed.py --blocks` (`eval/results/blocks.json`), by the least mean of time
+over best time among a row's cases (for "whole" full attention alone; sinks are not swept). The sm_89 rows (RTX 4090,
+L40) were chosen without the card, and have not been timed: no spilled registers, neither by `python eval/speed.py
+--compile` nor by XLA's own compiler for that target, and well inside its shared memory.
 A "window" call walks over few blocks per tile, a "whole" (full) one over many, a "mixed" one does both; "most" is a
-long window over most of the row, all of full attention but a corner (with the tiles of "long" its forward pass took 3 %
-longer than that). A kind of loop without a row of its own takes that of whole calls. The bounds `LONG` follow from the
-same sweep, with a backward pass: at head width 64 the row of windows is ahead by 9 % at 512, that of long ones by 4 %
-at 1,024; at 128 the former by 5 % at 512 and 2 % at 1,024, the latter by 2 % at 2,048 and by 6 % at 4,096.
+long window over most of the row, all of full attention but a corner. A kind of loop without a row of its own takes that
+of whole calls. The bounds `LONG` follow from the same sweep, with a backward pass.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 from l2a_jax import device
 from l2a_jax.attention.kernels.launch import pl
@@ -21,49 +21,40 @@ WIDTHS = (16, 32, 64, 128)  # head widths that the kernels take
 SHARED_MEMORY = {"sm_89": 101_376, "sm_90": 232_448}  # bytes that one program may have (opt-in limits)
 LONG = {64: 1_024, 128: 2_048}  # windows, by head width
 LOOPS = ("window", "long", "most", "routed", "mixed", "whole")
-KERNELS = ("forward", "backward_q", "backward_kv", "sinks")
 
-_SINKS = Block(64, 0, 4, 1)
+
+class Blocks(NamedTuple):
+    """The block of each kernel."""
+
+    forward: Block
+    backward_q: Block
+    backward_kv: Block
+    sinks: Block = Block(64, 0, 4, 1)
+
+
 _HALF = {
-    ("sm_90", 64, "window"): {"forward": Block(64, 64, 4, 3, flat=True), "backward_q": Block(64, 64, 4, 2),
-                              "backward_kv": Block(64, 64, 4, 2), "sinks": _SINKS},
-    ("sm_90", 64, "long"): {"forward": Block(64, 64, 4, 3), "backward_q": Block(128, 64, 4, 3),
-                            "backward_kv": Block(64, 64, 4, 3), "sinks": _SINKS},
-    ("sm_90", 64, "routed"): {"forward": Block(64, 128, 4, 2), "backward_q": Block(64, 128, 4, 3),
-                              "backward_kv": Block(64, 64, 4, 3), "sinks": _SINKS},
-    ("sm_90", 64, "mixed"): {"forward": Block(64, 128, 4, 2), "backward_q": Block(64, 64, 4, 3),
-                             "backward_kv": Block(64, 64, 4, 2), "sinks": _SINKS},
-    ("sm_90", 64, "whole"): {"forward": Block(128, 64, 8, 3), "backward_q": Block(128, 64, 4, 3),
-                             "backward_kv": Block(64, 64, 4, 3), "sinks": _SINKS},
-    ("sm_90", 128, "window"): {"forward": Block(64, 64, 4, 3, flat=True), "backward_q": Block(64, 32, 4, 2),
-                               "backward_kv": Block(64, 64, 4, 2), "sinks": _SINKS},
-    ("sm_90", 128, "long"): {"forward": Block(128, 128, 8, 3, flat=True), "backward_q": Block(64, 64, 4, 2),
-                             "backward_kv": Block(64, 64, 4, 2), "sinks": _SINKS},
-    ("sm_90", 128, "routed"): {"forward": Block(128, 128, 8, 3), "backward_q": Block(128, 64, 8, 3),
-                               "backward_kv": Block(64, 64, 4, 2), "sinks": _SINKS},
-    ("sm_90", 128, "mixed"): {"forward": Block(64, 64, 4, 3), "backward_q": Block(128, 64, 8, 3),
-                              "backward_kv": Block(64, 64, 4, 2), "sinks": _SINKS},
-    ("sm_90", 128, "whole"): {"forward": Block(128, 128, 8, 3, flat=True), "backward_q": Block(128, 64, 8, 3),
-                              "backward_kv": Block(64, 64, 4, 2), "sinks": _SINKS},
-    ("sm_89", 64, "whole"): {"forward": Block(128, 64, 8, 2), "backward_q": Block(64, 64, 4, 2),
-                             "backward_kv": Block(32, 64, 4, 2), "sinks": _SINKS},
-    ("sm_89", 128, "window"): {"forward": Block(64, 64, 4, 2), "backward_q": Block(64, 32, 4, 2),
-                               "backward_kv": Block(32, 64, 4, 2), "sinks": _SINKS},
-    ("sm_89", 128, "long"): {"forward": Block(128, 32, 8, 2), "backward_q": Block(64, 32, 4, 2),
-                             "backward_kv": Block(32, 64, 4, 2), "sinks": _SINKS},
-    ("sm_89", 128, "most"): {"forward": Block(128, 32, 8, 2), "backward_q": Block(64, 32, 4, 2),
-                             "backward_kv": Block(32, 64, 4, 2), "sinks": _SINKS},
-    ("sm_89", 128, "whole"): {"forward": Block(64, 32, 4, 2), "backward_q": Block(64, 32, 4, 2),
-                              "backward_kv": Block(32, 64, 4, 2), "sinks": _SINKS},
+    ("sm_90", 64, "window"): Blocks(Block(64, 64, 4, 3, flat=True), Block(64, 64, 4, 2), Block(64, 64, 4, 2)),
+    ("sm_90", 64, "long"): Blocks(Block(64, 64, 4, 3), Block(128, 64, 4, 3), Block(64, 64, 4, 3)),
+    ("sm_90", 64, "routed"): Blocks(Block(64, 128, 4, 2), Block(64, 128, 4, 3), Block(64, 64, 4, 3)),
+    ("sm_90", 64, "mixed"): Blocks(Block(64, 128, 4, 2), Block(64, 64, 4, 3), Block(64, 64, 4, 2)),
+    ("sm_90", 64, "whole"): Blocks(Block(128, 64, 8, 3), Block(128, 64, 4, 3), Block(64, 64, 4, 3)),
+    ("sm_90", 128, "window"): Blocks(Block(64, 64, 4, 3, flat=True), Block(64, 32, 4, 2), Block(64, 64, 4, 2)),
+    ("sm_90", 128, "long"): Blocks(Block(128, 128, 8, 3, flat=True), Block(64, 64, 4, 2), Block(64, 64, 4, 2)),
+    ("sm_90", 128, "routed"): Blocks(Block(128, 128, 8, 3), Block(128, 64, 8, 3), Block(64, 64, 4, 2)),
+    ("sm_90", 128, "mixed"): Blocks(Block(64, 64, 4, 3), Block(128, 64, 8, 3), Block(64, 64, 4, 2)),
+    ("sm_90", 128, "whole"): Blocks(Block(128, 128, 8, 3, flat=True), Block(128, 64, 8, 3), Block(64, 64, 4, 2)),
+    ("sm_89", 64, "whole"): Blocks(Block(128, 64, 8, 2), Block(64, 64, 4, 2), Block(32, 64, 4, 2)),
+    ("sm_89", 128, "window"): Blocks(Block(64, 64, 4, 2), Block(64, 32, 4, 2), Block(32, 64, 4, 2)),
+    ("sm_89", 128, "long"): Blocks(Block(128, 32, 8, 2), Block(64, 32, 4, 2), Block(32, 64, 4, 2)),
+    ("sm_89", 128, "most"): Blocks(Block(128, 32, 8, 2), Block(64, 32, 4, 2), Block(32, 64, 4, 2)),
+    ("sm_89", 128, "whole"): Blocks(Block(64, 32, 4, 2), Block(64, 32, 4, 2), Block(32, 64, 4, 2)),
 }
 # float32 is for checking, not for speed: its products are exact, not tf32.
-_SINGLE = {"forward": Block(32, 32, 4, 1), "backward_q": Block(32, 32, 4, 1), "backward_kv": Block(32, 32, 4, 1),
-           "sinks": Block(16, 0, 4, 1)}
-INTERPRET = {"forward": Block(32, 16, 4, 1), "backward_q": Block(16, 32, 4, 1), "backward_kv": Block(16, 32, 4, 1),
-             "sinks": Block(32, 0, 4, 1)}
+_SINGLE = Blocks(Block(32, 32, 4, 1), Block(32, 32, 4, 1), Block(32, 32, 4, 1), Block(16, 0, 4, 1))
+INTERPRET = Blocks(Block(32, 16, 4, 1), Block(16, 32, 4, 1), Block(16, 32, 4, 1), Block(32, 0, 4, 1))
 
 
-def table(arch: str, width: int, itemsize: int, loop: str) -> dict[str, Block]:
+def table(arch: str, width: int, itemsize: int, loop: str) -> Blocks:
     """The blocks of every kernel; `loop` is one of `LOOPS`. Widths below 64 take the row of 64."""
     if itemsize > 2:
         return _SINGLE

@@ -126,7 +126,7 @@ def report(arch: str, dtype=jnp.bfloat16, sinks: int = 4, loops=blocks.LOOPS) ->
                 name = _KERNELS.get(kernel["name"])
                 if name is None:
                     continue
-                block = blocks.table(arch, width, itemsize, loop)[name]
+                block = getattr(blocks.table(arch, width, itemsize, loop), name)
                 found.append({"arch": arch, "width": width, "loop": loop, "kernel": name, "block": str(block),
                               **compile_kernel(kernel, arch),
                               "bound": blocks.shared_memory(name, block, width, itemsize, sinks),

@@ -34,7 +34,7 @@ def sweep(case: SpeedCase, rounds: int = 2, workers: int = 4) -> list[float]:
     """Milliseconds for each of `PARTS`, the least of `rounds` taken in turn."""
     prepare, run = calls(case)
     spec = spec_of(case)
-    block = table("sm_90", case.width, 2, loop_of(spec))["backward_kv"]
+    block = table("sm_90", case.width, 2, loop_of(spec)).backward_kv
     sets = [jax.jit(prepare)(*inputs) for inputs in case.inputs(2)]
     with ThreadPoolExecutor(workers) as pool:
         compiled = list(pool.map(lambda parts: compile_jax(run("backward_kv", block, parts=parts), sets), PARTS))

@@ -73,8 +73,8 @@ def test_the_block_that_loses_least_over_all_cases_of_a_row_is_chosen(monkeypatc
 def test_the_table_holds_what_the_sweep_chose():
     path = Path(__file__).resolve().parents[3] / "eval" / "results" / "blocks.json"
     chosen = speed_blocks.choose(json.loads(path.read_text()))
-    table = {(width, loop): {kernel: str(block) for kernel, block in blocks.table("sm_90", width, 2, loop).items()
-                             if kernel in speed_blocks.KERNELS} for width in (64, 128) for loop in blocks.LOOPS}
+    table = {(width, loop): {kernel: str(getattr(blocks.table("sm_90", width, 2, loop), kernel))
+                             for kernel in speed_blocks.KERNELS} for width in (64, 128) for loop in blocks.LOOPS}
     assert chosen == table
 
 
@@ -85,7 +85,7 @@ def test_as_many_programs_share_keys_as_measured_well():
     losses = {}
     for row in json.loads(path.read_text()):
         spec = speed_blocks.spec_of(cases[row["case"]])
-        block = blocks.table("sm_90", spec.width, 2, blocks.loop_of(spec))["backward_kv"]
+        block = blocks.table("sm_90", spec.width, 2, blocks.loop_of(spec)).backward_kv
         parts = parts_of(spec, block, cases[row["case"]].batch)
         losses[row["case"]] = row["ms"][speed_shares.PARTS.index(parts)] / min(row["ms"]) - 1
     assert len(losses) == 76
