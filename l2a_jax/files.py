@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import logging
 import math
@@ -17,7 +18,7 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +70,8 @@ def read_json(path: Path, expect: type | None = dict) -> Any:
     """The value in a JSON file. UserError where the file is missing, unreadable, no JSON, or not an `expect`."""
     if not path.exists() and os.access(path.parent, os.X_OK):
         raise UserError(f"{path.parent} has no {path.name}")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    return parse_json(content, str(path), expect)
+    with reading(path):
+        return parse_json(path.read_bytes(), str(path), expect)
 
 
 @contextlib.contextmanager
@@ -86,38 +84,47 @@ def reading(what: object) -> Iterator[None]:
         raise UserError(f"{error.filename or what} cannot be read: {error.strerror or error}") from error
 
 
+@contextlib.contextmanager
+def writing(what: object) -> Iterator[None]:
+    """Whatever the system refuses in the block becomes a UserError: `what` cannot be written, and why."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what} cannot be written: {error.strerror or error}") from error
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal. UserError where it cannot be read."""
+    with reading(path), path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def native(value: Any) -> Any:
     """Arrays and numpy scalars as Python's numbers and lists, all else as it is."""
-    if isinstance(value, dict):
-        return {name: native(entry) for name, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [native(entry) for entry in value]
-    if hasattr(value, "__array__"):
-        import numpy as np
-
-        return np.asarray(value).tolist()
-    return value
+    return _changed(value, lambda leaf: leaf)
 
 
 def plain(value: Any) -> Any:
     """`native`, for JSON: a number that is not finite becomes a text, never 0. Compute and print before this."""
-    value = native(value)
-    if isinstance(value, dict):
-        return {name: plain(entry) for name, entry in value.items()}
-    if isinstance(value, list):
-        return [plain(entry) for entry in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
+    return _changed(value, lambda leaf: str(leaf) if isinstance(leaf, float) and not math.isfinite(leaf) else leaf)
 
 
 def from_plain(value: Any) -> Any:
     """The inverse of `plain`: texts that spell a number which is not finite are numbers again."""
+    return _changed(value, lambda leaf: float(leaf) if leaf in ("nan", "inf", "-inf") else leaf)
+
+
+def _changed(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A nested value of dictionaries and lists, with `change` made to everything that is neither."""
+    if hasattr(value, "__array__"):
+        import numpy as np
+
+        value = np.asarray(value).tolist()
     if isinstance(value, dict):
-        return {name: from_plain(entry) for name, entry in value.items()}
-    if isinstance(value, list):
-        return [from_plain(entry) for entry in value]
-    return float(value) if value in ("nan", "inf", "-inf") else value
+        return {name: _changed(entry, change) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_changed(entry, change) for entry in value]
+    return change(value)
 
 
 @contextlib.contextmanager
@@ -126,20 +133,14 @@ def whole(path: Path) -> Iterator[Path]:
 
     UserError where the system refuses.
     """
-    temporary = _temporary(path)
-    try:
+    temporary = path.with_name(f".{path.name[:50]}{_PARTIAL}{os.getpid()}")
+    with writing(path):
         try:
             yield temporary
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name[:50]}{_PARTIAL}{os.getpid()}")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -155,13 +156,15 @@ def write_json(path: Path, value: Any) -> None:
 
 def check_writable(folder: Path, what: str) -> None:
     """Make `folder` and prove that a file can be written in it. UserError, beginning with `what`, where not."""
-    try:
+    with writing(f"{what} {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(b"0" * 4096)
-            probe.flush()
-    except OSError as error:
-        raise UserError(f"{what} {folder} cannot be written: {error.strerror or error}") from error
+        _probe(folder)
+
+
+def _probe(folder: Path) -> None:
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        probe.write(b"0" * 4096)
+        probe.flush()
 
 
 def check_file(path: Path, what: str) -> None:
@@ -171,20 +174,17 @@ def check_file(path: Path, what: str) -> None:
     """
     made: list[Path] = []
     try:
-        for folder in reversed([path.parent, *path.parent.parents]):
-            if not folder.is_dir():
-                if folder.exists():
-                    raise NotADirectoryError(errno.ENOTDIR, f"{folder} is no folder")
-                folder.mkdir(exist_ok=True)
-                made.append(folder)
-        with contextlib.suppress(FileNotFoundError):
-            if stat.S_ISDIR(path.stat().st_mode):  # where the name is too long, this says so
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        with tempfile.TemporaryFile(dir=path.parent) as probe:
-            probe.write(b"0" * 4096)
-            probe.flush()
-    except OSError as error:
-        raise UserError(f"{what} {path} cannot be written: {error.strerror or error}") from error
+        with writing(f"{what} {path}"):
+            for folder in reversed([path.parent, *path.parent.parents]):
+                if not folder.is_dir():
+                    if folder.exists():
+                        raise NotADirectoryError(errno.ENOTDIR, f"{folder} is no folder")
+                    folder.mkdir(exist_ok=True)
+                    made.append(folder)
+            with contextlib.suppress(FileNotFoundError):
+                if stat.S_ISDIR(path.stat().st_mode):  # where the name is too long, this says so
+                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            _probe(path.parent)
     finally:
         for folder in reversed(made):
             with contextlib.suppress(OSError):

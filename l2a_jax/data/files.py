@@ -8,7 +8,6 @@ count only where the entry itself names them. Files are sorted by path; of sever
 from __future__ import annotations
 
 import glob
-import hashlib
 import os
 import stat
 from collections import deque
@@ -17,6 +16,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from l2a_jax.errors import UserError
+from l2a_jax.files import sha256
 
 TEXT, LINES, PARQUET = (".txt", ".raw", ".tokens"), (".jsonl",), (".parquet",)
 SUFFIXES = TEXT + LINES + PARQUET
@@ -82,11 +82,7 @@ def check_regular(file: Path, label: str = "") -> None:
 def digest(file: Path) -> str:
     """SHA-256 of a file's bytes. UserError where it cannot be read."""
     check_regular(file)
-    try:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
+    return sha256(file)
 
 
 def _matches(base: Path, parts: Sequence[str]) -> Iterator[Path]:

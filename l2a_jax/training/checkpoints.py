@@ -8,7 +8,6 @@ is not; `checksums.json` in it tells whether its bytes are still those that were
 from __future__ import annotations
 
 import errno
-import hashlib
 import logging
 import os
 import pathlib
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from l2a_jax.errors import UserError
-from l2a_jax.files import parse_json, read_json, write_json
+from l2a_jax.files import parse_json, read_json, reading, sha256, write_json
 from l2a_jax.models.params import Tree
 from l2a_jax.shapes import each, require
 from l2a_jax.training.step import TrainState
@@ -153,20 +152,20 @@ class Checkpoints:
                 continue
             if not (folder / name).is_file():
                 raise self._damaged(kind, folder, f"its file {name} is missing")
-            if _sum(folder / name) != value:
+            if sha256(folder / name) != value:
                 raise self._damaged(kind, folder, f"its file {name} is not what was written (the checksums differ)")
         return True
 
     def _custom(self, kind: str, folder: pathlib.Path) -> dict[str, Any]:
         """What we saved beside the arrays; read by ourselves, as Orbax would look at the arrays too and log at length
         what it does not like."""
+        if not (folder / _METADATA).exists():
+            raise self._damaged(kind, folder, f"its file {_METADATA} is missing")
+        with reading(folder / _METADATA):
+            content = (folder / _METADATA).read_bytes()
         try:
-            found = parse_json((folder / _METADATA).read_bytes(), _METADATA)
+            found = parse_json(content, _METADATA)
             require(found, {"custom_metadata?": dict}, _METADATA)
-        except (FileNotFoundError, NotADirectoryError):
-            raise self._damaged(kind, folder, f"its file {_METADATA} is missing") from None
-        except OSError as error:
-            raise UserError(f"{folder / _METADATA} cannot be read: {error.strerror or error}") from error
         except UserError as error:
             raise self._damaged(kind, folder, f"its file {_METADATA} is not what was written") from error
         return found.get("custom_metadata") or {}
@@ -194,15 +193,7 @@ class Checkpoints:
 
 def _sums(folder: pathlib.Path) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): _sum(path) for path in files}
-
-
-def _sum(path: pathlib.Path) -> str:
-    try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
 
 
 def _reason(error: BaseException) -> str:

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from l2a_jax.errors import UserError, needs
-from l2a_jax.files import from_plain, plain, whole, write_text
+from l2a_jax.errors import needs
+from l2a_jax.files import from_plain, plain, reading, whole, write_text, writing
 from l2a_jax.shapes import at_least, misfit, number
 
 log = logging.getLogger("l2a_jax")
@@ -26,13 +26,9 @@ def read_metrics(path: pathlib.Path, last_step: int | None = None) -> list[dict[
     A last line that a killed process left unfinished is dropped; other lines that are no records are left out with a
     warning that counts them. No file, no records. UserError where there is one that cannot be read.
     """
-    try:
+    lines, records, bad = [], {}, []
+    with reading(path), contextlib.suppress(FileNotFoundError):
         lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    records, bad = {}, []
     for place, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -87,13 +83,14 @@ class MetricsLog:
     def write(self, record: dict[str, Any]) -> None:
         line = (json.dumps(plain(record)) + "\n").encode()
         before = self._file.seek(0, os.SEEK_END)
-        try:
-            if self._file.write(line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                self._file.truncate(before)
-            raise UserError(f"{self._path} cannot be written: {error.strerror or error}") from error
+        with writing(self._path):
+            try:
+                if self._file.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                with contextlib.suppress(OSError):
+                    self._file.truncate(before)
+                raise
 
     def close(self) -> None:
         self._file.close()
