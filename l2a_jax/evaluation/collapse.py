@@ -26,11 +26,11 @@ from l2a_jax.errors import UserError
 from l2a_jax.evaluation import texts
 from l2a_jax.evaluation.perplexity import Windows
 from l2a_jax.evaluation.registry import Work
-from l2a_jax.models.params import Tree, map_with_path
 from l2a_jax.models.transformer import hidden_states, unembed
 from l2a_jax.nn import routing
 from l2a_jax.shapes import nullable
 from l2a_jax.sources import Pretrained, locate, run_source
+from l2a_jax.training.diagnose import not_finite
 from l2a_jax.training.loss import CHUNK, chunked
 from l2a_jax.training.metrics import read_metrics
 
@@ -129,7 +129,7 @@ def collapse(
     `windows`: held-out text, of which the first few are looked at. `prompts`: token ids to continue. `records`: the
     run's `metrics.jsonl`, where the model comes from one.
     """
-    weights = weights_not_finite(model.params)
+    weights = {path: int(counts.sum()) for path, counts in not_finite(model.params).items()}
     text = text_measures(model, windows, backend)
     training = training_measures(records)
     report: dict[str, Any] = {"weights_not_finite": weights, "text": text, "training": training, "generation": None}
@@ -151,13 +151,6 @@ def collapse(
         "sparsity": None if pruned else text["sparsity"],  # a layer cut off on purpose is no verdict on its router
     }
     return {**judge(measures), **report}
-
-
-def weights_not_finite(params: Tree) -> dict[str, int]:
-    """How many values of each leaf are NaN or infinite, by path; leaves without any are left out."""
-    counts: dict[str, int] = {}
-    map_with_path(lambda path, leaf: counts.update({path: int(jnp.sum(~jnp.isfinite(leaf)))}), params)
-    return {path: count for path, count in counts.items() if count}
 
 
 def text_measures(model: Pretrained, windows: Windows, backend: str = "auto") -> dict[str, Any]:

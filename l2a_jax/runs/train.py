@@ -12,7 +12,7 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -146,39 +146,29 @@ def dry_run(settings: Settings) -> str:
 def _fit_and_score(run: Run, run_dir: pathlib.Path, state: TrainState, frozen: Tree, source_params: Tree | None,
                    stop: StopRequest) -> dict:
     """Train to the end, evaluate, write the summary and the curves; say what happened where it cannot."""
-    plan, s = run.plan, run.plan.settings
-    checkpoints = Checkpoints(run_dir)
-    key = jax.random.key(s.seed)
-    held_out = list(plan.data.held_out(s.eval_batches))
+    plan, checkpoints = run.plan, Checkpoints(run_dir)
+    held_out = list(plan.data.held_out(plan.settings.eval_batches))
     if not held_out:
         log.warning("the data has no held-out documents: no held-out loss, and no best checkpoint")
     best = (checkpoints.metadata(BEST) or {}).get("best", float("inf"))
-
-    def evaluate(state: TrainState) -> dict[str, Any]:
-        return held_out_metrics(lambda batch: run.evaluate(state.trainable, frozen, batch, None), held_out)
-
     began = time.perf_counter()
     if run.step is not None:
-        records = metrics.MetricsLog(run_dir / "metrics.jsonl", int(state.step))
-        missing = metrics.missing_steps(records.kept, int(state.step))
-        if missing is not None:
-            log.warning("%s: %s; what the summary says of losses and speeds is of the others",
-                        run_dir / "metrics.jsonl", missing)
-        try:
-            state = fit(state, lambda state, batch: run.step(state, frozen, batch, key), plan.data,
-                        Schedule(plan.steps, s.grad_accum, s.save_every, s.eval_every), log=records,
-                        checkpoints=checkpoints, evaluate=evaluate, metadata={}, best=best,
-                        stop=stop)
-        except NonFinite as failure:
-            where = first_non_finite(failure.state.trainable, frozen,
-                                     stacked_batch(plan.data, failure.step - 1, s.grad_accum),
-                                     jax.random.fold_in(key, failure.step - 1), run.objective)
-            good = checkpoints.steps(LATEST)
-            last = f"the last good checkpoint is {checkpoints.folder(LATEST)}" if good else "no checkpoint was due yet"
-            raise UserError(f"{failure}; {where}. That update was withheld; {last}") from failure
+        with contextlib.closing(metrics.MetricsLog(run_dir / "metrics.jsonl", int(state.step))) as records:
+            missing = metrics.missing_steps(records.kept, int(state.step))
+            if missing is not None:
+                log.warning("%s: %s; what the summary says of losses and speeds is of the others",
+                            run_dir / "metrics.jsonl", missing)
+            try:
+                state = fit_run(run, state, frozen, held_out, record=records.write, save=checkpoints.save, best=best,
+                                stop=stop)
+            except NonFinite as failure:
+                last = (f"the last good checkpoint is {checkpoints.folder(LATEST)}" if checkpoints.steps(LATEST)
+                        else "no checkpoint was due yet")
+                raise UserError(f"{failure}; {failure.where}. That update was withheld; {last}") from failure
 
     log.info("scoring held-out text ...")
-    summary = folder.summarise(run, run_dir, state, evaluate(state), time.perf_counter() - began)
+    summary = folder.summarise(run, run_dir, state, held_out_metrics(run, state, frozen, held_out),
+                               time.perf_counter() - began)
     if plan.is_demo:
         summary["recall"] = recall_report(run, state, frozen, source_params, held_out)
     write_json(run_dir / "summary.json", summary)
@@ -191,14 +181,29 @@ def _fit_and_score(run: Run, run_dir: pathlib.Path, state: TrainState, frozen: T
     return summary
 
 
-def held_out_metrics(evaluate: Callable[[Batch], Any], batches: list[Batch]) -> dict[str, Any]:
+def fit_run(run: Run, state: TrainState, frozen: Tree, held_out: list[Batch], **kept: Any) -> TrainState:
+    """`loop.fit` of a run (`kept`: what it is told besides); a NonFinite that it raises says `where`."""
+    plan, s = run.plan, run.plan.settings
+    key = jax.random.key(s.seed)
+    try:
+        return fit(state, lambda state, batch: run.step(state, frozen, batch, key), plan.data,
+                   Schedule(plan.steps, s.grad_accum, s.save_every, s.eval_every),
+                   evaluate=lambda state: held_out_metrics(run, state, frozen, held_out), **kept)
+    except NonFinite as failure:
+        failure.where = first_non_finite(failure.state.trainable, frozen,
+                                         stacked_batch(plan.data, failure.step - 1, s.grad_accum),
+                                         jax.random.fold_in(key, failure.step - 1), run.objective)
+        raise
+
+
+def held_out_metrics(run: Run, state: TrainState, frozen: Tree, batches: list[Batch]) -> dict[str, Any]:
     """Mean loss in nats and accuracy over the counted tokens, and the share of unrouted tokens per layer."""
     if not batches:
         return {}
     nll = correct = counted = real = 0.0
     unrouted = None
     for batch in batches:
-        result = jax.device_get(evaluate(batch))
+        result = jax.device_get(run.evaluate(state.trainable, frozen, batch, None))
         nll += float((result.nll * batch.weights).sum(dtype=np.float64))
         correct += float((result.correct * batch.weights).sum())
         counted += float(batch.weights.sum())

@@ -19,16 +19,9 @@ def first_non_finite(trainable: Tree, frozen: Tree, batch: Batch, key: jax.Array
     `batch` is one step's ([A, B, T]) and `key` the step's, before the micro-batch is folded in.
     """
     params = compute_params(trainable, frozen, objective.dtype)
-    spoilt: list[str] = []
-
-    def look(path, leaf):
-        if not bool(jnp.isfinite(leaf).all()):
-            where = _first_layer(leaf) if path.startswith("layers/") else None
-            spoilt.append(path if where is None else f"{path} of layer {where}")
-
-    map_with_path(look, params)
-    if spoilt:
-        return f"parameters hold values that are not finite: {', '.join(spoilt[:5])}"
+    if spoilt := not_finite(params):
+        named = [_named(path, counts, 0) for path, counts in spoilt.items()]
+        return f"parameters hold values that are not finite: {', '.join(named[:5])}"
 
     for index in range(batch.tokens.shape[0]):
         micro = jax.tree.map(lambda x: jnp.asarray(x[index]), batch)  # noqa: B023
@@ -48,29 +41,29 @@ def first_non_finite(trainable: Tree, frozen: Tree, batch: Batch, key: jax.Array
                                       remat=objective.remat, unroll=objective.unroll)
             return cross_entropy(full, hidden, micro.targets, micro.weights, objective.config).nll  # noqa: B023
 
-        found: list[tuple[int, str]] = []
-
-        def inspect(path, leaf):
-            if not bool(jnp.isfinite(leaf).all()):
-                layer = _last_layer(leaf) if path.startswith("layers/") else objective.config.num_layers
-                found.append((layer, path))  # noqa: B023
-
-        map_with_path(inspect, jax.grad(loss)(trainable))
-        if found:
-            layer, path = max(found)
-            return (f"the forward pass is finite; the gradient is not, first (counting back from the loss) at {path}"
-                    + (f" of layer {layer}" if layer < objective.config.num_layers else ""))
+        if spoilt := not_finite(jax.grad(loss)(trainable)):
+            depths = {path: np.flatnonzero(counts)[-1] if counts.ndim else objective.config.num_layers
+                      for path, counts in spoilt.items()}
+            path = max(spoilt, key=lambda path: (depths[path], path))
+            return ("the forward pass is finite; the gradient is not, first (counting back from the loss) at "
+                    f"{_named(path, spoilt[path], -1)}")
     return ("a second look found every layer and gradient finite: what is not may be the sum over micro-batches, the "
             "penalty, or the step's own program, which is compiled otherwise")
 
 
-def _layers(leaf: jax.Array) -> np.ndarray:
-    return np.flatnonzero(~np.asarray(jnp.isfinite(leaf).reshape(leaf.shape[0], -1).all(axis=1)))
+def not_finite(tree: Tree) -> dict[str, np.ndarray]:
+    """How many values of each leaf are NaN or infinite, by path (of each layer, where layers are stacked); leaves
+    without any are left out."""
+    found: dict[str, np.ndarray] = {}
+
+    def look(path, leaf):
+        axes = tuple(range(1 if path.startswith("layers/") else 0, leaf.ndim))
+        found[path] = np.asarray(jnp.sum(~jnp.isfinite(leaf), axis=axes))
+
+    map_with_path(look, tree)
+    return {path: counts for path, counts in found.items() if counts.any()}
 
 
-def _first_layer(leaf: jax.Array) -> int:
-    return int(_layers(leaf)[0])
-
-
-def _last_layer(leaf: jax.Array) -> int:
-    return int(_layers(leaf)[-1])
+def _named(path: str, counts: np.ndarray, which: int) -> str:
+    """A leaf with the first (`which` 0) or last (-1) layer in which it is not finite."""
+    return f"{path} of layer {np.flatnonzero(counts)[which]}" if counts.ndim else path

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,11 +29,16 @@ from l2a_jax.training.checkpoints import BEST, LATEST
 from l2a_jax.training.metrics import told
 from l2a_jax.training.step import TrainState
 
-_log = logging.getLogger("l2a_jax")
+log = logging.getLogger("l2a_jax")
 
 
 class NonFinite(RuntimeError):
-    """A loss or gradient that is not finite: `step` (1-based) and its loss; `state` is from before that step."""
+    """A loss or gradient that is not finite: `step` (1-based) and its loss; `state` is from before that step.
+
+    `where` is for whoever looks (`diagnose`) to say.
+    """
+
+    where: str
 
     def __init__(self, step: int, loss: float, state: TrainState):
         super().__init__(f"step {step}: the loss or its gradient is not finite (loss {loss})")
@@ -117,22 +122,6 @@ class Schedule:
     eval_every: int
 
 
-@runtime_checkable
-class Records(Protocol):
-    """Where the records go, one a step in order: `metrics.MetricsLog`, or a list in memory."""
-
-    def write(self, record: dict[str, Any]) -> None: ...
-
-    def close(self) -> None: ...
-
-
-@runtime_checkable
-class Saves(Protocol):
-    """Where states go: `checkpoint.Checkpoints`, or nowhere."""
-
-    def save(self, kind: str, state: TrainState, metadata: dict[str, Any]) -> None: ...
-
-
 def stacked_batch(data: TrainingData, step: int, accumulate: int) -> Batch:
     """The micro-batches of a step (0-based) as one Batch of [A, B, T]: the data position is the step alone."""
     return jax.tree.map(lambda *parts: np.stack(parts), *(data.batch(step * accumulate + a)
@@ -145,15 +134,15 @@ def fit(
     data: TrainingData,
     schedule: Schedule,
     *,
-    log: Records,
-    checkpoints: Saves,
+    record: Callable[[dict[str, Any]], None],
+    save: Callable[[str, TrainState, dict[str, Any]], None],
     evaluate: Callable[[TrainState], dict[str, Any]],
-    metadata: dict[str, Any],
     best: float = float("inf"),
     stop: StopRequest | None = None,
 ) -> TrainState:
     """Train from `state.step` to `schedule.steps` and return the last state, saved.
 
+    `record` takes what each step reports, in order; `save` takes a state, its kind and what is kept beside it.
     `evaluate` returns held-out metrics, among them `held_out_loss`, by which the best checkpoint is kept (`best`: the
     lowest so far); one that is not finite is said and recorded, and is never the best. `stop`: a request that is in
     force already (None: one of its own). Raises NonFinite or Stopped; the newest complete checkpoint is whole in
@@ -161,7 +150,6 @@ def fit(
     """
     start = int(state.step)
     pending = None
-    saved = None
     clock = time.perf_counter()
 
     def flush(held_out: dict[str, Any]) -> None:
@@ -171,55 +159,45 @@ def fit(
             return
         step, metrics = pending
         pending = None
-        record = native(jax.device_get(metrics))
+        found = native(jax.device_get(metrics))
         now = time.perf_counter()
-        healthy = record.pop("healthy")
-        if not healthy:
-            raise NonFinite(step, float(record["loss"]), state)
-        record["tokens_per_second"] = record["tokens"] / (now - clock)
+        if not found.pop("healthy"):
+            raise NonFinite(step, float(found["loss"]), state)
+        found = {"step": step, **found, "tokens_per_second": found["tokens"] / (now - clock),
+                 "peak_memory_gb": device.peak_memory_gb(), **native(held_out)}
         clock = now
-        record = {"step": step, **record, "peak_memory_gb": device.peak_memory_gb(), **native(held_out)}
-        log.write(record)
-        report(step, told(record, schedule.steps))
+        record(found)
+        report(step, told(found, schedule.steps))
 
-    def save(kind: str) -> None:
-        checkpoints.save(kind, state, {**metadata, "data_position": int(state.step) * schedule.accumulate,
-                                       "best": best})
+    def keep(kind: str) -> None:
+        save(kind, state, {"data_position": int(state.step) * schedule.accumulate, "best": best})
 
-    try:
-        with (contextlib.nullcontext(stop) if stop is not None else StopRequest() as stop,
-              progress("training", schedule.steps, start=start) as report):
-            for done in range(start, schedule.steps):
-                batch = stacked_batch(data, done, schedule.accumulate)
-                state, metrics = run_step(state, batch)
+    with (contextlib.nullcontext(stop) if stop is not None else StopRequest() as stop,
+          progress("training", schedule.steps, start=start) as report):
+        for step in range(start + 1, schedule.steps + 1):
+            state, metrics = run_step(state, stacked_batch(data, step - 1, schedule.accumulate))
+            flush({})
+            pending = (step, metrics)
+            last = step == schedule.steps
+            stopping = stop.signal_number is not None
+            if step % schedule.eval_every == 0 or last:
+                held_out = {}
+                if bool(metrics["healthy"]):
+                    began = time.perf_counter()
+                    held_out = evaluate(state)
+                    clock += time.perf_counter() - began  # evaluation is not training speed
+                flush(held_out)
+                loss = float(held_out.get("held_out_loss", math.inf))
+                if "held_out_loss" in held_out and not math.isfinite(loss):
+                    log.warning("step %d: the held-out loss is not finite (%s); training goes on, and this is not the "
+                                "best checkpoint", step, loss)
+                elif loss < best:
+                    best = loss
+                    keep(BEST)
+            if step % schedule.save_every == 0 or last or stopping:
                 flush({})
-                step = done + 1
-                pending = (step, metrics)
-                last = step == schedule.steps
-                stopping = stop.signal_number is not None
-                if step % schedule.eval_every == 0 or last:
-                    if bool(metrics["healthy"]):
-                        began = time.perf_counter()
-                        held_out = evaluate(state)
-                        clock += time.perf_counter() - began  # evaluation is not training speed
-                    else:
-                        held_out = {}
-                    flush(held_out)
-                    if "held_out_loss" in held_out:
-                        loss = float(held_out["held_out_loss"])
-                        if not math.isfinite(loss):
-                            _log.warning("step %d: the held-out loss is not finite (%s); training goes on, and this is "
-                                         "not the best checkpoint", step, loss)
-                        elif loss < best:
-                            best = loss
-                            save(BEST)
-                if step % schedule.save_every == 0 or last or stopping:
-                    flush({})
-                    save(LATEST)
-                    saved = step
-                    clock = time.perf_counter()
-                if stopping and not last:
-                    raise Stopped(saved, stop.signal_number)
-    finally:
-        log.close()
+                keep(LATEST)
+                clock = time.perf_counter()
+            if stopping and not last:
+                raise Stopped(step, stop.signal_number)
     return state

@@ -25,9 +25,6 @@ class Kept:
     def write(self, record):
         self.records.append(record)
 
-    def close(self):
-        pass
-
     def save(self, kind, state, metadata):
         self.saved.append((kind, int(state.step), metadata["best"]))
 
@@ -43,7 +40,7 @@ def train(kept, steps=10, held_out=1.0, at=lambda step: None, **schedule):
     state = TrainState(jnp.int32(0), {}, (), jnp.ones((), bool))
     plan = Schedule(steps, 1, **{"save_every": 100, "eval_every": 5, **schedule})
     losses = iter(held_out) if isinstance(held_out, list) else None
-    return fit(state, step, RecallCorpus(128, 1), plan, log=kept, checkpoints=kept, metadata={},
+    return fit(state, step, RecallCorpus(128, 1), plan, record=kept.write, save=kept.save,
                evaluate=lambda state: {"held_out_loss": held_out if losses is None else next(losses)})
 
 

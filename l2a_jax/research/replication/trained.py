@@ -25,9 +25,8 @@ from l2a_jax.models.params import Tree, add_routing, map_with_path
 from l2a_jax.research.replication.row import Row
 from l2a_jax.research.replication.session import Session
 from l2a_jax.runs.plan import Plan
-from l2a_jax.runs.train import held_out_metrics
-from l2a_jax.training.diagnose import first_non_finite
-from l2a_jax.training.loop import NonFinite, Schedule, fit, stacked_batch
+from l2a_jax.runs.train import fit_run
+from l2a_jax.training.loop import NonFinite
 from l2a_jax.training.regimes import count_parameters, partition, regime_mask
 from l2a_jax.training.step import compute_params, initial_state
 
@@ -45,26 +44,6 @@ class Trained(NamedTuple):
     masters: Tree
     report: dict[str, Any]
     records: list[dict[str, Any]]
-
-
-class _Records:
-    """What the loop asks of `metrics.jsonl`, in memory."""
-
-    def __init__(self):
-        self.kept: list[dict[str, Any]] = []
-
-    def write(self, record: dict[str, Any]) -> None:
-        self.kept.append(record)
-
-    def close(self) -> None:
-        pass
-
-
-class _NoCheckpoints:
-    """What the loop asks of checkpoints: nothing is kept."""
-
-    def save(self, kind, state, metadata) -> None:
-        pass
 
 
 def start_params(session: Session, row: Row) -> Tree:
@@ -87,35 +66,27 @@ def train_row(session: Session, row: Row) -> Trained:
     seconds["compile"] = time.perf_counter() - clock
     trainable, frozen = run.split(start_params(session, row))
     s = plan.settings
-    key = jax.random.key(s.seed)
     state = initial_state(trainable, run.optimizer, jnp.dtype(s.master_dtype))
     held_out = list(plan.data.held_out(s.eval_batches)) if row.measures.held_out else []
-    records, failed = _Records(), None
+    records: list[dict[str, Any]] = []
+    failed = None
     clock = time.perf_counter()
-
-    def evaluate(state):
-        return held_out_metrics(lambda batch: run.evaluate(state.trainable, frozen, batch, None), held_out)
-
     try:
-        state = fit(state, lambda state, batch: run.step(state, frozen, batch, key), plan.data,
-                    Schedule(plan.steps, s.grad_accum, plan.steps, s.eval_every), log=records,
-                    checkpoints=_NoCheckpoints(), evaluate=evaluate, metadata={})
+        state = fit_run(run, state, frozen, held_out, record=records.append, save=lambda *checkpoint: None)
     except NonFinite as failure:
         state = failure.state
-        where = first_non_finite(state.trainable, frozen, stacked_batch(plan.data, failure.step - 1, s.grad_accum),
-                                 jax.random.fold_in(key, failure.step - 1), run.objective)
-        failed = {"step": failure.step, "loss": failure.loss, "where": where}
-        log.warning("%s: step %d is not finite (%s)", row.name, failure.step, where)
+        failed = {"step": failure.step, "loss": failure.loss, "where": failure.where}
+        log.warning("%s: step %d is not finite (%s)", row.name, failure.step, failure.where)
     jax.block_until_ready(state.trainable)
     seconds["train"] = time.perf_counter() - clock
     params = compute_params(state.trainable, frozen, plan.dtype)
-    report = {**_report(run, records.kept, int(state.step)), "non_finite": failed,
+    report = {**_report(run, records, int(state.step)), "non_finite": failed,
               "data_fingerprint": plan.data.fingerprint, "source_hash": base.source_hash,
               "memory": {"compiled_gb": run.memory_bytes / 1e9, "process_peak_gb": device.peak_memory_gb(),
                          "device_gb": device.memory_bytes() / 1e9}, "seconds": seconds}
     if hasattr(plan.data, "usage"):
         report["data_used"] = plan.data.usage(int(state.step) * s.grad_accum)
-    return Trained(plan, params, state.trainable, report, records.kept)
+    return Trained(plan, params, state.trainable, report, records)
 
 
 def _report(run, records, steps) -> dict[str, Any]:
