@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 from importlib import resources
 from pathlib import Path
@@ -89,7 +90,8 @@ def source_tokenizer(source: str | Path) -> Tokenizer | None:
     with reading(source):
         path = locate(source)
         if (run := run_source(path)) is not None:
-            return _run_tokenizer(run)
+            source = read_run(run.folder).source  # fresh parameters read the recall corpus
+            return recall_tokenizer() if source is None else source_tokenizer(source)
         return gguf_tokenizer(GGUFFile(path)) if path.is_file() else load_tokenizer(path)
 
 
@@ -102,12 +104,7 @@ def source_hash(source: str | Path) -> str:
         path = locate(source)
         if (run := run_source(path)) is not None:
             return _hash_run(run)
-        files = [path] if path.is_file() else [path / "config.json", *shard_files(path)]
-        digest = hashlib.sha256()
-        for file in files:
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-        return digest.hexdigest()
+        return _hash([path] if path.is_file() else [path / "config.json", *shard_files(path)])
 
 
 def locate(source: str | Path) -> Path:
@@ -117,16 +114,14 @@ def locate(source: str | Path) -> Path:
     """
     if str(source) == TINY:
         return Path(str(resources.files("l2a_jax") / "assets" / "tiny"))
-    try:
-        path = Path(source).expanduser()
-    except RuntimeError:  # ~name of nobody
-        raise UserError(f"{source} does not exist; expected a hub id (owner/name), a folder, or a .gguf file") from None
+    expected = "expected a hub id, a folder, or a .gguf file (a hub id is owner/name)"
+    path = Path(os.path.expanduser(source))  # `Path.expanduser` raises on `~nobody`
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.exists():
-        raise UserError(f"{path} is not a model; expected a hub id, a folder, or a .gguf file")
+        raise UserError(f"{path} is not a model; {expected}")
     if not _HUB_ID.fullmatch(str(source)) or path.suffix in (".gguf", ".safetensors"):
-        raise UserError(f"{source} does not exist; expected a hub id (owner/name), a folder, or a .gguf file")
+        raise UserError(f"{source} does not exist; {expected}")
     return _download(str(source))
 
 
@@ -198,12 +193,6 @@ def run_source(path: Path) -> RunSource | None:
     return None
 
 
-def _run_tokenizer(where: RunSource) -> Tokenizer | None:
-    """The tokenizer of the source that a run began from; fresh parameters read the recall corpus."""
-    source = read_run(where.folder).source
-    return recall_tokenizer() if source is None else source_tokenizer(source)
-
-
 def _load_run(where: RunSource, dtype: Any) -> Pretrained:
     """The model of a run: its source's frozen parameters with the trained ones of a checkpoint.
 
@@ -230,18 +219,23 @@ def _load_run(where: RunSource, dtype: Any) -> Pretrained:
         trained = map_with_path(lambda name, leaf: leaf.astype(param_dtype(name, dtype)), trained)
         if run.steps is not None and max(Checkpoints(where.folder).steps(LATEST), default=0) < run.steps:
             log.warning("the run %s is not finished: this is its step %d of %d", where.folder, step, run.steps)
-    return Pretrained(config, l2a_config, combine(trained, frozen), _run_tokenizer(where), _hash_run(where))
+    return Pretrained(config, l2a_config, combine(trained, frozen), source_tokenizer(where.folder), _hash_run(where))
 
 
 def _hash_run(where: RunSource) -> str:
     """Content hash of a run's model: of its configuration and of every file of its newest (or this) checkpoint."""
     checkpoints = Checkpoints(where.folder)
-    digest = hashlib.sha256((where.folder / "config.json").read_bytes())
+    trained = []
     if where.step is not None or checkpoints.steps(where.kind):  # a run that trains nothing has none
-        for file in sorted(checkpoints.folder(where.kind, where.step).rglob("*")):
-            if file.is_file():
-                with file.open("rb") as stream:
-                    digest.update(hashlib.file_digest(stream, "sha256").digest())
+        trained = sorted(checkpoints.folder(where.kind, where.step).rglob("*"))
+    return _hash([file for file in trained if file.is_file()], (where.folder / "config.json").read_bytes())
+
+
+def _hash(files: list[Path], head: bytes = b"") -> str:
+    digest = hashlib.sha256(head)
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
 
 

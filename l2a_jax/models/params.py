@@ -67,6 +67,13 @@ def map_with_path(function: Callable[[str, Any], Any], *trees: Tree) -> Tree:
                                             is_leaf=lambda x: type(x) is tuple)
 
 
+def by_path(tree: Tree) -> dict[str, Any]:
+    """The leaves by their path, in the tree's order."""
+    leaves: dict[str, Any] = {}
+    map_with_path(leaves.__setitem__, tree)
+    return leaves
+
+
 def by_layer(tree: Tree) -> Tree:
     """The tree with every stacked leaf of its layers as a tuple of L arrays. A program without a loop over layers then
     reads each where it lies; of a stacked leaf it first copies out the part that a matrix product takes."""

@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from l2a_jax.config import L2AConfig, ModelConfig
 from l2a_jax.errors import UserError, few
-from l2a_jax.models.params import Tree, map_with_path, param_dtype, param_shapes
+from l2a_jax.models.params import Tree, by_path, map_with_path, param_dtype, param_shapes
 from l2a_jax.progress import gigabytes
 from l2a_jax.weights.names import IGNORED, Place, put, tensor_map
 
@@ -65,14 +65,13 @@ def assemble(
         loaded(leaf.nbytes)
         return jnp.asarray(leaf)
 
-    shapes = param_shapes(config, l2a_config)
-    sizes: dict[str, tuple[int, ...]] = {}
-    map_with_path(sizes.__setitem__, shapes)
+    tree = param_shapes(config, l2a_config)
+    shapes = by_path(tree)
     # The largest leaf first: the copy of a leaf on its way to the device then never stands on top of the whole model.
-    total = sum(math.prod(shape) * jnp.dtype(param_dtype(path, dtype)).itemsize for path, shape in sizes.items())
+    total = sum(math.prod(shape) * jnp.dtype(param_dtype(path, dtype)).itemsize for path, shape in shapes.items())
     with gigabytes(f"loading {tensors.where}", total) as loaded:
-        leaves = {path: fill(path, sizes[path]) for path in sorted(sizes, key=lambda path: -math.prod(sizes[path]))}
-    return map_with_path(lambda path, _: leaves[path], shapes)
+        leaves = {path: fill(path, shapes[path]) for path in sorted(shapes, key=lambda path: -math.prod(shapes[path]))}
+    return map_with_path(lambda path, _: leaves[path], tree)
 
 
 def floating(dtype: Any) -> np.dtype:
@@ -88,20 +87,16 @@ def floating(dtype: Any) -> np.dtype:
 
 def check(tensors: Tensors, places: Mapping[str, Place]) -> None:
     """Raise one UserError that lists the missing, left-over and misshapen tensors; of many, the first and how many."""
-    missing = [name for name in places if name not in tensors.shapes]
-    left_over = [name for name in tensors.shapes if name not in places and not IGNORED.fullmatch(name)]
-    misshapen = [
-        f"{name} is {list(tensors.shapes[name])}, expected {list(place.shape)}"
-        for name, place in places.items()
-        if name in tensors.shapes and tuple(tensors.shapes[name]) != place.shape
-    ]
-    problems = [
-        f"{title}: {few(names)}"
-        for title, names in (("missing", missing), ("left over", left_over), ("wrong shape", misshapen))
-        if names
-    ]
-    if problems:
-        raise UserError(f"{tensors.where} does not fit its configuration; {'; '.join(problems)}")
+    shapes = tensors.shapes
+    problems = {
+        "missing": [name for name in places if name not in shapes],
+        "left over": [name for name in shapes if name not in places and not IGNORED.fullmatch(name)],
+        "wrong shape": [f"{name} is {list(shapes[name])}, expected {list(place.shape)}"
+                        for name, place in places.items() if shapes.get(name, place.shape) != place.shape],
+    }
+    told = "; ".join(f"{title}: {few(names)}" for title, names in problems.items() if names)
+    if told:
+        raise UserError(f"{tensors.where} does not fit its configuration; {told}")
 
 
 def block_rows(shape: tuple[int, ...]) -> int:

@@ -9,15 +9,14 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from l2a_jax.config import L2AConfig, ModelConfig
 from l2a_jax.errors import UserError
 from l2a_jax.files import partial_folder, write_json
-from l2a_jax.models.params import Tree, map_with_path, param_shapes
+from l2a_jax.models.params import Tree, by_path, param_shapes
 from l2a_jax.progress import gigabytes
 from l2a_jax.weights.assemble import floating
 from l2a_jax.weights.hf_config import beyond_the_model, config_fields
@@ -113,12 +112,8 @@ def new_folder(out: str | Path) -> Iterator[Path]:
 
 
 def _stored(params: Tree, config: ModelConfig, l2a_config: L2AConfig | None) -> dict[str, Stored]:
-    leaves: dict[str, Any] = {
-        "/".join(entry.key for entry in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
+    leaves, expected = by_path(params), by_path(param_shapes(config, l2a_config))
     places = tensor_map(config, l2a_config)
-    expected = {}
-    map_with_path(expected.__setitem__, param_shapes(config, l2a_config))
     unknown = expected.keys() ^ leaves.keys()
     if unknown:
         raise ValueError(f"the parameters do not fit the configuration: {', '.join(sorted(unknown))}")
@@ -128,11 +123,8 @@ def _stored(params: Tree, config: ModelConfig, l2a_config: L2AConfig | None) -> 
 
     def stored(place: Place) -> Stored:
         leaf = leaves[place.path]
-        return Stored(
-            place.shape,
-            floating(leaf.dtype),
-            lambda: take(leaf if place.layer is None else leaf[place.layer], place.transform),
-        )
+        return Stored(place.shape, floating(leaf.dtype),
+                      lambda: take(leaf if place.layer is None else leaf[place.layer], place.transform))
 
     return {name: stored(place) for name, place in places.items()}
 

@@ -94,14 +94,11 @@ class GGUFFile:
             if entry.offset + entry.nbytes > size:
                 raise UserError(f"{self.path} is truncated: {name} ends at byte {entry.offset + entry.nbytes}, the "
                                 f"file at byte {size}")
-            _check_format(self.path, name, entry.format)
-
-
-def _check_format(path: Path, name: str, format: gguf.GGMLQuantizationType) -> None:
-    try:
-        gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[format][1]), np.uint8), format)
-    except NotImplementedError:
-        raise UserError(f"{path}: {name} is stored as {format.name}, which gguf cannot dequantise") from None
+            try:
+                gguf.quants.dequantize(np.zeros((1, entry.row_bytes), np.uint8), entry.format)
+            except NotImplementedError:
+                raise UserError(f"{self.path}: {name} is stored as {entry.format.name}, which gguf cannot dequantise"
+                                ) from None
 
 
 class _Cursor:

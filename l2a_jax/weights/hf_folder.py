@@ -26,6 +26,14 @@ log = logging.getLogger("l2a_jax")
 _FLOATING = ("BF16", "F16", "F32")
 
 
+class _Entry(NamedTuple):
+    """A stored tensor: its file, its name there, and its shape."""
+
+    shard: Path
+    name: str
+    shape: tuple[int, ...]
+
+
 class HFFolder:
     """The stored tensors of a folder by Hugging Face name. Raises UserError if a shard is missing or damaged."""
 
@@ -34,8 +42,7 @@ class HFFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.where = str(path)
-        self._shard_of: dict[str, Path] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
+        self.entries: dict[str, _Entry] = {}
         for shard in shard_files(self.path):
             self._read_header(shard)
         if (self.path / SINGLE).exists():
@@ -43,38 +50,36 @@ class HFFolder:
                 log.warning("%s: %s is read, as in transformers; %s and its shards beside it are not", self.path,
                             SINGLE, INDEX)
         else:
-            indexed = _weight_map(self.path)
-            absent = [name for name, shard in indexed.items() if self._shard_of.get(name) != self.path / shard]
+            held = {(name, entry.shard) for name, entry in self.entries.items()}
+            absent = [name for name, shard in _weight_map(self.path).items() if (name, self.path / shard) not in held]
             if absent:
                 raise UserError(f"{self.path}: the index promises tensors that its shards do not hold: {few(absent)}")
-        self._stored = {name: name for name in self._shapes}
-        if not any(name.startswith(PREFIX) for name in self._shapes):
+        if not any(name.startswith(PREFIX) for name in self.entries):
             # Saved without its output matrix (transformers' Qwen2Model), a model has no prefix.
-            for name in [name for name in self._shapes if name.startswith(("embed_tokens.", "layers.", "norm."))]:
+            for name in [name for name in self.entries if name.startswith(("embed_tokens.", "layers.", "norm."))]:
                 self.rename(name, PREFIX + name)
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return self._shapes
+        return {name: entry.shape for name, entry in self.entries.items()}
 
     def rows(self, name: str, start: int, stop: int) -> Float[np.ndarray, "rows ..."]:
         """Rows [start, stop) of a tensor in its stored dtype."""
         # Opened for each block: the map of a file that stays open would keep all that was read of it in memory.
-        stored = self._stored[name]
+        shard, stored, _ = self.entries[name]
         try:
-            with safe_open(self._shard_of[stored], framework="numpy") as file:
+            with safe_open(shard, framework="numpy") as file:
                 return file.get_slice(stored)[start:stop]
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{self._shard_of[stored]}: cannot read {stored}: {error}") from error
+            raise UserError(f"{shard}: cannot read {stored}: {error}") from error
 
     def drop(self, name: str) -> None:
         """Leave a tensor out, because another says the same."""
-        del self._shapes[name]
+        del self.entries[name]
 
     def rename(self, name: str, new: str) -> None:
         """Let a tensor be known by the name that it has in the table."""
-        self._shapes[new] = self._shapes.pop(name)
-        self._stored[new] = self._stored.pop(name)
+        self.entries[new] = self.entries.pop(name)
 
     def _read_header(self, shard: Path) -> None:
         with reading(shard), shard.open("rb") as file:
@@ -83,11 +88,10 @@ class HFFolder:
             with safe_open(shard, framework="numpy") as file:
                 for name in file.keys():  # noqa: SIM118  (no dict: it cannot be iterated)
                     tensor = file.get_slice(name)
-                    if name in self._shapes:
-                        raise UserError(f"{self.path}: {name} is stored in {self._shard_of[name].name} and in "
+                    if name in self.entries:
+                        raise UserError(f"{self.path}: {name} is stored in {self.entries[name].shard.name} and in "
                                         f"{shard.name}")
-                    self._shard_of[name] = shard
-                    self._shapes[name] = tuple(tensor.get_shape())
+                    self.entries[name] = _Entry(shard, name, tuple(tensor.get_shape()))
                     if tensor.get_dtype() not in _FLOATING:
                         raise UserError(f"{shard}: {name} is stored as {tensor.get_dtype()}; expected one of "
                                         f"{', '.join(_FLOATING)}")

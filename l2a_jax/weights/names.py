@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from l2a_jax.config import L2AConfig, ModelConfig
-from l2a_jax.models.params import map_with_path, param_shapes
+from l2a_jax.models.params import by_path, param_shapes
 
 KEEP, TRANSPOSE, ROW = "keep", "transpose", "row"
 """How a stored tensor becomes a leaf: as it is; [out, in] -> [in, out]; or [1, D] -> [D]."""
@@ -34,26 +34,24 @@ class Row(NamedTuple):
     transform: str
 
 
-def _attention(name: str, norm: str, suffix: str = "", in_gguf: bool = True) -> list[Row]:
+def _attention(name: str, norm: str, suffix: str = "") -> list[Row]:
     rows = [Row(f"layers/{norm}/scale", f"model.layers.{{layer}}.input_layernorm{suffix}.weight",
-                "blk.{layer}.attn_norm.weight" if in_gguf else None, KEEP)]
+                "blk.{layer}.attn_norm.weight", KEEP)]
     for short, long in (("q", "q"), ("k", "k"), ("v", "v"), ("o", "output")):
-        hf = f"model.layers.{{layer}}.self_attn.{short}_proj{suffix}"
-        gguf = f"blk.{{layer}}.attn_{long}"
-        rows.append(Row(f"layers/{name}/{short}/kernel", f"{hf}.weight", f"{gguf}.weight" if in_gguf else None,
-                        TRANSPOSE))
+        hf, gguf = f"model.layers.{{layer}}.self_attn.{short}_proj{suffix}", f"blk.{{layer}}.attn_{long}"
+        rows.append(Row(f"layers/{name}/{short}/kernel", f"{hf}.weight", f"{gguf}.weight", TRANSPOSE))
         if short != "o":
-            rows.append(Row(f"layers/{name}/{short}/bias", f"{hf}.bias", f"{gguf}.bias" if in_gguf else None, KEEP))
+            rows.append(Row(f"layers/{name}/{short}/bias", f"{hf}.bias", f"{gguf}.bias", KEEP))
     return rows
 
 
+_TWO_SETS = _attention("attention_local", "norm_local") + _attention("attention_global", "norm_global", "_global")
 TABLE: dict[str, Row] = {
     row.path: row
     for row in (
         Row("embed/embedding", "model.embed_tokens.weight", "token_embd.weight", KEEP),
         *_attention("attention", "norm_attention"),
-        *_attention("attention_local", "norm_local", in_gguf=False),
-        *_attention("attention_global", "norm_global", "_global", in_gguf=False),
+        *(row._replace(gguf=None) for row in _TWO_SETS),
         Row("layers/router/kernel", "model.layers.{layer}.self_attn.sigmoid_linear.weight", None, ROW),
         Row("layers/mlp/gate/kernel", "model.layers.{layer}.mlp.gate_proj.weight", "blk.{layer}.ffn_gate.weight",
             TRANSPOSE),
@@ -101,22 +99,16 @@ def tensor_map(config: ModelConfig, l2a_config: L2AConfig | None = None, kind: s
 
     Shapes are as stored by Hugging Face ([out, in] for kernels), which are the reversed dimensions of GGUF.
     """
-    leaves: list[tuple[Row, tuple[int, ...]]] = []
-    map_with_path(lambda path, shape: leaves.append((TABLE[path], shape)), param_shapes(config, l2a_config))
+    leaves = by_path(param_shapes(config, l2a_config))
 
-    def stored(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return {KEEP: shape, TRANSPOSE: shape[::-1], ROW: (1, *shape)}[row.transform]
+    def place(path: str, layer: int | None, shape: tuple[int, ...]) -> tuple[str, Place]:
+        row = TABLE[path]
+        stored = {KEEP: shape, TRANSPOSE: shape[::-1], ROW: (1, *shape)}[row.transform]
+        return getattr(row, kind).format(layer=layer), Place(path, layer, row.transform, stored)
 
-    places = {}
-    stacked = [(row, shape) for row, shape in leaves if row.path.startswith("layers/")]
-    single = [(row, shape) for row, shape in leaves if not row.path.startswith("layers/")]
-    for row, shape in single:
-        places[getattr(row, kind)] = Place(row.path, None, row.transform, stored(row, shape))
-    for layer in range(config.num_layers):
-        for row, shape in stacked:
-            name = getattr(row, kind).format(layer=layer)
-            places[name] = Place(row.path, layer, row.transform, stored(row, shape[1:]))
-    return places
+    layered = [path for path in leaves if path.startswith("layers/")]
+    return dict([place(path, None, shape) for path, shape in leaves.items() if path not in layered]
+                + [place(path, layer, leaves[path][1:]) for layer in range(config.num_layers) for path in layered])
 
 
 def put(leaf: Float[np.ndarray, "*shape"], transform: str, rows: Float[np.ndarray, "rows ..."], start: int) -> None:
