@@ -1,13 +1,7 @@
 """The routing audit: is it *which* tokens are routed that matters, or only how many?
 
 A learned router can look useful while any choice of as many tokens would serve (Routing Absorption, arXiv 2603.02227).
-So the same windows are scored again under decisions that know nothing of the text:
-
-  all, none   every token routed, no token routed (pruned layers route nothing in either)
-  random      each layer routes tokens at random at its own learned rate, several seeds
-  shuffled    each layer's and window's decisions permuted over its tokens, several seeds: every count is kept
-  static      whole layers instead of tokens: those with the highest learned rates, as many as give the same density;
-              the last one routes the remaining fraction of its tokens at random, so that the density is the same
+So the same windows are scored again under the decisions of `controls`, which know nothing of the text.
 
 First the learned decisions are forced back: a difference beyond rounding means that forcing is not what the router
 does, and no control could be trusted.
@@ -15,19 +9,16 @@ does, and no control could be trusted.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float64
 
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import intervals
+from l2a_jax.evaluation.controls import controls, static_rates
 from l2a_jax.evaluation.perplexity import BATCH_TOKENS, Scores, Windows, routing_rates, score_windows
 from l2a_jax.evaluation.registry import Work
-from l2a_jax.nn import routing
 from l2a_jax.shapes import each, share
 from l2a_jax.sources import Pretrained
 
@@ -36,31 +27,6 @@ SHAPE = {"gap": float, "gap_95": intervals.INTERVAL, "seeds": int, "rows": each(
     "recall_accuracy?": share})}
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 5e-3}
 """Nats per token by which a window may differ when its own decisions are forced: rounding of the compute dtype."""
-
-
-def random_decisions(seed: int, rates: Float64[np.ndarray, " L"], windows: int,
-                     length: int) -> Bool[np.ndarray, "L B T"]:
-    """Each layer's tokens at random at its rate; a window's draw depends on the seed and its index alone."""
-    return np.asarray(_draw(_keys(seed, windows), jnp.asarray(rates, jnp.float32), length)).swapaxes(0, 1)
-
-
-def shuffled_decisions(seed: int, decisions: Bool[np.ndarray, "L B T"],
-                       real: Bool[np.ndarray, "B T"]) -> Bool[np.ndarray, "L B T"]:
-    """Each layer's and window's decisions permuted over its real tokens."""
-    return np.asarray(_permute(_keys(seed, len(real)), decisions.swapaxes(0, 1), real)).swapaxes(0, 1)
-
-
-def static_decisions(seed: int, rates: Float64[np.ndarray, " L"], windows: int,
-                     length: int) -> tuple[Bool[np.ndarray, "L B T"], Float64[np.ndarray, " L"]]:
-    """(decisions, rate of each layer): whole layers by descending learned rate up to the learned density, the last one
-    at the remaining rate."""
-    left, chosen = float(rates.sum()), np.zeros(len(rates))
-    for layer in np.argsort(-rates, kind="stable"):
-        chosen[layer] = min(1.0, left)
-        left -= chosen[layer]
-        if left <= 1e-12:
-            break
-    return random_decisions(seed, chosen, windows, length), chosen
 
 
 def audit(
@@ -72,7 +38,7 @@ def audit(
     backend: str = "auto",
     batch_tokens: int = BATCH_TOKENS,
 ) -> dict[str, Any]:
-    """The table above over `windows`, where `learned` is the router's own pass over them.
+    """The table of controls over `windows`, where `learned` is the router's own pass over them.
 
     A row says perplexity, density (share routed), and how much worse than learned in nats per token, with the paired
     95 % interval over windows; rows of several seeds add their mean and standard deviation over seeds, and their
@@ -83,10 +49,7 @@ def audit(
                         "untrained layer on it")
     if seeds < 1:
         raise UserError(f"--audit-seeds is {seeds}; expected at least 1")
-    layers, (count, length) = learned.decisions.shape[0], windows.tokens.shape
     rates = routing_rates(learned.decisions, windows.real)
-    able = np.ones((layers, 1, 1), bool)
-    able[list(model.l2a_config.pruned_layers)] = False
 
     def score(decisions, label):
         return score_windows(model, windows, decisions, backend=backend, batch_tokens=batch_tokens,
@@ -94,18 +57,11 @@ def audit(
 
     again = score(learned.decisions, "the learned decisions forced")
     error = _reproduced(learned, again, str(jax.tree.leaves(model.params["embed"])[0].dtype))
-    everything = np.broadcast_to(able, (layers, count, length))
-    static, static_rates = static_decisions(0, rates, count, length)
-    rows = {
-        "learned": _row([learned], learned, windows),
-        "all": _row([score(everything, "all")], learned, windows),
-        "none": _row([score(np.zeros_like(everything), "none")], learned, windows),
-        "random": _row([score(random_decisions(seed, rates, count, length), f"random {seed}")
-                        for seed in range(seeds)], learned, windows),
-        "shuffled": _row([score(shuffled_decisions(seed, learned.decisions, windows.real), f"shuffled {seed}")
-                          for seed in range(seeds)], learned, windows),
-        "static": {**_row([score(static, "static layers")], learned, windows), "layer_rates": static_rates},
-    }
+    scores: dict[str, list[Scores]] = {"learned": [learned]}
+    for name, label, decisions in controls(learned.decisions, windows.real, model.l2a_config.pruned_layers, seeds):
+        scores.setdefault(name, []).append(score(decisions, label))
+    rows = {name: _row(several, learned, windows) for name, several in scores.items()}
+    rows["static"]["layer_rates"] = static_rates(rates, rates.sum())
     return {"rows": rows, "gap": rows["random"]["worse"], "gap_95": rows["random"]["worse_95"],
             "gap_perplexity": rows["random"]["perplexity"] - rows["learned"]["perplexity"],
             "rates_per_layer": rates, "seeds": seeds, "reproduced_within": error, "text": windows.about,
@@ -130,20 +86,6 @@ def told(report: dict[str, Any]) -> str:
         lines.append(f"{name:<10} {row['perplexity']:>11.3f} {spread:>11} {row['density']:>8.1%} {worse:>32}"
                      + (f" {recall:>8}" if marked else ""))
     return "\n".join(lines)
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _draw(keys, rates, length):
-    return jax.vmap(lambda key: routing.random(key, rates, 1, length)[:, 0])(keys)
-
-
-@jax.jit
-def _permute(keys, decisions, real):
-    return jax.vmap(lambda key, d, r: routing.shuffled(key, d[:, None], r[None])[:, 0])(keys, decisions, real)
-
-
-def _keys(seed, windows):
-    return jax.vmap(lambda index: jax.random.fold_in(jax.random.key(seed), index))(jnp.arange(windows))
 
 
 def _row(scores: list[Scores], learned: Scores, windows: Windows) -> dict[str, Any]:

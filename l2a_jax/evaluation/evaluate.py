@@ -20,17 +20,16 @@ import jax.numpy as jnp
 
 from l2a_jax import commands, device, fields
 from l2a_jax.attention import api as attention
-from l2a_jax.config import L2AConfig, ModelConfig, position_limit
-from l2a_jax.data.recall import RecallCorpus, needs_memory
+from l2a_jax.config import L2AConfig, ModelConfig
 from l2a_jax.errors import UserError
-from l2a_jax.evaluation import perplexity, pruning_cost, registry, results, subject, texts
+from l2a_jax.evaluation import perplexity, pruning_cost, registry, results, subject
 from l2a_jax.evaluation.options import Options
 from l2a_jax.evaluation.perplexity import Windows
+from l2a_jax.evaluation.windows import windows_of
 from l2a_jax.files import check_file
 from l2a_jax.sources import Pretrained, load_pretrained, locate, read_config, run_source, source_tokenizer
 
 log = logging.getLogger("l2a_jax.eval")
-RECALL_ROWS, RECALL_LENGTH = 64, 128
 
 
 class Plan(NamedTuple):
@@ -75,13 +74,12 @@ def make_plan(options: Options) -> Plan:
         tasks = tuple(other for other in tasks if other != name or why is None)
     if options.prune_sparsity is not None and layer is None:
         raise UserError(f"--prune-sparsity: {options.source} is a plain model, which has no layers to prune")
-    tokenizer = source_tokenizer(options.source)
+    bare = Pretrained(config, layer, {}, source_tokenizer(options.source), "")
     windows = calibration = None
-    if any(registry.find(name).text for name in tasks) or (_pruning(options) and options.text is not None):
-        windows = _windows(options, options.text, "--text", tokenizer, config, layer)
+    if any(registry.find(name).shared for name in tasks) or (_pruning(options) and options.text is not None):
+        windows = windows_of(options, options.text, "--text", bare)
     if options.calibration is not None:
-        calibration = _windows(options, options.calibration, "--calibration", tokenizer, config, layer)
-    bare = Pretrained(config, layer, {}, tokenizer, "")
+        calibration = windows_of(options, options.calibration, "--calibration", bare)
     prepared = {name: registry.module(name).prepare(name, options, bare)
                 for name in tasks if hasattr(registry.module(name), "prepare")}
     path, replace = _place(options)
@@ -96,12 +94,12 @@ def idle(plan: Plan) -> list[tuple[bool, tuple[str, ...], str]]:
     return [
         (not reads, ("text", "context", "stride", "max_windows"), "no task reads a text"),
         (reads and o.text is None and o.calibration is None, ("stride",), "the rows of the recall corpus stand apart"),
-        ("audit" not in tasks, ("audit_seeds",), "no routing audit is taken"),
+        (not tasks & {"audit", "reach"}, ("audit_seeds",), "no control decisions are drawn"),
         (not tasks & {*registry.BENCHMARKS}, ("limit", "num_fewshot", "task_data", "log_samples"),
          "no benchmark is among --tasks"),
         ("needle" not in tasks, tuple(map(_needle_flag, o.needle)), "needle is not among --tasks"),
-        (not (tasks & {"perplexity", "audit"} or _pruning(o)), ("batch_tokens",),
-         "it is of windows of text (perplexity, audit, pruning)"),
+        (not (tasks & {"perplexity", "audit", "reach"} or _pruning(o)), ("batch_tokens",),
+         "it is of windows of text (perplexity, audit, reach, pruning)"),
         ("collapse" not in tasks, ("seed",), "only the collapse report samples"),
         (o.route != "learned", ("temperature", "threshold"), f"--route {o.route} leaves nothing to decide"),
         (o.route == "none", ("prune_layers",), "--route none prunes every layer"),
@@ -177,38 +175,6 @@ def _tasks(asked: tuple[str, ...]) -> tuple[str, ...]:
                             + f"; expected some of {', '.join(known)}")
     wanted = {*asked, *(other for name in asked for other in registry.find(name).also)}
     return tuple(name for name in known if name in wanted)
-
-
-def _windows(options, entry, flag, tokenizer, config, layer) -> Windows:
-    limit = position_limit(config, layer)
-    if entry is None:
-        if not texts.speaks_recall(tokenizer):
-            raise UserError(f"--tasks {','.join(options.tasks)} needs held-out text: give --text FILE (a folder, a "
-                            "glob, or wikitext from the hub)")
-        return _recall_windows(options, layer, limit)
-    if tokenizer is None:
-        raise UserError(f"{options.source} has no tokenizer, so {flag} cannot be read with it")
-    context = options.context or min(2_048, limit)
-    if context > limit:
-        raise UserError(f"--context {context} is longer than max_positions x factor = {limit} of {options.source}")
-    text = texts.read_text(entry, flag)
-    ids = texts.tokenise(text, tokenizer, config.vocab_size)
-    about = {"name": text.name, "rule": text.rule, "files": text.files}
-    return perplexity.text_windows(ids, context, options.stride or context, about, options.max_windows)
-
-
-def _recall_windows(options, layer, limit) -> Windows:
-    distance = max(24, 0 if layer is None else layer.window + layer.sinks + 1)
-    length = max(options.context or RECALL_LENGTH, 2 * distance + 64)
-    if length > limit:
-        raise UserError(f"without --text this model is scored on the synthetic recall corpus, which needs rows of "
-                        f"{length} tokens for a window of {layer.window}, more than its {limit} positions; give "
-                        "a smaller --window, or --text")
-    log.info("no --text: scored on held-out rows of the synthetic recall corpus, which this model's tokenizer speaks")
-    rows = options.max_windows or RECALL_ROWS
-    corpus = RecallCorpus(length, rows, distance=distance)
-    about = {"name": "synthetic recall corpus, held out", "rule": corpus.fingerprint, "files": {}}
-    return perplexity.batch_windows(list(corpus.held_out(1)), about, needs_memory)
 
 
 def _place(options: Options) -> tuple[Path, bool]:

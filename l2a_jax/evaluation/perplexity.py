@@ -63,7 +63,8 @@ class Windows(NamedTuple):
 
 class Scores(NamedTuple):
     """What a pass over windows gives: per window the nats, tokens and right top tokens at scored places; and, of a
-    routed model, its decisions at every real place and the router's mean entropy (nats) per layer."""
+    routed model, its decisions at every real place and the router's mean entropy (nats) per layer. `token_nll`: the
+    nats of each place, 0 where it is not scored."""
 
     nll: Float64[np.ndarray, " B"]
     tokens: Int[np.ndarray, " B"]
@@ -71,6 +72,7 @@ class Scores(NamedTuple):
     marked_accuracy: float | None
     decisions: Bool[np.ndarray, "L B T"] | None
     entropy: Float64[np.ndarray, " L"] | None
+    token_nll: Float64[np.ndarray, "B T"] | None = None
 
 
 def text_windows(ids: Int32[np.ndarray, " n"], context: int, stride: int, about: dict[str, Any],
@@ -111,11 +113,13 @@ def score_windows(
     windows: Windows,
     decisions: Bool[np.ndarray, "L B T"] | None = None,
     *,
+    heads: Bool[np.ndarray, "L K"] | None = None,
     backend: str = "auto",
     batch_tokens: int = BATCH_TOKENS,
     label: str = "perplexity",
 ) -> Scores:
-    """One pass over the windows under the router's own decisions, or under `decisions`.
+    """One pass over the windows under the router's own decisions, or under `decisions`; `heads` are those of
+    `hidden_states`.
 
     Where few places are scored (the answer of a needle), the vocabulary's logits are computed at those alone. Raises
     UserError where no place is scored at all, and naming the window where a loss is not finite.
@@ -140,8 +144,8 @@ def score_windows(
             tokens, targets, real = (_filled(x[start:stop], rows) for x in (*windows[:2], windows.real))
             picks = None if places is None else _filled(places[start:stop], rows)
             forced = None if decisions is None else _filled(decisions[:, start:stop], rows, axis=1)
-            *found, decided, doubt = jax.device_get(_score(model.params, tokens, targets, real, forced, pruned, picks,
-                                                           model.config, layer, backend))
+            *found, decided, doubt = jax.device_get(_score(model.params, tokens, targets, real, forced, pruned, heads,
+                                                           picks, model.config, layer, backend))
             at = np.arange(length)[None, :] if picks is None else places[start:stop]
             for whole, part in zip((nll, correct), found, strict=True):
                 np.put_along_axis(whole[start:stop], np.broadcast_to(at, part[: stop - start].shape),
@@ -155,10 +159,11 @@ def score_windows(
     marked = None
     if windows.marked is not None and (windows.marked & windows.scored).any():
         marked = float(correct[windows.marked & windows.scored].mean())
+    nll = np.where(windows.scored, nll, 0)
     return Scores(
-        np.where(windows.scored, nll, 0).sum(axis=1), windows.scored.sum(axis=1),
+        nll.sum(axis=1), windows.scored.sum(axis=1),
         (correct & windows.scored).sum(axis=1), marked, np.concatenate(routed, axis=1) if routed else None,
-        np.asarray(entropy / windows.real.sum()) if routed else None)
+        np.asarray(entropy / windows.real.sum()) if routed else None, nll)
 
 
 def task(work: Work) -> dict[str, Any]:
@@ -205,10 +210,10 @@ def told(entry: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-@functools.partial(jax.jit, static_argnums=(7, 8, 9))
-def _score(params, tokens, targets, real, decisions, pruned, picks, config, l2a_config, backend):
+@functools.partial(jax.jit, static_argnums=(8, 9, 10))
+def _score(params, tokens, targets, real, decisions, pruned, heads, picks, config, l2a_config, backend):
     hidden, routed = hidden_states(params, tokens, config, l2a_config, decisions=decisions, pruned=pruned,
-                                   backend=backend)
+                                   heads=heads, backend=backend)
     if picks is not None:
         hidden = jnp.take_along_axis(hidden, picks[:, :, None], axis=1)
         targets = jnp.take_along_axis(targets, picks, axis=1)

@@ -25,11 +25,13 @@ if TYPE_CHECKING:
 
 
 class Task(NamedTuple):
-    """`module`: its file. `text`: it reads --text. `routed`: it is about learned decisions, and left out where there
-    are none. `asked`: by name; else by flags of its own. `also`: what belongs to it, and is run with it."""
+    """`module`: its file. `text`: it reads --text; `shared`: as windows that several tasks share. `routed`: it
+    is about learned decisions, and left out where there are none. `asked`: by name; else by flags of its own. `also`:
+    what belongs to it, and is run with it."""
 
     module: str
     text: bool = False
+    shared: bool = False
     routed: bool = False
     asked: bool = True
     also: tuple[str, ...] = ()
@@ -38,9 +40,10 @@ class Task(NamedTuple):
 BENCHMARKS = {"hellaswag": "hellaswag", "piqa": "piqa", "arc_challenge": "arc", "arc_easy": "arc"}
 """lm-eval's, by its own names, and its folder of each: reading these alone spares the ten seconds that all take."""
 TASKS = {
-    "collapse": Task("collapse", text=True),  # first: it also reports on a model that nothing else can run
-    "perplexity": Task("perplexity", text=True, also=("audit",)),
-    "audit": Task("audit", text=True, routed=True, also=("perplexity",)),
+    "collapse": Task("collapse", text=True, shared=True),  # first: it also reports on a model that nothing else can run
+    "perplexity": Task("perplexity", text=True, shared=True, also=("audit",)),
+    "audit": Task("audit", text=True, shared=True, routed=True, also=("perplexity",)),
+    "reach": Task("reach", text=True),
     "pruning": Task("pruning_cost", asked=False),
     **{name: Task("tasks") for name in BENCHMARKS},
     "needle": Task("needle"),

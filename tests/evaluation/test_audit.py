@@ -7,7 +7,7 @@ import pytest
 from l2a_jax.config import L2AConfig
 from l2a_jax.data.recall import RecallCorpus, needs_memory
 from l2a_jax.errors import UserError
-from l2a_jax.evaluation import audit, perplexity
+from l2a_jax.evaluation import audit, controls, perplexity
 from l2a_jax.models.params import add_routing
 from l2a_jax.sources import TINY, load_pretrained
 
@@ -62,8 +62,8 @@ def test_rows_are_what_forcing_those_decisions_gives(report, model, windows, ora
     shape = windows.tokens.shape
     again = {
         "all": [np.ones((3, *shape), bool)], "none": [np.zeros((3, *shape), bool)],
-        "random": [audit.random_decisions(seed, rates, *shape) for seed in (0, 1)],
-        "static": [audit.static_decisions(0, rates, *shape)[0]],
+        "random": [controls.random_decisions(seed, rates, *shape) for seed in (0, 1)],
+        "static": [controls.static_decisions(0, rates, *shape)[0]],
     }
     for name, several in again.items():
         scores = [perplexity.score_windows(model, windows, one, batch_tokens=4_096) for one in several]
@@ -73,7 +73,7 @@ def test_rows_are_what_forcing_those_decisions_gives(report, model, windows, ora
 
 def test_a_choice_that_does_not_matter_has_no_gap(model, windows):
     rates = np.full(3, 0.3)
-    learned = perplexity.score_windows(model, windows, audit.random_decisions(9, rates, *windows.tokens.shape),
+    learned = perplexity.score_windows(model, windows, controls.random_decisions(9, rates, *windows.tokens.shape),
                                        batch_tokens=4_096)
     report = audit.audit(model, windows, learned, seeds=2, batch_tokens=4_096)
     low, high = report["gap_95"]
@@ -94,7 +94,7 @@ def test_a_plain_model_has_nothing_to_audit(plain, windows, oracle):
 
 def test_random_decisions_depend_on_seed_and_window_alone():
     rates = np.array([0.0, 0.25, 0.9, 1.0])
-    few, many, other = (audit.random_decisions(*given) for given in ((3, rates, 4, 50), (3, rates, 40, 50),
+    few, many, other = (controls.random_decisions(*given) for given in ((3, rates, 4, 50), (3, rates, 40, 50),
                                                                      (4, rates, 40, 50)))
     np.testing.assert_array_equal(few, many[:, :4])
     assert (many != other).any()
@@ -106,7 +106,7 @@ def test_shuffling_keeps_every_count_and_padding():
     rng = np.random.default_rng(0)
     real = np.arange(30) < np.array([[30], [17], [1]])
     decisions = (rng.random((4, 3, 30)) < 0.4) & real
-    shuffled = audit.shuffled_decisions(1, decisions, real)
+    shuffled = controls.shuffled_decisions(1, decisions, real)
     np.testing.assert_array_equal(shuffled.sum(axis=2), decisions.sum(axis=2))
     assert not (shuffled & ~real).any() and (shuffled != decisions).any()
 
@@ -116,7 +116,7 @@ def test_shuffling_keeps_every_count_and_padding():
     ([0.0, 0.9, 0.8], [0, 1, 0.7]),
 ])
 def test_static_layers_by_rate_up_to_the_density(rates, chosen):
-    decisions, found = audit.static_decisions(0, np.array(rates, float), 20, 100)
+    decisions, found = controls.static_decisions(0, np.array(rates, float), 20, 100)
     np.testing.assert_allclose(found, chosen, atol=1e-9)
     np.testing.assert_allclose(decisions.mean(axis=(1, 2)), chosen, atol=0.04)
 

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from l2a_jax.errors import UserError
-from l2a_jax.evaluation import audit, intervals
+from l2a_jax.evaluation import intervals
+from l2a_jax.evaluation.controls import random_decisions, static_decisions
 from l2a_jax.evaluation.loglikelihood import Request, log_likelihoods, power_of_two
 from l2a_jax.evaluation.perplexity import Scores, Windows, routing_rates, score_windows
 from l2a_jax.evaluation.task_files import read_task
@@ -99,8 +100,8 @@ def controls(model: Pretrained, prepared: Prepared, *, items: int = 1_000, lengt
     covers = layer.share_attention and layer.topology == "parallel" and layer.window >= length
     out: dict[str, Any] = {"n": len(kept), "of": min(items, len(prepared.counts)), "density": float(rates.mean()),
                            "length": length, "window_covers": covers, "learned": bits.count("1") / len(bits)}
-    for control, decisions in (("random", audit.random_decisions(0, rates, count, length)),
-                               ("static", audit.static_decisions(0, rates, count, length)[0])):
+    for control, decisions in (("random", random_decisions(0, rates, count, length)),
+                               ("static", static_decisions(0, rates, count, length)[0])):
         theirs = bits if covers else run(control, decisions)[0]
         value, interval = intervals.paired_items(list(map(int, theirs)), list(map(int, bits)))
         out[control] = {"acc": theirs.count("1") / len(theirs), "points": 100 * value,

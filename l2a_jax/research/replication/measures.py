@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from l2a_jax.errors import UserError
-from l2a_jax.evaluation import audit, collapse, intervals, perplexity
+from l2a_jax.evaluation import audit, collapse, controls, intervals, perplexity
 from l2a_jax.evaluation.perplexity import Scores, Windows, routing_rates, score_windows
 from l2a_jax.research.replication import benchmarks, needles
 from l2a_jax.research.replication.instruments import INSTRUMENTS
@@ -110,7 +110,7 @@ def _absorption(evaluated: EvaluatedRow) -> dict[str, Any]:
     rates, (count, length) = routing_rates(learned.decisions, windows.real), windows.tokens.shape
     seeds = evaluated.row.measures.audit_seeds
     choices = {"learned": [learned.decisions], "none": [np.zeros_like(learned.decisions)],
-               "random": [audit.random_decisions(seed, rates, count, length) for seed in range(seeds)]}
+               "random": [controls.random_decisions(seed, rates, count, length) for seed in range(seeds)]}
     out: dict[str, Any] = {"windows": count, "seeds": seeds, "density": float(rates.mean())}
     for when, model in (("after", evaluated.model), ("before", evaluated.start)):
         nll = {name: np.mean([score_windows(model, windows, decisions, label=f"absorption, {when}, {name}",
