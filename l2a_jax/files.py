@@ -95,8 +95,11 @@ def writing(what: object) -> Iterator[None]:
 
 def sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal. UserError where it cannot be read."""
-    with reading(path), path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def native(value: Any) -> Any:

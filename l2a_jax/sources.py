@@ -21,7 +21,7 @@ from tokenizers import models, pre_tokenizers
 from l2a_jax.config import L2AConfig, ModelConfig
 from l2a_jax.data.recall import EOS, IDS, PAD, SPECIAL
 from l2a_jax.errors import UserError, few
-from l2a_jax.files import read_json, reading
+from l2a_jax.files import read_json, reading, sha256
 from l2a_jax.models.params import Tree, abstract_params, add_routing, map_with_path, param_dtype
 from l2a_jax.training.checkpoints import LATEST, Checkpoints
 from l2a_jax.training.optimizer import master_dtype_of
@@ -232,11 +232,7 @@ def _hash_run(where: RunSource) -> str:
 
 
 def _hash(files: list[Path], head: bytes = b"") -> str:
-    digest = hashlib.sha256(head)
-    for file in files:
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
+    return hashlib.sha256(head + b"".join(bytes.fromhex(sha256(file)) for file in files)).hexdigest()
 
 
 def convert(source: str | Path, out: str | Path, dtype: Any = "bfloat16", shard_bytes: int = SHARD_BYTES) -> str:

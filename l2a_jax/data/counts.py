@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 
-from l2a_jax.errors import UserError
+from l2a_jax.errors import UserError, shown
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 _COUNT = re.compile(r"\s*([0-9][0-9_,]*(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([kmbgt]?)\s*", re.IGNORECASE)
@@ -24,8 +24,7 @@ def parse_count(text: str | int, what: str = "a count") -> int:
     except ArithmeticError:  # an exponent beyond even its range
         value = Decimal(0)
     if not 1 <= value < 2**63 or value % 1:
-        shown = repr(text) if len(str(text)) < 40 else f"{str(text)[:30]!r}..."
-        raise UserError(f"{what} is {shown}; expected a whole number above 0 such as 500, 20k, 12M or 1.5B")
+        raise UserError(f"{what} is {shown(text)}; expected a whole number above 0 such as 500, 20k, 12M or 1.5B")
     return int(value)
 
 

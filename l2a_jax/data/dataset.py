@@ -53,7 +53,7 @@ class PackedData:
     seq_len: int
     batch_size: int
     seed: int
-    held_out_fraction: float
+    held_out_share: float
     end_id: int
     fingerprint: str
     process_index: int = 0
@@ -117,14 +117,10 @@ class PackedData:
             return Batch(tokens, targets, weights)
         return Batch(tokens, targets, weights, segments, positions)
 
-    def domain_of_row(self, index: int, row: int) -> str:
-        """The domain of a row of this process's part of micro-batch `index`."""
-        return self.parts[self.mix.locate(self._mine(index)[row])[0]].domain.name
-
     @cached_property
     def tokens_per_batch(self) -> float:
         """Tokens, padding not counted, in a micro-batch over all processes, on average."""
-        per_row = np.array([part.train.lengths.sum(dtype=np.int64) / part.train.row_count for part in self.parts])
+        per_row = np.array([part.train.tokens / part.train.row_count for part in self.parts])
         return float(self.batch_size * (per_row * self.mix.counts).sum() / self.mix.counts.sum())
 
     def usage(self, batches: int) -> dict[str, Any]:
@@ -140,7 +136,7 @@ class PackedData:
             partial = int(tokens[permutation(self.seed, name, epochs, plan.row_count)[:rest]].sum()) if rest else 0
             total = int(tokens.sum())
             domains[name] = {"tokens": epochs * total + partial, "unique_tokens": total if epochs else partial,
-                             "epochs": round(rows / plan.row_count, 4), "rows": rows}  # fmt: skip
+                             "epochs": round(rows / plan.row_count, 4), "rows": rows}
         summed = {key: sum(d[key] for d in domains.values()) for key in ("tokens", "unique_tokens", "rows")}
         for entry in domains.values():
             entry["share"] = round(entry["tokens"] / max(summed["tokens"], 1), 4)
@@ -154,7 +150,7 @@ class PackedData:
             lengths = np.diff(store.offsets)
             kept = part.train_documents
             _, first = np.unique(store.identities[kept], return_index=True)
-            tokens, rows = int(plan.lengths.sum(dtype=np.int64)), plan.row_count
+            tokens, rows = plan.tokens, plan.row_count
             domains[part.domain.name] = {
                 "share": round(part.share, 4), "documents": int(kept.size), "tokens": int(lengths[kept].sum()),
                 "unique_tokens": int(lengths[kept][first].sum()),
@@ -168,12 +164,12 @@ class PackedData:
             }
         keys = ("documents", "tokens", "unique_tokens", "rows", "held_out_documents", "held_out_tokens")
         total = {key: sum(domain[key] for domain in domains.values()) for key in keys}
-        packed = sum(int(part.train.lengths.sum(dtype=np.int64)) for part in self.parts)
+        packed = sum(part.train.tokens for part in self.parts)
         return {
             **total, "packing": self.packing,
             "packing_efficiency": round(packed / (total["rows"] * self.seq_len), 4),
             "tokens_per_batch": round(self.tokens_per_batch, 1), "seq_len": self.seq_len, "batch_size": self.batch_size,
-            "seed": self.seed, "held_out": self.held_out_fraction, "echo": self.echo,
+            "seed": self.seed, "held_out": self.held_out_share, "echo": self.echo,
             "dropped_domains": list(self.dropped), "domains": domains,
             "tokenizer": self.parts[0].store.meta["key"]["tokenizer"][:_DIGITS],
             "fingerprint": self.fingerprint,
@@ -220,7 +216,7 @@ def open_data(
             one string and cut, without segments.
         weights: domain name -> relative share of the tokens; 0 drops it, a domain not named counts 1. None: each
             entry of `spec` by its size, and inside a recipe the recipe's weights.
-        held_out: fraction of the documents held out, by hash of their text; 0 for none.
+        held_out: share of the documents held out, by hash of their text; 0 for none.
         text_field: field or template of .jsonl and .parquet records (None: found from the first record).
         join: field whose equal neighbours form one document; None keeps the recipe's (`source` for narrative), ""
             joins nothing.
@@ -254,14 +250,14 @@ def open_data(
         train, held = np.flatnonzero(~is_held), np.flatnonzero(is_held)
         if not train.size:
             raise UserError(f"the domain {domain.name!r} has no document to train on: its {held.size} are held out, "
-                            "each a copy of one held out in another domain")  # fmt: skip
+                            "each a copy of one held out in another domain")
         lengths = np.diff(store.offsets)
         plans.append([_plan(store.offsets[chosen], lengths[chosen], seq_len, packing, f"{seed} {domain.name}")
-                      for chosen in (train, held)] + [train, held])  # fmt: skip
-    tokens = np.array([plan[0].lengths.sum(dtype=np.int64) for plan in plans], float)
+                      for chosen in (train, held)] + [train, held])
+    tokens = np.array([train.tokens for train, *_ in plans], float)
     shares = _shares(domains, tokens, by_weight=weights is not None)
     parts = tuple(Part(domain, store, float(share), *plan)
-                  for domain, store, share, plan in zip(domains, stores, shares, plans, strict=True))  # fmt: skip
+                  for domain, store, share, plan in zip(domains, stores, shares, plans, strict=True))
 
     # A share is of tokens, the stream is of rows: fuller rows come less often.
     rows = np.array([part.train.row_count for part in parts])
@@ -269,12 +265,12 @@ def open_data(
         "order": ORDER, "stores": [store.folder.name for store in stores], "shares": [round(s, 12) for s in shares],
         "checksums": [store.meta["checksums"]["tokens.bin"] for store in stores], "packing": packing, "seed": seed,
         "seq_len": seq_len, "batch_size": batch_size, "held_out": held_out, **({"echo": echo} if echo else {}),
-    }  # fmt: skip
+    }
     return PackedData(
         parts, make_mix(shares * rows / tokens, int(rows.sum()), seed), packing, seq_len, batch_size, seed, held_out,
         encoder.end_id, hashlib.sha256(json.dumps(order).encode()).hexdigest(), process_index, process_count, dropped,
         echo,
-    )  # fmt: skip
+    )
 
 
 def _plan(starts: np.ndarray, lengths: np.ndarray, seq_len: int, packing: str, key: str) -> Plan:
@@ -305,7 +301,7 @@ def _check(seq_len: int, batch_size: int, packing: str, held_out: float, echo: f
     require(seq_len >= 2, f"the sequence length is {seq_len}; expected at least 2 tokens")
     require(batch_size >= 1, f"the batch size is {batch_size}; expected at least 1 row")
     require(packing in PACKINGS, f"packing is {packing!r}; expected one of {', '.join(PACKINGS)}")
-    require(0 <= held_out < 1, f"held_out is {held_out}; expected a fraction from 0 to below 1")
+    require(0 <= held_out < 1, f"held_out is {held_out}; expected a share from 0 to below 1")
     require(0 <= echo <= 1, f"echo is {echo}; expected a share of the rows, from 0 to 1")
     require(0 <= index < count, f"process_index is {index}; expected 0 to {count - 1}")
     require(batch_size % count == 0, f"a batch of {batch_size} rows does not divide among {count} processes")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Int32, UInt64
 
+from l2a_jax.attention.reference import real_tokens
 from l2a_jax.data.batch import Batch
 from l2a_jax.data.mixing import raw_random
 
@@ -34,7 +35,7 @@ def echo_row(tokens: Int32[np.ndarray, " T"], segments: Int32[np.ndarray, " T"] 
     begins = np.maximum.accumulate(np.where(np.diff(segments, prepend=-1) != 0, places, 0))
     starts = places[: max(tokens.size - SPAN + 1, 0)]
     starts = starts[(starts - begins[starts] >= SPAN) & (segments[starts] == segments[starts + SPAN - 1])
-                    & (segments[starts] != 0)]
+                    & real_tokens(segments, segments.shape)[starts]]
     out, free = tokens.copy(), np.ones(tokens.size, bool)
     for number, (first, second) in enumerate(draws if starts.size else ()):
         later = int(starts[int(first) % starts.size])

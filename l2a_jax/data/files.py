@@ -16,7 +16,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from l2a_jax.errors import UserError
-from l2a_jax.files import sha256
 
 TEXT, LINES, PARQUET = (".txt", ".raw", ".tokens"), (".jsonl",), (".parquet",)
 SUFFIXES = TEXT + LINES + PARQUET
@@ -77,12 +76,6 @@ def check_regular(file: Path, label: str = "") -> None:
         raise UserError(f"{label}{file} cannot be read: {error.strerror}") from error
     if not stat.S_ISREG(mode):
         raise UserError(f"{label}{file} is {_KINDS.get(stat.S_IFMT(mode), 'something else')}; expected a regular file")
-
-
-def digest(file: Path) -> str:
-    """SHA-256 of a file's bytes. UserError where it cannot be read."""
-    check_regular(file)
-    return sha256(file)
 
 
 def _matches(base: Path, parts: Sequence[str]) -> Iterator[Path]:

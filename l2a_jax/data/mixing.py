@@ -43,7 +43,7 @@ def interleave(counts: Sequence[int], rates: Sequence[float], seed: int) -> Int6
     domain runs out, and without a beat between domains and batches.
     """
     places = [(np.arange(count) + (raw_random(f"mix {seed} {d}", count) >> np.uint64(11)) / 2.0**53) / rate
-              for d, (count, rate) in enumerate(zip(counts, rates, strict=True))]  # fmt: skip
+              for d, (count, rate) in enumerate(zip(counts, rates, strict=True))]
     domains = np.repeat(np.arange(len(counts)), counts)
     return domains[np.argsort(np.concatenate(places), kind="stable")]
 

@@ -28,6 +28,10 @@ class Plan(NamedTuple):
         return self.rows.size - 1
 
     @property
+    def tokens(self) -> int:
+        return int(self.lengths.sum(dtype=np.int64))
+
+    @property
     def row_tokens(self) -> Int64[np.ndarray, " R"]:
         """Tokens in each row; the rest is padding."""
         return np.diff(np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])[self.rows])
@@ -103,7 +107,7 @@ def concatenate(starts: Int64[np.ndarray, " N"], lengths: Int64[np.ndarray, " N"
     document = np.searchsorted(begins, cuts, side="right") - 1
     piece_ends = np.append(cuts[1:], total)
     return _table(starts[document] + cuts - begins[document], piece_ends - cuts, piece_ends == ends[document],
-                  cuts // capacity)  # fmt: skip
+                  cuts // capacity)
 
 
 def _table(starts: np.ndarray, lengths: np.ndarray, ends: np.ndarray, row: np.ndarray) -> Plan:

@@ -69,7 +69,7 @@ RECIPES: dict[str, tuple[Domain, ...]] = {
         Domain("science", "diverse", 1.0, hub=Hub("ccdv/arxiv-summarization", "document", characters=_SOME),
                text_field="article", pattern="science_*"),
     ),
-}  # fmt: skip
+}
 
 
 def resolve(spec: str | Iterable[str]) -> tuple[Domain, ...]:
@@ -95,22 +95,29 @@ def resolve(spec: str | Iterable[str]) -> tuple[Domain, ...]:
 
 def absolute(entry: str) -> str:
     """The entry as it is read from any folder: its place, if it has one, as an absolute path."""
+    name, place = _split(entry)
+    if place is None:
+        return entry
+    whole = Path(place).expanduser().absolute()
+    return str(whole) if name is None else f"{name}={whole}"
+
+
+def _split(entry: str) -> tuple[str | None, str | None]:
+    """Name and place of an entry: a recipe alone has no place, files need no name, and theirs may hold a `=`."""
     name, equals, place = entry.partition("=")
     if entry in RECIPES:
-        return entry
-    if not equals or find(entry, f"--data {entry}"):
-        return str(Path(entry).expanduser().absolute())
-    return f"{name}={Path(place).expanduser().absolute()}"
+        return entry, None
+    return (name, place) if equals and (name in RECIPES or not find(entry, f"--data {entry}")) else (None, entry)
 
 
 def _entry(entry: str) -> tuple[Domain, ...]:
-    if entry in RECIPES:
-        return RECIPES[entry]
-    name, equals, place = entry.partition("=")
-    if equals and name in RECIPES:
+    name, place = _split(entry)
+    if place is None:
+        return RECIPES[name]
+    if name is None:
+        return (Domain(FILES, FILES, files=_files(place, entry)),)
+    if name in RECIPES:
         return _local_recipe(name, place)
-    if not equals or find(entry, f"--data {entry}"):
-        return (Domain(FILES, FILES, files=_files(entry, entry)),)
     similar = difflib.get_close_matches(name, RECIPES, n=1)
     if similar or not name.isidentifier():
         raise UserError(f"--data {entry}: no recipe is called {name!r}; " + _expected(similar))
@@ -125,7 +132,7 @@ def _local_recipe(name: str, place: str) -> tuple[Domain, ...]:
     domains = []
     for domain in recipe:
         files = tuple(file for file in found if fnmatch(file.name, domain.pattern)
-                      and not any(fnmatch(file.name.lower(), pattern) for pattern in domain.exclude))  # fmt: skip
+                      and not any(fnmatch(file.name.lower(), pattern) for pattern in domain.exclude))
         if not files and len(recipe) == 1 and not Path(place).is_dir():
             files = found  # named one by one: the user has chosen
         if not files:
@@ -147,7 +154,7 @@ def _files(place: str, entry: str) -> tuple[Path, ...]:
             raise UserError(f"--data {entry}: the folder holds no {', '.join(SUFFIXES)} file (also .gz)")
         if path.parent == Path(".") and not path.suffix and not glob.has_magic(place):
             raise UserError(f"--data {entry}: neither a recipe nor a file; "
-                            + _expected(difflib.get_close_matches(place, RECIPES, n=1)))  # fmt: skip
+                            + _expected(difflib.get_close_matches(place, RECIPES, n=1)))
         raise UserError(f"--data {entry}: no file matches {place}")
     return tuple(found)
 

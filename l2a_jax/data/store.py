@@ -138,7 +138,7 @@ def writing(folder: Path, dtype: str) -> Iterator[StoreWriter]:
     except OSError as error:
         if not begun or not (folder / "meta.json").exists():
             raise UserError(f"the token cache {folder.parent} cannot be written ({error.strerror or error}); "
-                            "expected a folder to write to, with room: set L2A_CACHE") from error  # fmt: skip
+                            "expected a folder to write to, with room: set L2A_CACHE") from error
 
 
 def open_store(folder: Path, about: dict[str, Any] | None = None) -> TokenStore:

@@ -193,7 +193,7 @@ def _parsing(path: Path, what: str) -> Iterator[None]:
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} does not read as parquet: {what} is damaged, or of a kind that is not read "
-                        f"({type(error).__name__}: {reason})") from error  # fmt: skip
+                        f"({type(error).__name__}: {reason})") from error
 
 
 def hub_records(hub: Hub, instead: str) -> Iterator[tuple[str, Mapping]]:
@@ -214,7 +214,7 @@ def hub_records(hub: Hub, instead: str) -> Iterator[tuple[str, Mapping]]:
     except Exception as error:  # a network fails in more ways than any list: each HTTP library has its own
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{hub.path} cannot be read from the Hugging Face hub ({type(error).__name__}: {reason}). "
-                        f"Without a network give local files: {instead}") from error  # fmt: skip
+                        f"Without a network give local files: {instead}") from error
 
 
 def record_text(
@@ -238,15 +238,14 @@ def record_text(
             (they could end up on both sides of the held-out split).
     """
     seen = set() if seen is None else seen
-    template: str | None = None
-    current: str | None = None
+    layout = current = None
     for place, record in records:
-        if template is None:
-            template = _template(field, record)
-        if template is None:
+        if layout is None:
+            layout = _layout(field, record)
+        if layout is None:
             wanted = "text field " + repr(field) if field else "text field (" + ", ".join(map(repr, LAYOUTS)) + ")"
             raise UserError(f"{place} has no {wanted}; its fields are {', '.join(map(repr, record)) or 'none'}")
-        text = _format(template, place, record)
+        text = _format(layout, place, record)
         source = str(record[join]) if join and record.get(join) is not None else None
         if source is not None and source == current:
             yield Fragment("\n\n", False)
@@ -267,34 +266,31 @@ def needed_columns(field: str | None, join: str | None) -> Callable[[Collection[
     """For `read_records`: the columns that `record_text` will ask for; all of them where it will find none."""
 
     def needed(names: Collection[str]) -> Collection[str]:
-        found = _template(field, names)
-        return names if found is None else [name for name in names if name in (*_fields(found), join)]
+        layout = _layout(field, names)
+        return names if layout is None else [name for name in names if name in {join, *(part[1] for part in layout)}]
 
     return needed
 
 
-def _template(field: str | None, names: Collection[str]) -> str | None:
-    """The first layout whose fields are all among `names`."""
+def _layout(field: str | None, names: Collection[str]) -> list[tuple[str, str | None]] | None:
+    """The first layout whose fields are all among `names`, as pairs of plain text and the field that follows it."""
     for layout in LAYOUTS if field is None else (field,):
         template = layout if "{" in layout else "{" + layout + "}"
-        fields = _fields(template)
+        try:
+            parts = [(literal, name) for literal, name, _, _ in string.Formatter().parse(template)]
+        except ValueError as error:
+            raise UserError(f"the text field {template!r} is no template: {error}") from None
+        fields = [name for _, name in parts if name is not None]
         if fields and all(name in names for name in fields):
-            return template
+            return parts
     return None
 
 
-def _fields(template: str) -> list[str]:
-    try:
-        return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-    except ValueError as error:
-        raise UserError(f"the text field {template!r} is no template: {error}") from None
-
-
-def _format(template: str, place: str, record: Mapping) -> str:
+def _format(layout: list[tuple[str, str | None]], place: str, record: Mapping) -> str:
     parts = []
-    for literal, name, _, _ in string.Formatter().parse(template):
+    for literal, name in layout:
         parts.append(literal)
-        if name:
+        if name is not None:
             if name not in record:
                 raise UserError(f"{place} has no text field {name!r}; its fields are {', '.join(map(repr, record))}")
             value = record[name]
@@ -367,7 +363,9 @@ def pieces(fragments: Iterable[Fragment], size: int = PIECE) -> Iterator[Piece]:
             if held or started:
                 yield from take(ends=True)
             identity = fragment.identity
-        for line in _lines(fragment.text) if len(fragment.text) > size else (fragment.text,):
+        # By line ends alone: `splitlines` knows a dozen more.
+        lines = re.findall(r"[^\n]*\n|[^\n]+", fragment.text) if len(fragment.text) > size else [fragment.text]
+        for line in lines:
             if length >= size and held[-1].endswith("\n") and line and not line[0].isspace():
                 yield from take(ends=False)
             if line or fragment.starts:
@@ -375,7 +373,3 @@ def pieces(fragments: Iterable[Fragment], size: int = PIECE) -> Iterator[Piece]:
                 length += len(line)
     if held or started:
         yield from take(ends=True)
-
-
-def _lines(text: str) -> Iterator[str]:
-    return (match[0] for match in re.finditer(r"[^\n]*\n|[^\n]+", text))

@@ -18,12 +18,12 @@ import numpy as np
 
 from l2a_jax.data.counts import format_count
 from l2a_jax.data.encoder import Encoder
-from l2a_jax.data.files import check_regular, digest
+from l2a_jax.data.files import check_regular
 from l2a_jax.data.recipes import Domain
 from l2a_jax.data.store import FORMAT, TokenStore, open_store, writing
 from l2a_jax.data.text import PIECE, Piece, fragments, leading, pieces
 from l2a_jax.errors import UserError
-from l2a_jax.files import write_text
+from l2a_jax.files import sha256, write_text
 from l2a_jax.progress import progress
 
 BATCH = 1 << 21
@@ -86,7 +86,7 @@ def _file_hash(path: Path, cache: Path) -> str:
         remembered, state = known.read_text().split("\n")
         if state == before:
             return remembered
-    found, after = digest(path), path.stat()
+    found, after = sha256(path), path.stat()
     # A file written within the clock's grain, or while it was read, could change once more under the same times.
     if _state(path) == before and time.time() - max(after.st_mtime, after.st_ctime) > 2:
         with contextlib.suppress(OSError, UserError):  # only a memory; an unwritable cache is told where it matters
@@ -162,7 +162,7 @@ def _build(domain: Domain, encoder: Encoder, folder: Path, meta: dict) -> None:
                     documents, hasher, identity = documents + 1, hashlib.blake2b(digest_size=8), None
             speed = text_bytes / 1e6 / max(time.monotonic() - started, 1e-9)
             report(characters if domain.hub else done,
-                   f"{documents} documents, {format_count(writer.tokens)} tokens, {speed:.1f} MB/s")  # fmt: skip
+                   f"{documents} documents, {format_count(writer.tokens)} tokens, {speed:.1f} MB/s")
         if not documents:
             places = ", ".join(map(str, domain.files)) or domain.hub.path
             raise UserError(f"no text for the domain {domain.name!r}: {places} holds no document that is not empty")
@@ -170,4 +170,4 @@ def _build(domain: Domain, encoder: Encoder, folder: Path, meta: dict) -> None:
             "domain": domain.name, "text_bytes": text_bytes, "empty_documents": skipped, "end_id": encoder.end_id,
             "files": [path.name for path in domain.files] or [domain.hub.path],
             "seconds": round(time.monotonic() - started, 2),
-        })  # fmt: skip
+        })

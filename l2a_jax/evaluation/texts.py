@@ -21,11 +21,12 @@ import numpy as np
 from jaxtyping import Int32
 
 from l2a_jax.data.encoder import check_ids, make_encoder
-from l2a_jax.data.files import SUFFIXES, TEXT, digest, find, once, suffix
+from l2a_jax.data.files import SUFFIXES, TEXT, find, once, suffix
 from l2a_jax.data.recall import IDS
 from l2a_jax.data.recipes import Hub
 from l2a_jax.data.text import Fragment, hub_records, needed_columns, read_lines, read_records, record_text, separated
 from l2a_jax.errors import UserError
+from l2a_jax.files import sha256
 
 WIKITEXT = "wikitext"
 """`--text wikitext` or `wikitext:validation`: WikiText-2 raw from the hub, its test split unless told."""
@@ -77,7 +78,7 @@ def read_text(entry: str, flag: str = "--text") -> Text:
         rule = "documents (WikiText raw files joined as usual)"
     names = [path.name for path in paths]
     return Text(entry if len(paths) > 1 else paths[0].name, tuple(documents), rule,
-                {name if names.count(name) == 1 else str(path): digest(path)
+                {name if names.count(name) == 1 else str(path): sha256(path)
                  for name, path in zip(names, paths, strict=True)})
 
 

@@ -66,7 +66,7 @@ def test_hashes_of_old_files_are_remembered_but_not_of_fresh_ones(write, texts, 
     monkeypatch.setattr(time, "time", lambda: later)
     old = tokenise._file_hash(path, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(tokenise, "digest", lambda *a: pytest.fail("read again"))
+        patch.setattr(tokenise, "sha256", lambda *a: pytest.fail("read again"))
         assert tokenise._file_hash(path, tmp_path) == old
     write("a.txt", ["other"])
     assert tokenise._file_hash(path, tmp_path) != old
