@@ -24,7 +24,7 @@ from l2a_jax.provenance import provenance
 from l2a_jax.runs import demo
 from l2a_jax.training import metrics
 from l2a_jax.training.checkpoints import BEST, Checkpoints
-from l2a_jax.training.optimizer import OptimizerConfig, learning_rate
+from l2a_jax.training.optimizer import learning_rate
 from l2a_jax.training.regimes import count_parameters
 from l2a_jax.training.step import TrainState
 
@@ -116,13 +116,12 @@ def summarise(
     return summary
 
 
-def draw_curves(run_dir: pathlib.Path, plan: Plan) -> None:
+def draw_curves(run_dir: pathlib.Path, run: Run) -> None:
     """`curves.png`, of what `metrics.jsonl` holds."""
-    s = plan.settings
-    rule = OptimizerConfig(s.lr, plan.steps, warmup=round(s.warmup * plan.steps))
+    plan = run.plan
     metrics.draw_curves(metrics.read_metrics(run_dir / "metrics.jsonl"), run_dir / "curves.png",
-                        f"{s.regime} on {plan.source or 'fresh parameters'}: {run_dir.name}",
-                        learning_rate(rule, s.lr))
+                        f"{plan.settings.regime} on {plan.source or 'fresh parameters'}: {run_dir.name}",
+                        learning_rate(run.dials, run.dials.lr))
 
 
 def print_summary(run_dir: pathlib.Path, summary: dict[str, Any]) -> None:

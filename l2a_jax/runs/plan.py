@@ -30,19 +30,18 @@ from l2a_jax.models.params import Tree, abstract_params, add_routing, init_param
 from l2a_jax.sources import TINY, load_pretrained, read_config, recall_tokenizer, source_tokenizer
 from l2a_jax.training import memory
 from l2a_jax.training import settings as presets
-from l2a_jax.training.optimizer import OptimizerConfig, make_optimizer
+from l2a_jax.training.optimizer import Dials, OptimizerConfig, make_optimizer
 from l2a_jax.training.regimes import regime_mask
 from l2a_jax.training.run_files import RunConfig
 from l2a_jax.training.settings import RECALL_EMPHASIS, Settings
 from l2a_jax.training.step import (
-    Dials,
     Objective,
     TrainState,
     compute_params,
-    dialled_step,
     evaluate_batch,
     initial_state,
     split_params,
+    train_step,
 )
 from l2a_jax.training.tables import PLAIN_REGIMES, check_attention_layers
 
@@ -164,8 +163,13 @@ class Run(NamedTuple):
         """The compiled step with this run's numbers; None where nothing is trained."""
         if self.program is None:
             return None
-        dials = dials_of(self.plan)
+        dials = self.dials
         return lambda state, frozen, batch, key: self.program(state, frozen, batch, key, dials)
+
+    @property
+    def dials(self) -> Dials:
+        """The numbers of this run's plan: a program of other plans runs with them."""
+        return dials_of(self.plan)
 
 
 def dials_of(plan: Plan) -> Dials:
@@ -187,12 +191,10 @@ def compile_run(plan: Plan) -> Run:
     """Compile a step from shapes alone and refuse a run that cannot fit (UserError with the estimate)."""
     s = plan.settings
     objective = Objective(plan.config, plan.l2a_config, dtype=plan.dtype, backend=s.backend,
-                          remat=memory.checkpoint_policy(s.remat), unroll=_unrolls(s),
-                          attention_layers=s.attention_layers)
-    rule = OptimizerConfig(s.lr, plan.steps, weight_decay=s.weight_decay, clip=s.clip,
-                           attention_layers=s.attention_layers,
+                          remat=memory.checkpoint_policy(s.remat), unroll=_unrolls(s))
+    rule = OptimizerConfig(s.regime, s.weight_decay, s.clip, attention_layers=s.attention_layers,
                            momentum_dtype=None if s.master_dtype == "float32" else jnp.dtype(s.master_dtype))
-    optimizer = make_optimizer(rule, s.regime)
+    optimizer = make_optimizer(rule, dials_of(plan))
     abstract = abstract_params(plan.config, plan.l2a_config, plan.dtype)
     mask = regime_mask(abstract, s.regime)
     trainable, frozen = jax.eval_shape(lambda params: split_params(params, mask, objective.unroll), abstract)
@@ -202,8 +204,7 @@ def compile_run(plan: Plan) -> Run:
     if not jax.tree.leaves(trainable):
         return Run(plan, objective, mask, optimizer, like, None, evaluate, memory.tree_bytes(frozen))
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((s.grad_accum, *x.shape), x.dtype), plan.data.batch(0))
-    step = jax.jit(functools.partial(dialled_step, objective=objective, optimizer=rule, regime=s.regime),
-                   donate_argnums=0)
+    step = jax.jit(functools.partial(train_step, objective=objective, optimizer=rule), donate_argnums=0)
     log.info("compiling a step ...")
     started = time.perf_counter()
     compiled = step.lower(like, frozen, batch, jax.eval_shape(jax.random.key, 0), dials_of(plan)).compile()

@@ -174,7 +174,7 @@ def _fit_and_score(run: Run, run_dir: pathlib.Path, state: TrainState, frozen: T
     write_json(run_dir / "summary.json", summary)
     if run.step is not None:
         try:
-            folder.draw_curves(run_dir, plan)
+            folder.draw_curves(run_dir, run)
         except Missing as lacking:
             log.warning("no curves.png: %s", lacking)
     folder.print_summary(run_dir, summary)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,43 +21,50 @@ from l2a_jax.training.regimes import keep_layers, regime_mask
 from l2a_jax.training.tables import group_of
 
 
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """`lr` peaks after `warmup` steps and decays as a cosine to `final` of it at `steps`; `clip` is a global norm.
+class Dials(NamedTuple):
+    """The numbers of a run that its compiled step takes as arguments, so that runs differing in nothing else share it.
 
-    `router_lr` replaces `lr` for the router (None: the same). These four are numbers, or traced. Decay
-    touches matrices only: no norm, bias or router.
-    `attention_layers`: attention moves in these layers alone (None: in all). `momentum_dtype` is that of the first
-    moment (None: float32); the second stays float32, because at beta2 0.999 what a step changes in it is less than
-    half of a bfloat16's last place and would never be seen.
+    `lr`, `router_lr` (the router's own) and `penalty` are maxima; everything else is a count of steps. The rates peak
+    after `warmup` steps and fall as a cosine to 0 at `steps`.
     """
 
     lr: Any
+    router_lr: Any
     steps: Any
     warmup: Any = 0
-    router_lr: Any = None
+    penalty: Any = 0.0
+    penalty_warmup: Any = 0
+    penalty_ramp: Any = 1
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """What an optimizer is compiled from: the regime says which leaves move.
+
+    `clip` is a global norm. Decay touches matrices only: no norm, bias or router. `attention_layers`: attention moves
+    in these layers alone (None: in all). `momentum_dtype` is that of the first moment (None: float32); the second stays
+    float32, because at beta2 0.999 what a step changes in it is less than half of a bfloat16's last place and would
+    never be seen.
+    """
+
+    regime: str
     weight_decay: float = 0.0
     clip: float = 1.0
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
-    final: float = 0.0
     attention_layers: tuple[int, ...] | None = None
     momentum_dtype: Any = None
 
 
-def learning_rate(config: OptimizerConfig, peak: Any) -> Callable:
-    """Step -> learning rate. The first update already moves: warm-up counts from 1.
-
-    The numbers may be traced: `step.dialled_step` takes them as arguments.
-    """
+def learning_rate(dials: Dials, peak: Any) -> Callable:
+    """Step -> learning rate. The first update already moves: warm-up counts from 1."""
 
     def schedule(count):
         count = jnp.asarray(count, jnp.float32)
-        rise = jnp.minimum((count + 1) / jnp.maximum(config.warmup, 1), 1.0)
-        progress = jnp.clip((count - config.warmup) / jnp.maximum(config.steps - config.warmup, 1), 0.0, 1.0)
-        fall = config.final + (1 - config.final) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
-        return peak * rise * fall
+        rise = jnp.minimum((count + 1) / jnp.maximum(dials.warmup, 1), 1.0)
+        progress = jnp.clip((count - dials.warmup) / jnp.maximum(dials.steps - dials.warmup, 1), 0.0, 1.0)
+        return peak * rise * (0.5 * (1 + jnp.cos(jnp.pi * progress)))
 
     return schedule
 
@@ -77,24 +84,24 @@ def master_dtype_of(path: str, master_dtype: Any) -> Any:
     return jnp.dtype(master_dtype) if is_matrix(path) else jnp.dtype(jnp.float32)
 
 
-def make_optimizer(config: OptimizerConfig, regime: str) -> optax.GradientTransformation:
-    """The regime's optimizer, for the whole tree or for its trainable part."""
+def make_optimizer(config: OptimizerConfig, dials: Dials) -> optax.GradientTransformation:
+    """The regime's optimizer, for the whole tree or for its trainable part; `dials` may be traced."""
 
     def rate_of(params):
         return map_with_path(lambda path, _: "router" if group_of(path) == "router" else "rest", params)
 
     def per_rate(make):
-        router = config.lr if config.router_lr is None else config.router_lr
-        return optax.partition({"router": make(router, 0.0), "rest": make(config.lr, config.weight_decay)}, rate_of)
+        return optax.partition({"router": make(dials.router_lr, 0.0), "rest": make(dials.lr, config.weight_decay)},
+                               rate_of)
 
     def adamw(peak, decay):
-        return optax.adamw(learning_rate(config, peak), config.beta1, config.beta2, config.epsilon,
+        return optax.adamw(learning_rate(dials, peak), config.beta1, config.beta2, config.epsilon,
                            weight_decay=decay, mask=decayed, mu_dtype=config.momentum_dtype)
 
     trained = optax.chain(optax.clip_by_global_norm(config.clip), per_rate(adamw))
 
     def trains(params):
-        return jax.tree.map(lambda wanted: "trained" if wanted else "frozen", regime_mask(params, regime))
+        return jax.tree.map(lambda wanted: "trained" if wanted else "frozen", regime_mask(params, config.regime))
 
     everything = optax.partition({"trained": trained, "frozen": optax.set_to_zero()}, trains)
     if config.attention_layers is None:

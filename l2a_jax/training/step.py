@@ -6,7 +6,6 @@ parameters a diagnosis finds are those from before the step that failed.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from l2a_jax.models.params import Tree, by_layer, map_with_path, param_dtype, st
 from l2a_jax.models.transformer import hidden_states
 from l2a_jax.nn import routing
 from l2a_jax.training.loss import cross_entropy, token_nll
-from l2a_jax.training.optimizer import OptimizerConfig, make_optimizer, master_dtype_of, narrowed, widened
+from l2a_jax.training.optimizer import Dials, OptimizerConfig, make_optimizer, master_dtype_of, narrowed, widened
 from l2a_jax.training.regimes import combine, keep_layers, partition
 
 
@@ -36,34 +35,14 @@ class TrainState(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """Everything static about a step. `remat` and `unroll` are those of `hidden_states`; `attention_layers` are
-    the optimizer's, for the gradient norm that a step reports."""
+    """The loss that a step is compiled for. `remat` and `unroll` are those of `hidden_states`."""
 
     config: ModelConfig
     l2a_config: L2AConfig | None
-    penalty: float = 0.0
-    penalty_warmup: int = 0
-    penalty_ramp: int = 1
     dtype: Any = jnp.float32
     backend: str = "auto"
     remat: Callable | bool = False
     unroll: bool = False
-    attention_layers: tuple[int, ...] | None = None
-
-
-class Dials(NamedTuple):
-    """The numbers of a run that its compiled step takes as arguments, so that runs differing in nothing else share it.
-
-    Rates and `penalty` are maxima; everything else is a count of steps.
-    """
-
-    lr: Any
-    router_lr: Any
-    steps: Any
-    warmup: Any
-    penalty: Any
-    penalty_warmup: Any
-    penalty_ramp: Any
 
 
 def initial_state(trainable: Tree, optimizer: optax.GradientTransformation, master_dtype: Any) -> TrainState:
@@ -107,20 +86,21 @@ def train_step(
     frozen: Tree,
     batch: Batch,
     key: PRNGKeyArray,
+    dials: Dials,
     *,
     objective: Objective,
-    optimizer: optax.GradientTransformation,
+    optimizer: OptimizerConfig,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One update from the A micro-batches of `batch` ([A, B, T] each), and its metrics.
 
     Loss and penalty are means over all tokens of the step, so a micro-batch counts by its tokens. `key` is the run's:
-    leakage draws from fold_in(key, step, microbatch, layer).
+    leakage draws from fold_in(key, step, microbatch, layer). `dials` may be traced.
     """
     real = real_tokens(batch.segment_ids, batch.tokens.shape)
     counted = jnp.maximum(jnp.sum(batch.weights), 1.0)
     total = jnp.maximum(jnp.sum(real), 1)
-    weight = routing.penalty_weight(state.step, maximum=objective.penalty, warmup=objective.penalty_warmup,
-                                    ramp=objective.penalty_ramp)
+    weight = routing.penalty_weight(state.step, maximum=dials.penalty, warmup=dials.penalty_warmup,
+                                    ramp=dials.penalty_ramp)
     step_key = jax.random.fold_in(key, state.step)
     layers = objective.config.num_layers
 
@@ -154,12 +134,12 @@ def train_step(
     else:
         (gradients, sums), _ = jax.lax.scan(accumulate, zeros, inputs)
 
-    gradients = keep_layers(gradients, objective.attention_layers)
+    gradients = keep_layers(gradients, optimizer.attention_layers)
     norm = optax.tree.norm(gradients)
     mean_nll = sums.nll / counted
     healthy = state.healthy & jnp.isfinite(mean_nll) & jnp.isfinite(norm) & jnp.isfinite(sums.penalty)
     masters = widened(state.trainable)
-    updates, optimizer_state = optimizer.update(gradients, state.optimizer, masters)
+    updates, optimizer_state = make_optimizer(optimizer, dials).update(gradients, state.optimizer, masters)
     masters = narrowed(optax.apply_updates(masters, updates), state.trainable,
                        jax.random.fold_in(step_key, _ROUNDING))
     updated = TrainState(state.step + 1, masters, optimizer_state, healthy)
@@ -173,16 +153,6 @@ def train_step(
         if "router" in gradients.get("layers", {}):
             metrics["router_grad_norm"] = optax.tree.norm(gradients["layers"]["router"])
     return state, metrics
-
-
-def dialled_step(state: TrainState, frozen: Tree, batch: Batch, key: PRNGKeyArray, dials: Dials, *,
-                 objective: Objective, optimizer: OptimizerConfig, regime: str) -> tuple[TrainState, dict[str, Array]]:
-    """`train_step` with `dials` in place of the numbers of `objective` and `optimizer`, which may be traced."""
-    objective = objective._replace(penalty=dials.penalty, penalty_warmup=dials.penalty_warmup,
-                                   penalty_ramp=dials.penalty_ramp)
-    optimizer = dataclasses.replace(optimizer, lr=dials.lr, router_lr=dials.router_lr, steps=dials.steps,
-                                    warmup=dials.warmup)
-    return train_step(state, frozen, batch, key, objective=objective, optimizer=make_optimizer(optimizer, regime))
 
 
 class Evaluation(NamedTuple):

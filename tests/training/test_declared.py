@@ -17,8 +17,8 @@ from l2a_jax.evaluation.options import NeedleFlags, Options
 from l2a_jax.fields import Mark, declared, flag, said
 from l2a_jax.inference.options import Continuation
 from l2a_jax.runs.plan import make_plan, program_key
+from l2a_jax.training.optimizer import Dials
 from l2a_jax.training.settings import LAYER_FIELDS, PRESETS, Settings, compiled_in, resolve
-from l2a_jax.training.step import Dials
 
 ROOT = pathlib.Path(l2a_jax.__file__).parent
 KINDS = (Settings, Options, NeedleFlags, Continuation)

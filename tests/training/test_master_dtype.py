@@ -11,13 +11,14 @@ import optax
 import pytest
 
 from l2a_jax.models.params import map_with_path
-from l2a_jax.training.optimizer import OptimizerConfig, make_optimizer, narrowed, round_stochastically
+from l2a_jax.training.optimizer import Dials, OptimizerConfig, make_optimizer, narrowed, round_stochastically
 from l2a_jax.training.regimes import partition, regime_mask
 from l2a_jax.training.step import initial_state, train_step
 from tests.models.cases import make_params
 from tests.training.test_step import OBJECTIVE, make_batch
 
 DRAWS = 4_096
+DIALS = Dials(5e-5, 3e-4, steps=1, warmup=3, penalty=0.5)
 
 
 @pytest.mark.parametrize("value", [1 + 2**-12, -(1 + 2**-9), 3e-5, -7.3, 1e-30, 3e38])
@@ -49,12 +50,11 @@ def test_leaves_in_float32_are_not_rounded_and_draws_differ_between_leaves():
 @functools.cache
 def trained(master_dtype, steps, regime="router_only", micro=1, **rule):
     momentum = None if master_dtype == jnp.float32 else master_dtype
-    rule = {"lr": 5e-5, "router_lr": 3e-4, "warmup": 3, **rule}
-    optimizer = make_optimizer(OptimizerConfig(steps=steps, momentum_dtype=momentum, **rule), regime)
+    rule, dials = OptimizerConfig(regime, momentum_dtype=momentum, **rule), DIALS._replace(steps=steps)
     params = make_params(OBJECTIVE.l2a_config)
     trainable, frozen = partition(params, regime_mask(params, regime))
-    state = initial_state(trainable, optimizer, master_dtype)
-    step = jax.jit(functools.partial(train_step, objective=OBJECTIVE, optimizer=optimizer))
+    state = initial_state(trainable, make_optimizer(rule, dials), master_dtype)
+    step = jax.jit(functools.partial(train_step, dials=dials, objective=OBJECTIVE, optimizer=rule))
     before = state.trainable
     for index in range(steps):
         batch = jax.tree.map(lambda x: jnp.repeat(x, micro, axis=0), make_batch(1, seed=index))

@@ -9,7 +9,7 @@ import pytest
 from l2a_jax.config import MODELS, L2AConfig
 from l2a_jax.errors import UserError
 from l2a_jax.models.params import abstract_params, init_params, map_with_path
-from l2a_jax.training.optimizer import OptimizerConfig, make_optimizer
+from l2a_jax.training.optimizer import Dials, OptimizerConfig, make_optimizer
 from l2a_jax.training.regimes import combine, count_parameters, partition, regime_mask
 from l2a_jax.training.tables import REGIMES, group_of
 from tests.models.cases import CONFIG, LAYERS, UNTIED, make_params
@@ -63,7 +63,7 @@ def test_partition_and_combine_are_inverse(regime):
 def test_the_mask_freezes_by_itself(regime):
     """Gradients of the whole tree, driven through the optimizer: trained leaves move, frozen ones are bit-identical."""
     params = make_params(LAYERS["parallel"])
-    optimizer = make_optimizer(OptimizerConfig(1e-2, 10, 2, router_lr=1e-3, weight_decay=0.1), regime)
+    optimizer = make_optimizer(OptimizerConfig(regime, weight_decay=0.1), Dials(1e-2, 1e-3, 10, 2))
     state, moved = optimizer.init(params), params
     for seed in range(3):
         gradients = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(seed), leaf.shape), moved)  # noqa: B023
@@ -82,7 +82,7 @@ def test_the_mask_freezes_by_itself(regime):
 def test_the_whole_tree_and_the_subtree_get_the_same_update():
     """Clipping, decay and rates see the trainable gradients alone, whichever way the optimizer is driven."""
     params = make_params(LAYERS["parallel"])
-    optimizer = make_optimizer(OptimizerConfig(1e-2, 10, 0, router_lr=1e-3, weight_decay=0.1), "l2a_ft")
+    optimizer = make_optimizer(OptimizerConfig("l2a_ft", weight_decay=0.1), Dials(1e-2, 1e-3, 10))
     gradients = jax.tree.map(lambda leaf: 100 * jax.random.normal(jax.random.key(1), leaf.shape), params)
     mask = regime_mask(params, "l2a_ft")
     whole, _ = optimizer.update(gradients, optimizer.init(params), params)

@@ -16,13 +16,14 @@ from l2a_jax.nn import routing
 from l2a_jax.training.diagnose import first_non_finite
 from l2a_jax.training.loss import cross_entropy
 from l2a_jax.training.memory import checkpoint_policy
-from l2a_jax.training.optimizer import OptimizerConfig, make_optimizer
+from l2a_jax.training.optimizer import Dials, OptimizerConfig, make_optimizer
 from l2a_jax.training.regimes import partition, regime_mask
 from l2a_jax.training.step import Objective, compute_params, initial_state, split_params, train_step
 from tests.models.cases import CONFIG, LAYERS, make_params, make_tokens, packed
 
 LAYER = LAYERS["shared"]
-OBJECTIVE = Objective(CONFIG, LAYER, penalty=0.5, penalty_warmup=0, penalty_ramp=1)
+OBJECTIVE = Objective(CONFIG, LAYER)
+DIALS = Dials(1e-2, 1e-2, 20, penalty=0.5)
 
 
 def make_batch(micro, seed=0, segments=True):
@@ -36,12 +37,12 @@ def make_batch(micro, seed=0, segments=True):
     return jax.tree.map(lambda *x: jnp.stack(x), *parts)
 
 
-def set_up(regime="l2a_ft", objective=OBJECTIVE, params=None, **optimizer):
+def set_up(regime="l2a_ft", objective=OBJECTIVE, params=None, **dials):
     params = make_params(objective.l2a_config) if params is None else params
-    tx = make_optimizer(OptimizerConfig(**{"lr": 1e-2, "steps": 20, "router_lr": 1e-2, **optimizer}), regime)
+    rule, dials = OptimizerConfig(regime), DIALS._replace(**dials)
     trainable, frozen = partition(params, regime_mask(params, regime))
-    step = jax.jit(functools.partial(train_step, objective=objective, optimizer=tx))
-    return params, initial_state(trainable, tx, jnp.float32), frozen, step
+    step = jax.jit(functools.partial(train_step, dials=dials, objective=objective, optimizer=rule))
+    return params, initial_state(trainable, make_optimizer(rule, dials), jnp.float32), frozen, step
 
 
 def test_frozen_leaves_stay_and_the_loss_falls():
@@ -55,7 +56,7 @@ def test_frozen_leaves_stay_and_the_loss_falls():
     assert losses[-1] < losses[0] - 0.1 and int(state.step) == 8
 
 
-def test_accumulated_gradients_are_those_of_all_tokens_at_once():
+def test_accumulated_gradients_are_those_of_all_tokens_at_once(monkeypatch):
     """Three micro-batches of different token counts against one loss written over all of them."""
     params, state, frozen, _ = set_up("full_ft")
     batch = make_batch(3)
@@ -80,8 +81,8 @@ def test_accumulated_gradients_are_those_of_all_tokens_at_once():
         seen["gradients"] = updates
         return updates, state
 
-    tx = optax.GradientTransformation(lambda params: optax.EmptyState(), spy)
-    step = functools.partial(train_step, objective=OBJECTIVE, optimizer=tx)
+    monkeypatch.setattr("l2a_jax.training.step.make_optimizer", lambda *_: optax.GradientTransformation(None, spy))
+    step = functools.partial(train_step, dials=DIALS, objective=OBJECTIVE, optimizer=OptimizerConfig("full_ft"))
     found = jax.jit(lambda *given: (step(*given), seen["gradients"])[1])(
         state._replace(optimizer=optax.EmptyState()), frozen, batch, jax.random.key(0))
     expected = jax.jit(jax.grad(whole))(params)

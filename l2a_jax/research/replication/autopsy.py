@@ -24,7 +24,7 @@ from l2a_jax.models.params import Tree, add_routing
 from l2a_jax.research.replication.faulty import FAULTS, Fault, Trace, train_faulty
 from l2a_jax.research.tables import grid
 from l2a_jax.sources import Pretrained
-from l2a_jax.training.optimizer import OptimizerConfig
+from l2a_jax.training.optimizer import Dials, OptimizerConfig
 from l2a_jax.training.step import Objective
 
 SYMPTOMS = (
@@ -71,8 +71,8 @@ def autopsy(
     prompts: Sequence[Sequence[int]],
     *,
     objective: Objective,
+    dials: Dials,
     optimizer: OptimizerConfig,
-    regime: str = "l2a_ft",
     faults: Sequence[Fault] = FAULTS,
     extra: Callable[[Pretrained], Mapping[str, float | None]] | None = None,
     stop_tokens: Sequence[int] = (),
@@ -82,10 +82,10 @@ def autopsy(
 ) -> dict[str, Any]:
     """A row for each fault (two where NaN came in), and rows for the plain and the untrained routed model.
 
-    `objective` (with this `l2a_config`) and `optimizer` are the sound run's; `extra` may add measures of a model whose
-    weights and logits are finite, such as `task_margin` and `needle`. A row holds the fault, the curves as logged
-    (`loss_curve`, `sparsity_curve`), `finite_losses` (share of steps), the measures of `SYMPTOMS`, perplexity, the
-    collapse report's verdict and generated text, and `symptoms`.
+    `objective` (with this `l2a_config`), `dials` and `optimizer` are the sound run's; `extra` may add measures of a
+    model whose weights and logits are finite, such as `task_margin` and `needle`. A row holds the fault, the curves as
+    logged (`loss_curve`, `sparsity_curve`), `finite_losses` (share of steps), the measures of `SYMPTOMS`, perplexity,
+    the collapse report's verdict and generated text, and `symptoms`.
     """
     options = {"objective": objective, "extra": extra, "stop_tokens": stop_tokens, "new_tokens": new_tokens,
                "seed": seed, "batch_tokens": batch_tokens}
@@ -97,7 +97,7 @@ def autopsy(
              **_examine(routed, windows, prompts, None, reference, **options)}]
     for fault in faults:
         started = time.monotonic()
-        trace = train_faulty(routed.params, data, fault, objective, optimizer, regime, seed=seed)
+        trace = train_faulty(routed.params, data, fault, objective, dials, optimizer, seed=seed)
         seconds = time.monotonic() - started
         looks: list[tuple[str, Tree]] = [(fault.name, trace.params)]
         if trace.before is not None:
@@ -106,7 +106,7 @@ def autopsy(
             found = _examine(routed._replace(params=params), windows, prompts, trace, reference, **options)
             rows.append({"fault": name, "meaning": fault.meaning, "settings": fault._asdict(),
                          "training_seconds": seconds, **found})
-    return {"rows": rows, "regime": regime, "steps": optimizer.steps, "seed": seed, "text": windows.about,
+    return {"rows": rows, "regime": optimizer.regime, "steps": dials.steps, "seed": seed, "text": windows.about,
             "rules": [rule._asdict() for rule in SYMPTOMS]}
 
 

@@ -25,7 +25,7 @@ from l2a_jax.models.transformer import hidden_states
 from l2a_jax.nn import routing
 from l2a_jax.progress import progress
 from l2a_jax.training.loss import cross_entropy
-from l2a_jax.training.optimizer import OptimizerConfig, make_optimizer
+from l2a_jax.training.optimizer import Dials, OptimizerConfig, make_optimizer
 from l2a_jax.training.regimes import partition, regime_mask
 from l2a_jax.training.step import Objective, compute_params
 
@@ -75,19 +75,19 @@ class Trace(NamedTuple):
     updates_lost: float
 
 
-def train_faulty(params: Tree, data: TrainingData, fault: Fault, objective: Objective, optimizer: OptimizerConfig,
-                 regime: str, *, seed: int = 0) -> Trace:
-    """Train a routed tree for `optimizer.steps` steps of one micro-batch each, with `fault`. Never raises on NaN."""
-    trainable, frozen = partition(params, regime_mask(params, regime))
+def train_faulty(params: Tree, data: TrainingData, fault: Fault, objective: Objective, dials: Dials,
+                 optimizer: OptimizerConfig, *, seed: int = 0) -> Trace:
+    """Train a routed tree for `dials.steps` steps of one micro-batch each, with `fault`. Never raises on NaN."""
+    trainable, frozen = partition(params, regime_mask(params, optimizer.regime))
     masters = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.bfloat16 if fault.pure_bfloat16 else jnp.float32,
                                                   copy=True), trainable)
-    state = masters, make_optimizer(optimizer, regime).init(masters)
-    static = objective._replace(penalty=0.0)
-    penalty = objective.penalty if fault.penalty is None else fault.penalty
-    bad = int(fault.when * optimizer.steps) if fault.nan_gradient or fault.nan_router else None
+    state = masters, make_optimizer(optimizer, dials).init(masters)
+    static = dials._replace(penalty=0.0)
+    penalty = dials.penalty if fault.penalty is None else fault.penalty
+    bad = int(fault.when * dials.steps) if fault.nan_gradient or fault.nan_router else None
     before, records = None, []
-    with progress(f"autopsy, {fault.name}", optimizer.steps) as report:
-        for step in range(optimizer.steps):
+    with progress(f"autopsy, {fault.name}", dials.steps) as report:
+        for step in range(dials.steps):
             poison = 0.0
             if step == bad:
                 before = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True),
@@ -97,10 +97,10 @@ def train_faulty(params: Tree, data: TrainingData, fault: Fault, objective: Obje
                     state[0]["layers"]["router"]["kernel"] *= jnp.nan
             state, record = _step(
                 *state, frozen, data.batch(step), jax.random.fold_in(jax.random.key(seed), step), step, penalty,
-                fault.lr_factor, poison, fault.nan_router, fault.symmetric_window, objective=static,
-                optimizer=optimizer, regime=regime)
+                fault.lr_factor, poison, fault.nan_router, fault.symmetric_window, dials=static,
+                objective=objective, optimizer=optimizer)
             records.append(record)
-            if step % 20 == 19 or step == optimizer.steps - 1:
+            if step % 20 == 19 or step == dials.steps - 1:
                 report(step + 1, f"step {step + 1}, loss {float(record['loss']):.4f}")
     loss, sparsity, lost, finite = (np.array([float(record[name]) for record in records])
                                     for name in ("loss", "sparsity", "lost", "finite"))
@@ -109,12 +109,12 @@ def train_faulty(params: Tree, data: TrainingData, fault: Fault, objective: Obje
                  finite, float(np.mean(lost)))
 
 
-@functools.partial(jax.jit, donate_argnums=(0, 1), static_argnames=("objective", "optimizer", "regime"))
+@functools.partial(jax.jit, donate_argnums=(0, 1), static_argnames=("dials", "objective", "optimizer"))
 def _step(masters, optimizer_state, frozen, batch, key, step, penalty, lr_factor, poison, skip, symmetric, *,
-          objective, optimizer, regime):
+          dials, objective, optimizer):
     real = real_tokens(batch.segment_ids, batch.tokens.shape)
-    weight = routing.penalty_weight(step, maximum=penalty, warmup=objective.penalty_warmup,
-                                    ramp=objective.penalty_ramp)
+    weight = routing.penalty_weight(step, maximum=penalty, warmup=dials.penalty_warmup, ramp=dials.penalty_ramp)
+
     def loss(masters):
         params = compute_params(masters, frozen, objective.dtype)
         hidden, routed = leaky_hidden_states(params, batch, key, symmetric, objective=objective)
@@ -126,8 +126,8 @@ def _step(masters, optimizer_state, frozen, batch, key, step, penalty, lr_factor
     gradients, (nll, finite, decisions) = jax.grad(loss, has_aux=True)(masters)
     leaves, structure = jax.tree.flatten(gradients)
     leaves[0] = leaves[0].at[(0,) * leaves[0].ndim].add(jnp.asarray(poison, leaves[0].dtype))
-    updates, moved_optimizer = make_optimizer(optimizer, regime).update(jax.tree.unflatten(structure, leaves),
-                                                                        optimizer_state, masters)
+    updates, moved_optimizer = make_optimizer(optimizer, dials).update(jax.tree.unflatten(structure, leaves),
+                                                                       optimizer_state, masters)
     updates = jax.tree.map(lambda u: u * jnp.asarray(lr_factor, u.dtype), updates)
     moved = optax.apply_updates(masters, updates)
     lost = sum(jnp.sum((u != 0) & (new == old)) for u, new, old in zip(*map(jax.tree.leaves, (updates, moved, masters)),

@@ -18,8 +18,7 @@ from l2a_jax.research.replication.flips import flip_sweep
 from l2a_jax.research.replication.prunable import prunable
 from l2a_jax.research.replication.residual import residual_distance
 from l2a_jax.research.replication.thresholds import threshold_sweep
-from l2a_jax.runs.plan import dials_of
-from l2a_jax.training.optimizer import OptimizerConfig
+from l2a_jax.training.optimizer import Dials, OptimizerConfig
 
 SAMPLE = Path(__file__).with_name("sample.txt")
 """The text of the picture: ours, written to be shown to anyone, of prose, lists, code, tables and repetition."""
@@ -95,10 +94,8 @@ def _autopsy(evaluated) -> dict[str, Any]:
     """The row's training with each fault on purpose, and which of the reported symptoms it produces."""
     session, row = evaluated.session, evaluated.row
     plan = session.plan(row)
-    s, dials = plan.settings, dials_of(plan)
-    objective = session.program(row).objective._replace(
-        penalty=float(dials.penalty), penalty_warmup=int(dials.penalty_warmup), penalty_ramp=int(dials.penalty_ramp))
-    rule = OptimizerConfig(s.lr, plan.steps, int(dials.warmup), s.router_lr, s.weight_decay, s.clip)
+    s, run = plan.settings, session.program(row)
+    dials = Dials(*(number.item() for number in run.dials))  # no arrays: they are compiled in
 
     def extra(model) -> dict[str, float]:
         scores = {name: benchmarks.score(model, session.benchmark(row, name), session.backend)
@@ -114,7 +111,8 @@ def _autopsy(evaluated) -> dict[str, Any]:
         raise UserError(f"autopsy: there is no fault {', '.join(sorted(unknown))}")
     faults = [fault for fault in FAULTS if fault.name in names or not names]
     return autopsy.autopsy(evaluated.plain, plan.l2a_config, plan.data, evaluated.audited()[0], prompts,
-                          objective=objective, optimizer=rule, regime=s.regime, faults=faults, extra=extra,
+                          objective=run.objective, dials=dials,
+                          optimizer=OptimizerConfig(s.regime, s.weight_decay, s.clip), faults=faults, extra=extra,
                           stop_tokens=stops, seed=s.seed, batch_tokens=session.passes["batch_tokens"])
 
 

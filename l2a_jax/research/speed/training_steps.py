@@ -26,7 +26,7 @@ from l2a_jax.research import tables
 from l2a_jax.research.speed import training_peer
 from l2a_jax.research.speed.timing import matmul_ceiling, median_ms
 from l2a_jax.training.memory import checkpoint_policy, step_bytes
-from l2a_jax.training.optimizer import OptimizerConfig, make_optimizer
+from l2a_jax.training.optimizer import Dials, OptimizerConfig, make_optimizer
 from l2a_jax.training.regimes import regime_mask
 from l2a_jax.training.settings import REGIME_PRESET, layer_of, resolve
 from l2a_jax.training.step import Objective, initial_state, split_params, train_step
@@ -85,9 +85,10 @@ class Step:
             level = statistics.NormalDist().inv_cdf(1 - case.routed)
             layer = replace(layer, temperature=1.0, threshold=float(1 / (1 + np.exp(-level))))
         self.layer = layer
-        optimizer = make_optimizer(OptimizerConfig(settings.lr, 1_000, 50, settings.router_lr), case.regime)
-        objective = Objective(self.config, layer, penalty=settings.penalty, penalty_ramp=1_000, dtype=jnp.bfloat16,
-                              backend=case.backend, remat=checkpoint_policy(case.remat), unroll=case.unroll)
+        rule, dials = OptimizerConfig(case.regime), Dials(settings.lr, settings.router_lr or settings.lr, 1_000, 50,
+                                                          settings.penalty, penalty_ramp=1_000)
+        objective = Objective(self.config, layer, dtype=jnp.bfloat16, backend=case.backend,
+                              remat=checkpoint_policy(case.remat), unroll=case.unroll)
         abstract = abstract_params(self.config, layer, jnp.bfloat16)
         mask = regime_mask(abstract, case.regime)
         params = jax.jit(lambda key: init_params(self.config, key, layer, jnp.bfloat16))(jax.random.key(0))
@@ -97,11 +98,12 @@ class Step:
                 self.config.hidden_size**-0.5)
         trainable, self.frozen = split_params(params, mask, case.unroll)
         del params
-        self.state = initial_state(trainable, optimizer, jnp.float32)
+        self.state = initial_state(trainable, make_optimizer(rule, dials), jnp.float32)
         del trainable
         self.batch = _batch(case, self.config)
         self.key = jax.random.key(2)
-        step = jax.jit(functools.partial(train_step, objective=objective, optimizer=optimizer), donate_argnums=0)
+        step = jax.jit(functools.partial(train_step, dials=dials, objective=objective, optimizer=rule),
+                       donate_argnums=0)
         began = time.perf_counter()
         self.compiled = step.lower(self.state, self.frozen, self.batch, self.key).compile()
         self.compile_seconds = time.perf_counter() - began

@@ -17,7 +17,7 @@ from l2a_jax.sources import load_pretrained
 from l2a_jax.training import settings as presets
 from l2a_jax.training.checkpoints import LATEST, Checkpoints
 from l2a_jax.training.metrics import read_metrics
-from l2a_jax.training.optimizer import OptimizerConfig, make_optimizer
+from l2a_jax.training.optimizer import Dials, OptimizerConfig, make_optimizer
 from l2a_jax.training.regimes import count_parameters, partition, regime_mask
 from l2a_jax.training.step import initial_state
 from l2a_jax.training.tables import check_attention_layers, group_of
@@ -73,8 +73,8 @@ def test_frozen_layers_keep_every_bit_and_clipping_does_not_see_them():
     gradients = jax.tree.map(lambda leaf: np.random.default_rng(0).normal(size=leaf.shape).astype(np.float32), params)
     spoilt = {**gradients, "layers": {**gradients["layers"], "attention_local": jax.tree.map(
         lambda g: np.concatenate([g[:1] + 1e6, g[1:]]), gradients["layers"]["attention_local"])}}
-    optimizer = make_optimizer(OptimizerConfig(1e-2, 10, weight_decay=0.1, clip=0.1, attention_layers=(1, 2)),
-                               "l2a_paper")
+    optimizer = make_optimizer(OptimizerConfig("l2a_paper", weight_decay=0.1, clip=0.1, attention_layers=(1, 2)),
+                               Dials(1e-2, 1e-2, 10))
 
     @jax.jit
     def moved(gradients):
@@ -115,7 +115,7 @@ def test_the_command(tmp_path, capsys):
     assert changed_layers(before, load_pretrained(str(folder), jnp.float32).params)["attention"] == [1]
 
     # After one unclipped step Adam's first moment is a tenth of the gradient, and zero for frozen layers.
-    optimizer = make_optimizer(OptimizerConfig(1e-3, 1, attention_layers=(1,)), "l2a_ft")
+    optimizer = make_optimizer(OptimizerConfig("l2a_ft", attention_layers=(1,)), Dials(1e-3, 1e-3, 1))
     like = jax.eval_shape(lambda: initial_state(partition(before, mask)[0], optimizer, jnp.float32))
     state = Checkpoints(folder).load(LATEST, like)
     moments = [leaf for path, leaf in jax.tree_util.tree_flatten_with_path(state.optimizer)[0]
