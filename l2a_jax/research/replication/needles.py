@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from l2a_jax.evaluation import intervals
+from l2a_jax.evaluation.controls import random_decisions, static_decisions
 from l2a_jax.evaluation.needle import NeedleOptions, Prompt, build_prompts
 from l2a_jax.evaluation.perplexity import Scores, Windows, routing_rates, score_windows
 from l2a_jax.sources import Pretrained
@@ -49,8 +50,8 @@ def score(model: Pretrained, prepared: dict[int, Windows], options: NeedleOption
             entry["sparsity"] = float(1 - rates.mean())
             if controls:
                 count = len(windows.tokens)
-                chosen = {"random": controls.random_decisions(0, rates, count, length),
-                          "static": controls.static_decisions(0, rates, count, length)[0],
+                chosen = {"random": random_decisions(0, rates, count, length),
+                          "static": static_decisions(0, rates, count, length)[0],
                           "none": np.zeros_like(learned.decisions)}
                 entry["controls"] = {name: _entry(score_windows(model, windows, decisions, **passes,
                                                                 label=f"needle {length}, {name}"),
