@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from tokenizers import AddedToken
+
 from l2a_jax.config import END_OF_TEXT
 from l2a_jax.errors import UserError, shown
 from l2a_jax.weights.gguf_file import GGUFFile
@@ -13,6 +15,7 @@ PRE_TOKENIZERS = ("qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "megrez")
 """Names under which llama.cpp knows Qwen2's splitting rule; files older than the field carry none."""
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+_MATCHED = (_UNKNOWN, _CONTROL, _USER_DEFINED)
 _TYPES = range(7)
 
 
@@ -72,8 +75,8 @@ def gguf_tokenizer(file: GGUFFile) -> Tokenizer | None:
     return byte_level_bpe(
         vocabulary=ids,
         merges=[tuple(merge.split(" ")) for merge in merges],
-        special=[text for text, kind in zip(texts, types, strict=True) if kind in (_CONTROL, _UNKNOWN)],
-        added=[text for text, kind in zip(texts, types, strict=True) if kind == _USER_DEFINED],
+        added=[AddedToken(text, normalized=False, special=kind != _USER_DEFINED)
+               for text, kind in zip(ids, types, strict=True) if kind in _MATCHED],
         settings=settings,
         normalise=False,
         ends=tuple(dict.fromkeys(end for end in ends if end is not None)),
@@ -84,7 +87,7 @@ def _ids(tokens: list[str], types: list[int], file: GGUFFile) -> dict[str, int]:
     """The id of each token by its text: as it stands where it is matched in text, else in the byte alphabet. Raises
     UserError where two are the same."""
     found: dict[str, int] = {}
-    matched = {token for token, kind in zip(tokens, types, strict=True) if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)}
+    matched = {token for token, kind in zip(tokens, types, strict=True) if kind in _MATCHED}
     taken = set(tokens)
     for index, token in enumerate(tokens):
         text = token or f"[EMPTY_{index}]"

@@ -7,7 +7,6 @@ transformers, so nothing imports torch.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +31,9 @@ QWEN2_SPLIT = "|".join((
     r"\s+",
 ))
 """Where Qwen2 cuts text before byte-pair merging: a parameter of the trained vocabulary."""
+
+_BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+_ALPHABET = frozenset(_BYTES.alphabet())
 
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """The names under which files state what a token is for."""
@@ -115,10 +117,9 @@ class Tokenizer:
 
 
 def byte_level_bpe(
-    vocabulary: Sequence[str] | Mapping[str, int],
+    vocabulary: Mapping[str, int],
     merges: Sequence[tuple[str, ...]],
-    special: Sequence[str | AddedToken],
-    added: Sequence[str | AddedToken],
+    added: Sequence[AddedToken],
     settings: dict[str, Any],
     normalise: bool,
     ends: tuple[int, ...] = (),
@@ -126,27 +127,20 @@ def byte_level_bpe(
 ) -> Tokenizer:
     """Qwen2's byte-level BPE from its parts.
 
-    `vocabulary` is spelled in the byte alphabet. `special` and `added` tokens are matched whole in the text, whatever
-    they are spelled in; `ids` are theirs, where the vocabulary does not say them. `normalise` applies Unicode NFC
-    first. Raises UserError if the merges do not fit the vocabulary.
+    `vocabulary` is spelled in the byte alphabet. `added` tokens are matched whole in the text, however they are
+    spelled; `ids` are theirs, where the vocabulary does not say them. `normalise` applies Unicode NFC first. Raises
+    UserError if the merges do not fit the vocabulary.
     """
     ids = dict(ids or {})
-    if not isinstance(vocabulary, Mapping):
-        vocabulary = {token: index for index, token in enumerate(vocabulary)}
-    whole = [token if isinstance(token, AddedToken) else AddedToken(token, normalized=False, special=kind)
-             for kind, tokens in ((True, special), (False, added)) for token in tokens]
-    whole.sort(key=lambda token: ids.get(token.content, -1))
 
     def build(vocabulary: dict[str, int]) -> Backend:
         with building("the tokenizer's merges do not fit its vocabulary"):
             backend = Backend(BPE(vocab=vocabulary, merges=list(merges), fuse_unk=False))
         backend.normalizer = normalizers.NFC() if normalise else None
         backend.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ])
+            pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated"), _BYTES])
         backend.decoder = decoders.ByteLevel()
-        backend.add_tokens(whole)
+        backend.add_tokens(sorted(added, key=lambda token: ids.get(token.content, -1)))
         return backend
 
     backend = build(vocabulary)
@@ -197,19 +191,4 @@ def content_of(token: Any) -> Any:
 
 def spelled(token: str) -> str:
     """A token in the byte alphabet, which ordinary tokens of a byte-level vocabulary are spelled in."""
-    spelling = _byte_alphabet()
-    return token if _letters().issuperset(token) else "".join(spelling[byte] for byte in token.encode("utf-8"))
-
-
-@functools.cache
-def _letters() -> frozenset[str]:
-    return frozenset(_byte_alphabet().values())
-
-
-@functools.cache
-def _byte_alphabet() -> dict[int, str]:
-    """The visible character that stands for each byte in a byte-level vocabulary (GPT-2's convention)."""
-    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return {**{byte: chr(byte) for byte in visible}, **{byte: chr(256 + i) for i, byte in enumerate(hidden)}}
-
+    return token if _ALPHABET.issuperset(token) else "".join(part for part, _ in _BYTES.pre_tokenize_str(token))

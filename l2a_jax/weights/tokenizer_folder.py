@@ -54,7 +54,7 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
         lines = read_text(folder / MERGES).split("\n")
         merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
         return _with_defaults(byte_level_bpe(
-            vocabulary, merges, [], list(added.values()), settings, normalise=True, ends=ends, ids=_ids(added)))
+            vocabulary, merges, list(added.values()), settings, normalise=True, ends=ends, ids=_ids(added)))
     backend = _whole(whole)
     # Whoever saved it may have left these on; as in transformers, they are a caller's choice.
     backend.no_truncation()

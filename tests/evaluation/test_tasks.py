@@ -6,6 +6,7 @@ import math
 import jax
 import numpy as np
 import pytest
+from tokenizers import AddedToken
 
 from l2a_jax.config import ModelConfig
 from l2a_jax.errors import UserError
@@ -126,7 +127,8 @@ def test_a_pair_without_a_token_to_score_is_refused_as_lm_eval_does(model, case)
         merges.append((whole, letter))
         whole += letter
         letters[whole] = len(letters)
-    tokenizer = byte_level_bpe(letters, merges, ["<|endoftext|>"], [], {"eos_token": "<|endoftext|>"}, normalise=True)
+    tokenizer = byte_level_bpe(letters, merges, [AddedToken("<|endoftext|>", special=True, normalized=False)],
+                               {"eos_token": "<|endoftext|>"}, normalise=True)
     harness = HarnessModel(model._replace(tokenizer=tokenizer), label="piqa")
     assert harness.encode_pairs([("Ans", "x")]) == [tuple(harness._encode_pair("Ans", "x"))]
     if MERGED[case][0]:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tokenizers.pre_tokenizers import ByteLevel
 
 from l2a_jax.config import MODELS, L2AConfig
 from l2a_jax.data.counts import parse_layers
@@ -22,7 +23,7 @@ from l2a_jax.inference.cache import cache_bytes, layout_of
 from l2a_jax.inference.stream import Writer, prepare
 from l2a_jax.sources import load_pretrained
 from l2a_jax.weights import save_pretrained
-from l2a_jax.weights.tokenizer import _byte_alphabet, byte_level_bpe
+from l2a_jax.weights.tokenizer import byte_level_bpe
 from tests.inference.cases import QUICK
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,8 +89,10 @@ def test_bad_arguments_end_with_one_line(command, capsys, arguments, message):
 
 
 def test_characters_are_printed_whole_and_shaded_by_their_layers():
-    spelling = _byte_alphabet()
-    one_byte = byte_level_bpe([spelling[byte] for byte in range(256)], [], [], [], {}, normalise=False)
+    letters = sorted(ByteLevel.alphabet())  # the visible bytes are themselves, the others come in order after them
+    visible = [ord(letter) for letter in letters if ord(letter) < 256]
+    ids = visible + sorted(set(range(256)) - set(visible))
+    one_byte = byte_level_bpe(dict(zip(letters, ids, strict=True)), [], [], {}, normalise=False)
     text = "né → 😀"
     plain, shaded = io.StringIO(), io.StringIO()
     writers = [Writer(one_byte, plain, [65], None), Writer(one_byte, shaded, [65], 4)]
