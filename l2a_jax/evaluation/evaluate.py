@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import logging
 import re
@@ -95,7 +94,7 @@ def idle(plan: Plan) -> list[tuple[bool, tuple[str, ...], str]]:
         (not reads, ("text", "context", "stride", "max_windows"), "no task reads a text"),
         (reads and o.text is None and o.calibration is None, ("stride",), "the rows of the recall corpus stand apart"),
         (not tasks & {"audit", "reach"}, ("audit_seeds",), "no control decisions are drawn"),
-        (not tasks & {*registry.BENCHMARKS}, ("limit", "num_fewshot", "task_data", "log_samples"),
+        (not any(map(registry.of_lm_eval, tasks)), ("limit", "num_fewshot", "task_data", "log_samples"),
          "no benchmark is among --tasks"),
         ("needle" not in tasks, tuple(map(_needle_flag, o.needle)), "needle is not among --tasks"),
         (not (tasks & {"perplexity", "audit", "reach"} or _pruning(o)), ("batch_tokens",),
@@ -152,8 +151,8 @@ def _steps(plan: Plan, model: Pretrained, unpruned: Pretrained) -> list[tuple[st
                              plan.path)
         return name, lambda: {name: registry.module(name).task(work)}
 
-    wanted = {*plan.tasks, *(("pruning",) if _pruning(plan.options) else ())}
-    return [step(name) for name in registry.TASKS if name in wanted]
+    wanted = {**dict.fromkeys(plan.tasks), **({"pruning": None} if _pruning(plan.options) else {})}
+    return [step(name) for name in {**registry.TASKS, **wanted} if name in wanted]
 
 
 def _needle_flag(name: str) -> str:
@@ -165,16 +164,14 @@ def _pruning(options: Options) -> bool:
 
 
 def _tasks(asked: tuple[str, ...]) -> tuple[str, ...]:
-    known = registry.ASKED
     if not asked:
-        raise UserError(f"--tasks names nothing; expected some of {', '.join(known)}")
+        raise UserError(f"--tasks names nothing; expected {registry.EXPECTED}")
     for name in asked:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise UserError(f"--tasks: there is no task {name!r}" + (f" (did you mean {near[0]}?)" if near else "")
-                            + f"; expected some of {', '.join(known)}")
+        if not registry.find(name).asked:
+            raise UserError(f"--tasks: {name} is asked for by flags of its own; expected {registry.EXPECTED}")
     wanted = {*asked, *(other for name in asked for other in registry.find(name).also)}
-    return tuple(name for name in known if name in wanted)
+    others = dict.fromkeys(name for name in asked if name not in registry.ASKED)
+    return (*(name for name in registry.ASKED if name in wanted), *others)
 
 
 def _place(options: Options) -> tuple[Path, bool]:
@@ -212,5 +209,5 @@ def _variant(options: Options) -> str:
 
 def summary(found: dict[str, Any]) -> str:
     """The results as text, one paragraph a task."""
-    return "\n".join((f"{name}: " if name in registry.BENCHMARKS else "") + registry.module(name).told(entry)
+    return "\n".join((f"{name}: " if registry.of_lm_eval(name) else "") + registry.module(name).told(entry)
                      for name, entry in found["tasks"].items())

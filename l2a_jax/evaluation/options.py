@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from l2a_jax.attention.backends import Backend
 from l2a_jax.data.counts import parse_layers
 from l2a_jax.errors import UserError, shown
-from l2a_jax.evaluation.registry import ASKED
+from l2a_jax.evaluation.registry import EXPECTED
 from l2a_jax.fields import DTYPE, SEED, Choice, Distinct, Filled, Mark, Range, Unit, Written, between, count, length
 from l2a_jax.training.settings import Source
 
@@ -67,7 +67,7 @@ class BenchmarkOptions:
     limit: Annotated[int | None, count(), "the first so many items of each task"] = None
     num_fewshot: Annotated[int | None, between(0, 1_000), "worked examples before each question"] = None
     task_data: Annotated[Path | None, "folder of local task files (default: the hub)"] = None
-    log_samples: Annotated[bool, "write every item's log-likelihoods beside eval.json"] = False
+    log_samples: Annotated[bool, "write every item's log-likelihoods beside eval.json, as texts always are"] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ class Options(TextOptions, BenchmarkOptions, RouteOptions):
     """One evaluation. `layer` and `needle` hold the flags of `LayerSettings` and `NeedleFlags` that were given."""
 
     source: Annotated[Source, Mark.POSITIONAL]
-    tasks: Annotated[tuple[str, ...], Written(_names), f"some of {', '.join(ASKED)}"]
+    tasks: Annotated[tuple[str, ...], Written(_names), EXPECTED]
     out: Annotated[Path | None, "folder for eval.json"] = None
     dtype: Annotated[str | None, DTYPE, "float32: exact products too (default: bfloat16; on a CPU float32)"] = None
     backend: Backend = "auto"

@@ -2,7 +2,8 @@
 
 From it follow `--tasks` and its help, what an evaluation reads, and what `eval.json` must hold. A task is a file here:
 
-    SHAPE         what its entry in `eval.json` must hold (`l2a_jax.shapes`); LENGTHS: which lists are as long as which
+    SHAPE         what its entry in `eval.json` must hold (`l2a_jax.shapes`), or a function of the entry that says it;
+                  LENGTHS: which lists are as long as which
     task(work)    its entry, in JSON types
     told(entry)   the entry in a few lines, for people
 
@@ -37,7 +38,8 @@ class Task(NamedTuple):
     also: tuple[str, ...] = ()
 
 
-BENCHMARKS = {"hellaswag": "hellaswag", "piqa": "piqa", "arc_challenge": "arc", "arc_easy": "arc"}
+BENCHMARKS = {"hellaswag": "hellaswag", "piqa": "piqa", "arc_challenge": "arc", "arc_easy": "arc",
+              "gsm8k": "gsm8k"}
 """lm-eval's, by its own names, and its folder of each: reading these alone spares the ten seconds that all take."""
 TASKS = {
     "collapse": Task("collapse", text=True, shared=True),  # first: it also reports on a model that nothing else can run
@@ -49,6 +51,7 @@ TASKS = {
     "needle": Task("needle"),
 }
 ASKED = tuple(name for name, task in TASKS.items() if task.asked)
+EXPECTED = f"some of {', '.join(ASKED)}, or a task of lm-eval's by its name"
 LM_EVAL = Task("tasks")
 """What every name that is not in the list is taken for: a task of lm-eval's."""
 
@@ -72,6 +75,11 @@ class Work(NamedTuple):
 def find(name: str) -> Task:
     """The task of a name."""
     return TASKS.get(name, LM_EVAL)
+
+
+def of_lm_eval(name: str) -> bool:
+    """Whether the task's definition is lm-eval's."""
+    return find(name).module == LM_EVAL.module
 
 
 def module(name: str) -> ModuleType:

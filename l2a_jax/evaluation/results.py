@@ -38,7 +38,7 @@ def check(found: Any, where: str) -> None:
     require(found, RESULTS, where)
     for name, entry in found["tasks"].items():
         task, place = registry.module(name), f"{where}: task {name}"
-        require(entry, task.SHAPE, place)
+        require(entry, task.SHAPE(entry) if callable(task.SHAPE) else task.SHAPE, place)
         for key, other in getattr(task, "LENGTHS", {}).items():
             size, why = (entry[other], "which is n") if other == "n" else (len(entry[other]), f"as {other}")
             require_length(size * [0] if entry.get(key) is None else entry[key], size, f"{place}: {key}", why)

@@ -23,18 +23,21 @@ class LocalTask(NamedTuple):
     """Where a task's documents are in a folder, and how a record becomes one of lm-eval's documents.
 
     `convert(place, record, label)` gets the line of `LABELS` beside the file where `labels` is set, else None.
+    `training`: where its worked examples are, which its questions come with unless told otherwise.
     """
 
     pattern: str
     labels: bool
     convert: Callable[[str, Record, str | None], Document]
+    training: str | None = None
 
 
 class TaskFile(NamedTuple):
-    """The documents of a task, and the file they came from."""
+    """The documents of a task, the file they came from, and its training file where there is one."""
 
     path: Path
     documents: list[Document]
+    training: TaskFile | None = None
 
 
 LABELS = "-labels.lst"
@@ -52,24 +55,34 @@ def read_task(name: str, folder: Path) -> TaskFile:
     task = LOCAL_TASKS[name]
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; expected one that holds {task.pattern}")
-    patterns = (task.pattern, f"{task.pattern}.gz")
+    path = _find(folder, task.pattern, name)
+    if path is None:
+        raise UserError(f"{folder} holds no {task.pattern} (also .gz), which the task {name!r} needs")
+    training = None if task.training is None else _find(folder, task.training, name)
+    return TaskFile(path, _documents(path, task),
+                    None if training is None else TaskFile(training, _documents(training, task)))
+
+
+def _find(folder: Path, pattern: str, name: str) -> Path | None:
+    patterns = (pattern, f"{pattern}.gz")
     found = sorted(path for path in folder.iterdir() if any(fnmatch(path.name, one) for one in patterns))
     for path in found:
         check_regular(path)
     found = once(found)
-    if not found:
-        raise UserError(f"{folder} holds no {task.pattern} (also .gz), which the task {name!r} needs")
     if len(found) > 1:
         raise UserError(f"{folder} holds {len(found)} files for the task {name!r} "
                         f"({', '.join(path.name for path in found)}); expected one")
-    path = found[0]
+    return found[0] if found else None
+
+
+def _documents(path: Path, task: LocalTask) -> list[Document]:
     records = list(read_records(path))
     labels: list[str] | list[None] = _read_labels(path, len(records)) if task.labels else [None] * len(records)
     documents = [task.convert(place, record, label)
                  for (place, record), label in zip(records, labels, strict=True)]
     if not documents:
         raise UserError(f"{path} is empty; expected a JSON object a line")
-    return TaskFile(path, documents)
+    return documents
 
 
 def _read_labels(path: Path, expected: int) -> list[str]:
@@ -135,8 +148,16 @@ def _arc(place: str, record: Record, label: str | None) -> Document:
             "answerKey": letters[_label(place, record.get("label"), len(choices))]}
 
 
+def _gsm8k(place: str, record: Record, label: str | None) -> Document:
+    texts = {field: _text(place, record, field) for field in ("question", "answer")}
+    if "#### " not in texts["answer"]:
+        raise UserError(f"{place}: field 'answer' has no '#### '; expected the result after it")
+    return texts
+
+
 LOCAL_TASKS: dict[str, LocalTask] = {
     "hellaswag": LocalTask("hellaswag*.jsonl", False, _hellaswag),
     "piqa": LocalTask("piqa*.jsonl", True, _piqa),
     "arc_challenge": LocalTask("arc_challenge*.jsonl", False, _arc),
+    "gsm8k": LocalTask("gsm8k_test*.jsonl", False, _gsm8k, training="*gsm8k_train*.jsonl"),
 }

@@ -1,4 +1,4 @@
-"""Real Qwen2.5-Coder-0.5B on PIQA, HellaSwag and ARC-Challenge against lm-eval with transformers on the same files.
+"""Real Qwen2.5-Coder-0.5B on PIQA, HellaSwag, ARC-Challenge and GSM8K against lm-eval with transformers, same files.
 
 Needs the GGUF file (L2A_TEST_GGUF), the task files (L2A_TEST_DATA), and the `parity` extra. L2A_TEST_ITEMS is the
 number of items of each task (8 unless set; 0: all), L2A_TEST_TORCH_DEVICE where transformers runs (cpu unless set).
@@ -52,7 +52,7 @@ def run(model, name, file, items):
     return results["results"][name], samples
 
 
-@pytest.mark.parametrize("name", LOCAL_TASKS)
+@pytest.mark.parametrize("name", [name for name in LOCAL_TASKS if name != "gsm8k"])
 def test_the_same_log_likelihoods_and_accuracy(name, ours, theirs):
     file = read_task(name, Path(os.environ["L2A_TEST_DATA"]))
     items = int(os.environ.get("L2A_TEST_ITEMS", "8")) or None
@@ -75,3 +75,18 @@ def test_the_same_log_likelihoods_and_accuracy(name, ours, theirs):
           f"{found['acc_norm,none']:.4f} against {expected['acc_norm,none']:.4f}")
     assert max(differences) <= TOLERANCE
     assert found["acc,none"] == expected["acc,none"] and found["acc_norm,none"] == expected["acc_norm,none"]
+
+
+def test_the_same_texts_and_exact_matches(ours, theirs):
+    """Where two tokens are as likely but for rounding, a text may go another way: said, and rare in float32."""
+    file = read_task("gsm8k", Path(os.environ["L2A_TEST_DATA"]))
+    items = int(os.environ.get("L2A_TEST_ITEMS", "8")) or None
+    with jax.default_matmul_precision("float32"):
+        found, samples = run(ours, "gsm8k", file, items)
+    expected, reference = run(theirs, "gsm8k", file, items)
+    assert [one["arguments"] for one in samples] == [one["arguments"] for one in reference]
+    other = [one["doc_id"] for one, another in zip(samples, reference, strict=True) if one["resps"] != another["resps"]]
+    scores = [name for name in found if name.startswith("exact_match,")]
+    print(f"\ngsm8k: {len(samples) // len(scores)} items; other texts: {sorted(set(other))}; "
+          + ", ".join(f"{name} {found[name]:.4f} against {expected[name]:.4f}" for name in scores))
+    assert len(other) <= len(samples) / 10

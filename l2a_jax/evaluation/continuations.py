@@ -1,0 +1,260 @@
+"""What a model writes after many prompts: greedy decoding in a batch that stays full.
+
+A batch is a cache of B rows. Prompts are read a group at a time into rows that are free; all rows then decode a few
+tokens; texts that have ended leave their rows to the next prompts. So one long text holds no other, and a benchmark
+compiles one decode step and a prefill for each of a few lengths.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+from l2a_jax import device
+from l2a_jax.config import L2AConfig, ModelConfig, position_limit
+from l2a_jax.errors import UserError, shown
+from l2a_jax.evaluation.loglikelihood import power_of_two
+from l2a_jax.inference.cache import Cache, Layout, cache_bytes, empty_cache, layout_of
+from l2a_jax.inference.forward import DecodeParams, decode_params, decode_step, prefill
+from l2a_jax.inference.generate import bucket
+from l2a_jax.models.params import Tree
+from l2a_jax.progress import progress
+from l2a_jax.sources import Pretrained
+from l2a_jax.weights import Tokenizer
+
+STEPS = 32
+"""Tokens that every row decodes between two looks at the texts."""
+PREFILL_TOKENS = 32_768
+"""Tokens of the prompts that are read at once, on an accelerator."""
+MOST_ROWS = 256
+"""Rows of a batch: more of them would only wait for one another's caches."""
+CACHE_SHARE = 0.5
+"""Of the memory beside the weights: the rest is for what prefill and decoding compute."""
+ROUND = 256
+"""Prompts are padded to few multiples of this, rows of the cache to any."""
+NOT_FINITE = -1
+"""Stands for a token whose logits were no numbers."""
+
+
+class Prompt(NamedTuple):
+    """Token ids, how many tokens may follow, and the texts of which the first to appear ends what follows."""
+
+    tokens: Sequence[int]
+    max_new_tokens: int
+    until: tuple[str, ...] = ()
+
+
+class Continuations(NamedTuple):
+    """`texts`: what was written before a stop. `counts`: tokens decoded for it, the stop's included."""
+
+    texts: list[str]
+    counts: Int[np.ndarray, " R"]
+    truncated: Bool[np.ndarray, " R"]
+    """The prompt was cut from the left, because the model's positions do not reach that far."""
+
+
+class Options(NamedTuple):
+    """What is compiled for."""
+
+    config: ModelConfig
+    l2a_config: L2AConfig | None
+    layout: Layout
+    backend: str
+
+
+class Rows(NamedTuple):
+    """A batch under way. `next` has been chosen and not yet fed; it goes to `position`, as many tokens stand before."""
+
+    cache: Cache
+    position: Int[Array, B]
+    next: Int[Array, B]
+
+
+def continuations(
+    model: Pretrained,
+    prompts: Sequence[Prompt],
+    *,
+    backend: str = "auto",
+    batch_tokens: int | None = None,
+    label: str = "continuations",
+) -> Continuations:
+    """The likeliest continuation of every prompt, token by token, to its first stop: an end of text, one of its
+    `until`, or `max_new_tokens`.
+
+    A text is decoded without special tokens and cut before the stop, as lm-eval does; of `until`, a special token of
+    the tokenizer ends a text as its own end does. A prompt is cut from the left to what the model's positions hold
+    beside `max_new_tokens`. `batch_tokens`: slots of the cache (at least a row's; by default what memory holds).
+    `label` names the work in the progress report.
+
+    Raises UserError where there is no prompt, on an empty one, token ids outside the vocabulary, more new tokens than
+    positions, and logits that are not finite.
+    """
+    if not len(prompts):
+        raise UserError(f"{label}: there is no prompt to continue")
+    limit = position_limit(model.config, model.l2a_config)
+    cut = [_cut(prompt, limit, model.config.vocab_size, f"{label}: prompt {index}")
+           for index, prompt in enumerate(prompts)]
+    ends = {until: _end_ids(model.tokenizer, until) for until in {prompt.until for prompt in prompts}}
+    need = np.array([tokens.size + prompt.max_new_tokens for tokens, prompt in zip(cut, prompts, strict=True)])
+    queue = deque(np.argsort(-need, kind="stable").tolist())  # long ones first: if memory runs out, it does so at once
+    texts, counts = [""] * len(prompts), np.zeros(len(prompts), int)
+    weights = _decode_params(model.params)
+    with progress(label, len(prompts)) as report:
+        while queue:
+            slots = -(-(need[queue[0]] + STEPS) // ROUND) * ROUND
+            pool = deque(index for index in queue if 2 * need[index] >= slots or index == queue[0])
+            queue = deque(list(queue)[len(pool):])
+            rows = _row_count(model, int(slots), len(pool), batch_tokens)
+            options = Options(model.config, model.l2a_config, layout_of(model.config, model.l2a_config, int(slots)),
+                              backend)
+            for index, text, count in _pool(model, weights, options, rows, pool, cut, prompts, ends, label):
+                texts[index], counts[index] = text, count
+                done = int(np.count_nonzero(counts))
+                report(done, f"{done:,} of {len(prompts):,} texts")
+    return Continuations(texts, counts, np.array([len(prompt.tokens) > tokens.size for tokens, prompt in
+                                                  zip(cut, prompts, strict=True)]))
+
+
+def _pool(model, weights, options, rows, queue, tokens, prompts, ends, label):
+    """Yields (prompt, text, tokens of it) as texts end; the prompts in `queue` share one size of rows."""
+    dtype = model.params["embed"]["embedding"].dtype
+    state = Rows(empty_cache(options.config, options.layout, rows, dtype), *jnp.zeros((2, rows), jnp.int32))
+    free, held = list(range(rows)), {}
+    written: dict[int, list[int]] = {}
+    while queue or held:
+        while queue:
+            width = min(bucket(tokens[queue[0]].size, ROUND), options.layout.slots)
+            group = min(rows, max(1, device.batch_tokens(PREFILL_TOKENS) // width))
+            group = 1 << group.bit_length() - 1
+            if len(free) < min(group, len(queue)):
+                break
+            chosen = [queue.popleft() for _ in range(min(group, len(queue)))]
+            places = [free.pop() for _ in chosen]
+            state = _admit(model.params, state, *_padded([tokens[index] for index in chosen], (group, width)),
+                           np.array(places + [rows] * (group - len(chosen)), np.int32), options)
+            held |= dict(zip(places, chosen, strict=True))
+            written |= {index: [] for index in chosen}
+        active = np.isin(np.arange(rows), list(held))
+        state, said = _decode(weights, state, active, options)
+        said = np.asarray(said)
+        for place, index in list(held.items()):
+            seen = len(written[index])
+            new = said[:, place].tolist()
+            finite = new.index(NOT_FINITE) if NOT_FINITE in new else len(new)
+            written[index] += new[:finite]
+            ended = ending(written[index], seen, prompts[index], model.tokenizer, ends[prompts[index].until])
+            if ended is None and finite == len(new):
+                continue
+            if ended is None:
+                raise UserError(f"{label}: the logits after prompt {index} are not finite: the model's weights or "
+                                "activations are not")
+            yield index, *ended
+            free.append(place)
+            del held[place], written[index]
+
+
+def ending(tokens: Sequence[int], seen: int, prompt: Prompt, tokenizer: Tokenizer,
+           ends: frozenset[int]) -> tuple[str, int] | None:
+    """(text, tokens up to its end) of a continuation that has ended, else None; no stop is in the first `seen` tokens.
+
+    A text of `until` may come in any tokens: the first token that completes one ends the text.
+    """
+    end = next((place for place in range(seen, len(tokens)) if tokens[place] in ends), None)
+    last = min(prompt.max_new_tokens, len(tokens) if end is None else end)
+
+    def read(count: int) -> tuple[str, bool]:
+        text = tokenizer.decode(tokens[:count], skip_special_tokens=True)
+        return text, any(stop in text for stop in prompt.until)
+
+    text, stopped = read(last)
+    if stopped:
+        last = next(count for count in range(seen + 1, last + 1) if read(count)[1])
+        text, _ = read(last)
+        for stop in prompt.until:
+            text = text.split(stop)[0]
+        return text, last
+    if last == prompt.max_new_tokens:
+        return text, last
+    return None if end is None else (text, end + 1)
+
+
+def _end_ids(tokenizer: Tokenizer, until: tuple[str, ...]) -> frozenset[int]:
+    """The tokens that end a text: the tokenizer's, and what it writes as one special token of `until`."""
+    named = {tokenizer.token_id(stop) for stop in until} - {None}
+    special = {index for index in named if not tokenizer.decode([index], skip_special_tokens=True)}
+    return frozenset({*tokenizer.end_ids, *special})
+
+
+def _cut(prompt: Prompt, limit: int, vocabulary: int, where: str) -> Int[np.ndarray, " T"]:
+    if prompt.max_new_tokens < 1 or prompt.max_new_tokens >= limit:
+        raise UserError(f"{where} asks for {prompt.max_new_tokens} new tokens; the model has {limit} positions for "
+                        "them and the prompt")
+    tokens = np.asarray(prompt.tokens, np.int32)[prompt.max_new_tokens - limit:]
+    if not tokens.size:
+        raise UserError(f"{where} is empty; a continuation needs at least one token to follow")
+    if tokens.min() < 0 or tokens.max() >= vocabulary:  # a gather would clamp them silently
+        raise UserError(f"{where} holds a token id outside the vocabulary of {vocabulary}; was it tokenised with this "
+                        f"model's tokenizer? It begins {shown(tokens[:8].tolist())}")
+    return tokens
+
+
+def _row_count(model: Pretrained, slots: int, prompts: int, batch_tokens: int | None) -> int:
+    """A power of two: as many rows as there are prompts, memory and `MOST_ROWS` allow."""
+    leaves = jax.tree.leaves(model.params)
+    if batch_tokens is None:
+        spare = device.memory_bytes() - 2 * sum(leaf.nbytes for leaf in leaves)  # decoding has a copy of its own
+        each = cache_bytes(model.config, model.l2a_config, 1, slots, model.params["embed"]["embedding"].dtype)
+        fit = min(MOST_ROWS, int(CACHE_SHARE * spare) // each)
+    else:
+        fit = batch_tokens // slots
+    return min(1 << max(fit, 1).bit_length() - 1, power_of_two(prompts))
+
+
+def _padded(prompts: list[np.ndarray], shape: tuple[int, int]) -> tuple[Int[np.ndarray, "G T"], Int[np.ndarray, " G"]]:
+    """Prompts in a group of one shape; rows that are left over hold a token, and are put nowhere."""
+    tokens, lengths = np.zeros(shape, np.int32), np.ones(shape[0], np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : prompt.size], lengths[row] = prompt, prompt.size
+    return tokens, lengths
+
+
+_decode_params = jax.jit(decode_params)
+
+
+@functools.partial(jax.jit, static_argnames="options", donate_argnums=1)
+def _admit(params: Tree, state: Rows, tokens: Int[Array, "G T"], lengths: Int[Array, " G"], places: Int[Array, " G"],
+           options: Options) -> Rows:
+    """Read prompts into the rows `places` of the batch, and choose the first token of each."""
+    width = tokens.shape[1]
+    logits, read, _ = prefill(params, tokens, lengths, options.config, options.l2a_config,
+                              options.layout._replace(slots=width), backend=options.backend)
+
+    def put(store, new):  # a ring has slots of its own number, and all of them are new
+        return store.at[:, places, : new.shape[2]].set(new, mode="drop")
+
+    return Rows(jax.tree.map(put, state.cache, read), state.position.at[places].set(lengths, mode="drop"),
+                state.next.at[places].set(_likeliest(logits), mode="drop"))
+
+
+@functools.partial(jax.jit, static_argnames="options", donate_argnums=1)
+def _decode(weights: DecodeParams, state: Rows, active: Bool[Array, " B"],
+            options: Options) -> tuple[Rows, Int[Array, "S B"]]:
+    """`STEPS` tokens of every active row: those fed, so that the last one chosen comes with the next call."""
+
+    def step(state, _):
+        logits, cache, _ = decode_step(weights, state.next, state.position, active, state.cache, options.config,
+                                       options.l2a_config, options.layout, backend=options.backend)
+        return Rows(cache, state.position + active, _likeliest(logits)), state.next
+
+    return jax.lax.scan(step, state, length=STEPS)
+
+
+def _likeliest(logits: Array) -> Int[Array, " B"]:
+    return jnp.where(jnp.all(jnp.isfinite(logits), axis=-1), jnp.argmax(logits, axis=-1), NOT_FINITE).astype(jnp.int32)
