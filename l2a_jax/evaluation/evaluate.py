@@ -127,28 +127,33 @@ def evaluate(options: Options) -> tuple[dict[str, Any], Path]:
             unpruned = model._replace(l2a_config=dataclasses.replace(
                 model.l2a_config, pruned_layers=() if plan.own is None else plan.own.pruned_layers))
         head = subject.describe(model, options.source, options.route, plan.own)
-        results.open_results(plan.path, head, replace=plan.replace)
-        for name, run in _steps(plan, model, unpruned):
-            log.info("%s ...", name)
-            started = time.monotonic()
-            found = run()
-            seconds = time.monotonic() - started
+        held = results.open_results(plan.path, head, replace=plan.replace)["tasks"]
+        started = time.monotonic()
+
+        def keep(found: dict[str, Any]) -> None:
             settings = dataclasses.asdict(options) | {"dtype": plan.dtype, "batch_tokens": plan.batch_tokens}
-            origin = results.origin(settings, seconds)
+            origin = results.origin(settings, time.monotonic() - started)
             results.merge_results(plan.path, head, {task: {**entry, "provenance": origin} for task, entry in
                                                     found.items()}, replace=plan.replace)
-            log.info("%s: done in %.1f s", name, seconds)
+
+        for name, run in _steps(plan, model, unpruned, held, keep):
+            log.info("%s ...", name)
+            started = time.monotonic()
+            keep(run())
+            log.info("%s: done in %.1f s", name, time.monotonic() - started)
     return results.read_results(plan.path), plan.path
 
 
-def _steps(plan: Plan, model: Pretrained, unpruned: Pretrained) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
-    """(name, function) in the order of running. A function returns results by task name."""
+def _steps(plan: Plan, model: Pretrained, unpruned: Pretrained, held: dict[str, Any], keep: Callable[[dict], None]
+           ) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
+    """(name, function) in the order of running. A function returns results by task name, as `held` has those that the
+    file holds and `keep` takes those of a task that is not done yet."""
     passes = {"backend": plan.options.backend, "batch_tokens": plan.batch_tokens}
     score = functools.cache(lambda: perplexity.score_windows(model, plan.windows, **passes))
 
     def step(name: str) -> tuple[str, Callable[[], dict[str, Any]]]:
         work = registry.Work(name, plan.options, model, unpruned, plan.windows, plan.prepared.get(name), passes, score,
-                             plan.path)
+                             plan.path, held.get(name), lambda entry: keep({name: entry}))
         return name, lambda: {name: registry.module(name).task(work)}
 
     wanted = {**dict.fromkeys(plan.tasks), **({"pruning": None} if _pruning(plan.options) else {})}

@@ -135,9 +135,8 @@ def text_haystack(places: Sequence[str], tokenizer: Tokenizer, longest: int, joi
 
     `longest`: tokens of hay in the longest context; `join`: the field whose equal neighbours form one document.
     """
-    files = once(path for place in places for path in _files(place))
     parts, total = [], 0
-    for text in _texts(files, join):
+    for text in hay_texts(places, join):
         parts.append(np.asarray(tokenizer.encode(text, add_special_tokens=False), np.int32))
         total += parts[-1].size
         if total >= SURPLUS * longest:
@@ -155,7 +154,9 @@ def text_haystack(places: Sequence[str], tokenizer: Tokenizer, longest: int, joi
     return Haystack(tokens, ends[inverse], named)
 
 
-def _texts(files: tuple[Path, ...], join: str | None) -> Iterator[str]:
+def hay_texts(places: Sequence[str], join: str | None) -> Iterator[str]:
+    """The texts of files, folders and globs, a blank line after each document. Raises UserError where one is none."""
+    files = once(path for place in places for path in _files(place))
     domain = Domain("haystack", "haystack", files=files, join=join)
     for piece in pieces(fragments(domain)):
         if piece.text:

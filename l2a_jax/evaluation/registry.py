@@ -59,7 +59,8 @@ LM_EVAL = Task("tasks")
 class Work(NamedTuple):
     """An evaluation under way, as a task sees it. `unpruned`: the model before --prune-...; `prepared`: what the task
     made of the options before there were weights; `score`: the router's own pass over `windows`, made once; `passes`:
-    backend and batch of every other; `path`: of the results."""
+    backend and batch of every other; `path`: of the results; `held`: the task's entry in them, if there is one; `keep`:
+    takes an entry of what is done so far."""
 
     name: str
     options: Any
@@ -70,6 +71,8 @@ class Work(NamedTuple):
     passes: dict[str, Any]
     score: Callable[[], Any]
     path: Path
+    held: dict[str, Any] | None = None
+    keep: Callable[[dict[str, Any]], None] | None = None
 
 
 def find(name: str) -> Task:
