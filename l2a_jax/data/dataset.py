@@ -92,9 +92,9 @@ class PackedData:
     def _train_row(self, row: int) -> tuple[Part, Plan, int]:
         domain, nth = self.mix.locate(row)
         part = self.parts[domain]
-        epoch, place = divmod(nth, part.train.row_count)
+        epoch, nth = divmod(nth, part.train.row_count)
         order = permutation(self.seed, part.domain.name, epoch, part.train.row_count)
-        return part, part.train, int(order[place])
+        return part, part.train, int(order[nth])
 
     def _fill(self, rows: list[tuple[Part, Plan, int]]) -> Batch:
         shape = (self.batch_size // self.process_count, self.seq_len)
@@ -126,7 +126,7 @@ class PackedData:
     def usage(self, batches: int) -> dict[str, Any]:
         """What the first `batches` micro-batches hold: per domain and in all, tokens seen, unique tokens, epochs.
 
-        Tokens exclude padding. Unique tokens count each place in the text once, however often it was seen.
+        Tokens exclude padding. Unique tokens count each token of the text once, however often it was seen.
         """
         domains = {}
         for part, rows in zip(self.parts, self.mix.used(batches * self.batch_size), strict=True):

@@ -1,4 +1,4 @@
-"""Text that repeats itself: spans of a row copied to later places of the same document.
+"""Text that repeats itself: spans of a row copied further on in the same document.
 
 Packed text seldom asks a token to look far back, so a router that is trained on it under a penalty learns that it need
 not: the needle is lost though the perplexity is not. An echo asks for it, with text's own tokens and in no form that a
@@ -24,16 +24,16 @@ COUNT = 4
 
 def echo_row(tokens: Int32[np.ndarray, " T"], segments: Int32[np.ndarray, " T"] | None,
              draws: UInt64[np.ndarray, "COUNT 2"]) -> Int32[np.ndarray, " T"]:
-    """The row with up to `COUNT` spans overwritten by earlier spans of the same document: the later place uniform over
+    """The row with up to `COUNT` spans overwritten by earlier spans of the same document: the later index uniform over
     those with room for both, the earlier one uniform over what lies before it in its document; of the first echo, over
     the first `SPAN` tokens of it.
 
     `segments` None: the row is one document; 0 is padding. `draws` are random numbers, one pair an echo.
     """
-    places = np.arange(tokens.size)
+    index = np.arange(tokens.size)
     segments = np.ones_like(tokens) if segments is None else segments
-    begins = np.maximum.accumulate(np.where(np.diff(segments, prepend=-1) != 0, places, 0))
-    starts = places[: max(tokens.size - SPAN + 1, 0)]
+    begins = np.maximum.accumulate(np.where(np.diff(segments, prepend=-1) != 0, index, 0))
+    starts = index[: max(tokens.size - SPAN + 1, 0)]
     starts = starts[(starts - begins[starts] >= SPAN) & (segments[starts] == segments[starts + SPAN - 1])
                     & real_tokens(segments, segments.shape)[starts]]
     out, free = tokens.copy(), np.ones(tokens.size, bool)
@@ -50,7 +50,7 @@ def echo_row(tokens: Int32[np.ndarray, " T"], segments: Int32[np.ndarray, " T"] 
 
 def with_echoes(batch: Batch, rows: range, share: float, seed: int) -> Batch:
     """The batch with echoes in a `share` of its rows (fewer where documents are shorter than two spans); `rows` are
-    their places in the whole stream, which with the seed decide everything, so that a resumed run sees the same."""
+    their numbers in the whole stream, which with the seed decide everything, so that a resumed run sees the same."""
     tokens, targets = batch.tokens.copy(), batch.targets.copy()
     for b, row in enumerate(rows):
         chance, *draws = raw_random(f"echo {seed} {row}", 1 + 2 * COUNT)

@@ -2,8 +2,8 @@
 
 What is held out is decided by a hash of a document's text, so it never moves and copies stay together.
 
-All else is a function of (seed, place in the stream). Random numbers are raw Philox output, which numpy guarantees
-never to change, unlike its `shuffle` and `permutation`.
+All else is a function of the seed and the row of the stream. Random numbers are raw Philox output, which numpy
+guarantees never to change, unlike its `shuffle` and `permutation`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jaxtyping import Float64, Int64, UInt64
 CYCLE = 1 << 16
 """Least number of rows after which the pattern of domains repeats: resolves shares of 1 in 65,536."""
 ENOUGH = 10
-"""A domain of at least this many different documents holds out at least one, whatever the fraction above 0."""
+"""A domain of at least this many different documents holds out at least one, whatever the share above 0."""
 
 
 def raw_random(key: str, count: int) -> UInt64[np.ndarray, " count"]:
@@ -42,10 +42,10 @@ def interleave(counts: Sequence[int], rates: Sequence[float], seed: int) -> Int6
     Item i of domain d stands at (i + u) / rate, u uniform: within one item of the exact share at any point, until a
     domain runs out, and without a beat between domains and batches.
     """
-    places = [(np.arange(count) + (raw_random(f"mix {seed} {d}", count) >> np.uint64(11)) / 2.0**53) / rate
-              for d, (count, rate) in enumerate(zip(counts, rates, strict=True))]
+    keys = [(np.arange(count) + (raw_random(f"mix {seed} {d}", count) >> np.uint64(11)) / 2.0**53) / rate
+            for d, (count, rate) in enumerate(zip(counts, rates, strict=True))]
     domains = np.repeat(np.arange(len(counts)), counts)
-    return domains[np.argsort(np.concatenate(places), kind="stable")]
+    return domains[np.argsort(np.concatenate(keys), kind="stable")]
 
 
 def ranks(domains: Int64[np.ndarray, " M"], count: int) -> Int64[np.ndarray, " M"]:
@@ -67,9 +67,9 @@ class Mix(NamedTuple):
 
     def locate(self, row: int) -> tuple[int, int]:
         """Row of the stream -> (domain, which of that domain's rows, counted from 0 without end)."""
-        cycle, place = divmod(row, self.domains.size)
-        domain = int(self.domains[place])
-        return domain, cycle * int(self.counts[domain]) + int(self.ranks[place])
+        cycle, row = divmod(row, self.domains.size)
+        domain = int(self.domains[row])
+        return domain, cycle * int(self.counts[domain]) + int(self.ranks[row])
 
     def used(self, rows: int) -> list[int]:
         """Rows of each domain among the first `rows` of the stream."""
@@ -92,16 +92,16 @@ def make_mix(rates: Float64[np.ndarray, " D"], rows: int, seed: int) -> Mix:
     return Mix(domains, ranks(domains, counts.size), counts)
 
 
-def held_out_identities(domains: Sequence[UInt64[np.ndarray, " _"]], fraction: float) -> UInt64[np.ndarray, " H"]:
+def held_out_identities(domains: Sequence[UInt64[np.ndarray, " _"]], share: float) -> UInt64[np.ndarray, " H"]:
     """The identities held out, over all domains together: a text in two domains is on one side in both.
 
-    In each domain, those with a hash in the lowest `fraction` of all hashes, but never its last one (a domain of one
+    In each domain, those with a hash in the lowest `share` of all hashes, but never its last one (a domain of one
     document is trained on), and its lowest one always if there are `ENOUGH`.
     """
     chosen = [np.zeros(0, np.uint64)]
     for identities in domains:
         unique = np.unique(identities)
-        if fraction > 0 and unique.size:
-            below = int(np.searchsorted(unique, np.uint64(min(int(fraction * 2.0**64), 2**64 - 1)), side="left"))
+        if share > 0 and unique.size:
+            below = int(np.searchsorted(unique, np.uint64(min(int(share * 2.0**64), 2**64 - 1)), side="left"))
             chosen.append(unique[: min(max(below, int(unique.size >= ENOUGH)), unique.size - 1)])
     return np.unique(np.concatenate(chosen))

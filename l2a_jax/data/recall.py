@@ -49,14 +49,10 @@ SENTENCE = (ARTICLES, ADJECTIVES, NOUNS, VERBS, PREPOSITIONS, ARTICLES, ADJECTIV
 BRANCHES = 3  # each word is followed by one of this many: about one nat a token, all of it local
 
 
-def _word_chain() -> list[np.ndarray]:
-    """For each place in a sentence, the words that may follow each word of the place before: fixed for ever."""
-    rng = np.random.default_rng(0)
-    return [np.array([rng.choice(len(after), BRANCHES, replace=False) for _ in before])
-            for before, after in itertools.pairwise(SENTENCE)]
-
-
-_CHAIN = _word_chain()
+_RNG = np.random.default_rng(0)
+_CHAIN = [np.array([_RNG.choice(len(after), BRANCHES, replace=False) for _ in before])
+          for before, after in itertools.pairwise(SENTENCE)]
+"""For each word of a sentence, what may follow each choice of the one before: fixed for ever."""
 
 
 @dataclass(frozen=True)
@@ -131,10 +127,10 @@ class RecallCorpus:
 
 
 def _sentence(rng: np.random.Generator) -> list[int]:
-    places = [int(rng.integers(len(SENTENCE[0])))]
+    chosen = [int(rng.integers(len(SENTENCE[0])))]
     for follow in _CHAIN:
-        places.append(int(follow[places[-1], rng.integers(BRANCHES)]))
-    return [*(IDS[words[place]] for words, place in zip(SENTENCE, places, strict=True)), STOP]
+        chosen.append(int(follow[chosen[-1], rng.integers(BRANCHES)]))
+    return [*(IDS[words[index]] for words, index in zip(SENTENCE, chosen, strict=True)), STOP]
 
 
 def needs_memory(tokens: Int[np.ndarray, "B T"]) -> Bool[np.ndarray, "B T"]:

@@ -67,21 +67,17 @@ class _Counted(io.FileIO):
 
 
 @contextmanager
-def _open(path: Path, on_read: Callable[[int], None]) -> Iterator[io.BufferedIOBase]:
+def _opened(path: Path, on_read: Callable[[int], None], after: Callable[[], str] = str) -> Iterator[io.BufferedIOBase]:
+    """A file's bytes, decompressed. What can go wrong while they are read becomes a UserError that names the file;
+    `after`: how far it was read."""
     check_regular(path)
-    with io.BufferedReader(_Counted(path, on_read), buffer_size=1 << 20) as raw:
-        if path.suffix == ".gz":
-            with gzip.GzipFile(fileobj=raw) as file:
-                yield file
-        else:
-            yield raw
-
-
-@contextmanager
-def _reading(path: Path, after: Callable[[], str] = str) -> Iterator[None]:
-    """What can go wrong while a file is read, as UserErrors that name it. `after`: how far it was read."""
     try:
-        yield
+        with io.BufferedReader(_Counted(path, on_read), buffer_size=1 << 20) as raw:
+            if path.suffix == ".gz":
+                with gzip.GzipFile(fileobj=raw) as file:
+                    yield file
+            else:
+                yield raw
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be decompressed{after()}: {error}") from None
     except OSError as error:
@@ -94,7 +90,7 @@ def read_lines(path: Path, on_read: Callable[[int], None] = lambda n: None) -> I
     Raises UserError where the file cannot be read or decompressed, and on bytes that are not UTF-8.
     """
     offset = number = 0
-    with _reading(path, lambda: f" after line {number}" * (number > 0)), _open(path, on_read) as file:
+    with _opened(path, on_read, lambda: f" after line {number}" * (number > 0)) as file:
         for number, raw in enumerate(file, start=1):
             try:
                 line = raw.decode("utf-8")
@@ -162,7 +158,7 @@ def read_records(
 def _parquet_rows(path: Path, on_read: Callable[[int], None], needed: Callable[[Collection[str]], Collection[str]]
                   ) -> Iterator[tuple[str, Mapping]]:
     parquet_files = needs("pyarrow.parquet", "data", f"{path}: reading .parquet files")
-    with _reading(path), _open(path, on_read) as file, tempfile.TemporaryFile() as seekable:
+    with _opened(path, on_read) as file, tempfile.TemporaryFile() as seekable:
         if path.suffix == ".gz":
             shutil.copyfileobj(file, seekable)
             file = seekable

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,16 +66,20 @@ def save_pretrained(
         roles = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": ends[0] if len(ends) == 1 else list(ends),
                  "pad_token_id": tokenizer.pad_token_id}
         fields |= {role: value for role, value in roles.items() if value not in (None, [])}
-    with new_folder(out) as folder:
-        write_json(folder / "config.json", fields)
-        if carried is not None:
-            for name, content in carried.files.items():
-                (folder / name).parent.mkdir(exist_ok=True)
-                (folder / name).write_bytes(content)
-        if tokenizer is not None:
-            tokenizer.save(folder)
-        with gigabytes(f"writing {out}", sum(tensor.nbytes for tensor in tensors.values())) as written:
-            _write_shards(folder, {name: _told(tensor, written) for name, tensor in tensors.items()}, shard_bytes)
+    check_free(out)
+    try:
+        with partial_folder(Path(out)) as folder:
+            write_json(folder / "config.json", fields)
+            if carried is not None:
+                for name, content in carried.files.items():
+                    (folder / name).parent.mkdir(exist_ok=True)
+                    (folder / name).write_bytes(content)
+            if tokenizer is not None:
+                tokenizer.save(folder)
+            with gigabytes(f"writing {out}", sum(tensor.nbytes for tensor in tensors.values())) as written:
+                _write_shards(folder, {name: _told(tensor, written) for name, tensor in tensors.items()}, shard_bytes)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error}") from error
     return Path(out)
 
 
@@ -95,20 +98,6 @@ def check_free(out: str | Path) -> None:
         raise UserError(f"cannot write {out}: {error.strerror}") from error
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"cannot write {out}: {parent} is {'read-only' if parent.is_dir() else 'not a folder'}")
-
-
-@contextlib.contextmanager
-def new_folder(out: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its name once the block has ended well (`files.partial_folder`).
-
-    Raises UserError if `out` exists and is not empty, or cannot be written.
-    """
-    check_free(out)
-    try:
-        with partial_folder(Path(out)) as partial:
-            yield partial
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error}") from error
 
 
 def _stored(params: Tree, config: ModelConfig, l2a_config: L2AConfig | None) -> dict[str, Stored]:
