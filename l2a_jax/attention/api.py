@@ -30,7 +30,10 @@ AUTO = {"gpu": ("pallas", "cudnn", "xla"), "cpu": ("xla", "reference")}
 
 @dataclass(frozen=True)
 class Call:
-    """What a backend needs to know to accept or decline: the operation, the shapes, and which options are in use."""
+    """What a backend needs to know to accept or decline: the operation, the shapes, and which options are in use.
+
+    The operation is a function of this module, or "decode" (`attention.decode`), of which `length` counts the slots.
+    """
 
     operation: str
     batch: int

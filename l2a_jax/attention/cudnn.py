@@ -14,6 +14,8 @@ def machine_why_not() -> str | None:
 
 def why_not(call) -> str | None:
     """cuDNN knows causal and windowed causal attention in half precision, nothing else."""
+    if call.operation == "decode":
+        return "cuDNN has no per-row range of keys"
     return machine_why_not() or shape_why_not(call)
 
 

@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from l2a_jax.attention.backends import check_name
+from l2a_jax import device
+from l2a_jax.attention.api import Call, choose
 from l2a_jax.attention.kernels import decode as kernel
 from l2a_jax.attention.kernels.tile import FLOOR
-from l2a_jax.attention.pallas import shape_why_not
-from l2a_jax.attention.pallas import why_not as pallas_why_not
-from l2a_jax.attention.reference import masked_softmax
-from l2a_jax.errors import Unsupported
+from l2a_jax.attention.reference import masked_attention
 
+Query = Float[Array, "B N H"]
+Key = Float[Array, "B K H"]
 CHUNK = 256  # slots that the XLA version visits at a time
 
 
@@ -42,54 +42,13 @@ class Reads(NamedTuple):
     seen: Bool[Array, B]
 
 
-class _Shape(NamedTuple):
-    """What the kernels' own `why_not` asks about."""
-
-    width: int
-    dtype: str
-    sinks: int
-
-
-def why_not(backend: str, width: int, dtype: str, sinks: int = 0) -> str | None:
-    """Why `backend` cannot take decode steps over such a cache, or None."""
-    check_name(backend)
-    if backend == "cudnn":
-        return "cuDNN has no per-row range of keys"
-    if backend == "pallas":
-        return pallas_why_not(_Shape(width, dtype, sinks))
-    return shape_why_not(_Shape(width, dtype, sinks)) if backend == "pallas_interpret" else None
-
-
-def choose(backend: str, width: int, dtype: str, sinks: int = 0) -> str:
-    """The backend of a decode step: the one named, or for `auto` the kernel on a GPU, else XLA.
-
-    Raises Unsupported where the named backend cannot serve.
-    """
-    if backend == "auto":
-        return "pallas" if why_not("pallas", width, dtype, sinks) is None else "xla"
-    reason = why_not(backend, width, dtype, sinks)
-    if reason is not None:
-        raise Unsupported(f"attention backend {backend!r} cannot decode: {reason}")
-    return backend
-
-
-def attend_cache(
-    q: Float[Array, "B N H"],
-    k: Float[Array, "B K H"],
-    v: Float[Array, "B K H"],
-    cache: KV,
-    layer: int,
-    reads: Reads,
-    *,
-    sinks: int = 0,
-    write: bool = True,
-    backend: str = "auto",
-) -> tuple[Float[Array, "B N H"], KV]:
+def attend_cache(q: Query, k: Key, v: Key, cache: KV, layer: int, reads: Reads, *, sinks: int = 0, write: bool = True,
+                 backend: str = "auto") -> tuple[Query, KV]:
     """(the new tokens' attention, the cache with them in it) for one layer of the cache.
 
     q, k, v: the new tokens, rotated, taken in the cache's dtype; the result has q's. `write` False: the token is in its
     slot already (a second look by the same token), and the cache comes back as it was. Where `sinks` is 0 nothing below
-    `begin` is seen. Raises ValueError on shapes that do not fit, Unsupported as `choose` does.
+    `begin` is seen. Raises ValueError on shapes that do not fit, Unsupported where the named backend cannot serve.
     """
     batch, slots, kv_heads, width = cache.k.shape[1:]
     if q.shape[0] != batch or k.shape != (batch, kv_heads, width) or v.shape != k.shape or q.shape[2] != width:
@@ -98,7 +57,8 @@ def attend_cache(
         raise ValueError(f"layer {layer} of the cache {cache.k.shape}, {cache.v.shape} with {q.shape[1]} heads")
     if cache.k.dtype != cache.v.dtype:
         raise ValueError(f"the cache holds keys of {cache.k.dtype} and values of {cache.v.dtype}; expected one dtype")
-    name = choose(backend, width, jnp.dtype(cache.k.dtype).name, sinks)
+    call = Call("decode", batch, slots, q.shape[1], kv_heads, width, jnp.dtype(cache.k.dtype).name, sinks=sinks)
+    name = choose(call, backend, device.platform())
     dtype = q.dtype
     q, k, v = (x.astype(cache.k.dtype) for x in (q, k, v))
     with jax.named_scope("attention_decode"):
@@ -114,22 +74,18 @@ def attend_cache(
         return look(q, k, v, cache, layer, reads, min(sinks, slots)).astype(dtype), cache
 
 
-def _reference(q, k, v, cache, layer, reads, sinks):
-    """The definition, in float32, over every slot: the oracle of the other two."""
+def _reference(q: Query, k: Key, v: Key, cache: KV, layer: int, reads: Reads, sinks: int) -> Query:
+    """The definition, over every slot: the oracle of the other two."""
     index = jnp.arange(cache.k.shape[2])
     begin, end, slot, seen = (field[:, None] for field in reads)
     mask = ((begin <= index) & (index < end)) | (index < jnp.minimum(begin, sinks))
     mask = jnp.pad(mask & (index != slot), ((0, 0), (0, 1)), constant_values=True) & seen  # the token itself is last
-    keys, values = (jnp.concatenate([store[layer], new[:, None]], axis=1).astype(jnp.float32)
+    keys, values = (jnp.concatenate([store[layer], new[:, None]], axis=1)
                     for store, new in zip(cache, (k, v), strict=True))
-    grouped = q.astype(jnp.float32).reshape(q.shape[0], k.shape[1], -1, q.shape[2])
-    highest = jax.lax.Precision.HIGHEST
-    scores = jnp.einsum("bkgh,bskh->bkgs", grouped, keys, precision=highest) * q.shape[2] ** -0.5
-    weights = masked_softmax(scores, mask[:, None, None])
-    return jnp.einsum("bkgs,bskh->bkgh", weights, values, precision=highest).reshape(q.shape).astype(q.dtype)
+    return masked_attention(q[:, None], keys, values, mask[:, None])[:, 0]
 
 
-def _xla(q, k, v, cache, layer, reads, sinks):
+def _xla(q: Query, k: Key, v: Key, cache: KV, layer: int, reads: Reads, sinks: int) -> Query:
     """Rows one after another, each over the chunks of its own range, with an online softmax."""
     slots, kv_heads, width = cache.k.shape[2:]
     size, scale = min(CHUNK, slots), width**-0.5

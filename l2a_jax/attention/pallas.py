@@ -137,8 +137,6 @@ def _attend_backward(how, saved, d_out):
     d_out = d_out.astype(q.dtype)
     d_q, delta, ordered_q, ordered_d_out = backward_q(
         spec, tiles.backward_q, q, k, v, plan, out, lse, d_out, interpret=interpret)
-    if spec.kind == "all":
-        ordered_q, ordered_d_out = q, d_out
     d_k, d_v = backward_kv(
         spec, tiles.backward_kv, ordered_q, k, v, plan, lse, delta, ordered_d_out, interpret=interpret)
     if spec.sinks:

@@ -58,7 +58,8 @@ def masked_softmax(scores: Float[Array, "*dims S"], mask: Bool[Array, "*#dims S"
     return jnp.where(mask, jax.nn.softmax(jnp.where(mask, scores, hidden), axis=-1), 0.0)
 
 
-def masked_attention(q: Heads, k: Keys, v: Keys, mask: Bool[Array, "B T T"]) -> Heads:
+def masked_attention(q: Heads, k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], mask: Bool[Array, "B T S"]
+                     ) -> Heads:
     """softmax(q k^T / sqrt(H)) v over the keys that `mask` allows; rows that may see nothing are exactly 0."""
     batch, length, heads, width = q.shape
     groups = heads // k.shape[2]

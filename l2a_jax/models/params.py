@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from l2a_jax.config import L2AConfig, ModelConfig
@@ -152,21 +151,3 @@ def check_layers(config: ModelConfig, l2a_config: L2AConfig) -> None:
 def output_matrix(params: Tree, config: ModelConfig) -> Float[Array, "V D"]:
     """The matrix that makes the logits: the embedding where it is tied, else the stored output kernel."""
     return params["embed"]["embedding"] if config.tie_embeddings else params["unembed"]["kernel"].T
-
-
-class _Node(nnx.Module):
-    """One level of the tree as an NNX module: attributes are parameters or further levels."""
-
-    def __init__(self, tree: Tree):
-        for name, value in tree.items():
-            setattr(self, name, _Node(value) if isinstance(value, dict) else nnx.Param(value))
-
-
-def as_module(tree: Tree) -> nnx.Module:
-    """The tree as NNX parameters under the same path names."""
-    return _Node(tree)
-
-
-def from_module(module: nnx.Module) -> dict[str, Array]:
-    """The plain tree inside an NNX module."""
-    return nnx.to_pure_dict(nnx.state(module, nnx.Param))

@@ -18,7 +18,7 @@ from l2a_jax.attention.reference import real_tokens, segment_starts
 from l2a_jax.config import L2AConfig, ModelConfig, position_limit
 from l2a_jax.errors import UserError
 from l2a_jax.models.layer import Attention, LayerRouting, OfLayer, block, context_of, join_projections, pruned_of
-from l2a_jax.models.params import Tree, as_module, check_layers, from_module, init_params, output_matrix
+from l2a_jax.models.params import Tree, check_layers, init_params, output_matrix
 from l2a_jax.nn.layers import rms_norm
 
 
@@ -197,6 +197,14 @@ def check_tokens(tokens: Int[Array, "*S"], config: ModelConfig) -> None:
                         "was the text tokenised with this model's tokenizer?")
 
 
+class _Node(nnx.Module):
+    """One level of the tree: attributes are parameters or further levels."""
+
+    def __init__(self, tree: Tree):
+        for name, value in tree.items():
+            setattr(self, name, _Node(value) if isinstance(value, dict) else nnx.Param(value))
+
+
 class Qwen2(nnx.Module):
     """The same tree as NNX parameters: a container for shapes, initial values and path names.
 
@@ -206,11 +214,11 @@ class Qwen2(nnx.Module):
     def __init__(self, config: ModelConfig, l2a_config: L2AConfig | None = None, *, rngs: nnx.Rngs):
         self.config = config
         self.l2a_config = l2a_config
-        self.params = as_module(init_params(config, rngs.params(), l2a_config))
+        self.params = _Node(init_params(config, rngs.params(), l2a_config))
 
     def tree(self) -> Tree:
         """The parameters as the plain nested dict that every function here takes."""
-        return from_module(self.params)
+        return nnx.to_pure_dict(nnx.state(self.params, nnx.Param))
 
     def __call__(self, tokens: Int[Array, "B T"], **options: Any) -> Output:
         return forward(self.tree(), tokens, self.config, self.l2a_config, **options)

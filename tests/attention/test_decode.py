@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from l2a_jax.attention import reference
-from l2a_jax.attention.decode import KV, Reads, attend_cache, why_not
+from l2a_jax.attention.api import Call, why_not
+from l2a_jax.attention.decode import KV, Reads, attend_cache
 from l2a_jax.attention.kernels import decode as kernel
 from l2a_jax.research.speed.compiled import lower_for_cuda
 
@@ -151,5 +152,5 @@ def test_bad_calls_are_refused():
     with pytest.raises(ValueError, match="layer 2 of the cache"):
         attend_cache(q, k, v, cache, 2, READS)
     with pytest.raises(ValueError, match="expected one of"):
-        why_not("cuda", 64, "float32")
-    assert "none of" in why_not("pallas_interpret", 24, "float32")
+        why_not("cuda", Call("decode", 1, 8, 2, 1, 64, "float32"))
+    assert "none of" in why_not("pallas_interpret", Call("decode", 1, 8, 2, 1, 24, "float32"))

@@ -68,7 +68,7 @@ def test_shares_of_a_tile_join_to_the_digits_of_their_maxima(tops):
     blank = jnp.zeros((1, 40, 2, 16)), jnp.zeros((1, 2, 40))
     out, joined = split.join(spec, block, plan, *blank, *inputs, interpret=True)
 
-    parts = min(split.places(spec, block, 1), split.MAX_PARTS)
+    parts = min(split.places(spec, 1), split.MAX_PARTS)
     values, part_tops, totals = (x[0].astype(np.float64).reshape(2, -1, 16, *x.shape[3:])[:, :parts, :rows]
                                  for x in inputs)
     weights = np.exp2(part_tops - tops)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import pathlib
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 
 import l2a_jax
 from l2a_jax import attention
-from l2a_jax.attention import api, decode
+from l2a_jax.attention import api
 from l2a_jax.attention.kernels import launch
 from l2a_jax.research.speed.compiled import lower_for_cuda, triton_kernels
 
@@ -60,7 +61,7 @@ def test_without_it_calls_go_to_xla(monkeypatch):
     monkeypatch.setattr("l2a_jax.attention.pallas.machine_why_not", lambda: None)
     for backend in ("pallas", "pallas_interpret"):
         assert "has lost the Triton lowering" in api.why_not(backend, CALL)
-    assert decode.choose("auto", 64, "bfloat16") == "xla"
+    assert api.choose(dataclasses.replace(CALL, operation="decode"), "auto", "gpu") == "xla"
     monkeypatch.setattr(launch.device, "capability", lambda: 9.0)
     assert launch.on_gpu(lambda x: 1 / 0, lambda x: x + 1, 1) == 2
     q = jnp.ones((1, 4, 2, 16))

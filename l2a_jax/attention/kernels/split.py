@@ -20,7 +20,7 @@ PROGRAMS = 1_056  # about eight per multiprocessor of an H100; beyond that many 
 MAX_PARTS = 32
 
 
-def places(spec: Spec, block: Block, batch: int) -> int:
+def places(spec: Spec, batch: int) -> int:
     """Programs per head and sequence that may share tiles; 0 where tiles are never shared."""
     return max(PROGRAMS // (spec.heads * batch), 1) if spec.kind == "routed" else 0
 
@@ -28,7 +28,7 @@ def places(spec: Spec, block: Block, batch: int) -> int:
 def part_shapes(spec: Spec, block: Block, batch: int) -> list[jax.ShapeDtypeStruct]:
     """Room for the shares: values [B, N, places * rows, H], and of forward ones the maxima and the sums of weights
     [B, N, places * rows]."""
-    shape = (batch, spec.heads, places(spec, block, batch) * block.rows)
+    shape = (batch, spec.heads, places(spec, batch) * block.rows)
     return [jax.ShapeDtypeStruct((*shape, *width), jnp.float32) for width in ((spec.width,), (), ())]
 
 
@@ -42,7 +42,7 @@ def assignment(number, count, size: int, room: int):
 
 
 def part_bounds(bounds, part, parts):
-    """The part's own blocks of keys out of `tile.key_bounds`."""
+    """The part's own blocks of keys out of `row_tiles`."""
     begin, end = bounds[0], bounds[3]
     blocks = jnp.maximum(end - begin, 0)
     low, high = begin + blocks * part // parts, begin + blocks * (part + 1) // parts
@@ -56,7 +56,7 @@ def join(spec: Spec, block: Block, plan: Plan, whole, lse, values, tops=None, to
     Not outputs and log-sum-exps: of scores near 2^20 a log-sum-exp in float32 tells the weights to 4 % only.
     """
     batch = whole.shape[0]
-    room = places(spec, block, batch)
+    room = places(spec, batch)
     return launch(
         functools.partial(_kernel, spec=spec, block=block, room=room),
         "l2a_attention_join", [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (whole, lse)],

@@ -85,7 +85,6 @@ def calls(case: SpeedCase):
         out, lse = forward(spec, blocks.forward, q, k, v, plan(decisions), interpret=False)
         _, delta, rows_q, rows_d_out = backward_q(
             spec, blocks.backward_q, q, k, v, plan(decisions), out, lse, d_out, interpret=False)
-        rows_q, rows_d_out = (q, d_out) if rows_q is None else (rows_q, rows_d_out)
         return q, k, v, d_out, decisions, out, lse, delta, rows_q, rows_d_out
 
     def run(kernel, block, **options):
