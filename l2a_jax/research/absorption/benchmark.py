@@ -10,8 +10,6 @@ import dataclasses
 import json
 import logging
 import pathlib
-import statistics
-import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +18,7 @@ from l2a_jax import device
 from l2a_jax.research import tables
 from l2a_jax.research.absorption import arm_training, arms, outcome
 from l2a_jax.research.absorption.definitions import Arm, SuiteConfig
+from l2a_jax.research.speed.timing import median_ms
 
 log = logging.getLogger("l2a_jax")
 ROUNDS = 3
@@ -35,16 +34,20 @@ def steps_per_second(arm: Arm, preset: SuiteConfig, seeds: int, dense_backend: s
     stream = jnp.asarray(rng.integers(0, preset.model.vocab_size, 1 << 20).astype(np.uint16))
     starts = rng.integers(0, (1 << 20) - recipe.seq_len - 1, (preset.scan, seeds, recipe.batch_size)).astype(np.int32)
     state = arm_training.init_members(names, numbers.gate_std, config=program.config)
-    times = []
-    for _ in range(ROUNDS + 1):
-        began = time.perf_counter()
+
+    def chunk():
+        nonlocal state
         state, metrics = arm_training.train_chunk(state, stream, starts, names, numbers, program=program)
-        if not np.isfinite(np.asarray(metrics["loss"])).all():
+        return metrics["loss"]
+
+    def check(loss):
+        if not np.isfinite(np.asarray(loss)).all():
             raise FloatingPointError("the benchmark's loss is not finite")
-        times.append(time.perf_counter() - began)
-    steady = statistics.median(times[1:]) / preset.scan
-    return {"milliseconds_a_step": 1e3 * steady, "steps_per_second": 1 / steady, "compile_seconds": times[0] - times[1],
-            "tokens_per_second": seeds * recipe.batch_size * recipe.seq_len / steady}
+
+    first, steady = median_ms(chunk, check, repeats=1), median_ms(chunk, check, repeats=ROUNDS)
+    ms = steady / preset.scan
+    return {"milliseconds_a_step": ms, "steps_per_second": 1e3 / ms, "compile_seconds": (first - steady) / 1e3,
+            "tokens_per_second": 1e3 * seeds * recipe.batch_size * recipe.seq_len / ms}
 
 
 def run(preset: SuiteConfig, dense_backend: str | None, out: pathlib.Path) -> None:

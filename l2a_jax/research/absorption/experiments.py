@@ -6,6 +6,10 @@ same recipe; both trained 50,000 steps on WikiText-103, so that only the `paper`
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +20,19 @@ from l2a_jax.research.absorption.definitions import DENSE, HARD, Arm, Attention
 from l2a_jax.research.absorption.lab import Lab
 from l2a_jax.research.absorption.masks import f1
 from l2a_jax.research.absorption.outcome import Cell, Panel, Report, Table, bars, mean_text, perplexity
+
+_DEPLOYED = {"own gate, hard": HARD, "oracle mask": arms.ORACLE, "random mask": arms.RANDOM,
+            "nearest keys": arms.WINDOW, "dense": DENSE}
+"""How weights may be used, whatever they were trained under, by the column that shows it."""
+
+
+def _perplexity(lab: Lab, arm: Arm, attention: Attention, **options: Any) -> Cell:
+    """Held-out perplexity of an arm's weights; `options` are those of `Lab.nll`."""
+    return Cell(perplexity(lab.nll(arm, attention, **options)))
+
+
+def _deployed(lab: Lab, arm: Arm, *columns: str) -> dict[str, Cell]:
+    return {column: _perplexity(lab, arm, _DEPLOYED[column]) for column in columns}
 
 
 def soft_gate(lab: Lab) -> Report:
@@ -69,10 +86,8 @@ def hard_topk(lab: Lab) -> Report:
                 "largest gate gradient": Cell(np.max([r["gate_grad_norm_max"] for r in records], axis=0),
                                               "0" if arm in (arms.hard_before, arms.hard_after) else "", digits=6),
                 "largest change of a gate weight": Cell(records[-1]["gate_moved"], digits=6)}
-        scores.rows[arm.name] = {
-            name: Cell(perplexity(lab.nll(arm, attention))) for name, attention in (
-                ("as trained", arms.native(arm)), ("own gate, hard", HARD), ("oracle mask", arms.ORACLE),
-                ("random mask", arms.RANDOM), ("dense", DENSE))}
+        scores.rows[arm.name] = {"as trained": _perplexity(lab, arm, arms.native(arm)), **_deployed(
+            lab, arm, "own gate, hard", "oracle mask", "random mask", "dense")}
     return Report("hard_topk", "Hard top k: no gradient reaches the gate", [gradient, scores],
                   [bars("As trained", "held-out perplexity", scores, "as trained"),
                    bars("Own gate, hard", "held-out perplexity", scores, "own gate, hard", log=True)])
@@ -80,50 +95,50 @@ def hard_topk(lab: Lab) -> Report:
 
 def distill(lab: Lab) -> Report:
     """Gates distilled on frozen weights that never saw a gate, and on weights trained along with one."""
-    bases = [(arms.dense, "mask-agnostic", "48.6", ""), (arms.soft_learned, "co-adapted", "601.6", "582, 384, 506*"),
-             (arms.soft_random, "co-adapted to a frozen random gate", "", "")]
-    lab.prepare([arm for arm, *_ in bases])
-    k = lab.preset.top_k
+    bases = {
+        arms.dense: ("mask-agnostic", {"native": "37.32", "distilled gate": "48.6"}, "> 0.94"),
+        arms.soft_learned: ("co-adapted", {
+            "native": "48.73", "oracle mask": "582, 384, 506*", "random mask": "638, 414, 507*",
+            "nearest keys": "577, 297, 385*", "own gate, hard": "310, 332, 240*", "distilled gate": "601.6"}, ""),
+        arms.soft_random: ("co-adapted to a frozen random gate", {}, "")}
+    lab.prepare(list(bases))
+    k, at = lab.preset.top_k, lab.preset.top_ks.index(lab.preset.top_k)
     table = Table(f"Deployed with k = {k} of the visible keys: held-out perplexity", note="*Soft, masked by its own "
                   "logits*: the multiplier stays and the k largest of the logits in use are kept, which separates the "
                   "loss of the mask from the loss of the multiplier. Distilled minus oracle is the gate's error; "
                   "oracle minus native is what the weights do not bear.")
-    layers, by_k = Table("F1 against the oracle mask, by layer", note="Contested queries: more than k visible keys."), \
-        Table("Share of the gap between random and oracle masks that the distilled gate closes (perplexity)")
-    panels = [Panel(f"{words} weights", "held-out perplexity", "keys kept", log=True) for _, words, *_ in bases]
-    for (arm, words, reported, oracle_reported), panel in zip(bases, panels, strict=True):
+    layers = Table("F1 against the oracle mask, by layer", note="Contested queries: more than k visible keys.")
+    by_k = Table("Share of the gap between random and oracle masks that the distilled gate closes (perplexity)")
+    panels = []
+    for arm, (words, reported, reported_share) in bases.items():
         native = arms.native(arm)
-        selector, of = lab.selector(arm, native), "distilled in its own forward pass"
+        gate = {"selector": lab.selector(arm, native), "selector_of": "distilled in its own forward pass"}
         kl = lab.distillation_kl(arm, native)
-        counts = lab.statistics(arm, native, lab.preset.top_ks, selector=selector, selector_of=of)["agreement"]
-        own = {name: Cell(perplexity(lab.nll(arm, a)), given) for name, a, given in (
-            ("native", native, "37.32" if arm is arms.dense else "48.73" if arm is arms.soft_learned else ""),
-            ("dense", DENSE, ""), ("oracle mask", arms.ORACLE, oracle_reported), ("random mask", arms.RANDOM,
-             "638, 414, 507*" if arm is arms.soft_learned else ""), ("nearest keys", arms.WINDOW,
-             "577, 297, 385*" if arm is arms.soft_learned else ""))}
+        counts = lab.statistics(arm, native, lab.preset.top_ks, **gate)["agreement"]
+        cells = {"native": _perplexity(lab, arm, native),
+                 **_deployed(lab, arm, "dense", "oracle mask", "random mask", "nearest keys")}
         if native != DENSE:
-            own |= {"own gate, hard": Cell(perplexity(lab.nll(arm, HARD)),
-                                           "310, 332, 240*" if arm is arms.soft_learned else ""),
-                    "soft, masked by its own logits": Cell(perplexity(lab.nll(arm, arms.SOFT_USED)))}
-        at = lab.preset.top_ks.index(k)
-        scores = [f1(counts[:, :, at, three].sum(axis=1)) for three in (slice(0, 3), slice(3, 6))]
+            cells |= {**_deployed(lab, arm, "own gate, hard"),
+                      "soft, masked by its own logits": _perplexity(lab, arm, arms.SOFT_USED)}
+        cells["distilled gate"] = _perplexity(lab, arm, arms.SELECTOR, **gate)
+        for column, figure in reported.items():
+            cells[column].reported = figure
+        everywhere, contested = (f1(counts[:, :, at, three].sum(axis=1)) for three in (slice(0, 3), slice(3, 6)))
         table.rows[f"{arm.name} ({words})"] = {
-            **own, "distilled gate": Cell(perplexity(lab.nll(arm, arms.SELECTOR, selector=selector, selector_of=of)),
-                                          reported),
-            "F1": Cell(scores[0], digits=3), "F1, contested": Cell(scores[1], digits=3),
+            **cells, "F1": Cell(everywhere, digits=3), "F1, contested": Cell(contested, digits=3),
             "KL first": Cell(kl["first"], digits=3), "KL last": Cell(kl["last"], digits=3)}
         layers.rows[arm.name] = {f"layer {layer}": Cell(f1(counts[:, layer, at, 3:6]), digits=3)
                                  for layer in range(counts.shape[1])}
-        closed = {}
+        panel = Panel(f"{words} weights", "held-out perplexity", "keys kept", log=True)
+        panels.append(panel)
+        by_k.rows[arm.name] = {}
         for each in lab.preset.top_ks:
-            masked = {name: perplexity(lab.nll(arm, a, each, selector=selector, selector_of=of))
-                      for name, a in (("random", arms.RANDOM), ("distilled", arms.SELECTOR), ("oracle", arms.ORACLE))}
+            masked = {name: perplexity(lab.nll(arm, attention, each, **gate)) for name, attention in (
+                ("random", arms.RANDOM), ("distilled", arms.SELECTOR), ("oracle", arms.ORACLE))}
             for name, values in masked.items():
                 panel.add(f"{name} mask", each, values)
-            gap = masked["random"] - masked["oracle"]
-            closed[f"k = {each}"] = Cell((masked["random"] - masked["distilled"]) / gap,
-                                         "> 0.94" if arm is arms.dense else "", digits=3)
-        by_k.rows[arm.name] = closed
+            closed = (masked["random"] - masked["distilled"]) / (masked["random"] - masked["oracle"])
+            by_k.rows[arm.name][f"k = {each}"] = Cell(closed, reported_share, digits=3)
     return Report("distill", "Gates distilled on frozen weights", [table, by_k, layers], panels)
 
 
@@ -135,12 +150,11 @@ def stochastic(lab: Lab) -> Report:
     for arm, reported in ((arms.stochastic, "78.2"), (arms.dense, "37.3")):
         selector = lab.selector(arm, DENSE)
         table.rows[arm.name] = {
-            "as trained": Cell(perplexity(lab.nll(arm, arms.native(arm)))),
+            "as trained": _perplexity(lab, arm, arms.native(arm)),
             "dense": Cell(perplexity(lab.nll(arm, DENSE)), reported),
-            "random mask": Cell(perplexity(lab.nll(arm, arms.RANDOM))),
-            "oracle mask": Cell(perplexity(lab.nll(arm, arms.ORACLE))),
-            "distilled gate": Cell(perplexity(lab.nll(arm, arms.SELECTOR, selector=selector, selector_of="dense"))),
-            "nearest keys": Cell(perplexity(lab.nll(arm, arms.WINDOW)))}
+            **_deployed(lab, arm, "random mask", "oracle mask"),
+            "distilled gate": _perplexity(lab, arm, arms.SELECTOR, selector=selector, selector_of="dense"),
+            **_deployed(lab, arm, "nearest keys")}
     return Report("stochastic", "Trained under random masks", [table],
                   [bars("Trained under random masks, deployed dense", "held-out perplexity", table, "dense"),
                    bars("... deployed with a distilled gate", "held-out perplexity", table, "distilled gate")])
@@ -159,16 +173,16 @@ def swap(lab: Lab) -> Report:
         native = arms.native(arm)
 
         def changed(name, function, arm=arm, native=native):
-            return Cell(perplexity(lab.nll(arm, native, change=(name, function))))
+            return _perplexity(lab, arm, native, change=(name, function))
 
         table.rows[arm.name] = {
-            "own": Cell(perplexity(lab.nll(arm, native))),
+            "own": _perplexity(lab, arm, native),
             "random, as drawn": changed("random", lambda p: _with_gate(p, _random_gate(p, lab.config.gate_std))),
             "random, same norms": changed("random, same norms", lambda p: _with_gate(p, _random_gate(p, None))),
             "constant 0.5": changed("constant", lambda p: _with_gate(p, jax.tree.map(jnp.zeros_like, _gate(p)))),
-            "removed (dense)": Cell(perplexity(lab.nll(arm, DENSE))),
-            "keys shuffled": Cell(perplexity(lab.nll(arm, native._replace(scores="shuffled")))),
-            "another text's": Cell(perplexity(lab.nll(arm, native._replace(scores="other_text"))))}
+            "removed (dense)": _perplexity(lab, arm, DENSE),
+            "keys shuffled": _perplexity(lab, arm, native._replace(scores="shuffled")),
+            "another text's": _perplexity(lab, arm, native._replace(scores="other_text"))}
         if len(lab.seeds) > 1:
             table.rows[arm.name]["another seed's"] = changed(
                 "another seed", lambda p: _with_gate(p, jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), _gate(p))))
@@ -214,8 +228,7 @@ def closed_loop(lab: Lab) -> Report:
         table.rows[arm.name] = {
             "native": Cell(perplexity(native)), "own gate, hard": Cell(perplexity(hard)),
             "excess": Cell(hard - native, reported, digits=4),
-            "oracle mask": Cell(perplexity(lab.nll(arm, arms.ORACLE))),
-            "random mask": Cell(perplexity(lab.nll(arm, arms.RANDOM))), "dense": Cell(perplexity(lab.nll(arm, DENSE)))}
+            **_deployed(lab, arm, "oracle mask", "random mask", "dense")}
     hard = {arm.name: lab.nll(arm, HARD) for arm, _ in rows}
     notes = [f"closed loop, learned - frozen random, both deployed hard: "
              f"{Cell(hard['closed_learned'] - hard['closed_random'], digits=4).text()} nats, paired by seed",
@@ -226,12 +239,15 @@ def closed_loop(lab: Lab) -> Report:
                    bars("Native", "held-out perplexity", table, "native")], notes)
 
 
-def _gap_rows(lab: Lab, table: Table, panel: Panel, label: str, x: float | str, pair: tuple[Arm, Arm]) -> None:
-    """A row of learned, frozen random and their gap."""
-    learned, random = (lab.nll(arm, Attention("multiplicative")) for arm in pair)
-    table.rows[label] = {"learned": Cell(perplexity(learned)), "frozen random": Cell(perplexity(random)),
-                         "random - learned, nats": Cell(random - learned, digits=4)}
-    panel.add("random - learned", x, random - learned)
+def _gaps(lab: Lab, table: Table, panel: Panel, rows: Sequence[tuple[str, float | str, tuple[Arm, Arm]]]
+          ) -> tuple[Table, Panel]:
+    """Learned, frozen random and their gap; a row is its label, its place in the panel, and the two arms."""
+    for label, x, pair in rows:
+        learned, random = (lab.nll(arm, Attention("multiplicative")) for arm in pair)
+        table.rows[label] = {"learned": Cell(perplexity(learned)), "frozen random": Cell(perplexity(random)),
+                             "random - learned, nats": Cell(random - learned, digits=4)}
+        panel.add("random - learned", x, random - learned)
+    return table, panel
 
 
 def mechanism(lab: Lab) -> Report:
@@ -248,8 +264,8 @@ def mechanism(lab: Lab) -> Report:
               "... Q/K/V frozen in the gated half": arms.pair("gated_frozen", gated_layers=half, frozen_qkv=half),
               "... Q/K/V frozen in the other half": arms.pair("other_frozen", gated_layers=half, frozen_qkv=other)}
     experts = arms.experts()
-    lab.prepare([arms.dense, *standard, *(a for pair in [*shares.values(), *places.values(), *widths.values()]
-                                          for a in pair), *experts])
+    pairs = [*shares.values(), *places.values(), *widths.values()]
+    lab.prepare([arms.dense, *standard, *itertools.chain.from_iterable(pairs), *experts])
 
     mass = Table("Attention mass in the k largest keys, by layer", note="Mean over queries with more than k visible "
                  "keys, softmax of the scaled products. Reported: top 64 of 512, over all layers.")
@@ -263,31 +279,27 @@ def mechanism(lab: Lab) -> Report:
                 **{f"layer {layer}": Cell(found[:, layer, index], digits=3) for layer in range(layers)}}
             curve.add(arm.name, k, found[:, :, index].mean(axis=1))
 
-    by_width, width_panel = Table("Learned against frozen random, by gate width"), \
-        Panel("Gap by gate width", "nats", "gate width")
-    for width in sorted(widths):
-        _gap_rows(lab, by_width, width_panel, f"width {width}", width, widths[width])
-    by_share, share_panel = Table("... by the share of layers whose Q/K/V are trained"), \
-        Panel("Gap by share of Q/K/V trained", "nats", "share")
-    for share, pair in shares.items():
-        _gap_rows(lab, by_share, share_panel, f"{share:.0%} of the layers", share, pair)
-    by_place, place_panel = Table("... by where the gates are, and where Q/K/V may adapt"), \
-        Panel("Gap by place", "nats")
-    for label, pair in places.items():
-        _gap_rows(lab, by_place, place_panel, label, label, pair)
+    by_width = _gaps(lab, Table("Learned against frozen random, by gate width"),
+                     Panel("Gap by gate width", "nats", "gate width"),
+                     [(f"width {width}", width, widths[width]) for width in sorted(widths)])
+    by_share = _gaps(lab, Table("... by the share of layers whose Q/K/V are trained"),
+                     Panel("Gap by share of Q/K/V trained", "nats", "share"),
+                     [(f"{share:.0%} of the layers", share, pair) for share, pair in shares.items()])
+    by_place = _gaps(lab, Table("... by where the gates are, and where Q/K/V may adapt"), Panel("Gap by place", "nats"),
+                     [(label, label, pair) for label, pair in places.items()])
     moe = Table(f"Mixture of {lab.preset.experts} experts of the same total size, one a token", note="Load: the "
                 "largest share of tokens that one expert serves, mean over layers.")
-    moe.rows["dense"] = {"perplexity": Cell(perplexity(lab.nll(arms.dense, DENSE)))}
+    moe.rows["dense"] = {"perplexity": _perplexity(lab, arms.dense, DENSE)}
     for arm in experts:
         load = lab.statistics(arm, DENSE, lab.preset.top_ks)["load"]
-        moe.rows[arm.name] = {"perplexity": Cell(perplexity(lab.nll(arm, DENSE))),
+        moe.rows[arm.name] = {"perplexity": _perplexity(lab, arm, DENSE),
                               "largest load": Cell(load.max(axis=-1).mean(axis=-1), digits=3)}
-    return Report("mechanism", "Mechanisms of absorption", [mass, by_width, by_share, by_place, moe],
-                  [curve, width_panel, share_panel, place_panel, bars("Experts", "held-out perplexity", moe,
-                                                                      "perplexity")],
+    tables, panels = zip(by_width, by_share, by_place, strict=True)
+    return Report("mechanism", "Mechanisms of absorption", [mass, *tables, moe],
+                  [curve, *panels, bars("Experts", "held-out perplexity", moe, "perplexity")],
                   [f"gate parameters: {mean_text([2 * lab.config.width * lab.config.heads * w * layers])} at width {w}"
                    for w in sorted(widths)])
 
 
-EXPERIMENTS = {"soft_gate": soft_gate, "hard_topk": hard_topk, "distill": distill, "stochastic": stochastic,
-               "swap": swap, "closed_loop": closed_loop, "mechanism": mechanism}
+EXPERIMENTS = {experiment.__name__: experiment
+               for experiment in (soft_gate, hard_topk, distill, stochastic, swap, closed_loop, mechanism)}

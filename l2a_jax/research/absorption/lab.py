@@ -17,7 +17,7 @@ import logging
 import pathlib
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,8 +27,9 @@ from safetensors.numpy import load_file, save_file
 
 from l2a_jax.errors import UserError
 from l2a_jax.files import check_file, claim, from_plain, native, plain, read_json, whole, write_json
-from l2a_jax.models.params import Tree
+from l2a_jax.models.params import Tree, map_with_path
 from l2a_jax.progress import progress
+from l2a_jax.research import leaves
 from l2a_jax.research.absorption import arm_training, distill, scoring, small_model
 from l2a_jax.research.absorption.corpora import Corpus
 from l2a_jax.research.absorption.definitions import Arm, Attention, Recipe, SuiteConfig, TransformerConfig, digest
@@ -68,19 +69,17 @@ class Lab:
 
     def key(self, arm: Arm) -> str:
         """A hash of all that determines an arm's weights; its name is not part of it."""
-        return digest(FORMAT, dataclasses.replace(arm, name=""), arm.model(self.config, self.preset.experts),
-                      self.recipe, self.preset.seeds, self._train_k(arm), self.corpus.fingerprint)
+        k = self.preset.top_k if arm.attention.select != "none" else None
+        return digest(FORMAT, dataclasses.replace(arm, name=""), self.model(arm), self.recipe, self.preset.seeds, k,
+                      self.corpus.fingerprint)
 
-    def _train_k(self, arm: Arm) -> int | None:
-        return self.preset.top_k if arm.attention.select != "none" else None
-
-    def _folder(self, arm: Arm) -> pathlib.Path:
-        return self.run_dir / "arms" / f"{arm.name}-{self.key(arm)}"
+    def model(self, arm: Arm) -> TransformerConfig:
+        """The arm's model."""
+        return arm.model(self.config, self.preset.experts)
 
     def program(self, arm: Arm) -> arm_training.Program:
         """What the arm's training compiles."""
-        return arm_training.Program(arm.model(self.config, self.preset.experts), arm.attention, self.recipe,
-                                    self.dense_backend)
+        return arm_training.Program(self.model(arm), arm.attention, self.recipe, self.dense_backend)
 
     def prepare(self, arms: Sequence[Arm]) -> None:
         """Train those of `arms` that are not trained yet, up to `together` of one program side by side."""
@@ -136,13 +135,8 @@ class Lab:
         key = self.key(arm)
         found = next(iter(sorted((self.run_dir / "arms").glob(f"*-{key}/weights.safetensors"))), None)
         if found is not None and key not in self._params:
-            self._params[key] = _load(found, self._member_shapes(small_model.param_shapes(self.program(arm).config)))
+            self._params[key] = _load(found, small_model.param_shapes(self.model(arm)), len(self.seeds))
         return found
-
-    def _member_shapes(self, shapes: Tree) -> dict[str, tuple[int, ...]]:
-        """The shape of every leaf by its path, for all seeds."""
-        leaves = _flat(shapes, is_leaf=lambda node: isinstance(node, tuple))
-        return {path: (len(self.seeds), *shape) for path, shape in leaves}
 
     def _train(self, group: Sequence[Arm]) -> None:
         """Train a group to its end; saves on the way, on interruption and when the time is up."""
@@ -178,8 +172,7 @@ class Lab:
             with progress(name, self.recipe.steps, start=step) as report:
                 while step < self.recipe.steps:
                     n = min(self.preset.scan, self.recipe.steps - step)
-                    starts = np.stack([self.corpus.train.order(int(seed), step, n, self.recipe.batch_size)
-                                       for seed in seeds], axis=1)
+                    starts = self._starts(seeds, step, n)
                     started = time.monotonic()
                     state, metrics = arm_training.train_chunk(state, self.stream, starts, seeds, numbers,
                                                           program=program)
@@ -222,14 +215,14 @@ class Lab:
         shutil.rmtree(folder)
 
     def _finish(self, arm: Arm, params: Tree, history: list, mine: slice, moved: np.ndarray) -> None:
-        folder = self._folder(arm)
+        folder = self.run_dir / "arms" / f"{arm.name}-{self.key(arm)}"
         folder.mkdir(parents=True, exist_ok=True)
         own = [{name: value[mine] if isinstance(value, list) else value for name, value in record.items()}
                for record in history]
         own[-1]["gate_moved"] = plain(moved)
         write_json(folder / "training.json", own)
         write_json(folder / "config.json", {
-            "arm": plain(dataclasses.asdict(arm)), "model": dataclasses.asdict(self.program(arm).config),
+            "arm": plain(dataclasses.asdict(arm)), "model": dataclasses.asdict(self.model(arm)),
             "recipe": dataclasses.asdict(self.recipe), "seeds": self.preset.seeds, "top_k": self.preset.top_k,
             "corpus": self.corpus.fingerprint})
         _save(folder / "weights.safetensors", params)
@@ -246,8 +239,8 @@ class Lab:
         name = digest(self.key(arm), native, "selector")
         path = self.run_dir / "selectors" / f"{arm.name}-{name}.safetensors"
         if name not in self._selectors and path.exists() and f"kl {name}" in self._scores:
-            gate = small_model.param_shapes(arm.model(self.config, self.preset.experts))["layers"]["gate"]
-            self._selectors[name] = _load(path, self._member_shapes(gate))
+            gate = small_model.param_shapes(self.model(arm))["layers"]["gate"]
+            self._selectors[name] = _load(path, gate, len(self.seeds))
         if name not in self._selectors:
             params = self.params(arm)
             self.check_time()
@@ -264,16 +257,13 @@ class Lab:
         return self._score(f"kl {digest(self.key(arm), native, 'selector')}", {"first": members, "last": members})
 
     def _distil(self, arm: Arm, native: Attention, params: Tree) -> tuple[Tree, list, list]:
-        config = arm.model(self.config, self.preset.experts)
-        log.info("distilling gates on %s: %d steps", arm.name, self.recipe.distill_steps)
+        config, steps = self.model(arm), self.recipe.distill_steps
+        log.info("distilling gates on %s: %d steps", arm.name, steps)
         selector = distill.fresh_selector(self.seeds, config=config)
         adam = distill.initial_adam(selector)
         values = []
-        while sum(len(v) for v in values) < self.recipe.distill_steps:
-            done = sum(len(v) for v in values)
-            n = min(self.preset.scan, self.recipe.distill_steps - done)
-            starts = np.stack([self.corpus.train.order(int(seed) + 10_007, done, n, self.recipe.batch_size)
-                               for seed in self.seeds], axis=1)
+        for done in range(0, steps, self.preset.scan):
+            starts = self._starts(self.seeds.astype(int) + 10_007, done, min(self.preset.scan, steps - done))
             selector, adam, value = distill.distill_chunk(
                 selector, adam, params, self.stream, starts, self._numbers(arm, None), native.indexed(), self.seeds,
                 jnp.asarray(done, jnp.int32), config=config, recipe=self.recipe)
@@ -300,8 +290,7 @@ class Lab:
             params = scoring.with_selector(params if change is None else change[1](params), selector)
             values = scoring.held_out_nll(
                 params, self.held_out, self.scored, self._numbers(arm, k), attention.indexed(),
-                config=arm.model(self.config, self.preset.experts), dtype=self.recipe.dtype,
-                length=self.recipe.seq_len)
+                config=self.model(arm), dtype=self.recipe.dtype, length=self.recipe.seq_len)
             values = np.asarray(values)
             if not np.isfinite(values).all():
                 raise UserError(f"arm {arm.name} scores {values} under {attention}; expected finite nats per token")
@@ -317,14 +306,17 @@ class Lab:
             self.check_time()
             found = scoring.layer_statistics(
                 params, self.held_out, self.scored[:4], self._numbers(arm, None), attention.indexed(),
-                np.asarray(ks, np.int32), config=arm.model(self.config, self.preset.experts), dtype=self.recipe.dtype,
-                length=self.recipe.seq_len)
+                np.asarray(ks, np.int32), config=self.model(arm), dtype=self.recipe.dtype, length=self.recipe.seq_len)
             self._store(name, plain(jax.device_get(found)))
         return {key: np.asarray(value) for key, value in self._score(name, each(self._by_seed)).items()}
 
     def _numbers(self, arm: Arm, k: int | None) -> small_model.Numbers:
-        config = arm.model(self.config, self.preset.experts)
-        return arm_training.arm_numbers(arm, config, self.recipe, k or self.preset.top_k).model
+        return arm_training.arm_numbers(arm, self.model(arm), self.recipe, k or self.preset.top_k).model
+
+    def _starts(self, seeds: np.ndarray, first: int, count: int) -> np.ndarray:
+        """Where the windows of so many steps begin, for each seed: [count, seeds, batch]."""
+        return np.stack([self.corpus.train.order(int(seed), first, count, self.recipe.batch_size) for seed in seeds],
+                        axis=1)
 
     def _by_seed(self, value: Any) -> str | None:
         """The shape of an array whose leading axis is the seeds."""
@@ -352,33 +344,19 @@ class Lab:
         return self._scores[name]
 
 
-def _flat(tree: Tree, **options: Any) -> Iterator[tuple[str, Any]]:
-    for place, leaf in jax.tree_util.tree_leaves_with_path(tree, **options):
-        yield "/".join(str(entry.key) for entry in place), leaf
-
-
 def _save(path: pathlib.Path, tree: Tree) -> None:
     """Write a tree whole or not at all."""
     with whole(path) as temporary:
-        save_file({name: np.ascontiguousarray(leaf) for name, leaf in _flat(jax.device_get(tree))}, temporary)
+        save_file(leaves.by_path(jax.tree.map(np.ascontiguousarray, jax.device_get(tree))), temporary)
 
 
-def _load(path: pathlib.Path, shapes: dict[str, tuple[int, ...]]) -> Tree:
-    """The tree in a file. UserError where it is damaged, or does not hold just the leaves of these shapes."""
+def _load(path: pathlib.Path, shapes: Tree, seeds: int) -> Tree:
+    """A tree of these shapes, one of each seed. UserError where the file is damaged, or holds another one."""
     advice = "move it away and it is made again"
     try:
-        flat = load_file(path)
+        found = load_file(path)
     except Exception as error:  # safetensors raises its own kind
         raise UserError(f"{path} is damaged ({error}); {advice}") from error
-    for name in sorted(shapes.keys() | flat.keys()):
-        shape = flat[name].shape if name in flat else "missing"
-        if shape != shapes.get(name):
-            raise UserError(f"{path}: {name} is {shape}; expected {shapes.get(name, 'nothing of that name')}; {advice}")
-    tree: Tree = {}
-    for name, leaf in flat.items():
-        *parents, last = name.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = jnp.asarray(leaf)
-    return tree
+    shapes = map_with_path(lambda _, shape: (seeds, *shape), shapes)
+    leaves.check(found, leaves.by_path(shapes), path, advice)
+    return map_with_path(lambda name, _: jnp.asarray(found[name]), shapes)

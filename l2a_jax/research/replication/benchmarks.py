@@ -10,15 +10,14 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import intervals
 from l2a_jax.evaluation.controls import random_decisions, static_decisions
 from l2a_jax.evaluation.loglikelihood import Request, log_likelihoods, power_of_two
-from l2a_jax.evaluation.perplexity import Scores, Windows, routing_rates, score_windows
+from l2a_jax.evaluation.perplexity import Scores, routing_rates, score_windows
 from l2a_jax.evaluation.task_files import read_task
 from l2a_jax.evaluation.tasks import load_tasks
+from l2a_jax.research.replication.windows import of_requests
 from l2a_jax.sources import Pretrained
 
 
@@ -86,7 +85,7 @@ def controls(model: Pretrained, prepared: Prepared, *, items: int = 1_000, lengt
                              counts=[prepared.counts[i] for i in kept], requests=requests)
     longest = max((len(one.context) + len(one.continuation) - 1 for one in requests), default=1)
     length = min(length, power_of_two(longest))
-    windows = _windows(requests, length)
+    windows = of_requests(requests, length, "requests")
     name = prepared.task.config.task
 
     def run(label, decisions=None) -> tuple[str, Scores]:
@@ -119,17 +118,3 @@ def _bits(prepared: Prepared, pairs: list[tuple[float, bool]]) -> dict[str, str]
         for metric in bits:
             bits[metric] += str(int(metrics[metric])) if metric in metrics else ""
     return {metric: values for metric, values in bits.items() if values}
-
-
-def _windows(requests: list[Request], length: int) -> Windows:
-    shape = (len(requests), length)
-    tokens, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-    scored, real = np.zeros(shape, bool), np.zeros(shape, bool)
-    for row, (context, continuation) in enumerate(requests):
-        whole = np.array([*context, *continuation], np.int32)
-        end = len(whole) - 1
-        tokens[row, :end], targets[row, :end] = whole[:-1], whole[1:]
-        real[row, :end], scored[row, end - len(continuation) : end] = True, True
-    return Windows(tokens, targets, scored, real, {"name": "requests"})
-
-

@@ -65,8 +65,9 @@ def facts(found: dict[str, Any] | None, row: Row, base: dict[str, Any] | None) -
     if found is None:
         return out
     training = found["training"]
-    perplexity, audit, needle, collapse = (result(found, task) for task in ("perplexity", "audit", "needle",
-                                                                            "collapse"))
+    perplexity, audit, needle, collapse = (result(found, task) or {} for task in (
+        "perplexity", "audit", "needle", "collapse"))
+    ratio = perplexity_ratio(found, base)
     keys = ("trained_parameters", "tokens_seen", "tokens_per_trained_parameter", "loss_last_5_percent",
             "held_out_loss", "non_finite", "tokens_per_second_median", "sparsity_last_step", "steps", "steps_planned",
             "memory", "data_used")
@@ -77,14 +78,9 @@ def facts(found: dict[str, Any] | None, row: Row, base: dict[str, Any] | None) -
         "elsewhere": {task: entry["environment"]["device"] for task, entry in found["evaluations"].items()
                       if "environment" in entry},
         "source_hash": training.get("source_hash"),
-        "perplexity": None if perplexity is None else perplexity["perplexity"],
-        "perplexity_95": None if perplexity is None else perplexity["perplexity_95"],
-        "perplexity_ratio": perplexity_ratio(found, base),
-        "sparsity": None if perplexity is None else perplexity.get("sparsity"),
-        "sparsity_per_layer": None if perplexity is None else perplexity.get("sparsity_per_layer"),
-        "contexts": _contexts(found, base),
-        "audit": _audit(audit, perplexity_ratio(found, base)), "needle": _needle(needle, result(base, "needle")),
-        "verdict": None if collapse is None else collapse["verdict"],
+        **{key: perplexity.get(key) for key in ("perplexity", "perplexity_95", "sparsity", "sparsity_per_layer")},
+        "perplexity_ratio": ratio, "contexts": _contexts(found, base), "audit": _audit(audit, ratio),
+        "needle": _needle(needle, result(base, "needle")), "verdict": collapse.get("verdict"),
         "benchmarks": {task: _benchmark(found, base, task) for task in BENCHMARKS},
         "absorption": result(found, "absorption"), "task_controls": result(found, "task_controls"),
     }
@@ -99,28 +95,27 @@ def _contexts(found, base) -> dict[str, dict[str, Any]]:
 
 def _audit(audit, ratio) -> dict[str, Any] | None:
     """Controls as perplexity ratios to the baseline: the learned row's ratio times how much worse each control is."""
-    if audit is None:
+    if not audit:
         return None
-    out: dict[str, Any] = {"gap": audit["gap"], "gap_95": audit["gap_95"],
-                           "worse": {name: entry["worse"] for name, entry in audit["rows"].items()},
-                           "worse_95": {name: entry["worse_95"] for name, entry in audit["rows"].items()}}
+    out: dict[str, Any] = {"gap": audit["gap"], "gap_95": audit["gap_95"], **{
+        key: {name: entry[key] for name, entry in audit["rows"].items()} for key in ("worse", "worse_95")}}
     if ratio is not None:
         out["ratio"] = {name: intervals.exp(ratio["nats"] + entry["worse"]) for name, entry in audit["rows"].items()}
     return out
 
 
 def _needle(needle, base) -> dict[str, Any] | None:
-    if needle is None:
+    if not needle:
         return None
+    numbers = ("exact_match", "exact_match_95", "n", "correct", "by_depth", "log_probability")
     lengths = {}
     for length, entry in needle["lengths"].items():
+        line = {**{key: entry[key] for key in numbers}, "sparsity": entry.get("sparsity"),
+                "controls": {name: one["exact_match"] for name, one in entry.get("controls", {}).items()}}
         other = None if base is None else base["lengths"].get(length)
-        lengths[length] = {key: entry[key] for key in ("exact_match", "exact_match_95", "n", "correct", "by_depth",
-                                                       "log_probability")}
-        lengths[length]["controls"] = {name: one["exact_match"] for name, one in entry.get("controls", {}).items()}
-        lengths[length]["sparsity"] = entry.get("sparsity")
         if other is not None and other["n"] == entry["n"] and len(other["by_depth"]) == len(entry["by_depth"]):
-            lengths[length] |= {"baseline": other["exact_match"], "baseline_by_depth": other["by_depth"]}
+            line |= {"baseline": other["exact_match"], "baseline_by_depth": other["by_depth"]}
+        lengths[length] = line
     compared = [entry for entry in lengths.values() if "baseline" in entry]
     at_least = all(mine >= other - 1e-9 for entry in compared
                    for mine, other in zip(entry["by_depth"], entry["baseline_by_depth"], strict=True))

@@ -11,6 +11,7 @@ Layers that are pruned route nothing and are left alone. For training with noise
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from jaxtyping import Array, Bool, PRNGKeyArray
 
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import intervals
-from l2a_jax.evaluation.perplexity import BATCH_TOKENS, Scores, Windows, score_windows
+from l2a_jax.evaluation.perplexity import Scores, Windows, score_windows
 from l2a_jax.nn import routing
 from l2a_jax.sources import Pretrained
 
@@ -57,19 +58,11 @@ def flipped_decisions(seed: int, decisions: Bool[np.ndarray, "L B T"], real: Boo
     return np.asarray(_flip(jax.random.key(seed), decisions, able, share, kind == "matched"))
 
 
-def flip_sweep(
-    model: Pretrained,
-    windows: Windows,
-    learned: Scores,
-    *,
-    shares: Sequence[float] = SHARES,
-    kinds: Sequence[str] = KINDS,
-    seeds: int = 2,
-    backend: str = "auto",
-    batch_tokens: int = BATCH_TOKENS,
-) -> dict[str, Any]:
+def flip_sweep(model: Pretrained, windows: Windows, learned: Scores, *, shares: Sequence[float] = SHARES,
+               kinds: Sequence[str] = KINDS, seeds: int = 2, **passes: Any) -> dict[str, Any]:
     """Rows of {kind, share, flipped (as drawn), density, perplexity, worse (nats a token, mean over seeds), worse_95
-    (paired over windows), perplexity_by_seed}, where `learned` is the router's own pass over `windows`.
+    (paired over windows), perplexity_by_seed}, where `learned` is the router's own pass over `windows`; `passes` are
+    options of `score_windows`.
 
     Raises UserError for a plain model.
     """
@@ -78,16 +71,12 @@ def flip_sweep(
     pruned, layers = model.l2a_config.pruned_layers, learned.decisions.shape[0]
     able = windows.real.sum() * (layers - len(pruned))
     rows = []
-    for kind in kinds:
-        for share in shares:
-            scores, changed = [], []
-            for seed in range(seeds):
-                decisions = flipped_decisions(seed, learned.decisions, windows.real, share, kind, pruned)
-                changed.append(float((decisions != learned.decisions).sum() / able))
-                scores.append(score_windows(model, windows, decisions, backend=backend, batch_tokens=batch_tokens,
-                                            label=f"{kind} flips of {share:.0%}, seed {seed}"))
-            rows.append({"kind": kind, "share": share, "flipped": float(np.mean(changed)),
-                         **_row(scores, learned, windows)})
+    for kind, share in itertools.product(kinds, shares):
+        drawn = [flipped_decisions(seed, learned.decisions, windows.real, share, kind, pruned) for seed in range(seeds)]
+        scores = [score_windows(model, windows, decisions, label=f"{kind} flips of {share:.0%}, seed {seed}", **passes)
+                  for seed, decisions in enumerate(drawn)]
+        flipped = np.mean([(decisions != learned.decisions).sum() / able for decisions in drawn])
+        rows.append({"kind": kind, "share": share, "flipped": float(flipped), **_row(scores, learned, windows)})
     return {"learned": _row([learned], learned, windows), "rows": rows, "seeds": seeds, "text": windows.about,
             "interval": "normal over windows, paired with the learned row; nats per token"}
 

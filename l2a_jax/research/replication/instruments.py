@@ -18,6 +18,7 @@ from l2a_jax.research.replication.flips import flip_sweep
 from l2a_jax.research.replication.prunable import prunable
 from l2a_jax.research.replication.residual import residual_distance
 from l2a_jax.research.replication.thresholds import threshold_sweep
+from l2a_jax.research.replication.windows import some
 from l2a_jax.training.optimizer import Dials, OptimizerConfig
 
 SAMPLE = Path(__file__).with_name("sample.txt")
@@ -75,13 +76,8 @@ def _prunable(evaluated) -> dict[str, Any]:
     half = len(windows.tokens) // 2
     if half == 0:
         raise UserError("prunable: half of the audited windows choose and half pay, so there must be two at least")
-    return prunable(evaluated.model, _some(windows, slice(None, half)), _some(windows, slice(half, None)),
+    return prunable(evaluated.model, some(windows, slice(None, half)), some(windows, slice(half, None)),
                     **evaluated.session.passes)
-
-
-def _some(windows: Windows, chosen: slice) -> Windows:
-    w = windows
-    return Windows(w.tokens[chosen], w.targets[chosen], w.scored[chosen], w.real[chosen], w.about)
 
 
 def _thresholds(evaluated) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from l2a_jax.research.replication.instruments import INSTRUMENTS
 from l2a_jax.research.replication.row import BENCHMARKS, Row
 from l2a_jax.research.replication.session import Session, evaluation_layer
 from l2a_jax.research.replication.trained import start_params
+from l2a_jax.research.replication.windows import some
 from l2a_jax.sources import Pretrained
 
 
@@ -53,9 +54,8 @@ class EvaluatedRow:
     def audited(self) -> tuple[Windows, Scores]:
         """The first `audit_windows` windows, and the router's own pass over them."""
         count = min(self.row.measures.audit_windows, len(self.windows.tokens))
-        s, w = self.scores, self.windows
-        about = {**w.about, "windows": count}
-        return (Windows(w.tokens[:count], w.targets[:count], w.scored[:count], w.real[:count], about),
+        s, windows = self.scores, some(self.windows, slice(count))
+        return (windows._replace(about={**windows.about, "windows": count}),
                 Scores(s.nll[:count], s.tokens[:count], s.correct[:count], None,
                        None if s.decisions is None else s.decisions[:, :count], s.entropy))
 

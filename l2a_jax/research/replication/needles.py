@@ -13,27 +13,18 @@ import numpy as np
 
 from l2a_jax.evaluation import intervals
 from l2a_jax.evaluation.controls import random_decisions, static_decisions
-from l2a_jax.evaluation.needle import NeedleOptions, Prompt, build_prompts
+from l2a_jax.evaluation.loglikelihood import Request
+from l2a_jax.evaluation.needle import NeedleOptions, build_prompts
 from l2a_jax.evaluation.perplexity import Scores, Windows, routing_rates, score_windows
+from l2a_jax.research.replication.windows import of_requests
 from l2a_jax.sources import Pretrained
 
 
 def prepare(model: Pretrained, options: NeedleOptions) -> dict[int, Windows]:
     """Windows by context length, in the order of `build_prompts` (by depth, then seed); `model` needs no parameters."""
     prompts = build_prompts(model, options)
-    return {length: _windows([one for one in prompts if one.length == length], length) for length in options.lengths}
-
-
-def _windows(prompts: list[Prompt], length: int) -> Windows:
-    shape = (len(prompts), length)
-    tokens, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-    scored, real = np.zeros(shape, bool), np.zeros(shape, bool)
-    for row, prompt in enumerate(prompts):
-        whole = np.array([*prompt.tokens, *prompt.answer_tokens[0]], np.int32)
-        begin, end = len(prompt.tokens) - 1, len(whole) - 1
-        tokens[row, :end], targets[row, :end] = whole[:-1], whole[1:]
-        scored[row, begin:end], real[row, :end] = True, True
-    return Windows(tokens, targets, scored, real, {"name": f"needle in {length} tokens"})
+    return {length: of_requests([Request(one.tokens, one.answer_tokens[0]) for one in prompts if one.length == length],
+                                length, f"needle in {length} tokens") for length in options.lengths}
 
 
 def score(model: Pretrained, prepared: dict[int, Windows], options: NeedleOptions, *, controls: bool = False,

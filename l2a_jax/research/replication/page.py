@@ -188,33 +188,25 @@ def _broken(row) -> str:
     return "finite" if not row["non_finite"] else f"not finite at step {row['non_finite']['step']}"
 
 
+_QUALITY = {"perplexity": lambda row: _ratio(row["perplexity_ratio"]),
+            "local": lambda row: _number(row["sparsity"], "{:.1%}")}
+_COSTS = {**_QUALITY, "routing costs, nats": _cost, "random": _control("random"), "needle": _needle}
 _WINDOW = {"window": lambda row: str(row["settings"].get("window", "-")), "data": lambda row: row["data"],
-           "size": lambda row: row["size"], "perplexity": lambda row: _ratio(row["perplexity_ratio"]),
-           "local": lambda row: _number(row["sparsity"], "{:.1%}"), "HellaSwag": _points("hellaswag"),
-           "needle": _needle}
+           "size": lambda row: row["size"], **_QUALITY, "HellaSwag": _points("hellaswag"), "needle": _needle}
 _COLLAPSE = {"regime": lambda row: row["regime"], "tokens": lambda row: _count(row["tokens_seen"]),
              "trained": lambda row: _count(row["trained_parameters"]),
              "tokens/param": lambda row: _number(row["tokens_per_trained_parameter"]),
              "numbers": _broken, "last loss": lambda row: _number(row["loss_last_5_percent"], "{:.3f}"),
              "held-out": lambda row: _number(row["held_out_loss"], "{:.3f}"),
-             "perplexity": lambda row: _ratio(row["perplexity_ratio"]),
-             "local": lambda row: _number(row["sparsity"], "{:.1%}"), "HellaSwag": _points("hellaswag"),
-             "needle": _needle, "verdict": lambda row: row["verdict"] or "-"}
-_DAMAGE = {**{factor: (lambda row, factor=factor: row["factors"][factor]) for factor in damage.FACTORS},
-           "perplexity": lambda row: _ratio(row["perplexity_ratio"]),
-           "local": lambda row: _number(row["sparsity"], "{:.1%}"), "routing costs, nats": _cost,
-           "random": _control("random"), "needle": _needle}
-_NOISE = {"flipped in training": lambda row: _number(row["settings"].get("flip"), "{:.0%}"),
-          "perplexity": lambda row: _ratio(row["perplexity_ratio"]),
-          "local": lambda row: _number(row["sparsity"], "{:.1%}"), "routing costs, nats": _cost,
-          "random": _control("random"), "needle": _needle}
+             **_QUALITY, "HellaSwag": _points("hellaswag"), "needle": _needle,
+             "verdict": lambda row: row["verdict"] or "-"}
+_DAMAGE = {**{factor: (lambda row, factor=factor: row["factors"][factor]) for factor in damage.FACTORS}, **_COSTS}
+_NOISE = {"flipped in training": lambda row: _number(row["settings"].get("flip"), "{:.0%}"), **_COSTS}
 _NEEDLE = {f"in {int(length):,} tokens": _beside_controls(length) for length in ("2048", "8192", "32768")}
 _FRONTIER = {"trained on": _trained_on, "window": lambda row: str(row["settings"]["window"]),
              "penalty": lambda row: str(row["settings"]["penalty"]),
-             "local": lambda row: _number(row["sparsity"], "{:.1%}"),
-             "perplexity": lambda row: _ratio(row["perplexity_ratio"]), "routing costs, nats": _cost,
-             "random": _control("random"),
-             "static": _control("static"), "none": _control("none"), "HellaSwag": _points("hellaswag"),
+             "local": _QUALITY["local"], "perplexity": _QUALITY["perplexity"], "routing costs, nats": _cost,
+             **{name: _control(name) for name in ("random", "static", "none")}, "HellaSwag": _points("hellaswag"),
              "PIQA": _points("piqa"), "ARC-C": _points("arc_challenge"), "needle": _needle,
              "longer contexts": _contexts}
 
@@ -223,8 +215,7 @@ def _absorbed(when, key):
     return lambda row: "-" if row["absorption"] is None else _number(row["absorption"][when][key], "{:.3f}")
 
 
-_ABSORPTION = {"local": lambda row: _number(row["sparsity"], "{:.1%}"),
-               "perplexity": lambda row: _ratio(row["perplexity_ratio"]),
+_ABSORPTION = {"local": _QUALITY["local"], "perplexity": _QUALITY["perplexity"],
                **{f"{key.replace('_', ' ')}, {when}": _absorbed(when, key)
                   for when in ("before", "after") for key in ("random_worse", "none_worse", "carried")}}
 

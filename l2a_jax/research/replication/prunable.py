@@ -11,7 +11,7 @@ from typing import Any
 
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import intervals
-from l2a_jax.evaluation.perplexity import BATCH_TOKENS, Scores, Windows, routing_rates, score_windows
+from l2a_jax.evaluation.perplexity import Scores, Windows, routing_rates, score_windows
 from l2a_jax.evaluation.pruning_cost import CACHE_TOKENS
 from l2a_jax.inference.pruning import cache_saving, prune_by_sparsity, pruned
 from l2a_jax.sources import Pretrained
@@ -19,16 +19,10 @@ from l2a_jax.sources import Pretrained
 THRESHOLDS = (0.9, 0.95, 0.98, 0.99, 0.995)
 
 
-def prunable(
-    model: Pretrained,
-    calibration: Windows,
-    windows: Windows,
-    *,
-    thresholds: Sequence[float] = THRESHOLDS,
-    backend: str = "auto",
-    batch_tokens: int = BATCH_TOKENS,
-) -> dict[str, Any]:
-    """Pruning by measured sparsity, of the layers above the lowest of `thresholds`.
+def prunable(model: Pretrained, calibration: Windows, windows: Windows, *, thresholds: Sequence[float] = THRESHOLDS,
+             **passes: Any) -> dict[str, Any]:
+    """Pruning by measured sparsity, of the layers above the lowest of `thresholds`; `passes` are options of
+    `score_windows`.
 
     `layers`: every layer's sparsity, and `cost` (nats a token, with `cost_95` paired over windows) where it was pruned
     alone. `cumulative`: the sparsest layer, the two sparsest, ...: perplexity, cost, and bytes of the cache of one row
@@ -38,7 +32,6 @@ def prunable(
     """
     if not thresholds:
         raise UserError("pruning needs at least one threshold of sparsity")
-    passes = {"backend": backend, "batch_tokens": batch_tokens}
     found = score_windows(model, calibration, **passes, label="calibration")
     if found.decisions is None:
         raise UserError("this is a plain model, which has no layers to prune")
@@ -57,18 +50,15 @@ def prunable(
             known[chosen] = _row(scores, before, less)
         return known[chosen]
 
-    rows = []
-    for layer, value in enumerate(sparsity):
-        row: dict[str, Any] = {"layer": layer, "sparsity": float(value), "pruned": layer in already}
-        if layer in candidates:
-            row |= {name: row_of([layer])[name] for name in ("cost", "cost_95", "perplexity")}
-        rows.append(row)
+    rows = [{"layer": layer, "sparsity": float(value), "pruned": layer in already,
+             **({name: row_of([layer])[name] for name in ("cost", "cost_95", "perplexity")} if layer in candidates
+                else {})} for layer, value in enumerate(sparsity)]
     cumulative = [{"added": candidates[count - 1] if count else None, "pruned": sorted(candidates[:count]),
                    **row_of(candidates[:count])} for count in range(len(candidates) + 1)]
-    by_threshold = []
-    for threshold in thresholds:
-        layers = sorted(set(prune_by_sparsity(sparsity.tolist(), threshold)) - already)
-        by_threshold.append({"threshold": threshold, "pruned": layers, **row_of(layers)})
+    chosen = {threshold: sorted(set(prune_by_sparsity(sparsity.tolist(), threshold)) - already)
+              for threshold in thresholds}
+    by_threshold = [{"threshold": threshold, "pruned": layers, **row_of(layers)}
+                    for threshold, layers in chosen.items()]
     return {"layers": rows, "cumulative": cumulative, "thresholds": by_threshold, "cache_tokens": CACHE_TOKENS,
             "pruned_before": sorted(already), "calibration": calibration.about, "text": windows.about,
             "interval": "normal over windows, paired with nothing pruned; nats per token"}

@@ -98,32 +98,31 @@ def _main_table(size, rows, found) -> dict[str, Any]:
 
 def _damage(rows, found) -> dict[str, Any]:
     """Least squares on nats above the baseline and on the needle's empirical logit, where all cells were run."""
-    out: dict[str, Any] = {}
+    cells, ratios, needles = _cells(rows, found)
+    if not rows or len(cells) < len(rows):
+        return {}
+    responses = {
+        "nats a token above the baseline": [one and one["nats"] for one in ratios],
+        "needle, logit of exact match": [one and damage.empirical_logit(one["correct"], one["n"]) for one in needles],
+        "needle, log-probability of the answer": [
+            one and float(np.mean([entry["log_probability"] for entry in one["lengths"].values()])) for one in needles]}
+    return {name: damage.analyse(cells, values) for name, values in responses.items()
+            if all(value is not None and np.isfinite(value) for value in values)}
+
+
+def _cells(rows, found) -> tuple[list[dict[str, str]], list[Any], list[Any]]:
+    """Of the cells that were run: their levels, perplexity ratios and needles, None where one was not measured."""
     have = [row for row in rows if row.name in found]
-    nats = [perplexity_ratio(found[row.name], found.get(row.baseline)) for row in have]
-    needle = [result(found[row.name], "needle") for row in have]
-    cells = [dict(row.factors) for row in have]
-    for name, values in (
-            ("nats a token above the baseline", [None if one is None else one["nats"] for one in nats]),
-            ("needle, logit of exact match",
-             [None if one is None else damage.empirical_logit(one["correct"], one["n"]) for one in needle]),
-            ("needle, log-probability of the answer",
-             [None if one is None else float(np.mean([entry["log_probability"] for entry in one["lengths"].values()]))
-              for one in needle])):
-        if len(have) == len(rows) > 0 and all(value is not None and np.isfinite(value) for value in values):
-            out[name] = damage.analyse(cells, values)
-    return out
+    return ([dict(row.factors) for row in have],
+            [perplexity_ratio(found[row.name], found.get(row.baseline)) for row in have],
+            [result(found[row.name], "needle") for row in have])
 
 
 def _together(rows, found) -> dict[str, Any]:
     """The cells of both stages without a model: the crossed table, and single factors with all else equal."""
-    have = [row for row in rows if row.name in found]
-    ratios = [perplexity_ratio(found[row.name], found.get(row.baseline)) for row in have]
-    cells = [dict(row.factors) for row in have]
-    needle = [result(found[row.name], "needle") for row in have]
-    values = [None if ratio is None else {"nats": ratio["nats"], "ratio": ratio["ratio"],
-                                          "needle": None if one is None else one["exact_match"]}
-              for ratio, one in zip(ratios, needle, strict=True)]
+    cells, ratios, needles = _cells(rows, found)
+    values = [ratio and {"nats": ratio["nats"], "ratio": ratio["ratio"], "needle": one and one["exact_match"]}
+              for ratio, one in zip(ratios, needles, strict=True)]
     some = [(cell, value["nats"]) for cell, value in zip(cells, values, strict=True)
             if value is not None and np.isfinite(value["nats"])]
     return {"crossed": damage.crossed(cells, values), "pairs": damage.pairs(*zip(*some, strict=True)) if some else {}}

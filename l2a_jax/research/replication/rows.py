@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 from l2a_jax.errors import UserError
 from l2a_jax.research.replication import damage
@@ -22,7 +23,11 @@ BASELINE = {size: f"baseline-{size}" for size in LAYERS}
 # One operating point for every size: 8,192 tokens a step.
 STEP = {"0.5b": {}, "1.5b": {"remat": "elementwise"}, "3b": {"batch_size": 1, "grad_accum": 4, "remat": "layer"}}
 LONG = {8_192: {"batch_size": 1}, 32_768: {"batch_size": 1, "remat": "layer"}}
+PAPER = {"topology": "sequential", "share_attention": False, "sinks": 0, "rope": "theta:5", "leakage": 0.1,
+         "penalty": 1.31e-3}
+"""The study's likely layer: sequential, two sets, no sinks, theta x 5."""
 HEALTH = Measures(tasks=("perplexity", "needle", "collapse", *BENCHMARKS), limit=500)
+SUSPECT = Measures(tasks=("perplexity", "audit", "needle", "residual"), audit_windows=16, audit_seeds=1, held_out=False)
 
 
 def evenly_spaced(count: int, num_layers: int) -> tuple[int, ...]:
@@ -40,76 +45,66 @@ def _row(name, group, question, size, regime, *, data=DIVERSE, measures=Measures
 
 
 def _main() -> list[Row]:
-    """The study's likely choices (`paper`: sequential, two sets, no sinks, theta x 5) for every regime, a window of
-    256 and, apart from it, window = context; the frontier's rows are the repaired ones."""
-    question = "what does each regime cost, on the study's likely layer?"
-    paper = {"topology": "sequential", "share_attention": False, "sinks": 0, "rope": "theta:5", "leakage": 0.1,
-             "penalty": 1.31e-3}
+    """The study's likely choices (`PAPER`) for every regime, a window of 256 and, apart from it, window = context; the
+    frontier's rows are the repaired ones."""
+    compared = Measures(tasks=("perplexity", "contexts", "needle", "collapse", *BENCHMARKS), contexts=(8_192, 32_768),
+                        needle_lengths=(2_048, 8_192, 32_768))
     rows = []
-    for size in ("0.5b", "1.5b"):
-        everything = Measures(tasks=("perplexity", "contexts", "needle", "collapse", *BENCHMARKS),
-                              contexts=(8_192, 32_768), needle_lengths=(2_048, 8_192, 32_768))
+    for size, tokens in (("0.5b", 12_000_000), ("1.5b", 4_000_000)):  # a third at 1.5B: so many fit the time on a card
         rows.append(_row(BASELINE[size], "main", "what everything is compared with", size, "baseline",
-                         measures=everything))
-        tokens = 12_000_000 if size == "0.5b" else 4_000_000  # a third at 1.5B: so many fit the time on a card
-        for data, mixture in ((DIVERSE, "diverse"), (WIKITEXT, "wikitext")):
-            for regime in ("router_only", "l2a_ft", "full_ft"):
-                rows.append(_row(f"{regime}-{mixture}-{size}", "main", question, size, regime, data=data,
-                                 tokens=tokens, window=256, **paper,
-                                 measures=Measures(tasks=("perplexity", "audit", "needle", "collapse", *BENCHMARKS))))
-        for window in (2_048, 1_024):
-            rows.append(_row(f"router_only-w{window}-diverse-{size}", "main",
-                             "is the near-neutral row one of scale, or of window = context?", size, "router_only",
-                             tokens=tokens, window=window, **paper))
+                         measures=compared))
+        mixtures, regimes = {"diverse": DIVERSE, "wikitext": WIKITEXT}, ("router_only", "l2a_ft", "full_ft")
+        rows += [_row(f"{regime}-{mixture}-{size}", "main", "what does each regime cost, on the study's likely layer?",
+                      size, regime, data=mixtures[mixture], tokens=tokens, window=256, **PAPER,
+                      measures=Measures(tasks=("perplexity", "audit", "needle", "collapse", *BENCHMARKS)))
+                 for mixture, regime in itertools.product(mixtures, regimes)]
+        rows += [_row(f"router_only-w{window}-diverse-{size}", "main",
+                      "is the near-neutral row one of scale, or of window = context?", size, "router_only",
+                      tokens=tokens, window=window, **PAPER) for window in (2_048, 1_024)]
     rows.append(_row("router_only-w2048-wikitext-3b", "main", "the study's near-neutral row", "3b", "router_only",
-                     data=WIKITEXT, tokens=8_000_000, window=2_048, **paper, not_run="no 3B weights were at hand"))
+                     data=WIKITEXT, tokens=8_000_000, window=2_048, **PAPER, not_run="no 3B weights were at hand"))
     return rows
 
 
 def _collapse() -> list[Row]:
     """l2a_ft by tokens (88M parameters: 0.005 to 0.5 a parameter), by trained layers at 12M tokens, and the other two
     regimes at matching ratios. The paper's layer, window 256."""
-    layer = {"topology": "sequential", "share_attention": False, "sinks": 0, "rope": "theta:5", "leakage": 0.1,
-             "penalty": 1.31e-3, "window": 256}
-    by_tokens, by_layers = "does l2a_ft collapse as tokens fall?", "does it collapse as parameters grow?"
-    rows = []
-    for tokens, label in ((440_000, "0.44M"), (1_300_000, "1.3M"), (4_400_000, "4.4M"), (44_000_000, "44M")):
-        for seed in (0, 1) if tokens <= 1_300_000 else (0,):
-            rows.append(_row(f"l2a_ft-{label}-s{seed}", "collapse", by_tokens, "0.5b", "l2a_ft", tokens=tokens,
-                             seed=seed, measures=HEALTH, **layer))
-    rows.append(_row("l2a_ft-12M-s1", "collapse", "the same, another seed", "0.5b", "l2a_ft", seed=1, measures=HEALTH,
-                     **layer))
-    for count in (1, 3, 6, 12):
-        rows.append(_row(f"l2a_ft-12M-{count}of24-s0", "collapse", by_layers, "0.5b", "l2a_ft",
-                         attention_layers=evenly_spaced(count, LAYERS["0.5b"]), measures=HEALTH, **layer))
-    for tokens, label in ((2_700_000, "2.7M"), (27_000_000, "27M")):  # 0.005 and 0.05 of 538M
-        rows.append(_row(f"full_ft-{label}-s0", "collapse", "the same ratio in another regime", "0.5b", "full_ft",
-                         tokens=tokens, measures=HEALTH, **layer))
-    for tokens, label in ((16_384, "16k"), (65_536, "65k"), (196_608, "197k")):  # 0.25, 1 and 3 of 64,512
-        rows.append(_row(f"router_only-{label}-s0", "collapse", "the same ratio in another regime", "0.5b",
-                         "router_only", tokens=tokens, measures=HEALTH, **layer))
-    for rate in (3e-4, 3e-3):
-        rows.append(_row(f"l2a_ft-1.3M-lr{rate:g}", "collapse", "is it the learning rate?", "0.5b", "l2a_ft",
-                         tokens=1_300_000, lr=rate, measures=HEALTH, **layer))
-    rows.append(_row("l2a_ft-1.3M-bfloat16", "collapse", "are pure bfloat16 updates to blame?", "0.5b", "l2a_ft",
-                     tokens=1_300_000, master_dtype="bfloat16", measures=HEALTH, **layer))
-    rows.append(_row("l2a_ft-1.3M-penalty10", "collapse", "does an overgrown penalty collapse it?", "0.5b", "l2a_ft",
-                     tokens=1_300_000, measures=HEALTH, **{**layer, "penalty": 10.0}))
-    rows.append(_row("autopsy", "collapse", "which fault produces the reported symptoms?", "0.5b", "l2a_ft",
-                     tokens=1_000_000, measures=Measures(tasks=("perplexity", "autopsy"), limit=500), **layer))
-    rows.append(_row("autopsy-leak-4.4M", "collapse", "what does the leak do in a longer run?", "0.5b", "l2a_ft",
-                     tokens=4_400_000, seed=1, measures=Measures(tasks=("perplexity", "autopsy"), limit=500,
-                                                                 faults=("leak",)), **layer))
-    return rows
+    paper = {**PAPER, "window": 256}
+
+    def small(name, question, regime="l2a_ft", measures=HEALTH, layer=paper, **given):
+        return _row(name, "collapse", question, "0.5b", regime, measures=measures, **given, **layer)
+
+    def autopsy(name, question, faults=(), **given):
+        return small(name, question, measures=Measures(tasks=("perplexity", "autopsy"), limit=500, faults=faults),
+                     **given)
+
+    same = "the same ratio in another regime"
+    return [
+        *(small(f"l2a_ft-{label}-s{seed}", "does l2a_ft collapse as tokens fall?", tokens=tokens, seed=seed)
+          for label, tokens, seed in (("0.44M", 440_000, 0), ("0.44M", 440_000, 1), ("1.3M", 1_300_000, 0),
+                                      ("1.3M", 1_300_000, 1), ("4.4M", 4_400_000, 0), ("44M", 44_000_000, 0))),
+        small("l2a_ft-12M-s1", "the same, another seed", seed=1),
+        *(small(f"l2a_ft-12M-{count}of24-s0", "does it collapse as parameters grow?",
+                attention_layers=evenly_spaced(count, LAYERS["0.5b"])) for count in (1, 3, 6, 12)),
+        small("full_ft-2.7M-s0", same, "full_ft", tokens=2_700_000),  # 0.005 and 0.05 of 538M
+        small("full_ft-27M-s0", same, "full_ft", tokens=27_000_000),
+        small("router_only-16k-s0", same, "router_only", tokens=16_384),  # 0.25, 1 and 3 of 64,512
+        small("router_only-65k-s0", same, "router_only", tokens=65_536),
+        small("router_only-197k-s0", same, "router_only", tokens=196_608),
+        *(small(f"l2a_ft-1.3M-lr{rate:g}", "is it the learning rate?", tokens=1_300_000, lr=rate)
+          for rate in (3e-4, 3e-3)),
+        small("l2a_ft-1.3M-bfloat16", "are pure bfloat16 updates to blame?", tokens=1_300_000,
+              master_dtype="bfloat16"),
+        small("l2a_ft-1.3M-penalty10", "does an overgrown penalty collapse it?", tokens=1_300_000,
+              layer={**paper, "penalty": 10.0}),
+        autopsy("autopsy", "which fault produces the reported symptoms?", tokens=1_000_000),
+        autopsy("autopsy-leak-4.4M", "what does the leak do in a longer run?", ("leak",), tokens=4_400_000, seed=1)]
 
 
 def _damage() -> list[Row]:
     """Router-only, two attention sets in every cell so that the same 64,512 parameters are trained."""
-    rows = []
-    for index, cell in enumerate(damage.cells()):
-        for seed in (0, 1) if index in damage.REPLICATED else (0,):
-            rows.append(_cell(cell, "damage", "what damages router-only?", seed))
-    return rows
+    return [_cell(cell, "damage", "what damages router-only?", seed) for index, cell in enumerate(damage.cells())
+            for seed in ((0, 1) if index in damage.REPLICATED else (0,))]
 
 
 def _together() -> list[Row]:
@@ -117,11 +112,14 @@ def _together() -> list[Row]:
 
 
 def _cell(cell, group, question, seed=0) -> Row:
-    measures = Measures(tasks=("perplexity", "audit", "needle", "residual"), audit_windows=16, audit_seeds=1,
-                        held_out=False)
     return _row(damage.name_of(cell) + (f"-s{seed}" if seed else ""), group, question, "0.5b", "router_only",
                 tokens=4_000_000, seed=seed, share_attention=False, penalty=0.1, router_lr=3e-4, unroll=False,
-                measures=measures, factors=tuple((factor, str(level)) for factor, level in cell.items()), **cell)
+                measures=SUSPECT, factors=tuple((factor, str(level)) for factor, level in cell.items()), **cell)
+
+
+def _repair(name, question, measures, window, penalty, size="0.5b", **given) -> Row:
+    return _row(f"repair-{name}", "frontier", question, size, "router_only", measures=measures, window=window,
+                penalty=penalty, router_lr=3e-4, **given)
 
 
 def _frontier() -> list[Row]:
@@ -129,40 +127,30 @@ def _frontier() -> list[Row]:
     question = "how much can go unrouted at no loss?"
     full = Measures(tasks=("perplexity", "audit", "needle", *BENCHMARKS, "task_controls"),
                     needle_lengths=(2_048, 8_192), controls=True)
-    rows = []
-    for window in (128, 256, 512, 1_024):
-        # Without a penalty: what the trained norms do alone, the control of every gain.
-        penalties = (0.0, 0.05, 0.1, 0.3, 0.5, 1.0, 2.0) if window == 256 else (0.1, 0.3, 1.0)
-        for penalty in penalties:
-            for seed in (0, 1, 2) if window == 256 and penalty in (0.3, 0.5) else (0,):
-                rows.append(_row(f"repair-w{window}-p{penalty:g}-s{seed}", "frontier", question, "0.5b",
-                                 "router_only", window=window, penalty=penalty, seed=seed, router_lr=3e-4,
-                                 measures=full))
+    # Without a penalty: what the trained norms do alone, the control of every gain.
+    penalties = {128: (0.1, 0.3, 1.0), 256: (0.0, 0.05, 0.1, 0.3, 0.5, 1.0, 2.0), 512: (0.1, 0.3, 1.0),
+                 1_024: (0.1, 0.3, 1.0)}
+    points = [(window, penalty) for window in penalties for penalty in penalties[window]]
+    rows = [_repair(f"w{window}-p{penalty:g}-s{seed}", question, full, window, penalty, seed=seed)
+            for window, penalty in points for seed in range(3 if (window, penalty) in ((256, 0.3), (256, 0.5)) else 1)]
     learned = Measures(tasks=("perplexity", "audit", "flips", "residual", "routed", "prunable"))
-    rows.append(_row("repair-w256-p0.4-s0", "frontier", "what did routing learn?", "0.5b", "router_only", window=256,
-                     penalty=0.4, router_lr=3e-4, measures=learned))
+    rows.append(_repair("w256-p0.4-s0", "what did routing learn?", learned, 256, 0.4))
     # The first noise arms found more of the needle the more decisions training inverted.
     far = dataclasses.replace(full, needle_lengths=(2_048, 8_192, 32_768))
-    for penalty in (0.3, 0.5, 0.8):
-        rows.append(_row(f"repair-w256-p{penalty:g}-f0.3-s0", "frontier", "do inverted decisions keep the needle?",
-                         "0.5b", "router_only", window=256, penalty=penalty, router_lr=3e-4, flip=0.3, measures=far))
+    rows += [_repair(f"w256-p{penalty:g}-f0.3-s0", "do inverted decisions keep the needle?", far, 256, penalty,
+                     flip=0.3) for penalty in (0.3, 0.5, 0.8)]
     asked = dataclasses.replace(far, tasks=(*far.tasks, "thresholds", "picture"))
-    for window, penalty, flip, echo in ((256, 0.3, 0.0, 0.2), (256, 0.5, 0.0, 0.2), (256, 0.5, 0.3, 0.2),
-                                        (512, 0.2, 0.3, 0.5), (1_024, 0.1, 0.3, 0.5)):
-        label = f"w{window}-p{penalty:g}" + (f"-f{flip:g}" if flip else "") + f"-e{echo:g}"
-        rows.append(_row(f"repair-{label}-s0", "frontier", "does text that repeats itself keep the needle?",
-                         "0.5b", "router_only", window=window, penalty=penalty, router_lr=3e-4, flip=flip, echo=echo,
-                         measures=asked))
-    for penalty in (0.1, 0.3, 1.0):
-        rows.append(_row(f"repair-w256-p{penalty:g}-1.5b", "frontier", question, "1.5b", "router_only", window=256,
-                         penalty=penalty, router_lr=3e-4, tokens=8_000_000, measures=full))
+    rows += [_repair(f"{label}-s0", "does text that repeats itself keep the needle?", asked, window, penalty,
+                     flip=flip, echo=echo) for label, window, penalty, flip, echo in (
+        ("w256-p0.3-e0.2", 256, 0.3, 0.0, 0.2), ("w256-p0.5-e0.2", 256, 0.5, 0.0, 0.2),
+        ("w256-p0.5-f0.3-e0.2", 256, 0.5, 0.3, 0.2), ("w512-p0.2-f0.3-e0.5", 512, 0.2, 0.3, 0.5),
+        ("w1024-p0.1-f0.3-e0.5", 1_024, 0.1, 0.3, 0.5))]
+    rows += [_repair(f"w256-p{penalty:g}-1.5b", question, full, 256, penalty, "1.5b", tokens=8_000_000)
+             for penalty in (0.1, 0.3, 1.0)]
     long = Measures(tasks=("perplexity", "contexts", "audit", "needle", *BENCHMARKS), contexts=(8_192, 32_768),
                     needle_lengths=(2_048, 8_192, 32_768), controls=True)
-    for length, step in LONG.items():
-        for window in (256, 1_024):
-            rows.append(_row(f"repair-t{length}-w{window}-p0.3", "frontier", "does it hold over long texts?", "0.5b",
-                             "router_only", window=window, penalty=0.3, router_lr=3e-4, seq_len=length, measures=long,
-                             **step))
+    rows += [_repair(f"t{length}-w{window}-p0.3", "does it hold over long texts?", long, window, 0.3, seq_len=length,
+                     **LONG[length]) for length, window in itertools.product(LONG, (256, 1_024))]
     # An echo is a number a row, so that longer rows need a greater share of them for as many a token. The penalties
     # beyond the first at a window, and the seeds, were added after the first rows had been seen.
     everything = dataclasses.replace(long, tasks=(*long.tasks, "thresholds"))
@@ -171,21 +159,17 @@ def _frontier() -> list[Row]:
             (8_192, 256, 0.5, 0.2, 1), (8_192, 256, 0.3, 1.0, 1), (8_192, 256, 0.6, 1.0, 1), (8_192, 512, 0.2, 1.0, 1),
             (8_192, 1_024, 0.1, 1.0, 1), (8_192, 1_024, 0.2, 1.0, 3), (8_192, 1_024, 0.5, 1.0, 3),
             (32_768, 1_024, 0.1, 1.0, 1), (32_768, 1_024, 0.2, 1.0, 1)):
-        for seed in range(seeds):
-            rows.append(_row(f"repair-t{length}-w{window}-p{penalty:g}-f0.3-e{echo:g}" + (f"-s{seed}" if seed else ""),
-                             "frontier", "everything that keeps the needle at once", "0.5b", "router_only",
-                             window=window, penalty=penalty, router_lr=3e-4, seq_len=length, flip=0.3, echo=echo,
-                             seed=seed, measures=explained if (penalty, seed) == (0.5, 1) else everything,
-                             **LONG[length]))
+        rows += [_repair(f"t{length}-w{window}-p{penalty:g}-f0.3-e{echo:g}" + (f"-s{seed}" if seed else ""),
+                         "everything that keeps the needle at once",
+                         explained if (penalty, seed) == (0.5, 1) else everything, window, penalty, seq_len=length,
+                         flip=0.3, echo=echo, seed=seed, **LONG[length]) for seed in range(seeds)]
     return rows
 
 
 def _noise() -> list[Row]:
     """Training that inverts a share of its decisions: the third suspect. Measured with the router's own."""
-    measures = Measures(tasks=("perplexity", "audit", "needle", "residual"), audit_windows=16, audit_seeds=1,
-                        held_out=False)
     return [_row(f"noise-f{flip:g}", "noise", "does noise in the decisions damage router-only?", "0.5b", "router_only",
-                 tokens=4_000_000, window=256, penalty=0.3, router_lr=3e-4, flip=flip, unroll=False, measures=measures)
+                 tokens=4_000_000, window=256, penalty=0.3, router_lr=3e-4, flip=flip, unroll=False, measures=SUSPECT)
             for flip in (0.0, 0.02, 0.1, 0.3)]
 
 

@@ -94,7 +94,7 @@ class Session:
         needed = {row.program for row in rows}
         self._programs = {key: program for key, program in self._programs.items() if key in needed}
 
-    def windows(self, row: Row, context: int, limit: int | None, stride: int | None = None) -> Windows:
+    def windows(self, row: Row, context: int, limit: int | None) -> Windows:
         """The row's evaluation text in windows; all rows of a model read the same ones."""
         measures, config = row.measures, self.plan(row).config
         path = self.place(measures.text)
@@ -106,8 +106,8 @@ class Session:
                 "name": text.name, "rule": text.rule, "files": text.files}
 
         ids, about = self._once(("text", row.size, path), tokens)
-        return self._once(("windows", row.size, path, context, stride, limit),
-                          lambda: perplexity.text_windows(ids, context, stride or context, about, limit))
+        return self._once(("windows", row.size, path, context, limit),
+                          lambda: perplexity.text_windows(ids, context, context, about, limit))
 
     def needles(self, row: Row) -> tuple[Any, dict[int, Windows]]:
         """The row's needle options and prompts."""

@@ -22,6 +22,7 @@ from l2a_jax import device
 from l2a_jax.errors import UserError
 from l2a_jax.files import whole
 from l2a_jax.models.params import Tree, add_routing, map_with_path
+from l2a_jax.research import leaves
 from l2a_jax.research.replication.row import Row
 from l2a_jax.research.replication.session import Session
 from l2a_jax.runs.plan import Plan
@@ -116,10 +117,8 @@ def _report(run, records, steps) -> dict[str, Any]:
 
 def save_masters(masters: Tree, path: Path) -> None:
     """Write trained leaves as .npz (bfloat16 as float32, which holds it exactly), whole or not at all."""
-    leaves: dict[str, np.ndarray] = {}
-    map_with_path(lambda name, leaf: leaves.update({name: np.asarray(leaf, np.float32)}), masters)
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **leaves)
+    np.savez_compressed(buffer, **leaves.by_path(jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), masters)))
     with whole(path) as partial:
         partial.write_bytes(buffer.getvalue())
 
@@ -133,11 +132,6 @@ def load_masters(session: Session, row: Row, path: Path) -> Tree:
     except (OSError, EOFError, ValueError, KeyError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); {advice}") from error
     params = start_params(session, row)
-    shapes: dict[str, tuple[int, ...]] = {}
-    map_with_path(lambda name, leaf: shapes.update({name: leaf.shape}), partition(params, regime_mask(
-        params, row.regime))[0])
-    for name in sorted(shapes.keys() | kept.keys()):
-        shape = kept[name].shape if name in kept else "missing"
-        if shape != shapes.get(name):
-            raise UserError(f"{path}: {name} is {shape}; expected {shapes.get(name, 'nothing of that name')}; {advice}")
+    trained, _ = partition(params, regime_mask(params, row.regime))
+    leaves.check(kept, {name: leaf.shape for name, leaf in leaves.by_path(trained).items()}, path, advice)
     return map_with_path(lambda name, leaf: jnp.asarray(kept[name], leaf.dtype) if name in kept else leaf, params)

@@ -10,6 +10,7 @@ from l2a_jax.evaluation.perplexity import score_windows
 from l2a_jax.evaluation.tasks import evaluate_tasks
 from l2a_jax.models.params import add_routing, init_params
 from l2a_jax.research.replication import benchmarks
+from l2a_jax.research.replication.windows import of_requests
 from l2a_jax.sources import Pretrained
 from tests.evaluation.byte_tokenizer import byte_tokenizer
 from tests.evaluation.test_tasks import CONFIG, write
@@ -57,7 +58,7 @@ def test_controls_are_the_learned_decisions_exactly_where_these_cannot_matter(to
     routed = plain._replace(l2a_config=layer, params=params)
     found = benchmarks.controls(routed, prepared, length=64, batch_tokens=512)
     assert found["window_covers"] == shared and 0 < found["density"] < 1
-    windows = benchmarks._windows(prepared.requests, found["length"])
+    windows = of_requests(prepared.requests, found["length"], "requests")
     shape = (CONFIG.num_layers, *windows.tokens.shape)
     nll = [score_windows(routed, windows, np.full(shape, value), batch_tokens=512).nll for value in (False, True)]
     assert np.allclose(*nll, rtol=1e-5) == shared
