@@ -204,29 +204,20 @@ def open_data(
     process_index: int = 0,
     process_count: int = 1,
 ) -> PackedData:
-    """Opens (and the first time tokenises) what `--data` names.
+    """Opens (and the first time tokenises) what the entries of `--data`, `spec`, name.
 
-    Args:
-        spec: the entries of `--data`: recipes, `RECIPE=DIR`, files, folders, globs, `NAME=FILES`.
-        tokenizer: see `l2a_jax.data.encoder.make_encoder`; also for `end_id`.
-        seq_len: T, tokens in a row. batch_size: rows in a micro-batch over all processes.
-        seed: order of rows and domains. The held-out split does not depend on it.
-        cache_dir: where token stores live (None: `$L2A_CACHE` or the user's cache folder).
-        packing: `best_fit` (segments, positions restart), or `concat`: documents shuffled once by the seed, joined to
-            one string and cut, without segments.
-        weights: domain name -> relative share of the tokens; 0 drops it, a domain not named counts 1. None: each
-            entry of `spec` by its size, and inside a recipe the recipe's weights.
-        held_out: share of the documents held out, by hash of their text; 0 for none.
-        text_field: field or template of .jsonl and .parquet records (None: found from the first record).
-        join: field whose equal neighbours form one document; None keeps the recipe's (`source` for narrative), ""
-            joins nothing.
-        echo: share of the rows trained on in which earlier text is repeated (`l2a_jax.data.echo`); never held-out ones.
-        vocab_size: rows of the embedding that will look the ids up; a text with an id beyond them is refused. None
-            only where no model is given yet.
-        process_index, process_count: which equal part of each batch this process reads.
+    Rows have `seq_len` tokens; a micro-batch has `batch_size` rows over all processes, of which this one reads an equal
+    part. `seed` orders rows and domains. `tokenizer` and `end_id` are those of `encoder.make_encoder`, `cache_dir` that
+    of `tokenise.cache_folder`; `vocab_size` is the rows of the embedding: a text with an id beyond them is refused.
 
-    Raises:
-        UserError: anything wrong with the arguments or the files, in one sentence.
+    `packing`: `best_fit` (segments, positions restart), or `concat`: documents shuffled once by the seed, joined to one
+    string and cut, without segments. `weights`: relative shares of the tokens by domain; 0 drops a domain, one that is
+    not named counts 1; None: each entry by its size, and inside a recipe the recipe's weights. `held_out`: share of the
+    documents held out, by hash of their text and not by the seed. `text_field`, `join`: as in `text.record_text`; None
+    keeps the recipe's, and `join=""` joins nothing. `echo`: share of the rows trained on in which earlier text is
+    repeated (`data.echo`); never held-out ones.
+
+    Raises UserError on anything wrong with the arguments or the files.
     """
     _check(seq_len, batch_size, packing, held_out, echo, process_index, process_count)
     domains = resolve(spec)

@@ -25,14 +25,11 @@ class Encoder:
 
 
 def make_encoder(tokenizer: Any, end_id: int | None = None) -> Encoder:
-    """Wraps a `tokenizers.Tokenizer`, a transformers tokenizer, or anything with `encode(text, add_special_tokens=)`.
+    """Wraps a `tokenizers.Tokenizer`, ours, a transformers tokenizer (each tokenises on all cores), or anything with
+    `encode(text, add_special_tokens=)`, which runs on one.
 
-    Args:
-        tokenizer: a fast one tokenises on all cores; another one runs on one core.
-        end_id: the id after each document; None takes `<|endoftext|>`, else the tokenizer's `eos_token_id`.
-
-    Raises:
-        UserError: there is no id for the end of a document, or the tokenizer cannot encode.
+    `end_id` closes each document; None takes `<|endoftext|>`, else the tokenizer's `eos_token_id`. Raises UserError
+    where there is no such id, or the tokenizer cannot encode.
     """
     fast = getattr(tokenizer, "backend_tokenizer", None) or tokenizer
     if not hasattr(fast, "encode_batch_fast"):

@@ -75,8 +75,7 @@ RECIPES: dict[str, tuple[Domain, ...]] = {
 def resolve(spec: str | Iterable[str]) -> tuple[Domain, ...]:
     """The domains that `--data` entries stand for, in the order given, each with its files (see `data.files`).
 
-    Raises:
-        UserError: an unknown recipe, an entry that matches no file, a format that is not read.
+    Raises UserError on an unknown recipe, an entry that matches no file, a format that is not read.
     """
     domains: dict[str, Domain] = {}
     for entry in [spec] if isinstance(spec, str) else list(spec):

@@ -195,8 +195,7 @@ def _parsing(path: Path, what: str) -> Iterator[None]:
 def hub_records(hub: Hub, instead: str) -> Iterator[tuple[str, Mapping]]:
     """(place, record) of a data set of the Hugging Face hub, streamed in its order, at its present revision.
 
-    Raises:
-        UserError: `datasets` is missing, or the hub cannot be reached; `instead` says what else to give.
+    Raises UserError where `datasets` is missing, or the hub cannot be reached; `instead` says what else to give.
     """
     datasets = needs("datasets", "data", f"{hub.path}: reading from the Hugging Face hub",
                      f". Or give local files: {instead}")
@@ -219,19 +218,14 @@ def record_text(
     join: str | None = None,
     seen: set[str] | None = None,
 ) -> Iterator[Fragment]:
-    """Records as documents.
+    """Records, as (place, record), as documents.
 
-    Args:
-        records: (place, record).
-        field: the field that holds the text, or a template such as `"{question}\\n{answer}"`; None finds it in
-            `LAYOUTS` by the first record.
-        join: neighbouring records with the same value in this field are one document, parts divided by a blank line.
-            Records that lack it stand alone.
-        seen: values of `join` already met, shared by the files of a domain.
+    `field` holds the text, or is a template such as `"{question}\\n{answer}"`; None finds it in `LAYOUTS` by the first
+    record. Neighbouring records with the same value in the field `join` are one document, a blank line between them;
+    records that lack it stand alone. `seen`: values of `join` already met, shared by the files of a domain.
 
-    Raises:
-        UserError: a record without the field, text that is no string, or the parts of a document not side by side
-            (they could end up on both sides of the held-out split).
+    Raises UserError on a record without the field, on text that is no string, and where the records of a document are
+    not neighbours: they could end up on both sides of the held-out split.
     """
     seen = set() if seen is None else seen
     layout = current = None

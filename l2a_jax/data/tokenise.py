@@ -54,8 +54,7 @@ def tokenised(domain: Domain, encoder: Encoder, cache_dir: str | os.PathLike | N
     """The domain's store: opened if it is there, built if not. It needs a network only when built from the hub, and
     stays as it was built: the hub's name, not its present text, is what such a store is known by.
 
-    Raises:
-        UserError: unreadable text (see `l2a_jax.data.text`), a domain without any text, or a damaged store.
+    Raises UserError on unreadable text (see `l2a_jax.data.text`), a domain without any text, or a damaged store.
     """
     cache = cache_folder(cache_dir)
     source = (
