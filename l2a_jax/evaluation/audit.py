@@ -16,6 +16,7 @@ import numpy as np
 
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import intervals
+from l2a_jax.evaluation.columns import ROUTING, Column
 from l2a_jax.evaluation.controls import controls, static_rates
 from l2a_jax.evaluation.perplexity import BATCH_TOKENS, Scores, Windows, routing_rates, score_windows
 from l2a_jax.evaluation.registry import Work
@@ -70,6 +71,18 @@ def audit(
 
 def task(work: Work) -> dict[str, Any]:
     return audit(work.model, work.windows, work.score(), seeds=work.options.audit_seeds, **work.passes)
+
+
+def columns(name: str) -> tuple[Column, ...]:
+    return (Column("audit", "audit gap", ROUTING, {"gap": float, "gap_95": intervals.INTERVAL}, _cell,
+                   lambda cell, versus: "{:+.3f} [{:+.3f}, {:+.3f}]".format(cell["gap"], *cell["gap_95"]), always=True,
+                   note="nats a token by which random routing at the learned rates is worse than the learned "
+                        "decisions, paired over windows; near 0 the choice of tokens does not matter."),)
+
+
+def _cell(entry: dict[str, Any], other: Any, say: Any) -> dict[str, Any]:
+    return {"gap": entry["gap"], "gap_95": entry["gap_95"], "seeds": entry["seeds"],
+            "perplexity": {kind: row["perplexity"] for kind, row in entry["rows"].items()}}
 
 
 def told(report: dict[str, Any]) -> str:

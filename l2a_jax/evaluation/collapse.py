@@ -24,6 +24,7 @@ import numpy as np
 
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import texts
+from l2a_jax.evaluation.columns import VERDICT, Column
 from l2a_jax.evaluation.perplexity import Windows
 from l2a_jax.evaluation.registry import Work
 from l2a_jax.models.transformer import hidden_states, unembed
@@ -279,6 +280,11 @@ def training_measures(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     out = {"steps": len(losses), "loss": float(np.mean(losses[-max(1, len(losses) // 20):])),
            "not_finite": int(np.sum(~np.isfinite(losses)))}
     return out | ({"held_out_loss": held_out[-1]} if held_out else {})
+
+
+def columns(name: str) -> tuple[Column, ...]:
+    return (Column("verdict", "verdict", VERDICT, str, lambda entry, other, say: entry["verdict"],
+                   lambda cell, versus: cell or "-", always=True),)
 
 
 def task(work: Work) -> dict[str, Any]:

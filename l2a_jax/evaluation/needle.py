@@ -24,7 +24,8 @@ from l2a_jax.config import position_limit
 from l2a_jax.data import recall
 from l2a_jax.data.encoder import check_ids
 from l2a_jax.errors import Missing, UserError, needs
-from l2a_jax.evaluation import texts
+from l2a_jax.evaluation import intervals, texts
+from l2a_jax.evaluation.columns import CELL, SCORE, Column, interval
 from l2a_jax.evaluation.loglikelihood import Request, log_likelihoods
 from l2a_jax.evaluation.needle_text import (
     ADJECTIVES,
@@ -139,6 +140,17 @@ def task(work: Work) -> dict[str, Any]:
         log.warning("no %s: %s", drawn.name, lacking)
         return found
     return {**found, "heat_map": drawn.name}
+
+
+def columns(name: str) -> tuple[Column, ...]:
+    return (Column("needle", "needle", SCORE, {**CELL, "lengths": some(int)}, _cell, lambda cell, versus: interval(
+        cell, f"n={cell['n']}, to {max(cell['lengths'])}", 100, 0), str, always=True),)
+
+
+def _cell(entry: dict[str, Any], other: Any, say: Any) -> dict[str, Any]:
+    value, count = entry["overall"]["exact_match"], entry["overall"]["n"]
+    return {"value": value, "interval": list(intervals.share(value * count, count)), "n": count,
+            "ranked_first": entry["overall"]["ranked_first"], "lengths": entry["lengths"]}
 
 
 def picture(results: Path) -> Path:

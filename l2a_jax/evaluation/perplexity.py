@@ -25,8 +25,10 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int, Int32
 
 from l2a_jax.data.batch import Batch
+from l2a_jax.data.counts import format_count
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import intervals
+from l2a_jax.evaluation.columns import CELL, ROUTING, SCORE, Column, interval
 from l2a_jax.evaluation.loglikelihood import power_of_two
 from l2a_jax.evaluation.registry import Work
 from l2a_jax.models.params import check_layers
@@ -168,6 +170,37 @@ def score_windows(
 
 def task(work: Work) -> dict[str, Any]:
     return result(work.score(), work.windows)
+
+
+def columns(name: str) -> tuple[Column, ...]:
+    difference = {"ratio": float, "ratio_95": intervals.INTERVAL}
+    shape = {"value": CELL["value"], "interval": CELL["interval"], "tokens": int, "difference?": difference}
+    return (Column("perplexity", "perplexity", SCORE, shape, _cell, _text, "{:.2f}".format, always=True),
+            Column("sparsity", "local", ROUTING, float, lambda entry, other, say: entry.get("sparsity"),
+                   lambda cell, versus: f"{cell:.1%}", always=True))
+
+
+def _cell(entry: dict[str, Any], other: dict[str, Any] | None, say: Callable[[str], None]) -> dict[str, Any]:
+    cell = {"value": entry["perplexity"], "interval": entry["perplexity_95"], "tokens": entry["tokens"],
+            "text": entry["text"]["name"], "context": entry["text"]["context"], "stride": entry["text"]["stride"],
+            "difference": None}
+    if other is None:
+        return cell
+    if entry["text"]["hash"] != other["text"]["hash"] or entry["window_tokens"] != other["window_tokens"]:
+        say("perplexity is of other windows than the baseline's: no paired difference")
+        return cell
+    nll, base, tokens = (np.asarray(x) for x in (entry["window_nll"], other["window_nll"], entry["window_tokens"]))
+    nats, (low, high) = intervals.paired_windows(nll, base, tokens)
+    return cell | {"difference": {"nats": nats, "interval": [low, high], "ratio": intervals.exp(nats),
+                                  "ratio_95": [intervals.exp(low), intervals.exp(high)]}}
+
+
+def _text(cell: dict[str, Any], versus: bool) -> str:
+    shown = interval(cell, f"{format_count(cell['tokens'])} tokens", 1, 2)
+    if versus and cell["difference"]:
+        low, high = cell["difference"]["ratio_95"]
+        shown += f"<br>Δ x{cell['difference']['ratio']:.3f} [{low:.3f}, {high:.3f}]"
+    return shown
 
 
 def routing_rates(decisions: Bool[np.ndarray, "L B T"], real: Bool[np.ndarray, "B T"]) -> Float64[np.ndarray, " L"]:

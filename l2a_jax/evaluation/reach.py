@@ -22,6 +22,7 @@ from jaxtyping import Bool, Int, Shaped
 
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import intervals
+from l2a_jax.evaluation.columns import ROUTING, Column
 from l2a_jax.evaluation.controls import controls
 from l2a_jax.evaluation.perplexity import BATCH_TOKENS, Scores, Windows, score_windows
 from l2a_jax.evaluation.registry import Work
@@ -48,6 +49,21 @@ def prepare(name: str, options: Any, model: Pretrained) -> Windows:
 
 def task(work: Work) -> dict[str, Any]:
     return reach(work.model, work.prepared, seeds=work.options.audit_seeds, **work.passes)
+
+
+def columns(name: str) -> tuple[Column, ...]:
+    return (Column("reach", "kept beyond", ROUTING, {"kept": float, "kept_95": intervals.INTERVAL, "context": int},
+                   _cell, lambda cell, versus: "{:.3f} [{:.3f}, {:.3f}] (to {context:,})".format(
+                       cell["kept"], *cell["kept_95"], context=cell["context"]),
+                   note="the share of what global attention is worth beyond the window that the learned decisions "
+                        "keep, and the longest context."),)
+
+
+def _cell(entry: dict[str, Any], other: Any, say: Any) -> dict[str, Any] | None:
+    learned = entry["rows"].get("learned", {})
+    return None if learned.get("kept") is None else {
+        "kept": learned["kept"], "kept_95": learned["kept_95"], "worth": entry["worth"], "window": entry["window"],
+        "context": entry["text"]["context"]}
 
 
 def distances(windows: Windows, model: Pretrained, flag: str = "context") -> tuple[list[int], Int[np.ndarray, "B T"]]:

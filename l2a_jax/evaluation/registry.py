@@ -11,6 +11,7 @@ and, where it has them:
 
     prepare(name, options, model)           what it reads and checks before there are weights: `work.prepared`
     writes(name, options, prepared, path)   names of the files that it writes beside the results in `path`
+    columns(name)                           its columns in the table of runs (`columns`)
 """
 
 from __future__ import annotations

@@ -9,24 +9,18 @@ from __future__ import annotations
 import itertools
 import math
 from collections import namedtuple
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from l2a_jax import commands
 from l2a_jax.data.counts import format_count
 from l2a_jax.errors import UserError
-from l2a_jax.evaluation import intervals
+from l2a_jax.evaluation import registry
+from l2a_jax.evaluation.columns import Column
 from l2a_jax.evaluation.results import FILE, read_results
 from l2a_jax.files import check_file, write_json, write_text
-from l2a_jax.shapes import some
 
-_INTERVAL = [float, 2]
-_DIFFERENCE = {"value": float, "interval": _INTERVAL}
-_CELL = {"value": float, "interval": _INTERVAL, "n": int, "acc_norm?": float, "difference?": _DIFFERENCE}
-BENCHMARKS = {"hellaswag": "HellaSwag", "piqa": "PIQA", "arc_challenge": "ARC-C"}
-"""Columns show acc, which the study's numbers resemble (it does not say), and acc_norm after a stroke."""
 SOURCE = "T. Hertel, Testing Conditional Attention Routing at Consumer Scale, 21 April 2026"
 """What stands beside our numbers. Its text, checkpoints, window and penalty were not published, so a difference in
 perplexity may be one of texts; nearly all of its task scores are multiples of 0.002, about 500 items each."""
@@ -45,15 +39,19 @@ REPORTED = (
 REGIMES = {"baseline": "baseline", "router_strict": "router", "router_only": "router", "l2a_ft": "l2a_ft",
            "l2a_paper": "l2a_ft", "full_ft": "full_ft"}
 """Our regimes as the study's; others have no row there."""
-TABLE = {"baseline?": str, "reported_by": str, "rows": [{
-    "run": str, "regime": str, "route?": str, "notes": [str], "sparsity?": float, "verdict?": str,
-    **{f"{name}?": float for name in ("trained_parameters", "tokens_seen", "tokens_per_trained_parameter")},
-    "perplexity?": {"value": float, "interval": _INTERVAL, "tokens": int,
-                    "difference?": {"ratio": float, "ratio_95": _INTERVAL}},
-    **{f"{task}?": _CELL for task in BENCHMARKS}, "needle?": {**_CELL, "lengths": some(int)},
-    "audit?": {"gap": float, "gap_95": _INTERVAL},
+def columns(names: Iterable[str]) -> list[tuple[str, Column]]:
+    """(task, column) of every task that has one, these `names` among them, in the order of the table."""
+    found = [(name, column) for name in dict.fromkeys((*registry.TASKS, *names))
+             for column in getattr(registry.module(name), "columns", lambda name: ())(name)]
+    return sorted(found, key=lambda one: one[1].about)
+
+
+_RUN = {f"{name}?": float for name in ("trained_parameters", "tokens_seen", "tokens_per_trained_parameter")}
+TABLE = {"baseline?": str, "reported_by": str, "tasks?": [str], "rows": [{
+    "run": str, "regime": str, "route?": str, "notes": [str], **_RUN,
+    **{f"{column.key}?": column.shape for _, column in columns(())},
     "reported?": {"regime": str, "data?": str, "trained?": str, "perplexity": float, "needle": str,
-                  **{f"{task}?": float for task in BENCHMARKS}}}]}
+                  **{f"{task}?": float for task in Reported._fields[5:-1]}}}]}
 """What `markdown` needs of a table that was read from a file: what `make_table` made, each key there or null."""
 
 
@@ -73,9 +71,14 @@ def load(source: str | Path) -> tuple[str, dict[str, Any]]:
 
 
 def make_table(runs: list[tuple[str, dict[str, Any]]], baseline: tuple[str, dict[str, Any]] | None = None) -> dict:
-    """{"rows": [...], "baseline", "source"}: every number of the table, None where a task was not run."""
-    rows = [_row(name, found, baseline) for name, found in runs]
-    return {"rows": rows, "baseline": None if baseline is None else baseline[0], "reported_by": SOURCE}
+    """{"rows": [...], "baseline", "reported_by"}: every number of the table, None where a task was not run. `tasks`
+    are those of lm-eval's in it that the registry does not name."""
+    run = dict.fromkeys(name for _, found in runs for name in found["tasks"])
+    shown = [(task, column) for task, column in columns(run) if column.always or task in run]
+    others = [name for name in run if name not in registry.TASKS]
+    return {"rows": [_row(name, found, baseline, shown) for name, found in runs],
+            "baseline": None if baseline is None else baseline[0], "reported_by": SOURCE,
+            **({"tasks": others} if others else {})}
 
 
 def markdown(table: dict[str, Any]) -> str:
@@ -104,23 +107,26 @@ def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
             for row in cells for lines in itertools.zip_longest(*row, fillvalue="")]
 
 
+def _shown(table: dict[str, Any]) -> list[Column]:
+    """The columns that a page has."""
+    return [column for _, column in columns(table.get("tasks", ()))
+            if column.always or any(row.get(column.key) is not None for row in table["rows"])]
+
+
 def _rows(table: dict[str, Any]) -> list[list[str]]:
     """The heads of the columns, and the cells of every run and of the study's row that it belongs to."""
-    head = ["run", "regime", "trained", "tokens", "tokens/param", "perplexity",
-            *(f"{label} acc / norm" for label in BENCHMARKS.values()), "needle", "local", "audit gap",
-            "verdict"]
-    rows = [head]
+    shown = _shown(table)
+    rows = [["run", "regime", "trained", "tokens", "tokens/param", *(column.head for column in shown)]]
     for row in table["rows"]:
-        rows.append(_cells(row, table["baseline"] is not None))
+        rows.append(_cells(row, shown, table["baseline"] is not None))
         if row["reported"] is not None:
-            rows.append(_reported_cells(row["reported"]))
+            rows.append(_reported_cells(row["reported"], shown))
     return rows
 
 
 def _notes(table: dict[str, Any]) -> list[str]:
-    notes = ["Brackets: 95 % intervals (perplexity over windows, benchmarks over items, needle by Wilson). *audit "
-             "gap*: nats a token by which random routing at the learned rates is worse than the learned decisions, "
-             "paired over windows; near 0 the choice of tokens does not matter."]
+    notes = [" ".join(("Brackets: 95 % intervals (perplexity over windows, benchmarks over items, needle by Wilson).",
+                       *(f"*{column.head}*: {column.note}" for column in _shown(table) if column.note)))]
     if table["baseline"] is not None:
         notes.append(f"Δ: difference from {table['baseline']}, paired over the same windows or items.")
     if any(row["reported"] for row in table["rows"]):
@@ -140,7 +146,8 @@ def write(table: dict[str, Any], out: Path) -> tuple[Path, Path]:
     return paths
 
 
-def _row(name, found, baseline):
+def _row(name: str, found: dict[str, Any], baseline: tuple[str, dict[str, Any]] | None,
+         shown: list[tuple[str, Column]]) -> dict[str, Any]:
     run, tasks = found.get("run") or {}, found["tasks"]
     row: dict[str, Any] = {
         "run": name, "source": found["source"], "source_hash": found["source_hash"], "size": found.get("size"),
@@ -148,110 +155,31 @@ def _row(name, found, baseline):
         "trained_parameters": run.get("trained_parameters"), "tokens_seen": run.get("tokens_seen"),
         "tokens_per_trained_parameter": run.get("tokens_per_trained_parameter"), "notes": [],
     }
-    other = None if baseline is None or baseline[1] is found else baseline[1]["tasks"]
-    row["perplexity"] = _perplexity(tasks.get("perplexity"), None if other is None else other.get("perplexity"), row)
-    for task in BENCHMARKS:
-        row[task] = _benchmark(task, tasks.get(task), None if other is None else other.get(task), row)
-    row["needle"] = _needle(tasks.get("needle"))
-    row["sparsity"] = tasks.get("perplexity", {}).get("sparsity")
-    audit = tasks.get("audit")
-    row["audit"] = None if audit is None else {
-        "gap": audit["gap"], "gap_95": audit["gap_95"], "seeds": audit["seeds"],
-        "perplexity": {kind: entry["perplexity"] for kind, entry in audit["rows"].items()}}
-    row["verdict"] = tasks.get("collapse", {}).get("verdict")
+    others = {} if baseline is None or baseline[1] is found else baseline[1]["tasks"]
+    for task, column in shown:
+        row[column.key] = None if task not in tasks else column.cell(tasks[task], others.get(task), row["notes"].append)
     study = match(row["size"], row["regime"]) if row["route"] == "learned" else None
     row["reported"] = None if study is None else study._asdict()
     return row
 
 
-def _perplexity(entry, other, row):
-    if entry is None:
-        return None
-    cell = {"value": entry["perplexity"], "interval": entry["perplexity_95"], "tokens": entry["tokens"],
-            "text": entry["text"]["name"], "context": entry["text"]["context"], "stride": entry["text"]["stride"],
-            "difference": None}
-    if other is not None and entry["text"]["hash"] == other["text"]["hash"] and (
-            entry["window_tokens"] == other["window_tokens"]):
-        nll, base, tokens = (np.asarray(x) for x in (entry["window_nll"], other["window_nll"], entry["window_tokens"]))
-        nats, (low, high) = intervals.paired_windows(nll, base, tokens)
-        cell["difference"] = {"nats": nats, "interval": [low, high], "ratio": intervals.exp(nats),
-                              "ratio_95": [intervals.exp(low), intervals.exp(high)]}
-    elif other is not None:
-        row["notes"].append("perplexity is of other windows than the baseline's: no paired difference")
-    return cell
-
-
-def _benchmark(task, entry, other, row):
-    if entry is None:
-        return None
-    correct = entry["correct"]
-    cell = {"value": entry["acc"], "interval": list(intervals.share(sum(correct), len(correct))), "n": entry["n"],
-            "num_fewshot": entry["num_fewshot"], "acc_norm": entry.get("acc_norm"), "acc_norm_interval": None,
-            "difference": None, "difference_norm": None}
-    if entry.get("correct_norm"):
-        cell["acc_norm_interval"] = list(intervals.share(sum(entry["correct_norm"]), len(entry["correct_norm"])))
-    if other is None:
-        return cell
-    same = all(entry.get(key) == other.get(key) for key in ("n", "num_fewshot", "source", "version", "limit"))
-    if same:
-        for kind, name in (("correct", "difference"), ("correct_norm", "difference_norm")):
-            if entry.get(kind) and other.get(kind):
-                difference, interval = intervals.paired_items(entry[kind], other[kind])
-                cell[name] = {"value": difference, "interval": list(interval)}
-    else:
-        row["notes"].append(f"{task} is of other items or shots than the baseline's: no paired difference")
-    return cell
-
-
-def _needle(entry):
-    if entry is None:
-        return None
-    value, count = entry["overall"]["exact_match"], entry["overall"]["n"]
-    return {"value": value, "interval": list(intervals.share(value * count, count)), "n": count,
-            "ranked_first": entry["overall"]["ranked_first"], "lengths": entry["lengths"]}
-
-
-def _cells(row, versus):
-    def number(cell, shown, scale, digits):
-        if cell is None:
-            return "-"
-        low, high = (scale * bound for bound in cell["interval"])
-        return f"{scale * cell['value']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}] ({shown})"
-
+def _cells(row: dict[str, Any], shown: list[Column], versus: bool) -> list[str]:
     def count(value):
         if value is None:
             return "-"
         return str(value) if not math.isfinite(value) else format_count(int(value)) if value else "0"
 
-    perplexity = row["perplexity"]
-    cells = [row["run"], row["regime"] + ("" if row["route"] in ("learned", None) else f", {row['route']} routed"),
-             count(row["trained_parameters"]), count(row["tokens_seen"]),
-             "-" if row["tokens_per_trained_parameter"] is None else f"{row['tokens_per_trained_parameter']:.3g}"]
-    shown = number(perplexity, "" if perplexity is None else f"{format_count(perplexity['tokens'])} tokens", 1, 2)
-    if versus and perplexity and perplexity["difference"]:
-        low, high = perplexity["difference"]["ratio_95"]
-        shown += f"<br>Δ x{perplexity['difference']['ratio']:.3f} [{low:.3f}, {high:.3f}]"
-    cells.append(shown)
-    for task in BENCHMARKS:
-        cell = row[task]
-        shown = number(cell, "" if cell is None else f"n={cell['n']}", 100, 1)
-        if cell and cell["acc_norm"] is not None:
-            shown += f" / {100 * cell['acc_norm']:.1f}"
-        if versus and cell and cell["difference"]:
-            low, high = (100 * bound for bound in cell["difference"]["interval"])
-            shown += f"<br>Δ acc {100 * cell['difference']['value']:+.1f} [{low:+.1f}, {high:+.1f}]"
-        cells.append(shown)
-    needle = row["needle"]
-    cells.append(number(needle, "" if needle is None else f"n={needle['n']}, to {max(needle['lengths'])}", 100, 0))
-    cells.append("-" if row["sparsity"] is None else f"{row['sparsity']:.1%}")
-    audit = row["audit"]
-    low, high = (0, 0) if audit is None else audit["gap_95"]
-    cells.append("-" if audit is None else f"{audit['gap']:+.3f} [{low:+.3f}, {high:+.3f}]")
-    return [*cells, row["verdict"] or "-"]
+    share = row["tokens_per_trained_parameter"]
+    return [row["run"], row["regime"] + ("" if row["route"] in ("learned", None) else f", {row['route']} routed"),
+            count(row["trained_parameters"]), count(row["tokens_seen"]), "-" if share is None else f"{share:.3g}",
+            *("-" if row.get(column.key) is None else column.text(row[column.key], versus) for column in shown)]
 
 
-def _reported_cells(study):
-    scores = ["-" if study[task] is None else f"*{100 * study[task]:.1f}*" for task in BENCHMARKS]
+def _reported_cells(study: dict[str, Any], shown: list[Column]) -> list[str]:
+    def spelled(column):
+        if column.reported is None or column.key not in study:
+            return ""
+        return "-" if study[column.key] is None else f"*{column.reported(study[column.key])}*"
+
     data = f", {study['data']}" if study["data"] else ""
-    return [f"*reported{data}*", f"*{study['regime']}*", f"*{study['trained'] or '-'}*", "", "",
-            f"*{study['perplexity']:.2f}*", *scores, f"*{study['needle']}*", "", "", ""]
+    return [f"*reported{data}*", f"*{study['regime']}*", f"*{study['trained'] or '-'}*", "", "", *map(spelled, shown)]

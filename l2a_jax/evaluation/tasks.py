@@ -6,10 +6,12 @@ The documents come from the hub, or from files of one's own (`task_files`) where
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import logging
+import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from l2a_jax.errors import UserError, few, needs
 from l2a_jax.evaluation import intervals
+from l2a_jax.evaluation.columns import CELL, DIFFERENCE, SCORE, Column, change, interval
 from l2a_jax.evaluation.registry import ASKED, BENCHMARKS, EXPECTED, Work
 from l2a_jax.evaluation.task_files import LOCAL_TASKS, TaskFile, read_task
 from l2a_jax.files import plain, whole
@@ -79,6 +82,59 @@ def told(entry: dict[str, Any]) -> str:
     texts = [f"{name} {value:.3f}" + ("" if error is None else f" +- {intervals.Z * error:.3f}")
              for name, value, error in shown]
     return f"{', '.join(texts)} (95 %, {entry['n']} items, {entry['num_fewshot']}-shot)"
+
+
+LABELS = {"hellaswag": "HellaSwag acc / norm", "piqa": "PIQA acc / norm", "arc_challenge": "ARC-C acc / norm",
+          "gsm8k": "GSM8K strict / flexible"}
+"""How the table of runs names a task; one that is not here has its own name, and a column where a run has it."""
+STUDY = ("hellaswag", "piqa", "arc_challenge")
+"""What the study reported. It does not say which accuracy; acc resembles its numbers, and acc_norm stands after a
+stroke."""
+
+
+def columns(name: str) -> tuple[Column, ...]:
+    shape = {**CELL, "acc_norm?": float, "difference?": DIFFERENCE, "others?": each(float), "scale?": float}
+    return (Column(name, LABELS.get(name, name), SCORE, shape, functools.partial(_cell, name), _text,
+                   lambda share: f"{100 * share:.1f}", always=name in STUDY),)
+
+
+def _cell(name: str, entry: dict[str, Any], other: dict[str, Any] | None, say: Callable[[str], None]) -> dict[str, Any]:
+    """The first of an entry's metrics, and the others beside it; differences are paired over items."""
+    def paired(values, baseline):
+        if other is None or not same or not values or not baseline:
+            return None
+        difference, bounds = intervals.paired_items(values, baseline)
+        return {"value": difference, "interval": list(bounds)}
+
+    same = other is not None and all(entry.get(key) == other.get(key) for key in (
+        "n", "num_fewshot", "source", "version", "limit"))
+    if other is not None and not same:
+        say(f"{name} is of other items or shots than the baseline's: no paired difference")
+    cell = {"n": entry["n"], "num_fewshot": entry["num_fewshot"]}
+    if entry.get("acc") is not None:
+        correct, norm = entry["correct"], entry.get("correct_norm")
+        return {"value": entry["acc"], "interval": list(intervals.share(sum(correct), len(correct))), **cell,
+                "acc_norm": entry.get("acc_norm"),
+                "acc_norm_interval": list(intervals.share(sum(norm), len(norm))) if norm else None,
+                "difference": paired(correct, (other or {}).get("correct")),
+                "difference_norm": paired(norm, (other or {}).get("correct_norm"))}
+    (metric, first), *others = entry["scores"].items()
+    items, error = first.get("items"), first.get("stderr")
+    shares = bool(items) and set(items) <= {0, 1}
+    bounds = intervals.share(sum(items), len(items)) if shares else intervals.around(
+        first["value"], math.nan if error is None else error)
+    theirs = (other or {}).get("scores", {}).get(metric, {}).get("items")
+    return {"value": first["value"], "interval": list(bounds), **cell, "metric": metric, "scale": 100 if shares else 1,
+            "others": {name: score["value"] for name, score in others}, "difference": paired(items, theirs)}
+
+
+def _text(cell: dict[str, Any], versus: bool) -> str:
+    scale = cell.get("scale") or 100
+    others = [cell["acc_norm"]] if cell.get("acc_norm") is not None else (cell.get("others") or {}).values()
+    shown = interval(cell, f"n={cell['n']}", scale, 1) + "".join(f" / {scale * value:.1f}" for value in others)
+    if versus and cell["difference"]:
+        shown += f"<br>Δ {'' if cell.get('metric') else 'acc '}{change(cell['difference'], scale, 1)}"
+    return shown
 
 
 def evaluate_tasks(

@@ -10,6 +10,7 @@ import pytest
 
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import table
+from l2a_jax.shapes import require
 
 ROOT = Path(__file__).parents[2]
 
@@ -99,6 +100,28 @@ def test_tasks_that_were_not_run_are_dashes():
     shown = table.markdown(table.make_table([("run", empty)]))
     assert "| run | untrained layer, none routed | - | - | - | - |" in shown
     assert "reported" not in shown.split("\n\n")[0]
+
+
+def test_tasks_of_lm_evals_and_reach_have_a_column_where_a_run_has_them():
+    """Texts are compared item by item; a value that is no share of items stands as it is."""
+    def scored(items, loss=1.5):
+        return {"gsm8k": {"n": 4, "num_fewshot": 5, "source": "x", "version": 3, "limit": None, "scores": {
+            "exact_match,strict-match": {"value": sum(items) / 4, "stderr": 0.2, "items": list(items)},
+            "exact_match,flexible-extract": {"value": 0.75, "stderr": 0.2, "items": [1.0, 1.0, 1.0, 0.0]}}},
+            "some_text": {"n": 4, "num_fewshot": 0, "scores": {"bits,none": {"value": loss, "stderr": 0.1}}},
+            "reach": {"rows": {"learned": {"kept": 0.78, "kept_95": [0.7, 0.86]}}, "worth": 0.1, "window": 1_024,
+                      "text": {"context": 32_768}}}
+
+    made = table.make_table([("run", made_up(**scored((1.0, 0.0, 0.0, 0.0))))], ("base", made_up(**scored((1.0,) * 4))))
+    shown = table.markdown(made)
+    assert "| GSM8K strict / flexible | needle | some_text | local | audit gap | kept beyond | verdict |" in shown
+    assert "25.0 [4.6, 69.9] (n=4) / 75.0<br>Δ -75.0 [-124.0, -26.0]" in shown
+    assert "1.5 [1.3, 1.7] (n=4)" in shown and "0.780 [0.700, 0.860] (to 32,768)" in shown
+    assert "*kept beyond*: the share of what global attention is worth" in shown
+    again = json.loads(json.dumps(made))
+    require(again, table.TABLE, "the table")
+    assert table.markdown(again) == shown
+    assert "GSM8K" not in table.markdown(table.make_table([("run", made_up())]))
 
 
 def test_one_window_has_no_interval(main, tmp_path, capsys):
