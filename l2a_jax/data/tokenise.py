@@ -37,13 +37,9 @@ def cache_folder(cache_dir: str | os.PathLike | None = None) -> Path:
 
     Raises UserError where that is in the home folder of a user who has none.
     """
-    if cache_dir is not None:
-        place = Path(cache_dir)
-    elif os.environ.get("L2A_CACHE"):
-        place = Path(os.environ["L2A_CACHE"])
-    else:
-        base = "~/Library/Caches" if sys.platform == "darwin" else os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        place = Path(base) / "l2a_jax" / "tokens"
+    base = "~/Library/Caches" if sys.platform == "darwin" else os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    own = os.environ.get("L2A_CACHE") or Path(base) / "l2a_jax" / "tokens"
+    place = Path(own if cache_dir is None else cache_dir)
     try:
         return place.expanduser()
     except RuntimeError:  # a container's user without an entry and without HOME

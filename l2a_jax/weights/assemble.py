@@ -7,7 +7,7 @@ leaf on its way to the device, and a few megabytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -99,19 +99,19 @@ def check(tensors: Tensors, places: Mapping[str, Place]) -> None:
         raise UserError(f"{tensors.where} does not fit its configuration; {told}")
 
 
-def block_rows(shape: tuple[int, ...]) -> int:
-    """Rows to read at a time so that a block has about BLOCK_ELEMENTS elements."""
-    return max(1, BLOCK_ELEMENTS // max(1, math.prod(shape[1:])))
+def blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """The rows of a tensor in blocks of about BLOCK_ELEMENTS elements, as [start, stop)."""
+    step = max(1, BLOCK_ELEMENTS // max(1, math.prod(shape[1:])))
+    return ((start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
 
 def _copy(tensors: Tensors, name: str, place: Place, leaf: np.ndarray) -> None:
-    step = block_rows(place.shape)
-    for start in range(0, place.shape[0], step):
-        stored = tensors.rows(name, start, min(start + step, place.shape[0]))
+    for start, stop in blocks(place.shape):
+        stored = tensors.rows(name, start, stop)
         # Cast here, where the block is contiguous: it is several times faster than casting across a transpose.
         with np.errstate(over="ignore"):
             rows = stored.astype(leaf.dtype, copy=False)
         if not np.isfinite(rows).all():
             problem = f"values beyond {leaf.dtype.name}" if np.isfinite(stored).all() else "a NaN or an infinity"
-            raise UserError(f"{tensors.where} holds {problem} in {name}, rows {start} to {start + len(rows) - 1}")
+            raise UserError(f"{tensors.where} holds {problem} in {name}, rows {start} to {stop - 1}")
         put(leaf, place.transform, rows, start)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from l2a_jax.config import ModelConfig
 from l2a_jax.errors import UserError, few
 from l2a_jax.files import read_json, reading
-from l2a_jax.weights.assemble import block_rows
+from l2a_jax.weights.assemble import blocks
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 GENERATION = "generation_config.json"
@@ -168,14 +168,8 @@ def tie(config: ModelConfig, folder: HFFolder) -> ModelConfig:
     if not config.tie_embeddings or output not in folder.shapes:
         return config
     shape = folder.shapes[output]
-    same = folder.shapes.get(embedding) == shape
-    step = block_rows(shape)
-    for start in range(0, shape[0] if same else 0, step):
-        blocks = (folder.rows(name, start, min(start + step, shape[0])) for name in (embedding, output))
-        if not np.array_equal(*blocks):
-            same = False
-            break
-    if same:
+    if folder.shapes.get(embedding) == shape and all(
+            np.array_equal(folder.rows(embedding, *block), folder.rows(output, *block)) for block in blocks(shape)):
         folder.drop(output)
         return config
     return dataclasses.replace(config, tie_embeddings=False)

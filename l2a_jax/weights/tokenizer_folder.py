@@ -28,6 +28,12 @@ _DECODER = "added_tokens_decoder"
 _EXTRA = ("additional_special_tokens", "extra_special_tokens")
 _MOST = 1 << 24
 """Beyond every vocabulary there is; an id far out costs as much as all those before it."""
+_FORMS = {
+    **dict.fromkeys(ROLES, ("a token", lambda token: _text(content_of(token)))),
+    **dict.fromkeys(_EXTRA, ("a list of tokens", lambda tokens: isinstance(tokens, list | dict) and all(
+        _text(content_of(token)) for token in _listed(tokens)))),
+    **dict.fromkeys(("add_bos_token", "add_eos_token"), ("true or false", lambda switch: isinstance(switch, bool))),
+}
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -145,18 +151,11 @@ def _added(folder: Path, settings: dict[str, Any]) -> dict[int, AddedToken]:
 
 
 def _checked(path: Path) -> dict[str, Any]:
-    """A file of settings, whose tokens are texts and whose switches are true or false. Raises UserError if not."""
+    """A file of settings. Raises UserError where one has not the form that `_FORMS` says."""
     fields = _optional(path)
-    for name in ROLES:
-        if fields.get(name) is not None and not _text(content_of(fields[name])):
-            raise UserError(f"{path}: {name} is {shown(fields[name])}; expected a token")
-    for name in _EXTRA:
-        if not isinstance(fields.get(name), list | dict | None) or not all(
-                _text(content_of(token)) for token in _listed(fields.get(name))):
-            raise UserError(f"{path}: {name} is {shown(fields[name])}; expected a list of tokens")
-    for name in ("add_bos_token", "add_eos_token"):
-        if not isinstance(fields.get(name), bool | None):
-            raise UserError(f"{path}: {name} is {shown(fields[name])}; expected true or false")
+    for name, (expected, fits) in _FORMS.items():
+        if fields.get(name) is not None and not fits(fields[name]):
+            raise UserError(f"{path}: {name} is {shown(fields[name])}; expected {expected}")
     return fields
 
 
