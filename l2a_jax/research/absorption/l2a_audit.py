@@ -174,11 +174,10 @@ def run(sources: Sequence[str], data: Sequence[str], out: pathlib.Path, *, eval_
     others = []
     for source in sources[1:]:
         other = load_pretrained(source, audited.dtype)
-        same = ("num_layers", "vocab_size")
-        if other.l2a_config is None or any(getattr(other.config, n) != getattr(audited.config, n) for n in same):
-            raise UserError(f"{source} cannot decide for {sources[0]}; expected an L2A model of as many layers and the "
-                            "same vocabulary")
-        others.append((pathlib.Path(source).name, _with(other.params, other.config, audited), other.l2a_config))
+        same_shapes = dataclasses.replace(other.config, rope=audited.config.rope) == audited.config
+        if other.l2a_config is None or not same_shapes:
+            raise UserError(f"{source} cannot decide for {sources[0]}; expected another L2A run of the same model")
+        others.append((pathlib.Path(source).name, other.params, other.l2a_config))
     found = audit(audited, others, tuple(seeds or (0, 1, 2)))
     text = (f"{pathlib.Path(sources[0]).name} on {device.described()}; {len(audited.batches)} held-out "
             f"batches of {' x '.join(map(str, audited.batches[0].tokens.shape))} tokens; layer {audited.l2a_config}.")
@@ -187,9 +186,3 @@ def run(sources: Sequence[str], data: Sequence[str], out: pathlib.Path, *, eval_
     print(outcome.markdown(found, about))
     log.info("written to %s", out)
     return found
-
-
-def _with(params: Tree, config: ModelConfig, audited: Audited) -> Tree:
-    if dataclasses.replace(config, rope=audited.config.rope) != audited.config:
-        raise UserError("the other run's model has other shapes; expected two runs of one model")
-    return params

@@ -13,6 +13,12 @@ from l2a_jax.files import check_file
 from l2a_jax.research import tables
 
 
+def over_seeds(values: Any) -> tuple[float, float | None]:
+    """Mean and standard deviation (n - 1), None of a single value."""
+    values = np.asarray(values, float).reshape(-1)
+    return float(values.mean()), float(values.std(ddof=1)) if values.size > 1 else None
+
+
 @dataclass
 class Cell:
     """One measured quantity over the seeds, and what was reported for it."""
@@ -22,11 +28,16 @@ class Cell:
     digits: int = 2
 
     def text(self) -> str:
-        """Mean and standard deviation (n - 1) over seeds; a vast mean in powers of ten."""
-        values = np.asarray(self.values, float).reshape(-1)
-        style = f".{self.digits}f" if abs(values.mean()) < 1e6 else ".3g"
-        mean = f"{values.mean():{style}}"
-        return mean if values.size == 1 else f"{mean} ± {values.std(ddof=1):{style}}"
+        """Mean and standard deviation over seeds; a vast mean in powers of ten."""
+        mean, spread = over_seeds(self.values)
+        style = f".{self.digits}f" if abs(mean) < 1e6 else ".3g"
+        return f"{mean:{style}}" if spread is None else f"{mean:{style}} ± {spread:{style}}"
+
+    def plain(self) -> dict[str, Any]:
+        """As it stands in a file."""
+        mean, spread = over_seeds(self.values)
+        return {"mean": mean, "sd": spread, "seeds": np.asarray(self.values, float).reshape(-1),
+                **({"reported": self.reported} if self.reported else {})}
 
 
 @dataclass
@@ -50,9 +61,8 @@ class Panel:
 
     def add(self, series: str, x: Any, values: Any) -> None:
         """Append a point from values over seeds."""
-        values = np.asarray(values, float).reshape(-1)
-        spread = float(values.std(ddof=1)) if values.size > 1 else 0.0
-        self.series.setdefault(series, []).append((x, float(values.mean()), spread))
+        mean, spread = over_seeds(values)
+        self.series.setdefault(series, []).append((x, mean, spread or 0.0))
 
 
 @dataclass
@@ -129,17 +139,9 @@ def draw(report: Report, path: pathlib.Path) -> None:
 def write(report: Report, setting: dict[str, Any], folder: pathlib.Path) -> list[pathlib.Path]:
     """`absorption_NAME.json`, `.md` and `.png` in `folder`."""
     stem = f"absorption_{report.name}"
-
-    def cell(value):
-        if not isinstance(value, Cell):
-            return value
-        seeds = np.asarray(value.values, float).reshape(-1)
-        return {"mean": seeds.mean(), "sd": seeds.std(ddof=1) if seeds.size > 1 else None, "seeds": seeds,
-                **({"reported": value.reported} if value.reported else {})}
-
-    found = [{"title": table.title, "note": table.note, "rows": {
-        row: {column: cell(value) for column, value in cells.items()} for row, cells in table.rows.items()}}
-        for table in report.tables]
+    found = [{"title": table.title, "note": table.note, "rows": {row: {
+        column: cell.plain() if isinstance(cell, Cell) else cell for column, cell in cells.items()}
+        for row, cells in table.rows.items()}} for table in report.tables]
     tables.write(folder, stem, {"experiment": report.name, "title": report.title,
                                 **{name: value for name, value in setting.items() if name != "text"},
                                 "tables": found, "notes": report.notes}, markdown(report, setting))

@@ -9,18 +9,18 @@ training logged is still that of the end. Every evaluation is ordinary: the caus
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from l2a_jax.config import L2AConfig
 from l2a_jax.data.batch import TrainingData
 from l2a_jax.evaluation import collapse
 from l2a_jax.evaluation.collapse import Rule
 from l2a_jax.evaluation.perplexity import BATCH_TOKENS, Windows, result, score_windows
-from l2a_jax.models.params import Tree, add_routing
+from l2a_jax.models.params import add_routing
 from l2a_jax.research.replication.faulty import FAULTS, Fault, Trace, train_faulty
 from l2a_jax.research.tables import grid
 from l2a_jax.sources import Pretrained
@@ -63,51 +63,42 @@ def task_margin(scores: Mapping[str, tuple[float, float]]) -> float | None:
     return min(margins) if len(margins) == len(CHANCE) else None
 
 
-def autopsy(
-    plain: Pretrained,
-    l2a_config: L2AConfig,
-    data: TrainingData,
-    windows: Windows,
-    prompts: Sequence[Sequence[int]],
-    *,
-    objective: Objective,
-    dials: Dials,
-    optimizer: OptimizerConfig,
-    faults: Sequence[Fault] = FAULTS,
-    extra: Callable[[Pretrained], Mapping[str, float | None]] | None = None,
-    stop_tokens: Sequence[int] = (),
-    new_tokens: int = 96,
-    seed: int = 0,
-    batch_tokens: int = BATCH_TOKENS,
-) -> dict[str, Any]:
+class Examination(NamedTuple):
+    """What every model is asked: the text of its perplexity, prompts to continue, and `extra` measures of a model whose
+    weights and logits are finite, such as `task_margin` and `needle`. `seed`: of training and of sampled text."""
+
+    windows: Windows
+    prompts: Sequence[Sequence[int]]
+    extra: Callable[[Pretrained], Mapping[str, float | None]] = lambda model: {}
+    stop_tokens: Sequence[int] = ()
+    new_tokens: int = 96
+    seed: int = 0
+    batch_tokens: int = BATCH_TOKENS
+
+
+def autopsy(plain: Pretrained, data: TrainingData, asked: Examination, *, objective: Objective, dials: Dials,
+            optimizer: OptimizerConfig, faults: Sequence[Fault] = FAULTS) -> dict[str, Any]:
     """A row for each fault (two where NaN came in), and rows for the plain and the untrained routed model.
 
-    `objective` (with this `l2a_config`), `dials` and `optimizer` are the sound run's; `extra` may add measures of a
-    model whose weights and logits are finite, such as `task_margin` and `needle`. A row holds the fault, the curves as
-    logged (`loss_curve`, `sparsity_curve`), `finite_losses` (share of steps), the measures of `SYMPTOMS`, perplexity,
-    the collapse report's verdict and generated text, and `symptoms`.
+    `objective`, `dials` and `optimizer` are the sound run's. A row holds the fault, the curves as logged (`loss_curve`,
+    `sparsity_curve`), `finite_losses` (share of steps), the measures of `SYMPTOMS`, perplexity, the collapse report's
+    verdict and generated text, and `symptoms`.
     """
-    options = {"objective": objective, "extra": extra, "stop_tokens": stop_tokens, "new_tokens": new_tokens,
-               "seed": seed, "batch_tokens": batch_tokens}
-    baseline = _examine(plain, windows, prompts, None, None, **options)
-    reference = baseline["perplexity"]
-    routed = plain._replace(l2a_config=l2a_config, params=add_routing(plain.params, plain.config, l2a_config))
+    layer = objective.l2a_config
+    baseline = _examine(plain, asked, objective.backend)
+    examine = functools.partial(_examine, asked=asked, backend=objective.backend, reference=baseline["perplexity"])
+    routed = plain._replace(l2a_config=layer, params=add_routing(plain.params, plain.config, layer))
     rows = [{"fault": "plain model", "meaning": "before anything", **baseline},
-            {"fault": "untrained", "meaning": "the routed model before training",
-             **_examine(routed, windows, prompts, None, reference, **options)}]
+            {"fault": "untrained", "meaning": "the routed model before training", **examine(routed)}]
     for fault in faults:
         started = time.monotonic()
-        trace = train_faulty(routed.params, data, fault, objective, dials, optimizer, seed=seed)
-        seconds = time.monotonic() - started
-        looks: list[tuple[str, Tree]] = [(fault.name, trace.params)]
-        if trace.before is not None:
-            looks.append((f"{fault.name}, evaluated before", trace.before))
-        for name, params in looks:
-            found = _examine(routed._replace(params=params), windows, prompts, trace, reference, **options)
-            rows.append({"fault": name, "meaning": fault.meaning, "settings": fault._asdict(),
-                         "training_seconds": seconds, **found})
-    return {"rows": rows, "regime": optimizer.regime, "steps": dials.steps, "seed": seed, "text": windows.about,
-            "rules": [rule._asdict() for rule in SYMPTOMS]}
+        trace = train_faulty(routed.params, data, fault, objective, dials, optimizer, seed=asked.seed)
+        told = {"meaning": fault.meaning, "settings": fault._asdict(), "training_seconds": time.monotonic() - started}
+        looks = {fault.name: trace.params, f"{fault.name}, evaluated before": trace.before}
+        rows += [{"fault": name, **told, **examine(routed._replace(params=params), trace=trace)}
+                 for name, params in looks.items() if params is not None]
+    return {"rows": rows, "regime": optimizer.regime, "steps": dials.steps, "seed": asked.seed,
+            "text": asked.windows.about, "rules": [rule._asdict() for rule in SYMPTOMS]}
 
 
 def format_autopsy(report: Mapping[str, Any]) -> str:
@@ -122,36 +113,35 @@ def format_autopsy(report: Mapping[str, Any]) -> str:
           *(shown[row["symptoms"][name]] for name in names)] for row in report["rows"]])[:-1])
 
 
-def _examine(model: Pretrained, windows: Windows, prompts, trace: Trace | None, reference: float | None, *, objective,
-             extra, stop_tokens, new_tokens, seed, batch_tokens) -> dict[str, Any]:
-    """Everything that is measured of one model, with what its training logged."""
+def _examine(model: Pretrained, asked: Examination, backend: str, reference: float | None = None,
+             trace: Trace | None = None) -> dict[str, Any]:
+    """Everything that is measured of one model, with what its training logged (`trace`)."""
+    windows, prompts, stops = asked.windows, asked.prompts, asked.stop_tokens
     records = [] if trace is None else [{"loss": loss} for loss in trace.loss]
-    report = collapse.collapse(model, windows, prompts=prompts, stop_tokens=stop_tokens, records=records,
-                               new_tokens=new_tokens, seed=seed, backend=objective.backend)
+    report = collapse.collapse(model, windows, prompts=prompts, stop_tokens=stops, records=records,
+                               new_tokens=asked.new_tokens, seed=asked.seed, backend=backend)
     # The report writes no text with weights that are not finite; here what such a model "says" is the symptom itself.
-    written = report["generation"] or collapse.generation_measures(model, prompts, stop_tokens, new_tokens, seed,
-                                                                   objective.backend)
+    written = report["generation"] or collapse.generation_measures(model, prompts, stops, asked.new_tokens, asked.seed,
+                                                                   backend)
     sound = not report["text"]["logits_not_finite"]
-    perplexity = result(score_windows(model, windows, backend=objective.backend, batch_tokens=batch_tokens),
-                        windows)["perplexity"] if sound else float("nan")
-    tail = 1 if trace is None else max(1, len(trace.loss) // 20)
+    perplexity = float("nan")
+    if sound:
+        scores = score_windows(model, windows, backend=backend, batch_tokens=asked.batch_tokens)
+        perplexity = result(scores, windows)["perplexity"]
+    logged: dict[str, Any] = {"logged_loss": None, "logged_sparsity": None}
+    curves: dict[str, Any] = {}
+    if trace is not None:
+        tail = max(1, len(trace.loss) // 20)
+        logged = {f"logged_{name}": float(getattr(trace, name)[-tail:].mean()) for name in ("loss", "sparsity")}
+        curves = {"loss_curve": trace.loss.tolist(), "sparsity_curve": trace.sparsity.tolist(),
+                  "finite_losses": float(trace.finite.mean()), "updates_lost": trace.updates_lost}
     measures: dict[str, Any] = {
-        "logged_loss": None if trace is None else float(trace.loss[-tail:].mean()),
-        "logged_sparsity": None if trace is None else float(trace.sparsity[-tail:].mean()),
-        "perplexity": perplexity, "perplexity_ratio": perplexity / (reference or perplexity),
-        "greedy_ends_in_loop": written["greedy"]["ends_in_loop"],
-        "sampled_ends_in_loop": written["sampled"]["ends_in_loop"],
-    }
-    if extra is not None and sound:
-        measures |= extra(model)
-    return {
-        **measures, "symptoms": symptoms(measures), "verdict": report["verdict"],
-        "weights_not_finite": sum(report["weights_not_finite"].values()), "sparsity": report["text"]["sparsity"],
-        "future_seen": report["text"]["future_seen"], "generation": written,
-        **({} if trace is None else {
-            "loss_curve": trace.loss.tolist(), "sparsity_curve": trace.sparsity.tolist(),
-            "finite_losses": float(trace.finite.mean()), "updates_lost": trace.updates_lost}),
-    }
+        **logged, "perplexity": perplexity, "perplexity_ratio": perplexity / (reference or perplexity),
+        **{f"{kind}_ends_in_loop": written[kind]["ends_in_loop"] for kind in ("greedy", "sampled")},
+        **(asked.extra(model) if sound else {})}
+    return {**measures, "symptoms": symptoms(measures), "verdict": report["verdict"],
+            "weights_not_finite": sum(report["weights_not_finite"].values()), "sparsity": report["text"]["sparsity"],
+            "future_seen": report["text"]["future_seen"], "generation": written, **curves}
 
 
 def _cell(value: float | None, style: str) -> str:

@@ -106,10 +106,10 @@ def _autopsy(evaluated) -> dict[str, Any]:
     if unknown := set(names) - {fault.name for fault in FAULTS}:
         raise UserError(f"autopsy: there is no fault {', '.join(sorted(unknown))}")
     faults = [fault for fault in FAULTS if fault.name in names or not names]
-    return autopsy.autopsy(evaluated.plain, plan.l2a_config, plan.data, evaluated.audited()[0], prompts,
-                          objective=run.objective, dials=dials,
-                          optimizer=OptimizerConfig(s.regime, s.weight_decay, s.clip), faults=faults, extra=extra,
-                          stop_tokens=stops, seed=s.seed, batch_tokens=session.passes["batch_tokens"])
+    asked = autopsy.Examination(evaluated.audited()[0], prompts, extra, stops, seed=s.seed,
+                                batch_tokens=session.passes["batch_tokens"])
+    return autopsy.autopsy(evaluated.plain, plan.data, asked, objective=run.objective, dials=dials,
+                           optimizer=OptimizerConfig(s.regime, s.weight_decay, s.clip), faults=faults)
 
 
 INSTRUMENTS: dict[str, Callable[[Any], dict[str, Any]]] = {

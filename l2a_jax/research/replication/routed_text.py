@@ -97,33 +97,34 @@ def what_is_routed(windows: Windows, decisions: Bool[np.ndarray, "L B T"], decod
     everything = float(share[real].mean())
     kinds = {"form": forms(windows.tokens, decode), "position": positions(windows.tokens.shape),
              "repetition": repetitions(windows.tokens, reach)}
+    members = [(kind, name, where & real) for kind, found in kinds.items() for name, where in found.items()]
     classes: dict[str, dict[str, Any]] = {}
-    for kind, members in kinds.items():
-        for name, where in members.items():
-            where = where & real
-            tokens = where.sum(axis=1)
-            if not tokens.any():
-                continue
-            kept = tokens > 0
+    for kind, name, where in members:
+        tokens = where.sum(axis=1)
+        kept = tokens > 0
+        if kept.any():
             mean, error = intervals.token_mean(np.where(where, share, 0).sum(axis=1)[kept], tokens[kept])
             classes[name] = {
                 "kind": kind, "tokens": int(tokens.sum()), "of_all_tokens": float(tokens.sum() / real.sum()),
                 "share": mean, "share_95": list(intervals.around(mean, error)),
                 "ratio": mean / everything if everything else None,
                 "of_all_routed": float(share[where].sum() / share[real].sum()) if everything else None}
-    layers = []
-    for index, decided in enumerate(decisions):
-        rate = float(decided[real].mean())
-        top = {}
-        for kind, members in kinds.items():
-            rates = {name: float(decided[where & real].mean()) for name, where in members.items()
-                     if (where & real).sum() >= 20}
-            if rate and rates:
-                name = max(rates, key=rates.__getitem__)
-                top[kind] = {"class": name, "share": rates[name]}
-        layers.append({"layer": index, "share": rate, "pruned": index in pruned, "most_routed": top})
+    common = [(kind, name, where) for kind, name, where in members if where.sum() >= 20]
+    layers = [{"layer": index, "share": float(decided[real].mean()), "pruned": index in pruned,
+               "most_routed": _most_routed(decided, common) if decided[real].any() else {}}
+              for index, decided in enumerate(decisions)]
     return {"share": everything, "tokens": int(real.sum()), "reach": reach, "classes": classes, "layers": layers,
             "text": windows.about, "interval": "normal over windows"}
+
+
+def _most_routed(decided: Bool[np.ndarray, "B T"], members) -> dict[str, dict[str, Any]]:
+    """By kind: the class of which a layer routes the greatest share."""
+    top: dict[str, dict[str, Any]] = {}
+    for kind, name, where in members:
+        share = float(decided[where].mean())
+        if kind not in top or share > top[kind]["share"]:
+            top[kind] = {"class": name, "share": share}
+    return top
 
 
 def format_routed(report: Mapping[str, Any]) -> str:

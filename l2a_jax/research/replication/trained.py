@@ -25,7 +25,6 @@ from l2a_jax.models.params import Tree, add_routing, map_with_path
 from l2a_jax.research import leaves
 from l2a_jax.research.replication.row import Row
 from l2a_jax.research.replication.session import Session
-from l2a_jax.runs.plan import Plan
 from l2a_jax.runs.train import fit_run
 from l2a_jax.training.loop import NonFinite
 from l2a_jax.training.regimes import count_parameters, partition, regime_mask
@@ -37,10 +36,9 @@ CURVE = 100
 
 
 class Trained(NamedTuple):
-    """A trained row: its plan, the whole tree in the compute dtype, the masters of what was trained, the report, and
+    """A trained row: the whole tree in the compute dtype, the masters of what was trained, the report, and
     the records of every step."""
 
-    plan: Plan
     params: Tree
     masters: Tree
     report: dict[str, Any]
@@ -61,7 +59,7 @@ def train_row(session: Session, row: Row) -> Trained:
     base = session.base(row.size)
     seconds["load"] = time.perf_counter() - clock
     if row.regime == "baseline":
-        return Trained(plan, base.params, {}, {"trained_parameters": 0, "tokens_seen": 0, "seconds": seconds}, [])
+        return Trained(base.params, {}, {"trained_parameters": 0, "tokens_seen": 0, "seconds": seconds}, [])
     clock = time.perf_counter()
     run = session.program(row)
     seconds["compile"] = time.perf_counter() - clock
@@ -87,7 +85,7 @@ def train_row(session: Session, row: Row) -> Trained:
                          "device_gb": device.memory_bytes() / 1e9}, "seconds": seconds}
     if hasattr(plan.data, "usage"):
         report["data_used"] = plan.data.usage(int(state.step) * s.grad_accum)
-    return Trained(plan, params, state.trainable, report, records)
+    return Trained(params, state.trainable, report, records)
 
 
 def _report(run, records, steps) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from l2a_jax.data.batch import Batch
 from l2a_jax.data.recall import RecallCorpus
 from l2a_jax.files import plain as as_json
 from l2a_jax.research.replication import faulty
-from l2a_jax.research.replication.autopsy import autopsy, format_autopsy, symptoms, task_margin
+from l2a_jax.research.replication.autopsy import Examination, autopsy, format_autopsy, symptoms, task_margin
 from l2a_jax.training.optimizer import Dials, OptimizerConfig
 from l2a_jax.training.step import Objective
 from tests.models.cases import CONFIG, LAYERS, hidden, make_params, make_tokens, packed
@@ -60,10 +60,10 @@ def test_nothing_but_the_window_is_wrong_with_the_faulty_model():
 @pytest.fixture(scope="module")
 def rows(plain, windows):
     dials = Dials(1e-2, 5e-3, STEPS, 3, penalty=0.01, penalty_warmup=3, penalty_ramp=STEPS // 2)
-    report = autopsy(plain, LAYER, RecallCorpus(128, 4), windows, [row[:24].tolist() for row in windows.tokens[:2]],
-                     objective=Objective(plain.config, LAYER), dials=dials, optimizer=OptimizerConfig("l2a_ft"),
-                     new_tokens=32,
-                     extra=lambda model: {"needle": 0.0, "task_margin": 0.1})
+    asked = Examination(windows, [row[:24].tolist() for row in windows.tokens[:2]], new_tokens=32,
+                        extra=lambda model: {"needle": 0.0, "task_margin": 0.1})
+    report = autopsy(plain, RecallCorpus(128, 4), asked, objective=Objective(plain.config, LAYER), dials=dials,
+                     optimizer=OptimizerConfig("l2a_ft"))
     json.dumps(as_json(report), allow_nan=False)
     assert "NaN router" in format_autopsy(report)
     return {row["fault"]: row for row in report["rows"]}
