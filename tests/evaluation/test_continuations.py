@@ -1,6 +1,7 @@
 """Greedy texts of many prompts at once against one token at a time, each prompt alone."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from l2a_jax.errors import UserError
 from l2a_jax.evaluation.continuations import Prompt, continuations
 from l2a_jax.models.params import add_routing, init_params, map_with_path
 from l2a_jax.models.transformer import forward
-from l2a_jax.sources import Pretrained
+from l2a_jax.sources import Pretrained, load_pretrained
 from l2a_jax.weights.tokenizer import Tokenizer
 from tests.evaluation.byte_tokenizer import byte_tokenizer
 
@@ -122,3 +123,37 @@ def test_numbers_that_are_none_are_said():
                            model.params)
     with pytest.raises(UserError, match="the logits after prompt 0 are not finite"):
         continuations(model._replace(params=broken), prompts(1))
+
+
+@pytest.mark.torch
+def test_texts_are_those_of_lm_evals_own_model(tmp_path):
+    """The same weights through transformers: stops in the middle, limits, prompts that are too long."""
+    import torch
+    from lm_eval.models.huggingface import HFLM
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    from l2a_jax.evaluation.harness import HarnessModel
+
+    torch.manual_seed(0)
+    theirs = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=256)).float().eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.mul_(6)
+    theirs.save_pretrained(tmp_path)
+    byte_tokenizer().save(tmp_path)
+    ours = HarnessModel(load_pretrained(str(tmp_path), jnp.float32))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer().backend_tokenizer,
+                                        eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    rng = np.random.default_rng(0)
+    prompts = ["".join(rng.choice(list("the sum of 3 and 4 is"), int(size))) for size in rng.integers(5, 260, 9)]
+    settings = {"do_sample": False, "temperature": 0.0, "max_gen_toks": 40}
+    free = ours.generate_until([SimpleNamespace(args=(prompt, {**settings, "until": []})) for prompt in prompts])
+    stops = [[text[len(text) // 2 :][:2], "never"] for text in free]
+    requests = [SimpleNamespace(args=(prompt, {**settings, "until": stop}))
+                for prompt, stop in zip(prompts, stops, strict=True)]
+    found = ours.generate_until(requests)
+    assert found == HFLM(pretrained=theirs, tokenizer=tokenizer, batch_size=1).generate_until(requests)
+    assert ours.truncated and all(text and len(text) < len(whole) for text, whole in zip(found, free, strict=True))
