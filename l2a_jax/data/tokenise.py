@@ -68,7 +68,7 @@ def tokenised(domain: Domain, encoder: Encoder, cache_dir: str | os.PathLike | N
 
 
 def _file_hash(path: Path, cache: Path) -> str:
-    """Hash of a file's bytes, remembered so that a terabyte is not read at every start (at 1 to 2 GB/s).
+    """Hash of a file's bytes, remembered so that a terabyte is not read at every start.
 
     Size and modification time say nothing sure: `cp -p`, `rsync -t` and `tar` set the time. What no program sets is the
     time of the last change of the file's inode, and another file in its place is another inode: with these a file of

@@ -1,9 +1,9 @@
 """The GGUF container: metadata, and tensors dequantised in blocks of rows.
 
 Layout (little-endian): magic, version, counts, key/value fields, tensor table, then the data, aligned. The header is
-parsed here rather than by `gguf.GGUFReader`, which makes several Python objects for each of the 300,000 strings of a
-tokenizer (8 s and hundreds of megabytes for a 0.5B file) and maps the whole file; the block formats themselves are
-`gguf`'s. Rows are read with plain reads, so that a file as big as the model does not count towards peak memory.
+parsed here rather than by `gguf.GGUFReader`, which makes several Python objects for every string of a tokenizer and
+maps the whole file; the block formats themselves are `gguf`'s. Rows are read with plain reads, so that a file as big as
+the model does not count towards peak memory.
 """
 
 from __future__ import annotations
