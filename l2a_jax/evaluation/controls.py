@@ -21,8 +21,6 @@ from l2a_jax.errors import UserError
 from l2a_jax.evaluation.perplexity import routing_rates
 from l2a_jax.nn import routing
 
-CONTROLS = ("all", "none", "random", "shuffled", "static")
-
 
 def controls(decisions: Bool[np.ndarray, "L B T"], real: Bool[np.ndarray, "B T"], pruned: Sequence[int],
              seeds: int) -> Iterator[tuple[str, str, Bool[np.ndarray, "L B T"]]]:

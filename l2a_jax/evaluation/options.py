@@ -10,10 +10,13 @@ from l2a_jax.attention.backends import Backend
 from l2a_jax.data.counts import parse_layers
 from l2a_jax.errors import UserError, shown
 from l2a_jax.evaluation.registry import EXPECTED
+from l2a_jax.evaluation.ruler_source import RULER_TASKS, USUAL
 from l2a_jax.fields import DTYPE, SEED, Choice, Distinct, Filled, Mark, Range, Unit, Written, between, count, length
 from l2a_jax.training.settings import Source
 
 ROUTES = ("learned", "all", "none")
+CONTROLS = ("all", "none", "random", "shuffled", "static")
+"""Decisions that know nothing of the text; see `controls`."""
 
 
 def _names(text: str, flag: str) -> tuple[str, ...]:
@@ -32,7 +35,7 @@ Lengths = Annotated[tuple[Annotated[int, length(), Unit("tokens")], ...], Distin
 Needles = Annotated[int, count(), "how many needles in a haystack; one is asked for"]
 Generate = Annotated[int, count(0), "continue so many prompts by real decoding, to be read"]
 Hay = Annotated[tuple[Annotated[str, Filled(), Unit("text")], ...], Filled("a list"),
-                     "files, folders or globs of text to hide needles in, or recall: the synthetic corpus"]
+                     "files, folders or globs of text to hide needles in (RULER too), or recall: the synthetic corpus"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,18 @@ class BenchmarkOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RulerOptions:
+    """RULER."""
+
+    lengths: Lengths = (4_096, 8_192, 16_384, 32_768)
+    ruler_tasks: Annotated[tuple[Annotated[str, Choice(*RULER_TASKS)], ...], Distinct(), Written(_names),
+                           "some of them, with commas"] = USUAL
+    ruler_items: Annotated[int, between(1, 500), "prompts of each task and length"] = 25
+    controls: Annotated[tuple[Annotated[str, Choice("learned", *CONTROLS)], ...], Distinct(), Written(_names),
+                        "decisions that prompts are read under, beside the router's own"] = ("learned",)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RouteOptions:
     """What is routed."""
 
@@ -84,7 +99,7 @@ class RouteOptions:
 
 
 @dataclass(frozen=True)
-class Options(TextOptions, BenchmarkOptions, RouteOptions):
+class Options(TextOptions, BenchmarkOptions, RulerOptions, RouteOptions):
     """One evaluation. `layer` and `needle` hold the flags of `LayerSettings` and `NeedleFlags` that were given."""
 
     source: Annotated[Source, Mark.POSITIONAL]
@@ -94,6 +109,6 @@ class Options(TextOptions, BenchmarkOptions, RouteOptions):
     backend: Backend = "auto"
     batch_tokens: Annotated[int | None, count(), Unit("tokens"),
                             "tokens a batch of windows (default: 16384; on a CPU 4096)"] = None
-    seed: Annotated[int, SEED, "of sampled text in the collapse report"] = 0
+    seed: Annotated[int, SEED, "of sampled text in the collapse report, and of RULER's prompts"] = 0
     needle: Annotated[dict[str, Any], Mark.RECORDED] = field(default_factory=dict)
     layer: Annotated[dict[str, Any], Mark.RECORDED] = field(default_factory=dict)

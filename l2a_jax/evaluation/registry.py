@@ -50,6 +50,7 @@ TASKS = {
     "pruning": Task("pruning_cost", asked=False),
     **{name: Task("tasks") for name in BENCHMARKS},
     "needle": Task("needle"),
+    "ruler": Task("ruler"),
 }
 ASKED = tuple(name for name, task in TASKS.items() if task.asked)
 EXPECTED = f"some of {', '.join(ASKED)}, or a task of lm-eval's by its name"

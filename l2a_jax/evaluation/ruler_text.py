@@ -37,7 +37,7 @@ from jaxtyping import Int, Int32
 from l2a_jax.data.recipes import Hub
 from l2a_jax.data.text import HUB_SECONDS, hub_records
 from l2a_jax.errors import Missing, UserError, needs
-from l2a_jax.evaluation.needle_text import SURPLUS, hay_texts
+from l2a_jax.evaluation.needle_text import hay_texts
 from l2a_jax.evaluation.ruler_source import QUESTIONS, definitions, settings
 from l2a_jax.files import read_json
 from l2a_jax.weights.tokenizer import Tokenizer
@@ -49,6 +49,8 @@ EXAMPLE_TOKENS = 500
 """What lm-eval gives to the worked example of `vt`."""
 NEAR, TRIES = 64, 400
 """Tokens after a cut that are looked at, and how many cuts are tried at most."""
+MOST_WORDS = 500_000
+"""Of prose that are read, whatever the lengths: a prompt of one length does not depend on the others."""
 LEAST = 10
 """The shortest haystack, in lines, words or documents: every needle of a task needs a place of its own."""
 
@@ -379,7 +381,7 @@ def _wonder_words() -> tuple[list[str], list[str], list[str]] | None:
 
 
 def _hay(texts: Iterable[str], tokenizer: Tokenizer, longest: int, name: str) -> Hay:
-    words = list(itertools.islice((word for text in texts for word in text.split()), SURPLUS * longest))
+    words = list(itertools.islice((word for text in texts for word in text.split()), MOST_WORDS))
     different = list(dict.fromkeys(words))
     # Byte-pair merging stays within a word, so that its tokens are the same wherever it stands.
     cost = dict(zip(different, map(len, tokenizer.encode_batch([f" {word}" for word in different],

@@ -5,6 +5,7 @@ import random
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
+from l2a_jax.evaluation.ruler_source import definitions
 from l2a_jax.weights.tokenizer import QWEN2_SPLIT, Tokenizer
 
 
@@ -23,12 +24,15 @@ def prose(count, seed=0):
 
 
 def small_tokenizer():
-    """Trained on that prose; what it has no pair for is bytes."""
+    """Trained on that prose and on what lm-eval's prompts of needles say; what it has no pair for is bytes."""
+    said = [definitions("niah_utils", ("TEMPLATE",))["TEMPLATE"], *definitions("prepare_niah", ("NEEDLE",)).values(),
+            definitions("prepare_niah", ("get_haystack",))["get_haystack"]("repeat")]
+    texts = [prose(4_000), *20 * [text for text in said if isinstance(text, str)]]
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     backend.decoder = decoders.ByteLevel()
-    backend.train_from_iterator([prose(4_000)], trainers.BpeTrainer(
+    backend.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=500, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     return Tokenizer(backend, {"eos_token": "<|endoftext|>"})
