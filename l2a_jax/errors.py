@@ -51,10 +51,10 @@ def few(names: Iterable[object], most: int = FEW) -> str:
     return ", ".join(listed[:most]) + (f" and {more:,} more" if more > 0 else "")
 
 
-def shown(value: object) -> str:
-    """A value for a message, cut if it is long."""
+def shown(value: object, most: int = 60) -> str:
+    """A value for a message, cut to `most` letters."""
     text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return text if len(text) <= most else f"{text[:most - 3]}..."
 
 
 def sentence(error: BaseException) -> str | None:

@@ -22,11 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from l2a_jax.errors import UserError, shown
+from l2a_jax.files import EXPECTED
 
 MOST = 2**31 - 1
 """The largest count: what an int32, which compiled programs count in, can hold."""
 LONGEST = 2**30
 """The longest row, window or list: a position and a length, added, are still an int32."""
+_ALSO = {int: numbers.Integral, float: numbers.Real, Path: (str, Path)}
+"""What counts as a value of a type besides its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,15 +240,6 @@ def problem(value: Any, hint: Any) -> str | None:
         return f"a list, each {wrong[0]}" if wrong else None
     if hint is Any or hint is None:
         return None
-    if hint is type(None):
-        return None if value is None else "nothing"
-    if hint is bool:
-        return None if isinstance(value, bool) else "true or false"
-    if hint is int:
-        return None if isinstance(value, numbers.Integral) and not isinstance(value, bool) else "a whole number"
-    if hint is float:
-        return None if isinstance(value, numbers.Real) and not isinstance(value, bool) else "a number"
-    if hint is Path:
-        return None if isinstance(value, (str, Path)) else "a path"
     kind = origin or hint
-    return None if isinstance(value, kind) else {"str": "a text", "dict": "an object"}.get(kind.__name__, kind.__name__)
+    fits = isinstance(value, _ALSO.get(kind, kind)) and (kind not in (int, float) or not isinstance(value, bool))
+    return None if fits else EXPECTED.get(kind, kind.__name__)

@@ -27,6 +27,7 @@ from l2a_jax.errors import UserError
 log = logging.getLogger("l2a_jax")
 KINDS = {dict: "an object", list: "a list", str: "a text", int: "a number", float: "a number", bool: "true or false",
           type(None): "null"}
+EXPECTED = {**KINDS, int: "a whole number", Path: "a path"}
 _PARTIAL = ".partial-"
 _POLL = 0.05
 """Seconds between two looks at a lock that somebody else holds."""

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from l2a_jax.errors import UserError
-from l2a_jax.files import KINDS
+from l2a_jax.errors import UserError, shown
+from l2a_jax.files import EXPECTED, KINDS
 
-_EXPECTED = {**KINDS, int: "a whole number", float: "a number"}
 _MOST_SHOWN = 40
 
 
@@ -38,7 +37,7 @@ def misfit(value: Any, shape: Any, place: str = "") -> str | None:
     if isinstance(shape, list):
         return _list(value, *shape, place=place)
     expected = (shape(value) if not isinstance(shape, type)
-                else None if _is(value, shape) else _EXPECTED[shape])
+                else None if _is(value, shape) else EXPECTED[shape])
     return None if expected is None else f"{place or 'the file'} is {_shown(value)}; expected {expected}"
 
 
@@ -54,13 +53,13 @@ def nullable(shape: Any) -> Any:
 
 def at_least(low: float, kind: type = int) -> Any:
     """A number of a kind from `low` on; one that is not finite is no whole number."""
-    told = f"{_EXPECTED[kind]}, at least {low}"
+    told = f"{EXPECTED[kind]}, at least {low}"
     return lambda value: None if _is(value, kind) and not value < low else told
 
 
 def number(value: Any) -> str | None:
     """Any number, also as `files.plain` spells one that is not finite."""
-    return None if _is(value, float) or value in ("nan", "inf", "-inf") else _EXPECTED[float]
+    return None if _is(value, float) or value in ("nan", "inf", "-inf") else EXPECTED[float]
 
 
 def share(value: Any) -> str | None:
@@ -121,14 +120,11 @@ def _is(value: Any, kind: type) -> bool:
 
 def _meaning(shape: Any) -> str:
     if isinstance(shape, type):
-        return _EXPECTED[shape]
+        return EXPECTED[shape]
     if isinstance(shape, dict):
         return KINDS[dict]
     return KINDS[list] if isinstance(shape, list) else shape(object())
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, dict | list) or value is None:
-        return KINDS[type(value)]
-    text = repr(value)
-    return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 3]}..."
+    return KINDS[type(value)] if isinstance(value, dict | list) or value is None else shown(value, _MOST_SHOWN)

@@ -127,8 +127,7 @@ def plan_of(recorded: RunConfig, what: str) -> Plan:
     if plan.data.fingerprint != recorded.data_fingerprint:
         raise UserError(f"{what}: the data is not what the run began with: "
                         f"{difference(recorded.data, plan.data.describe())}")
-    for key in ("config", "l2a_config"):
-        now, then = getattr(plan, key), getattr(recorded, "model_config" if key == "config" else key)
+    for now, then in ((plan.config, recorded.model_config), (plan.l2a_config, recorded.l2a_config)):
         if now != then:
             raise UserError(f"{what}: {recorded.path} records another model than its settings and source give now: "
                             f"{then} is not {now}")

@@ -47,16 +47,7 @@ def train(settings: Settings, run_dir: pathlib.Path) -> dict[str, Any]:
     with _stoppable(run_dir, "nothing has been trained, so nothing is kept") as stop, folder.new(run_dir):
         plan = make_plan(settings)
         _announce(plan)
-        stop.at_once = False  # from here on JAX works, which must not be torn down in the middle
-        run = compile_run(plan)
-        stop.check()
-        params, source_params, source = load_tree(plan)
-        stop.check()
-        folder.write_config(run_dir, plan, source)
-        trainable, frozen = run.split(params)
-        del params  # an unrolled step has copies of the frozen leaves
-        state = initial_state(trainable, run.optimizer, jnp.dtype(settings.master_dtype))
-        return _fit_and_score(run, run_dir, state, frozen, source_params, stop)
+        return _carry_out(plan, run_dir, stop)
 
 
 def resume(run_dir: pathlib.Path) -> dict[str, Any]:
@@ -75,23 +66,32 @@ def resume(run_dir: pathlib.Path) -> dict[str, Any]:
             checkpoints.sweep(kind)
             checkpoints.metadata(kind)
         check_file(run_dir / "metrics.jsonl", "--resume")
-        stop.at_once = False
-        run = compile_run(plan)
-        stop.check()
-        params, source_params, source = load_tree(plan)
-        stop.check()
-        if source != recorded.source_hash:
-            raise UserError(f"--resume {run_dir}: the weights of {plan.source} have changed since the run began "
-                            f"(hash {source[:12]}, not {recorded.source_hash[:12]})")
-        trainable, frozen = run.split(params)
-        del params
-        if not checkpoints.steps(LATEST):  # stopped before the first checkpoint: the start is exact too
+        return _carry_out(plan, run_dir, stop, recorded)
+
+
+def _carry_out(plan: Plan, run_dir: pathlib.Path, stop: StopRequest, recorded: RunConfig | None = None) -> dict:
+    """Compile, load, train and score: a new run, or the one that was `recorded`, from its newest checkpoint."""
+    stop.at_once = False  # from here on JAX works, which must not be torn down in the middle
+    run = compile_run(plan)
+    stop.check()
+    params, source_params, source = load_tree(plan)
+    stop.check()
+    if recorded is None:
+        folder.write_config(run_dir, plan, source)
+    elif source != recorded.source_hash:
+        raise UserError(f"--resume {run_dir}: the weights of {plan.source} have changed since the run began "
+                        f"(hash {source[:12]}, not {recorded.source_hash[:12]})")
+    trainable, frozen = run.split(params)
+    del params  # an unrolled step has copies of the frozen leaves
+    checkpoints = Checkpoints(run_dir)
+    if recorded is not None and checkpoints.steps(LATEST):
+        state = checkpoints.load(LATEST, run.like)
+        log.info("resuming after step %d of %d", int(state.step), plan.steps)
+    else:
+        if recorded is not None:  # stopped before the first checkpoint: the start is exact too
             log.warning("there is no checkpoint: the run begins again from its start")
-            state = initial_state(trainable, run.optimizer, jnp.dtype(plan.settings.master_dtype))
-        else:
-            state = checkpoints.load(LATEST, run.like)
-            log.info("resuming after step %d of %d", int(state.step), plan.steps)
-        return _fit_and_score(run, run_dir, state, frozen, source_params, stop)
+        state = initial_state(trainable, run.optimizer, jnp.dtype(plan.settings.master_dtype))
+    return _fit_and_score(run, run_dir, state, frozen, source_params, stop)
 
 
 def _check_machine(plan: Plan, recorded: RunConfig, what: str) -> None:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from l2a_jax.errors import UserError
-from l2a_jax.files import parse_json, read_json, reading, sha256, write_json
+from l2a_jax.files import parse_json, reading, sha256, write_json
 from l2a_jax.models.params import Tree
 from l2a_jax.shapes import each, require
 from l2a_jax.training.step import TrainState
@@ -131,22 +131,14 @@ class Checkpoints:
     def _check_sums(self, kind: str, folder: pathlib.Path, parts: Collection[str]) -> bool:
         """Whether there are sums to tell by; checkpoints of older versions have none, which is said. UserError unless
         the files beside and in the `parts` have the bytes that were written."""
-        custom = self._custom(kind, folder)
-        if not (folder / SUMS).exists():
-            if "checksums" in custom:
-                raise self._damaged(kind, folder, f"its file {SUMS} is missing")
+        if "checksums" not in self._custom(kind, folder) and not (folder / SUMS).exists():
             if parts:
                 log.info("%s was written without checksums: damage to its numbers would not be noticed", folder)
             return False
-        try:
-            recorded = read_json(folder / SUMS)
-            require(recorded, {"step": int, "sha256": each(str)}, SUMS)
-        except UserError as error:
-            raise self._damaged(kind, folder, f"its file {SUMS} is not what was written") from error
-        sums, step = recorded["sha256"], recorded["step"]
-        if str(step) != folder.name:
-            raise self._damaged(kind, folder, f"it was written as step {step}")
-        for name, value in sums.items():
+        recorded = self._written(kind, folder, SUMS, {"step": int, "sha256": each(str)})
+        if str(recorded["step"]) != folder.name:
+            raise self._damaged(kind, folder, f"it was written as step {recorded['step']}")
+        for name, value in recorded["sha256"].items():
             top, slash, _ = name.partition("/")
             if slash and top not in parts:
                 continue
@@ -159,16 +151,20 @@ class Checkpoints:
     def _custom(self, kind: str, folder: pathlib.Path) -> dict[str, Any]:
         """What we saved beside the arrays; read by ourselves, as Orbax would look at the arrays too and log at length
         what it does not like."""
-        if not (folder / _METADATA).exists():
-            raise self._damaged(kind, folder, f"its file {_METADATA} is missing")
-        with reading(folder / _METADATA):
-            content = (folder / _METADATA).read_bytes()
+        return self._written(kind, folder, _METADATA, {"custom_metadata?": dict}).get("custom_metadata") or {}
+
+    def _written(self, kind: str, folder: pathlib.Path, name: str, shape: dict[str, Any]) -> dict[str, Any]:
+        """What a JSON file of a checkpoint holds. UserError that it is damaged where the file is not of its shape."""
+        if not (folder / name).exists():
+            raise self._damaged(kind, folder, f"its file {name} is missing")
+        with reading(folder / name):
+            content = (folder / name).read_bytes()
         try:
-            found = parse_json(content, _METADATA)
-            require(found, {"custom_metadata?": dict}, _METADATA)
+            found = parse_json(content, name)
+            require(found, shape, name)
         except UserError as error:
-            raise self._damaged(kind, folder, f"its file {_METADATA} is not what was written") from error
-        return found.get("custom_metadata") or {}
+            raise self._damaged(kind, folder, f"its file {name} is not what was written") from error
+        return found
 
     def _damaged(self, kind: str, folder: pathlib.Path, what: str) -> UserError:
         before = [step for step in self.steps(kind) if step < int(folder.name)]
