@@ -15,16 +15,13 @@ from l2a_jax.fields import LONGEST, PROBABILITY, Choice, Range, Unit, above, bet
 
 END_OF_TEXT = "<|endoftext|>"
 """Qwen2.5's mark between documents. An instruct model's `eos_token` is its end of turn, which is something else."""
-ROPE_KINDS = ("none", "theta", "linear", "yarn")
-TOPOLOGIES = ("sequential", "parallel")
-ROUTER_INPUTS = ("pre", "post_local")
-
-
 Window = Annotated[int, length(), Unit("keys"), "keys a local token sees, itself included"]
 Sinks = Annotated[int, length(0), Unit("keys"), "first keys that every token sees"]
-Topology = Annotated[str, Choice(*TOPOLOGIES), "local and global attention one after the other, or side by side"]
+Topology = Annotated[str, Choice("sequential", "parallel"),
+                     "local and global attention one after the other, or side by side"]
 ShareAttention = Annotated[bool, "one attention set for both"]
-RouterInput = Annotated[str, Choice(*ROUTER_INPUTS), "the router reads the stream before or after local attention"]
+RouterInput = Annotated[str, Choice("pre", "post_local"),
+                        "the router reads the stream before or after local attention"]
 # Beyond these a sigmoid of z / temperature is a step, or a constant, in float32.
 Temperature = Annotated[float, between(1e-6, 1e6), "of the router"]
 Threshold = Annotated[float, Range(0, 1, low_included=False, high_included=False), Unit("probability"),
@@ -48,7 +45,7 @@ class RopeScaling:
     (None: the model's `max_positions`) and `attention_factor` scales cos and sin (None: 0.1 ln(factor) + 1).
     """
 
-    kind: Annotated[str, Choice(*ROPE_KINDS)] = "none"
+    kind: Annotated[str, Choice("none", "theta", "linear", "yarn")] = "none"
     # 10,000 times the longest trained length there is would no longer be a position in int32.
     factor: Annotated[float, between(1, 10_000)] = 1.0
     original_max_positions: Annotated[int | None, length()] = None
@@ -59,10 +56,8 @@ class RopeScaling:
     def __post_init__(self):
         check(self, spell=lambda name: f"rope {name}", error=ValueError)
         _require(self.kind != "none" or self.factor == 1.0, f"rope kind 'none' takes no factor, got {self.factor}")
-        _require(
-            self.beta_fast > self.beta_slow,
-            f"rope beta_fast ({self.beta_fast}) must exceed beta_slow ({self.beta_slow})",
-        )
+        _require(self.beta_fast > self.beta_slow,
+                 f"rope beta_fast ({self.beta_fast}) must exceed beta_slow ({self.beta_slow})")
 
 
 @dataclass(frozen=True)
@@ -84,10 +79,8 @@ class ModelConfig:
 
     def __post_init__(self):
         check(self, spell=str, error=ValueError)
-        _require(
-            self.num_heads % self.num_kv_heads == 0,
-            f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})",
-        )
+        _require(self.num_heads % self.num_kv_heads == 0,
+                 f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
         _require(self.head_dim % 2 == 0, f"head_dim is {self.head_dim}; rotary embedding needs an even width")
 
 
@@ -119,16 +112,12 @@ class L2AConfig:
         object.__setattr__(self, "pruned_layers", tuple(self.pruned_layers))
         check(self, spell=str, error=ValueError)
         object.__setattr__(self, "pruned_layers", tuple(sorted(int(layer) for layer in self.pruned_layers)))
-        _require(
-            not (self.share_attention and self.topology == "sequential"),
-            "share_attention needs topology 'parallel': the sequential layer runs two attention sets one after another "
-            "(--topology sequential goes with --no-share-attention)",
-        )
-        _require(
-            self.topology == "parallel" or self.router_input == "pre",
-            "router_input 'post_local' is a choice of topology 'parallel'; the sequential router always reads the "
-            "state after local attention",
-        )
+        _require(not (self.share_attention and self.topology == "sequential"),
+                 "share_attention needs topology 'parallel': the sequential layer runs two attention sets one after "
+                 "another (--topology sequential goes with --no-share-attention)")
+        _require(self.topology == "parallel" or self.router_input == "pre",
+                 "router_input 'post_local' is a choice of topology 'parallel'; the sequential router always reads the "
+                 "state after local attention")
 
 
 def rope_of(config: ModelConfig, l2a_config: L2AConfig | None = None) -> RopeScaling:

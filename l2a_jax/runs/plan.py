@@ -223,10 +223,10 @@ def load_tree(plan: Plan) -> tuple[Tree, Tree | None, str]:
             jax.random.key(plan.settings.seed))
         return params, params if plan.is_demo else None, f"fresh parameters, seed {plan.settings.seed}"
     loaded = load_pretrained(plan.source, plan.dtype)
-    source = loaded.params if plan.is_demo else None
-    if plan.l2a_config is None or plan.source_routed:
-        return loaded.params, source, loaded.source_hash
-    return add_routing(loaded.params, plan.config, plan.l2a_config), source, loaded.source_hash
+    params, source = loaded.params, loaded.params if plan.is_demo else None
+    if plan.l2a_config is not None and not plan.source_routed:
+        params = add_routing(params, plan.config, plan.l2a_config)
+    return params, source, loaded.source_hash
 
 
 def set_deterministic() -> None:

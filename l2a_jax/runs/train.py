@@ -234,11 +234,10 @@ def _about(plan: Plan) -> list[str]:
     lines = [f"regime: {s.regime} trains {trained:,} of {total:,} parameters of {plan.source or 'a fresh model'}, in "
              f"{plan.dtype.name} on {device.kind()}"]
     if layer is not None:
-        rope = "that of the model" if layer.rope is None else layer.rope.kind if layer.rope.kind == "none" else (
-            f"{layer.rope.kind}:{layer.rope.factor:g}")
         sets = "one attention set" if layer.share_attention else "two attention sets"
-        lines.append(f"layer: {layer.topology}, {sets}, window {layer.window}, sinks {layer.sinks}, rope {rope}, "
-                     f"temperature {layer.temperature:g}, threshold {layer.threshold:g}, leakage {layer.leakage:g}")
+        lines.append(f"layer: {layer.topology}, {sets}, window {layer.window}, sinks {layer.sinks}, rope "
+                     f"{s.rope or 'that of the model'}, temperature {layer.temperature:g}, threshold "
+                     f"{layer.threshold:g}, leakage {layer.leakage:g}")
     each = f", {tokens / trained:.3g} for each trained parameter" if trained else ""
     return [*lines, f"steps: {plan.steps} of {s.grad_accum} x {s.batch_size} x {s.seq_len} tokens, {tokens:,} in all"
                     f"{each}; seed {s.seed}"]

@@ -87,18 +87,15 @@ def master_dtype_of(path: str, master_dtype: Any) -> Any:
 def make_optimizer(config: OptimizerConfig, dials: Dials) -> optax.GradientTransformation:
     """The regime's optimizer, for the whole tree or for its trainable part; `dials` may be traced."""
 
-    def rate_of(params):
-        return map_with_path(lambda path, _: "router" if group_of(path) == "router" else "rest", params)
-
-    def per_rate(make):
-        return optax.partition({"router": make(dials.router_lr, 0.0), "rest": make(dials.lr, config.weight_decay)},
-                               rate_of)
-
     def adamw(peak, decay):
         return optax.adamw(learning_rate(dials, peak), config.beta1, config.beta2, config.epsilon,
                            weight_decay=decay, mask=decayed, mu_dtype=config.momentum_dtype)
 
-    trained = optax.chain(optax.clip_by_global_norm(config.clip), per_rate(adamw))
+    def rate_of(params):
+        return map_with_path(lambda path, _: "router" if group_of(path) == "router" else "rest", params)
+
+    rates = {"router": adamw(dials.router_lr, 0.0), "rest": adamw(dials.lr, config.weight_decay)}
+    trained = optax.chain(optax.clip_by_global_norm(config.clip), optax.partition(rates, rate_of))
 
     def trains(params):
         return jax.tree.map(lambda wanted: "trained" if wanted else "frozen", regime_mask(params, config.regime))

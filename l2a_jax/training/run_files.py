@@ -53,7 +53,7 @@ class RunConfig(NamedTuple):
         """This, where it says all that repeating the run needs, within the ranges of today. UserError where not."""
         fields.check(self.settings, spell=_speller(self.path))
         lacking = [f"settings.{name}" for name in self.missing if name not in LATER]
-        lacking += [name for name in ("data_fingerprint",) if getattr(self, name) is None]
+        lacking += ["data_fingerprint"] if self.data_fingerprint is None else []
         if lacking:
             raise UserError(f"{self.path} does not say {', '.join(lacking)}, which the run needs to be repeated")
         return self
