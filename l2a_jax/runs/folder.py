@@ -29,7 +29,7 @@ from l2a_jax.training.regimes import count_parameters
 from l2a_jax.training.step import TrainState
 
 if TYPE_CHECKING:
-    from l2a_jax.runs.plan import Plan, Run
+    from l2a_jax.runs.plan import Run, RunPlan
 
 
 def default_run_dir(regime: str) -> pathlib.Path:
@@ -59,7 +59,7 @@ def new(run_dir: pathlib.Path) -> Iterator[None]:
                     path.rmdir()
 
 
-def write_config(run_dir: pathlib.Path, plan: Plan, source: str) -> None:
+def write_config(run_dir: pathlib.Path, plan: RunPlan, source: str) -> None:
     """Everything needed to repeat the run. `source`: the hash of the weights that it starts from."""
     source_path = plan.source
     if source_path is not None and pathlib.Path(source_path).expanduser().exists():

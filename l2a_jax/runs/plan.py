@@ -49,7 +49,7 @@ log = logging.getLogger("l2a_jax")
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
-class Plan(NamedTuple):
+class RunPlan(NamedTuple):
     """A run before anything is allocated: the settings, and what they mean for this source, data and device."""
 
     settings: Settings
@@ -72,7 +72,7 @@ def read_source(source: str) -> tuple[ModelConfig, L2AConfig | None, Any]:
     return *read_config(source), source_tokenizer(source)
 
 
-def make_plan(settings: Settings, *, read: Callable = read_source, open_data: Callable = open_data) -> Plan:
+def make_plan(settings: Settings, *, read: Callable = read_source, open_data: Callable = open_data) -> RunPlan:
     """Resolve a run's source, layer and data. UserError where anything does not fit. No run folder is
     made, but text that is read for the first time is tokenised, and its tokens are kept.
 
@@ -114,10 +114,10 @@ def make_plan(settings: Settings, *, read: Callable = read_source, open_data: Ca
         data = RecallCorpus(settings.seq_len, settings.batch_size, settings.seed, distance=max(24, reach + 1),
                             emphasis=RECALL_EMPHASIS if settings.regime == "pretrain" else 1.0)
     steps = presets.steps_of(settings, data.tokens_per_batch)
-    return Plan(settings, source, config, l2a_config, source_layer is not None, data, tokenizer, steps, dtype)
+    return RunPlan(settings, source, config, l2a_config, source_layer is not None, data, tokenizer, steps, dtype)
 
 
-def plan_of(recorded: RunConfig, what: str) -> Plan:
+def plan_of(recorded: RunConfig, what: str) -> RunPlan:
     """The plan of a recorded run, from whatever folder it is asked for. UserError, beginning with `what`, where the
     data is not what it was."""
     settings = recorded.settings
@@ -144,7 +144,7 @@ def _unrolls(settings: Settings) -> bool:
 class Run(NamedTuple):
     """A plan made runnable: compiled functions, and the tree split into what is trained and what is frozen."""
 
-    plan: Plan
+    plan: RunPlan
     objective: Objective
     mask: Tree
     optimizer: optax.GradientTransformation
@@ -171,7 +171,7 @@ class Run(NamedTuple):
         return dials_of(self.plan)
 
 
-def dials_of(plan: Plan) -> Dials:
+def dials_of(plan: RunPlan) -> Dials:
     """The numbers that a compiled step takes as arguments."""
     s, steps = plan.settings, plan.steps
     rates = (s.lr, s.lr if s.router_lr is None else s.router_lr)
@@ -180,13 +180,13 @@ def dials_of(plan: Plan) -> Dials:
                  np.int32(round(s.penalty_warmup * steps)), np.int32(max(1, round(s.penalty_ramp * steps))))
 
 
-def program_key(plan: Plan) -> tuple:
+def program_key(plan: RunPlan) -> tuple:
     """What is compiled into a run's step: plans of equal keys share one program (`Run._replace(plan=...)`)."""
     resolved = dataclasses.replace(plan.settings, dtype=plan.dtype.name, unroll=_unrolls(plan.settings))
     return plan.config, plan.l2a_config, presets.compiled_in(resolved)
 
 
-def compile_run(plan: Plan) -> Run:
+def compile_run(plan: RunPlan) -> Run:
     """Compile a step from shapes alone and refuse a run that cannot fit (UserError with the estimate)."""
     s = plan.settings
     objective = Objective(plan.config, plan.l2a_config, dtype=plan.dtype, backend=s.backend,
@@ -213,7 +213,7 @@ def compile_run(plan: Plan) -> Run:
     return Run(plan, objective, mask, optimizer, like, compiled, evaluate, need)
 
 
-def load_tree(plan: Plan) -> tuple[Tree, Tree | None, str]:
+def load_tree(plan: RunPlan) -> tuple[Tree, Tree | None, str]:
     """The run's whole tree at step 0, the plain or routed source it came from, and the source's hash.
 
     The source only for the demo, whose report compares with it: to others it would be memory for nothing.

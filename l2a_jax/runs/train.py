@@ -29,7 +29,7 @@ from l2a_jax.files import check_file, check_writable, owned, write_json
 from l2a_jax.models.params import Tree, abstract_params
 from l2a_jax.runs import folder
 from l2a_jax.runs.demo import recall_report
-from l2a_jax.runs.plan import Plan, Run, compile_run, load_tree, make_plan, plan_of
+from l2a_jax.runs.plan import Run, RunPlan, compile_run, load_tree, make_plan, plan_of
 from l2a_jax.training import metrics
 from l2a_jax.training.checkpoints import BEST, LATEST, Checkpoints
 from l2a_jax.training.diagnose import first_non_finite
@@ -69,7 +69,7 @@ def resume(run_dir: pathlib.Path) -> dict[str, Any]:
         return _carry_out(plan, run_dir, stop, recorded)
 
 
-def _carry_out(plan: Plan, run_dir: pathlib.Path, stop: StopRequest, recorded: RunConfig | None = None) -> dict:
+def _carry_out(plan: RunPlan, run_dir: pathlib.Path, stop: StopRequest, recorded: RunConfig | None = None) -> dict:
     """Compile, load, train and score: a new run, or the one that was `recorded`, from its newest checkpoint."""
     stop.at_once = False  # from here on JAX works, which must not be torn down in the middle
     run = compile_run(plan)
@@ -94,7 +94,7 @@ def _carry_out(plan: Plan, run_dir: pathlib.Path, stop: StopRequest, recorded: R
     return _fit_and_score(run, run_dir, state, frozen, source_params, stop)
 
 
-def _check_machine(plan: Plan, recorded: RunConfig, what: str) -> None:
+def _check_machine(plan: RunPlan, recorded: RunConfig, what: str) -> None:
     """Refuse to go on in another precision than the run began with; say where the device is another."""
     kind = device.kind()
     if recorded.dtype is not None and plan.dtype.name != recorded.dtype:
@@ -216,7 +216,7 @@ def held_out_metrics(run: Run, state: TrainState, frozen: Tree, batches: list[Ba
     return out
 
 
-def _announce(plan: Plan) -> None:
+def _announce(plan: RunPlan) -> None:
     if plan.is_demo:
         log.info("embedded demo: a tiny model and the synthetic recall corpus; for a real Qwen2.5 give --model (a hub "
                  "id, folder or .gguf) and --data")
@@ -224,7 +224,7 @@ def _announce(plan: Plan) -> None:
         log.info("%s", line)
 
 
-def _about(plan: Plan) -> list[str]:
+def _about(plan: RunPlan) -> list[str]:
     """What is trained, in words: regime, layer, steps."""
     s, layer = plan.settings, plan.l2a_config
     abstract = abstract_params(plan.config, layer)
@@ -243,7 +243,7 @@ def _about(plan: Plan) -> list[str]:
                     f"{each}; seed {s.seed}"]
 
 
-def _about_data(plan: Plan) -> list[str]:
+def _about_data(plan: RunPlan) -> list[str]:
     """What there is to read, and how much of it this run would."""
     data = plan.data.describe()
     if not hasattr(plan.data, "usage"):

@@ -21,7 +21,7 @@ from l2a_jax.evaluation import subject
 from l2a_jax.research.absorption import l2a_audit
 from l2a_jax.runs import folder as run_folder
 from l2a_jax.runs import train as training
-from l2a_jax.runs.plan import Plan, compile_run, program_key
+from l2a_jax.runs.plan import RunPlan, compile_run, program_key
 from l2a_jax.runs.train import resume, train
 from l2a_jax.sources import TINY, load_pretrained, locate, run_source, source_hash, source_tokenizer
 from l2a_jax.training import run_files
@@ -390,7 +390,7 @@ def test_a_stop_before_the_first_step_is_one_line_and_leaves_nothing(number, whe
 
 def test_a_held_out_loss_that_is_not_finite_does_not_end_the_run(tmp_path, monkeypatch, caplog, capsys):
     monkeypatch.setattr("l2a_jax.runs.train.held_out_metrics", lambda *_: {"held_out_loss": float("nan")})
-    monkeypatch.setattr(Plan, "is_demo", False)  # without its report, which compiles three programs more
+    monkeypatch.setattr(RunPlan, "is_demo", False)  # without its report, which compiles three programs more
     settings = presets.resolve("router_strict", {"steps": 2, "batch_size": 2, "grad_accum": 3, "eval_every": 1})
     train(settings, tmp_path / "run")
     assert caplog.text.count("the held-out loss is not finite (nan)") == 2

@@ -24,7 +24,7 @@ from l2a_jax.evaluation import needle, perplexity, texts
 from l2a_jax.evaluation.perplexity import Windows
 from l2a_jax.research.replication import benchmarks, needles
 from l2a_jax.research.replication.row import Row
-from l2a_jax.runs.plan import Plan, Run, compile_run, make_plan, program_key, read_source
+from l2a_jax.runs.plan import Run, RunPlan, compile_run, make_plan, program_key, read_source
 from l2a_jax.sources import Pretrained, load_pretrained
 
 log = logging.getLogger("l2a_jax.research.replication")
@@ -60,7 +60,7 @@ class Session:
         """The plain model, loaded once."""
         return self._once(("base", size), lambda: load_pretrained(self.source(size), self.dtype))
 
-    def plan(self, row: Row) -> Plan:
+    def plan(self, row: Row) -> RunPlan:
         """The row's plan, reading nothing twice."""
         return self._once(("plan", row.name, row.training_hash), lambda: make_plan(
             row.settings(self.source(row.size), self.data_dir),
