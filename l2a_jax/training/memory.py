@@ -17,8 +17,9 @@ import jax
 
 from l2a_jax import device
 from l2a_jax.errors import UserError
+from l2a_jax.fields import check_value
 from l2a_jax.models.params import Tree
-from l2a_jax.training.tables import KEPT, MODES
+from l2a_jax.training.tables import KEPT, Remat
 
 
 def checkpoint_policy(mode: str) -> Callable | bool:
@@ -26,8 +27,7 @@ def checkpoint_policy(mode: str) -> Callable | bool:
 
     Raises UserError on an unknown mode.
     """
-    if mode not in MODES:
-        raise UserError(f"--remat is {mode!r}; expected one of {', '.join(MODES)}")
+    check_value(mode, Remat, "--remat")
     if mode == "none":
         return False
     return jax.checkpoint_policies.save_only_these_names(*KEPT[mode]) if KEPT[mode] else True

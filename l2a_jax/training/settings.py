@@ -19,7 +19,7 @@ from l2a_jax.data.counts import parse_count, parse_layers
 from l2a_jax.data.packing import PACKINGS
 from l2a_jax.errors import UserError
 from l2a_jax.fields import DTYPE, SHARE_OF_RUN, Choice, Distinct, Filled, Mark, Range, Unit, Written, above, count
-from l2a_jax.training.tables import MODES, PLAIN_REGIMES, REGIMES, check_regime
+from l2a_jax.training.tables import PLAIN_REGIMES, REGIMES, Regime, Remat, check_regime
 
 DIAL, OUTSIDE = Mark.DIAL, Mark.OUTSIDE
 STEPS, SHARE = Unit("steps"), Unit("share")
@@ -94,8 +94,7 @@ class ComputeSettings:
     dtype: Annotated[str | None, DTYPE,
                      "what the forward pass computes in (default: bfloat16; on a CPU float32)"] = None
     master_dtype: Annotated[str, DTYPE, "of trained weights and optimizer"] = "float32"
-    remat: Annotated[str, Choice(*MODES), "recomputed in the backward pass: layer needs the least memory"] = \
-        "elementwise"
+    remat: Remat = "elementwise"
     unroll: Annotated[bool | None, "a program without a loop over layers: slower to compile, faster on a GPU "
                                    "(default: on a GPU, unless --remat is layer)"] = None
     deterministic: Annotated[bool, "bit for bit the same on a GPU too, resumed or not; slower"] = False
@@ -116,7 +115,7 @@ class Settings(DataSettings, LayerSettings, RoutingSettings, OptimizerSettings, 
     """What is trained. One run: every setting, in groups that are these base classes; `given` is what a flag or a named
     preset asked for (a routed source's own layer yields only to this)."""
 
-    regime: Annotated[str, Choice(*REGIMES), "which parameters are trained"]
+    regime: Regime
     preset: Annotated[tuple[str, ...], OUTSIDE,
                       "values by name, the later one wins and flags override; of a routed --model, either may change "
                       "the layer's numbers, not its wiring"] = ()

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Annotated
 
 from l2a_jax.errors import UserError
+from l2a_jax.fields import Choice, check_value
 
 GROUPS: dict[str, str] = {
     "router": r"layers/router/kernel",
@@ -38,7 +40,8 @@ KEPT = {
     "mlp": ("qkv", "attention", "residual"),
     "elementwise": ("qkv", "attention", "residual", "mlp"),
 }
-MODES = (*KEPT, "none")
+Regime = Annotated[str, Choice(*REGIMES), "which parameters are trained"]
+Remat = Annotated[str, Choice(*KEPT, "none"), "recomputed in the backward pass: layer needs the least memory"]
 
 
 def group_of(path: str) -> str:
@@ -50,10 +53,9 @@ def group_of(path: str) -> str:
     return groups[0]
 
 
-def check_regime(regime: str, flag: str = "--regime") -> str:
+def check_regime(regime: str) -> str:
     """`regime` itself, or UserError naming the known ones."""
-    if regime not in REGIMES:
-        raise UserError(f"{flag} is {regime!r}; expected one of {', '.join(REGIMES)}")
+    check_value(regime, Regime, "--regime")
     return regime
 
 

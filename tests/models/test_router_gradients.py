@@ -11,7 +11,8 @@ from l2a_jax.attention.reference import segment_starts
 from l2a_jax.models import layer as l2a
 from l2a_jax.models.transformer import hidden_states
 from l2a_jax.nn import routing
-from l2a_jax.training.memory import MODES, checkpoint_policy
+from l2a_jax.training.memory import checkpoint_policy
+from l2a_jax.training.tables import KEPT
 from tests.models.cases import CONFIG, LAYERS, make_params, make_tokens, packed
 
 # So warm that no sigmoid saturates: at 0.1 a sure token's p (1 - p) is exactly 0 in float32, and proves nothing.
@@ -128,7 +129,7 @@ def test_rows_without_global_attention_pull_on_nothing_in_packed_rows():
 
 
 @pytest.mark.parametrize("unroll", [False, True])
-@pytest.mark.parametrize("mode", [True, *MODES])
+@pytest.mark.parametrize("mode", [True, *KEPT, "none"])
 @pytest.mark.parametrize("name", ["shared", "sequential"])
 def test_a_decision_is_made_once_whatever_is_rematerialised(name, mode, unroll, monkeypatch):
     """A second computation may round otherwise, and give the backward pass other rows than the forward pass had."""
