@@ -106,22 +106,19 @@ class _Outliving:
         return getattr(self._stream, name)
 
     def write(self, text):
-        try:
-            return self._stream.write(text)
-        except OSError as error:
-            self._outlive(error)
-            return len(text)
+        self._outlive(self._stream.write, text)
+        return len(text)
 
     def flush(self):
-        try:
-            self._stream.flush()
-        except OSError as error:
-            self._outlive(error)
+        self._outlive(self._stream.flush)
 
-    def _outlive(self, error):
-        if error.errno not in (errno.EPIPE, errno.EIO):  # a pipe's reader, a terminal
-            raise error
-        _to_nowhere(self._stream)
+    def _outlive(self, work, *given):
+        try:
+            work(*given)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # a pipe's reader, a terminal
+                raise
+            _to_nowhere(self._stream)
 
 
 def _outlive_readers() -> None:
