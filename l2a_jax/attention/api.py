@@ -1,7 +1,7 @@
 """One semantics, many backends: the public face of attention.
 
 A backend is a module with `local`, `routed`, `mixed` and `full` (and `both` where it has a better way), and a
-`why_not(call)` that says in one sentence why it cannot serve a call (None: it can). `backend="auto"` takes the first
+`why_not(call)` that says why it cannot serve a call (None: it can). `backend="auto"` takes the first
 of the device's list that can, and says once per kind of call, in the log, which one that was; a backend that was asked
 for by name and cannot serve the call raises Unsupported with its reason. Nothing ever falls back silently. What a
 backend needs of the machine itself is its `machine_why_not()`, which commands ask before anything else (`check`).
@@ -13,6 +13,7 @@ import functools
 import importlib
 import logging
 from dataclasses import dataclass
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -47,22 +48,27 @@ class Call:
     segmented: bool = False
 
 
-def _module(name: str):
+def _module(name: str) -> ModuleType:
     return importlib.import_module(f"l2a_jax.attention.{name}")
 
 
 def why_not(backend: str, call: Call) -> str | None:
-    """The reason why `backend` cannot serve `call`, or None. UserError where there is no such backend."""
+    """The reasons why `backend` cannot serve `call`, or None. UserError where there is no such backend."""
     check_name(backend)
-    return getattr(_module(backend), "why_not", lambda call: None)(call)
+    reasons = _machine_why_not(backend), getattr(_module(backend), "why_not", lambda call: None)(call)
+    return "; ".join(filter(None, reasons)) or None
 
 
 def check(backend: str, flag: str = "--backend") -> None:
     """UserError where there is no such backend, Unsupported where this machine lacks what it needs of any call."""
     check_name(backend, flag, CHOICES)
-    reason = None if backend == "auto" else getattr(_module(backend), "machine_why_not", lambda: None)()
+    reason = None if backend == "auto" else _machine_why_not(backend)
     if reason is not None:
         raise Unsupported(f"{flag} {backend} cannot be used on this machine: {reason}")
+
+
+def _machine_why_not(backend: str) -> str | None:
+    return getattr(_module(backend), "machine_why_not", lambda: None)()
 
 
 def _order(call: Call, platform: str) -> tuple[str, ...]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 
 from l2a_jax import device
+from l2a_jax.attention.api import Call
+from l2a_jax.attention.reference import Heads, Keys
 
 
 def machine_why_not() -> str | None:
@@ -12,15 +14,10 @@ def machine_why_not() -> str | None:
     return None if device.platform() == "gpu" else "cuDNN needs an NVIDIA GPU"
 
 
-def why_not(call) -> str | None:
+def why_not(call: Call) -> str | None:
     """cuDNN knows causal and windowed causal attention in half precision, nothing else."""
     if call.operation == "decode":
         return "cuDNN has no per-row range of keys"
-    return machine_why_not() or shape_why_not(call)
-
-
-def shape_why_not(call) -> str | None:
-    """What cuDNN declines on any device."""
     if call.operation in ("routed", "mixed", "both"):
         return "cuDNN has no per-token choice of keys"
     if call.dtype not in ("bfloat16", "float16"):
@@ -34,13 +31,11 @@ def shape_why_not(call) -> str | None:
     return None
 
 
-def full(q, k, v, *, segment_ids=None):
-    """Causal attention over everything."""
+def full(q: Heads, k: Keys, v: Keys, *, segment_ids: None = None) -> Heads:
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
 
 
-def local(q, k, v, *, window, sinks=0, segment_ids=None):
-    """Causal attention over a sliding window."""
+def local(q: Heads, k: Keys, v: Keys, *, window: int, sinks: int = 0, segment_ids: None = None) -> Heads:
     # W keys with the token itself are W - 1 to the left. is_causal must be named: without it the window
     # (W - 1, 0) silently attends to the future (jax pull request 39576).
     left = min(window, q.shape[1]) - 1

@@ -19,6 +19,7 @@ from l2a_jax.attention.api import Call, choose
 from l2a_jax.attention.kernels import decode as kernel
 from l2a_jax.attention.kernels.tile import FLOOR
 from l2a_jax.attention.reference import masked_attention
+from l2a_jax.attention.xla import dot, softmax_step
 
 Query = Float[Array, "B N H"]
 Key = Float[Array, "B K H"]
@@ -89,28 +90,19 @@ def _xla(q: Query, k: Key, v: Key, cache: KV, layer: int, reads: Reads, sinks: i
     """Rows one after another, each over the chunks of its own range, with an online softmax."""
     slots, kv_heads, width = cache.k.shape[2:]
     size, scale = min(CHUNK, slots), width**-0.5
-    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-
-    def dot(spec, a, b):
-        return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
 
     def one(row):
         number, query, key, value, mine = row
         query = query.reshape(kv_heads, -1, width)
 
         def visit(start, length, low, high, carry):
-            top, total, out = carry
             start = jnp.clip(start, 0, slots - length)
             keys, values = (jax.lax.dynamic_slice(store, (layer, number, start, 0, 0), (1, 1, length, *store.shape[3:]))
                             [0, 0] for store in cache)
             index = start + jnp.arange(length)
             visible = (low <= index) & (index < high) & (index != mine.slot)
             scores = jnp.where(visible, dot("kgh,skh->kgs", query, keys) * scale, -jnp.inf)
-            new_top = jnp.maximum(top, scores.max(-1))
-            weights = jnp.exp(scores - new_top[..., None])
-            shrink = jnp.exp(top - new_top)
-            out = out * shrink[..., None] + dot("kgs,skh->kgh", weights.astype(values.dtype), values)
-            return new_top, total * shrink + weights.sum(-1), out
+            return softmax_step(carry, scores, "kgs,skh->kgh", values)
 
         def step(i, carry):
             low = mine.begin + i * size  # a chunk at the end of the cache starts earlier, and skips what was seen

@@ -9,13 +9,14 @@ lost where they fall below 6e-8 (long rows, small cotangents): scale the loss, o
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from l2a_jax import device
+from l2a_jax.attention.api import Call
 from l2a_jax.attention.kernels import blocks
 from l2a_jax.attention.kernels.backward_kv import backward_kv
 from l2a_jax.attention.kernels.backward_q import backward_q
@@ -40,12 +41,7 @@ def machine_why_not() -> str | None:
     return None
 
 
-def why_not(call) -> str | None:
-    """What the machine or the call lacks; widths are to be powers of two."""
-    return machine_why_not() or shape_why_not(call)
-
-
-def shape_why_not(call) -> str | None:
+def why_not(call: Call) -> str | None:
     """What the kernels decline on any device."""
     if lost():
         return lost()
@@ -60,35 +56,32 @@ def shape_why_not(call) -> str | None:
     return None
 
 
-def full(q, k, v, *, segment_ids=None, **kernel):
-    """Causal attention over everything in the row's own document."""
+def full(q: Heads, k: Keys, v: Keys, *, segment_ids: Ids | None = None, **kernel: Any) -> Heads:
     return _call("all", q, k, v, None, segment_ids, **kernel)
 
 
-def local(q, k, v, *, window, sinks=0, segment_ids=None, **kernel):
-    """Causal attention over a sliding window and the sinks."""
+def local(q: Heads, k: Keys, v: Keys, *, window: int, sinks: int = 0, segment_ids: Ids | None = None,
+          **kernel: Any) -> Heads:
     return _call("all", q, k, v, None, segment_ids, window=window, sinks=sinks, **kernel)
 
 
-def routed(q, k, v, decisions, *, segment_ids=None, **kernel):
-    """Full attention for the rows with a True decision; every other row is exactly 0."""
+def routed(q: Heads, k: Keys, v: Keys, decisions: PerRow, *, segment_ids: Ids | None = None, **kernel: Any) -> Heads:
     return _call("routed", q, k, v, decisions, segment_ids, **kernel)
 
 
-def mixed(q, k, v, decisions, *, window, sinks=0, segment_ids=None, **kernel):
-    """Each row sees everything (decision True) or its window and sinks (False).
-
-    Both kinds of rows are tiles of one launch: routed ones first (they take longest), then the local ones.
-    """
+def mixed(q: Heads, k: Keys, v: Keys, decisions: PerRow, *, window: int, sinks: int = 0, segment_ids: Ids | None = None,
+          **kernel: Any) -> Heads:
+    """Both kinds of rows are tiles of one launch: routed ones first (they take longest), then the local ones."""
     return _call("mixed", q, k, v, decisions, segment_ids, window=window, sinks=sinks, **kernel)
 
 
-def both(q, k, v, decisions, *, window, sinks=0, segment_ids=None, interpret=False, table=None):
-    """(`mixed`, full - local): two forward passes, and the one backward pass of `mixed`."""
+def both(q: Heads, k: Keys, v: Keys, decisions: PerRow, *, window: int, sinks: int = 0, segment_ids: Ids | None = None,
+         **kernel: Any) -> tuple[Heads, Heads]:
+    """Two forward passes, and the one backward pass of `mixed`."""
     if window >= q.shape[1]:
-        out = full(q, k, v, segment_ids=segment_ids, interpret=interpret, table=table)
+        out = full(q, k, v, segment_ids=segment_ids, **kernel)
         return out, jnp.zeros_like(out)
-    hows = tuple(_how(kind, q, k, segment_ids, limits, sinks, interpret, table)
+    hows = tuple(_how(kind, q, k, segment_ids, limits, sinks, **kernel)
                  for kind, limits in (("all", None), ("all", window), ("mixed", window)))
     return _both(q, k, v, decisions, segment_ids, hows)
 
@@ -98,24 +91,23 @@ class _How(NamedTuple):
 
     spec: Spec
     blocks: Blocks
-    interpret: bool
 
 
-def _how(kind: str, q: Heads, k: Keys, segment_ids: Ids | None, window: int | None, sinks: int, interpret: bool,
-         table: Blocks | None) -> _How:
+def _how(kind: str, q: Heads, k: Keys, segment_ids: Ids | None, window: int | None, sinks: int,
+         interpret: bool = False, table: Blocks | None = None) -> _How:
     length, heads, width = q.shape[1:]
     spec = Spec(kind, length, heads, k.shape[2], width, window, 0 if window is None else min(sinks, length),
-                segment_ids is not None)
+                segment_ids is not None, interpret)
     table = table or blocks.table(blocks.architecture(), width, q.dtype.itemsize, blocks.loop_of(spec))
-    return _How(spec, table, interpret)
+    return _How(spec, table)
 
 
-def _call(kind, q, k, v, decisions, segment_ids, *, window=None, sinks=0, interpret=False, table=None):
+def _call(kind: str, q: Heads, k: Keys, v: Keys, decisions: PerRow | None, segment_ids: Ids | None,
+          window: int | None = None, sinks: int = 0, **kernel: Any) -> Heads:
     if window is not None and window >= q.shape[1]:
         window, kind = None, "all" if kind == "mixed" else kind
         decisions = decisions if kind == "routed" else None
-    how = _how(kind, q, k, segment_ids, window, sinks, interpret, table)
-    return _attend(q, k, v, decisions, segment_ids, how)
+    return _attend(q, k, v, decisions, segment_ids, _how(kind, q, k, segment_ids, window, sinks, **kernel))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -126,27 +118,23 @@ def _attend(q: Heads, k: Keys, v: Keys, decisions: PerRow | None, segment_ids: I
 def _attend_forward(q, k, v, decisions, segment_ids, how):
     plan = make_plan(how.spec, q.shape[0], decisions, segment_ids)
     # Named, so that a rematerialised layer may keep them and spare its backward pass this kernel.
-    out, lse = checkpoint_name(
-        forward(how.spec, how.blocks.forward, q, k, v, plan, interpret=how.interpret), "attention")
+    out, lse = checkpoint_name(forward(how.spec, how.blocks.forward, q, k, v, plan), "attention")
     return out, (q, k, v, decisions, segment_ids, plan, out, lse)
 
 
 def _attend_backward(how, saved, d_out):
     """Cotangents of _attend's arrays; of what is saved, `lse` is in working order."""
-    (spec, tiles, interpret), (q, k, v, decisions, segment_ids, plan, out, lse) = how, saved
+    (spec, tiles), (q, k, v, decisions, segment_ids, plan, out, lse) = how, saved
     d_out = d_out.astype(q.dtype)
-    d_q, delta, ordered_q, ordered_d_out = backward_q(
-        spec, tiles.backward_q, q, k, v, plan, out, lse, d_out, interpret=interpret)
-    d_k, d_v = backward_kv(
-        spec, tiles.backward_kv, ordered_q, k, v, plan, lse, delta, ordered_d_out, interpret=interpret)
+    d_q, delta, ordered_q, ordered_d_out = backward_q(spec, tiles.backward_q, q, k, v, plan, out, lse, d_out)
+    d_k, d_v = backward_kv(spec, tiles.backward_kv, ordered_q, k, v, plan, lse, delta, ordered_d_out)
     if spec.sinks:
         rows = None
         if spec.explicit:
             rows = token_rows(q.shape[:2], segment_ids, window=spec.window, sinks=spec.sinks, everything=decisions)
         if spec.kind == "mixed":
             lse, delta = (take(x.swapaxes(1, 2), plan.rank).swapaxes(1, 2) for x in (lse, delta))
-        d_k, d_v = add_sink_gradients(
-            spec, tiles.sinks, d_k, d_v, q, k, v, rows, lse, delta, d_out, interpret=interpret)
+        d_k, d_v = add_sink_gradients(spec, tiles.sinks, d_k, d_v, q, k, v, rows, lse, delta, d_out)
     return d_q, d_k, d_v, None, None
 
 
@@ -161,8 +149,8 @@ def _both(q: Heads, k: Keys, v: Keys, decisions: PerRow, segment_ids: Ids | None
 
 def _both_forward(q, k, v, decisions, segment_ids, hows):
     (far, far_lse), (near, near_lse) = (
-        forward(spec, tiles.forward, q, k, v, make_plan(spec, q.shape[0], None, segment_ids), interpret=interpret)
-        for spec, tiles, interpret in hows[:2])
+        forward(spec, tiles.forward, q, k, v, make_plan(spec, q.shape[0], None, segment_ids))
+        for spec, tiles in hows[:2])
     out = jnp.where(decisions[:, :, None, None], far, near)
     lse = jnp.where(decisions[:, None, :], far_lse, near_lse)
     out, lse, difference = checkpoint_name((out, lse, far - near), "attention")

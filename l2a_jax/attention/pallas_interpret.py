@@ -7,7 +7,7 @@ import functools
 from l2a_jax.attention import pallas
 from l2a_jax.attention.kernels import blocks
 
-why_not = pallas.shape_why_not
+why_not = pallas.why_not
 full, local, routed, mixed, both = (
     functools.partial(operation, interpret=True, table=blocks.INTERPRET)
     for operation in (pallas.full, pallas.local, pallas.routed, pallas.mixed, pallas.both)

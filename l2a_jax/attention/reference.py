@@ -1,6 +1,6 @@
 """The oracle: attention written as its definition, in float32, with the whole T x T table in memory.
 
-Every other backend is compared with these few lines. Conventions, fixed once here:
+Every other backend is compared with these few lines; `api` says what each function means. Conventions, fixed once here:
 
 - q is [B, T, N, H]; k and v are [B, T, K, H] with N a multiple of K; query head n reads key head n // (N // K).
 - Scores are scaled by 1 / sqrt(H). A window of W keys includes the token itself: 0 <= i - j < W.
@@ -71,23 +71,20 @@ def masked_attention(q: Heads, k: Float[Array, "B S K H"], v: Float[Array, "B S 
     return out.reshape(q.shape).astype(q.dtype)
 
 
-def full(q, k, v, *, segment_ids=None):
-    """Causal attention over everything in the row's own document."""
+def full(q: Heads, k: Keys, v: Keys, *, segment_ids: Ids | None = None) -> Heads:
     return masked_attention(q, k, v, causal_mask(segment_ids, q.shape[:2]))
 
 
-def local(q, k, v, *, window, sinks=0, segment_ids=None):
-    """Causal attention over a sliding window and the sinks."""
+def local(q: Heads, k: Keys, v: Keys, *, window: int, sinks: int = 0, segment_ids: Ids | None = None) -> Heads:
     return masked_attention(q, k, v, local_mask(segment_ids, q.shape[:2], window=window, sinks=sinks))
 
 
-def routed(q, k, v, decisions, *, segment_ids=None):
-    """Full attention for the rows with a True decision; every other row is exactly 0."""
+def routed(q: Heads, k: Keys, v: Keys, decisions: PerRow, *, segment_ids: Ids | None = None) -> Heads:
     return masked_attention(q, k, v, causal_mask(segment_ids, q.shape[:2]) & decisions[:, :, None])
 
 
-def mixed(q, k, v, decisions, *, window, sinks=0, segment_ids=None):
-    """Each row sees everything (decision True) or its window and sinks (False)."""
+def mixed(q: Heads, k: Keys, v: Keys, decisions: PerRow, *, window: int, sinks: int = 0,
+          segment_ids: Ids | None = None) -> Heads:
     shape = q.shape[:2]
     mask = jnp.where(decisions[:, :, None], causal_mask(segment_ids, shape),
                      local_mask(segment_ids, shape, window=window, sinks=sinks))

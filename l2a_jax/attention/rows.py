@@ -58,8 +58,8 @@ def token_rows(
 class Order(NamedTuple):
     """A working order of the tokens. Row r of it is token `index[b, r]`; token t is its row `rank[b, t]`.
 
-    Rows that are nobody's have
-    index -1; all rows r >= count[b] are. `first` counts the rows of the leading group (see `partition`).
+    Rows that are nobody's have index -1; all rows r >= count[b] are. `first` counts the rows of the leading group (see
+    `partition`).
     """
 
     index: Int[Array, "B R"]

@@ -9,65 +9,77 @@ nothing of size T x T exists in either pass.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from l2a_jax.attention.kernels.tile import FLOOR
+from l2a_jax.attention.reference import Heads, Ids, Keys, PerRow
 from l2a_jax.attention.rows import Order, Rows, compact, partition, take, token_rows
 
 PLAIN_LENGTH = 512  # up to here one T x T block is cheaper than a loop
 CHUNK = 256
 
+Carry = tuple[Float[Array, "*rows"], Float[Array, "*rows"], Float[Array, "*rows H"]]
+"""The online softmax so far: the largest score, the sum of weights relative to it, and that of weighted values."""
 
-def full(q, k, v, *, segment_ids=None):
-    """Causal attention over everything in the row's own document."""
+
+def full(q: Heads, k: Keys, v: Keys, *, segment_ids: Ids | None = None) -> Heads:
     return _attend(q, k, v, token_rows(q.shape[:2], segment_ids))
 
 
-def local(q, k, v, *, window, sinks=0, segment_ids=None):
-    """Causal attention over a sliding window and the sinks."""
+def local(q: Heads, k: Keys, v: Keys, *, window: int, sinks: int = 0, segment_ids: Ids | None = None) -> Heads:
     return _attend(q, k, v, token_rows(q.shape[:2], segment_ids, window=window, sinks=sinks))
 
 
-def routed(q, k, v, decisions, *, segment_ids=None):
-    """Full attention for the rows with a True decision; every other row is exactly 0."""
+def routed(q: Heads, k: Keys, v: Keys, decisions: PerRow, *, segment_ids: Ids | None = None) -> Heads:
     rows = token_rows(q.shape[:2], segment_ids, seen=decisions)
     return _attend(q, k, v, rows, functools.partial(compact, decisions))
 
 
-def mixed(q, k, v, decisions, *, window, sinks=0, segment_ids=None):
-    """Each row sees everything (decision True) or its window and sinks (False)."""
+def mixed(q: Heads, k: Keys, v: Keys, decisions: PerRow, *, window: int, sinks: int = 0,
+          segment_ids: Ids | None = None) -> Heads:
     rows = token_rows(q.shape[:2], segment_ids, window=window, sinks=sinks, everything=decisions)
     return _attend(q, k, v, rows, functools.partial(partition, decisions))
 
 
-def _attend(q, k, v, rows: Rows, order=None) -> Float[Array, "B T N H"]:
+def _attend(q: Heads, k: Keys, v: Keys, rows: Rows, order: Callable[[], Order] | None = None) -> Heads:
     if q.shape[1] <= PLAIN_LENGTH:
         return _plain(q, k, v, rows)
     return _flash(q, k, v, rows, order() if order else None)
 
 
-def _dot(spec, a, b):
+def dot(spec: str, a: Float[Array, ...], b: Float[Array, ...]) -> Float[Array, ...]:
     """Products in the inputs' dtype (tensor cores), sums in float32; float32 inputs at full precision."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _plain(q, k, v, rows: Rows):
+def softmax_step(carry: Carry, scores: Float[Array, "*rows S"], spec: str, values: Float[Array, ...]) -> Carry:
+    """The online softmax over some more scores; `spec` says how weights meet values."""
+    top, total, out = carry
+    new_top = jnp.maximum(top, scores.max(-1))
+    weights = jnp.exp(scores - new_top[..., None])
+    shrink = jnp.exp(top - new_top)
+    out = out * shrink[..., None] + dot(spec, weights.astype(values.dtype), values)
+    return new_top, total * shrink + weights.sum(-1), out
+
+
+def _plain(q: Heads, k: Keys, v: Keys, rows: Rows) -> Heads:
     batch, length, _, width = q.shape
     mask = rows.visible(jnp.arange(length))[:, None, None]
     grouped = q.reshape(batch, length, k.shape[2], -1, width)
     alive = (rows.high >= 0)[:, None, None, :, None]
     hidden = jnp.where(alive, -jnp.inf, 0.0)  # a row without keys stays free of NaN
-    scores = jnp.where(mask, _dot("brkgh,bskh->bkgrs", grouped, k) * width**-0.5, hidden)
+    scores = jnp.where(mask, dot("brkgh,bskh->bkgrs", grouped, k) * width**-0.5, hidden)
     weights = jnp.where(alive, jax.nn.softmax(scores, axis=-1), 0.0).astype(v.dtype)
-    return _dot("bkgrs,bskh->brkgh", weights, v).reshape(q.shape).astype(q.dtype)
+    return dot("bkgrs,bskh->brkgh", weights, v).reshape(q.shape).astype(q.dtype)
 
 
 @jax.custom_vjp
-def _flash(q, k, v, rows: Rows, order: Order | None):
+def _flash(q: Heads, k: Keys, v: Keys, rows: Rows, order: Order | None) -> Heads:
     return _flash_forward(q, k, v, rows, order)[0]
 
 
@@ -79,15 +91,9 @@ def _flash_forward(q, k, v, rows, order):
         query, limits, needed, count = xs
 
         def visit(i, carry):
-            top, total, out = carry
             block = needed[i]
             scores = blocks.scores(query, keys[block], limits, block)
-            new_top = jnp.maximum(top, scores.max(-1))
-            weights = jnp.exp(scores - new_top[..., None])
-            shrink = jnp.exp(top - new_top)
-            value = values[block]
-            out = out * shrink[..., None] + _dot("bkgrs,bskh->bkgrh", weights.astype(value.dtype), value)
-            return new_top, total * shrink + weights.sum(-1), out
+            return softmax_step(carry, scores, "bkgrs,bskh->bkgrh", values[block])
 
         shape = query.shape[:1] + query.shape[2:4] + (CHUNK,)
         start = (jnp.full(shape, FLOOR), jnp.zeros(shape), jnp.zeros((*shape, query.shape[-1])))
@@ -114,11 +120,11 @@ def _flash_backward(saved, d_out):
             block = needed[i]
             scores = blocks.scores(query, keys[block], limits, block)
             weights = jnp.exp(scores - lse[..., None])
-            d_weights = _dot("brkgh,bskh->bkgrs", d_out, values[block])
+            d_weights = dot("brkgh,bskh->bkgrs", d_out, values[block])
             d_scores = (weights * (d_weights - delta[..., None]) * blocks.scale).astype(q.dtype)
-            d_values = d_values.at[block].add(_dot("bkgrs,brkgh->bskh", weights.astype(q.dtype), d_out))
-            d_keys = d_keys.at[block].add(_dot("bkgrs,brkgh->bskh", d_scores, query))
-            return d_query + _dot("bkgrs,bskh->brkgh", d_scores, keys[block]), d_keys, d_values
+            d_values = d_values.at[block].add(dot("bkgrs,brkgh->bskh", weights.astype(q.dtype), d_out))
+            d_keys = d_keys.at[block].add(dot("bkgrs,brkgh->bskh", d_scores, query))
+            return d_query + dot("bkgrs,bskh->brkgh", d_scores, keys[block]), d_keys, d_values
 
         start = (jnp.zeros(query.shape, jnp.float32), *carry)
         d_query, d_keys, d_values = jax.lax.fori_loop(0, count, visit, start)
@@ -184,4 +190,4 @@ class _Blocks:
     def scores(self, query, key, limits, block):
         """Scaled scores [B, K, G, C, C] of a chunk against one block of keys; invisible ones are -inf."""
         mask = limits.visible(block * CHUNK + jnp.arange(CHUNK))[:, None, None]
-        return jnp.where(mask, _dot("brkgh,bskh->bkgrs", query, key) * self.scale, -jnp.inf)
+        return jnp.where(mask, dot("brkgh,bskh->bkgrs", query, key) * self.scale, -jnp.inf)

@@ -84,14 +84,14 @@ def split_heads(joined: Float[Array, "B T M H"], bias: Float[Array, "M H"], tabl
     return on_gpu(kernel, plain, joined, bias, table)
 
 
-def _split(joined, bias, table, kv_heads):
+def _split(joined: Float[Array, "B T M H"], bias: Float[Array, "M H"], table: Table, kv_heads: int) -> Parts:
     """The oracle of `rope_kernel.split`, up to rounding below float32."""
     rotated, values = jnp.split(joined + bias.astype(joined.dtype), (joined.shape[2] - kv_heads,), axis=2)
     q, k = jnp.split(apply_rope(rotated, table), (joined.shape[2] - 2 * kv_heads,), axis=2)
     return q, k, values
 
 
-def _join(parts, table):
+def _join(parts: Parts, table: Table) -> tuple[Float[Array, "B T M H"], Float[Array, "M H"]]:
     """The oracle of `rope_kernel.join`, up to rounding below float32: the transpose of a rotation turns back."""
     cos, sin = table
     q, k, values = parts

@@ -2,8 +2,7 @@
 
 One program owns one row of logits and keeps the running maximum, its multiplicity and the sum of exponentials (the
 online softmax of arXiv 1805.02867) in every lane, so that lanes are merged once, at the end of the row. The second
-pass follows at once, while much of the row (0.3 MB of float16 at 152K tokens) may still be in the card's L2 cache. On
-an H100, 4,096 such rows take 0.69 ms without gradients and 1.58 ms with them, as XLA's reductions 1.02 and 1.94 ms.
+pass follows at once, while much of the row (0.3 MB of float16 at 152K tokens) may still be in the card's L2 cache.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from l2a_jax.attention.kernels.launch import launch, pl, plt
 from l2a_jax.attention.kernels.tile import FLOOR, LOG2_E
 
 BLOCK = 4_096  # logits at a time, 16 a thread
+PerRow = Float[Any, " n"]
 
 
 def softmax_rows(
@@ -45,7 +45,9 @@ def softmax_rows(
     return (*out[:3], out[3] if slopes else None)
 
 
-def _kernel(logits_ref, targets_ref, weights_ref, top_ref, level_ref, normaliser_ref, *slopes_ref, vocabulary, block):
+def _kernel(logits_ref: Float[Any, "n V"], targets_ref: Int[Any, " n"], weights_ref: PerRow, top_ref: PerRow,
+            level_ref: PerRow, normaliser_ref: PerRow, *slopes_ref: Float[Any, "n V"], vocabulary: int, block: int
+            ) -> None:
     row, lanes = pl.program_id(0), jnp.arange(block)
 
     def sweep(function, carry):

@@ -60,13 +60,14 @@ def test_a_number_added_to_all_scores_changes_nothing(backend, case, root, toler
 def test_shares_of_a_tile_join_to_the_digits_of_their_maxima(tops):
     """Here in float64; by log-sum-exps, which float32 rounds to 1/8 there, weights near 2^20 would be 4 % off."""
     rng = np.random.default_rng(17)
-    spec, block, rows = Spec("routed", length=40, heads=2, kv_heads=1, width=16), Block(16, 16, 4, 1), 10
+    spec = Spec("routed", length=40, heads=2, kv_heads=1, width=16, interpret=True)
+    block, rows = Block(16, 16, 4, 1), 10
     plan = make_plan(spec, 1, jnp.arange(40)[None] % 4 == 0, None)
     shapes = [shape.shape for shape in split.part_shapes(spec, block, 1)]
     draws = (rng.standard_normal(shapes[0]), tops + rng.integers(-24, 24, shapes[1]) / 8, rng.uniform(1, 9, shapes[2]))
     inputs = [x.astype(np.float32) for x in draws]
     blank = jnp.zeros((1, 40, 2, 16)), jnp.zeros((1, 2, 40))
-    out, joined = split.join(spec, block, plan, *blank, *inputs, interpret=True)
+    out, joined = split.join(spec, block, plan, *blank, tuple(inputs))
 
     parts = min(split.places(spec, 1), split.MAX_PARTS)
     values, part_tops, totals = (x[0].astype(np.float64).reshape(2, -1, 16, *x.shape[3:])[:, :parts, :rows]

@@ -34,7 +34,7 @@ def test_unknown_and_unable_backends_say_why():
         (api.Call("full", 1, 8, 2, 1, 100, "bfloat16"), "head widths"),
     ):
         from l2a_jax.attention import cudnn
-        assert reason in cudnn.shape_why_not(call)
+        assert reason in cudnn.why_not(call)
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="the reasons of a machine without a GPU")

@@ -8,14 +8,19 @@ not seen here; they have a kernel of their own (`sinks`), because every row of a
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from l2a_jax.attention.kernels import split
 from l2a_jax.attention.kernels import tile as t
 from l2a_jax.attention.kernels.launch import launch, pl, plt
 from l2a_jax.attention.kernels.plan import Block, Plan, Spec, row_ranges
+from l2a_jax.attention.kernels.tile import Number, NumbersRef
+from l2a_jax.attention.reference import Keys
 
 # Up to how many programs, in units of `split.PROGRAMS`, four and then two of them share a block of keys: by the times
 # of 76 calls on an H100 (`eval/results/shares.json`). "even": every block has the same work; "long": the same, windows
@@ -37,9 +42,11 @@ def _windowed(spec: Spec) -> bool:
     return spec.kind == "all" and spec.window is not None
 
 
-def backward_kv(spec: Spec, block: Block, q, k, v, plan: Plan, lse, delta, d_out, *, interpret: bool,
-                parts: int | None = None):
-    """(dk, dv) [B, T, K, H] without the sinks' share. q, dO, lse and delta are in working order.
+def backward_kv(
+    spec: Spec, block: Block, q: Float[Array, "B R N H"], k: Keys, v: Keys, plan: Plan, lse: Float[Array, "B N R"],
+    delta: Float[Array, "B N R"], d_out: Float[Array, "B R N H"], *, parts: int | None = None,
+) -> tuple[Keys, Keys]:
+    """(dk, dv) without the sinks' share. q, dO, lse and delta are in working order.
 
     `parts`: programs that share a block of keys, in place of `parts_of`.
     """
@@ -48,17 +55,20 @@ def backward_kv(spec: Spec, block: Block, q, k, v, plan: Plan, lse, delta, d_out
     parts = parts_of(spec, block, batch) if parts is None else parts
     shapes = [jax.ShapeDtypeStruct((parts, *x.shape), jnp.float32 if parts > 1 else x.dtype) for x in (k, v)]
     shares = launch(
-        functools.partial(_kernel, spec=spec, block=block, parts=parts, interpret=interpret),
+        functools.partial(_kernel, spec=spec, block=block, parts=parts),
         "l2a_attention_backward_kv", shapes,
         t.grid(spec.kv_heads, pl.cdiv(spec.length, block.keys) * parts, batch, interleave=not _windowed(spec)),
-        warps=block.num_warps, stages=block.num_stages, interpret=interpret,
+        warps=block.num_warps, stages=block.num_stages, interpret=spec.interpret,
     )(q, k, v, lse, delta, d_out, tables)
     return tuple(share[0] if parts == 1 else jnp.sum(share, axis=0).astype(x.dtype)
                  for share, x in zip(shares, (k, v), strict=True))
 
 
-def _kernel(q_ref, k_ref, v_ref, lse_ref, delta_ref, d_out_ref, tables, d_k_ref, d_v_ref, *, spec: Spec, block: Block,
-            parts: int, interpret: bool):
+def _kernel(
+    q_ref: Float[Any, "B R N H"], k_ref: Float[Any, "B T K H"], v_ref: Float[Any, "B T K H"], lse_ref: NumbersRef,
+    delta_ref: NumbersRef, d_out_ref: Float[Any, "B R N H"], tables: tuple, d_k_ref: Float[Any, "parts B T K H"],
+    d_v_ref: Float[Any, "parts B T K H"], *, spec: Spec, block: Block, parts: int,
+) -> None:
     ranges, plan = tables
     kv_head, program, batch = t.program(interleave=not _windowed(spec))
     block_number, part = jax.lax.div(program, parts), jax.lax.rem(program, parts)
@@ -67,7 +77,6 @@ def _kernel(q_ref, k_ref, v_ref, lse_ref, delta_ref, d_out_ref, tables, d_k_ref,
     ragged = spec.length % block.keys != 0
     keys = t.load_tokens(k_ref, batch, first, block.keys, kv_head, spec.length if ragged else None)
     values = t.load_tokens(v_ref, batch, first, block.keys, kv_head, spec.length if ragged else None)
-    scale = spec.scale * t.LOG2_E
     limit = spec.rows if plan.count is None else plan.count[batch]
     # Rows beyond the end must read as 0, but only a ragged last tile has any.
     may_end = plan.count is not None or spec.rows % block.rows != 0
@@ -88,7 +97,7 @@ def _kernel(q_ref, k_ref, v_ref, lse_ref, delta_ref, d_out_ref, tables, d_k_ref,
 
         d_keys, d_values = carry
         scores = t.hide(t.dot(keys, query, trans_b=True), visible, edge)
-        weights = t.weigh(scores, scale, lse[None, :], interpret)
+        weights = t.weigh(scores, spec, lse[None, :])
         d_values += t.dot(weights.astype(d_out.dtype), d_out)
         d_weights = t.dot(values, d_out, trans_b=True)
         d_scores = weights * (d_weights - delta[None, :])
@@ -106,7 +115,8 @@ def _kernel(q_ref, k_ref, v_ref, lse_ref, delta_ref, d_out_ref, tables, d_k_ref,
         plt.store(at, value.astype(ref.dtype), mask=(number < spec.length)[:, None] if ragged else None)
 
 
-def _over_heads(spec, first_head, bounds, visit, carry, part, parts):
+def _over_heads(spec: Spec, first_head: Number, bounds: tuple[Number, ...], visit: Callable, carry: Any, part: Number,
+                parts: int) -> Any:
     """Interior tiles of all heads, then the tiles of both edges of all heads: two loops in all, so that the pipeline of
     loads is filled twice and not twice per head. A part takes its share of each loop."""
     begin, full_begin, full_end, end = bounds
@@ -128,7 +138,8 @@ def _over_heads(spec, first_head, bounds, visit, carry, part, parts):
     return carry
 
 
-def _tile_bounds(spec, block, ranges, batch, block_number, group):
+def _tile_bounds(spec: Spec, block: Block, ranges: Int[Any, "B M C"] | None, batch: Number, block_number: Number,
+                 group: int) -> tuple[Number, ...]:
     """Tiles of rows (begin, full_begin, full_end, end) that visit a block of keys; full ones need no mask."""
     if ranges is None:
         first = block_number * block.keys
@@ -146,6 +157,7 @@ def _tile_bounds(spec, block, ranges, batch, block_number, group):
     return first_tile, full_first, jnp.clip(full_end // size, full_first, last_tile), last_tile
 
 
-def _load_row(ref, batch, head, start, size, limit, other):
+def _load_row(ref: NumbersRef, batch: Number, head: Number, start: Number, size: int, limit: Number | int | None,
+              other: float) -> Float[Array, " {size}"]:
     at = ref.at[batch, head, pl.ds(start, size)]
     return plt.load(at) if limit is None else plt.load(at, mask=start + jnp.arange(size) < limit, other=other)

@@ -6,7 +6,6 @@ the tokens', compact copies of q and dO (they pass through this kernel's hands a
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -23,21 +22,20 @@ from l2a_jax.attention.reference import Heads, Keys
 
 def backward_q(
     spec: Spec, block: Block, q: Heads, k: Keys, v: Keys, plan: Plan, out: Heads, lse: Float[Array, "B N R"],
-    d_out: Heads, *, interpret: bool,
+    d_out: Heads,
 ) -> tuple[Heads, Float[Array, "B N R"], Float[Array, "B R N H"], Float[Array, "B R N H"]]:
     """(dq, delta, q in working order, dO in working order)."""
     shapes = [jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(lse.shape, jnp.float32)]
     if spec.ordered:
         in_order = (q.shape[0], spec.rows, spec.heads, spec.width)
         shapes += [jax.ShapeDtypeStruct(in_order, q.dtype), jax.ShapeDtypeStruct(in_order, d_out.dtype)]
-    d_q, delta, *copies = over_row_tiles(
-        functools.partial(_tile, interpret=interpret), "l2a_attention_backward_q", spec, block, plan,
-        q, k, v, (out, lse, d_out), shapes, 1, interpret=interpret)
+    d_q, delta, *copies = over_row_tiles(_tile, "l2a_attention_backward_q", spec, block, plan, q, k, v,
+                                         (out, lse, d_out), shapes, 1)
     return d_q, delta, *(copies or (q, d_out))
 
 
 def _tile(tile: RowTile, q_ref: HeadsRef, out_ref: HeadsRef, lse_ref: NumbersRef, d_out_ref: HeadsRef,
-          d_q_ref: HeadsRef, delta_ref: NumbersRef, *more: Float[Any, "B ..."], interpret: bool) -> None:
+          d_q_ref: HeadsRef, delta_ref: NumbersRef, *more: Float[Any, "B ..."]) -> None:
     spec = tile.spec
     here = pl.ds(tile.start, tile.block.rows)
 
@@ -52,10 +50,9 @@ def _tile(tile: RowTile, q_ref: HeadsRef, out_ref: HeadsRef, lse_ref: NumbersRef
     for copy, value in zip(copies, (query, d_out), strict=False):
         plt.store(copy.at[tile.batch, here, tile.head, :], value, mask=first[:, None])
     lse = plt.load(lse_ref.at[tile.batch, tile.head, here], mask=tile.numbers < tile.count, other=t.DEAD)
-    scale = spec.scale * t.LOG2_E
 
     def visit(scores, keys, load_values, d_query):
-        weights = t.weigh(scores, scale, lse[:, None], interpret)
+        weights = t.weigh(scores, spec, lse[:, None])
         d_weights = t.dot(d_out, load_values(), trans_b=True)
         d_scores = weights * (d_weights - delta[:, None])
         return d_query + t.dot(d_scores.astype(keys.dtype), keys)

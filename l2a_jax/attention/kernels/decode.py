@@ -9,13 +9,18 @@ Part 0 also sees the sinks and the token itself, and writes its key and value: n
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from l2a_jax.attention.kernels import tile as t
 from l2a_jax.attention.kernels.launch import launch, pl, plt
 
+Cache = Float[Any, "L B S K H"]
+Reads = tuple[Int[Any, " B"], Int[Any, " B"], Int[Any, " B"], Int[Any, " B"]]
+"""The fields of `attention.decode.Reads`, in its order."""
 MAX_PARTS = 64
 MIN_KEYS = 256  # slots that are not worth a second program
 
@@ -30,7 +35,8 @@ def max_parts(slots: int) -> int:
     return min(MAX_PARTS, pl.next_power_of_2(pl.cdiv(slots, MIN_KEYS)))
 
 
-def share(begin, end, places: int, block: int):
+def share(begin: Int[Array, "*B"], end: Int[Array, "*B"], places: int, block: int
+          ) -> tuple[Int[Array, "*B"], Int[Array, "*B"]]:
     """(slots per part, parts) of a row; a row has one part at least."""
     count = jnp.maximum(end - begin, 0)
     each = jnp.maximum((count + places - 1) // places, MIN_KEYS)
@@ -38,8 +44,11 @@ def share(begin, end, places: int, block: int):
     return each, jnp.maximum((count + each - 1) // each, 1)
 
 
-def decode(q, k, v, k_cache, v_cache, layer: int, reads, *, sinks: int, write: bool, interpret: bool):
-    """(rows [B, N, H], k_cache, v_cache) of `attention.decode.attend_cache`; the caches are updated in place."""
+def decode(
+    q: Float[Array, "B N H"], k: Float[Array, "B K H"], v: Float[Array, "B K H"], k_cache: Cache, v_cache: Cache,
+    layer: int, reads: tuple[Array, ...], *, sinks: int, write: bool, interpret: bool,
+) -> tuple[Float[Array, "B N H"], Cache, Cache]:
+    """(rows, k_cache, v_cache) of `attention.decode.attend_cache`; the caches are updated in place."""
     batch, heads, width = q.shape
     slots, kv_heads = k_cache.shape[2:4]
     places, block = max_parts(slots), block_keys(k_cache.dtype.itemsize)
@@ -53,18 +62,23 @@ def decode(q, k, v, k_cache, v_cache, layer: int, reads, *, sinks: int, write: b
         [jax.ShapeDtypeStruct((*part_shape, *size), jnp.float32) for size in ((width,), (), ())]
         + [jax.ShapeDtypeStruct(store.shape, store.dtype) for store in (k_cache, v_cache) if write],
         (places, kv_heads, batch), warps=4, stages=3, interpret=interpret, aliases={3: 3, 4: 4} if write else {},
-    )(q, k, v, k_cache, v_cache, *reads)
+    )(q, k, v, k_cache, v_cache, reads)
     rows = launch(
         functools.partial(_join, group=heads // kv_heads, places=places, block=block),
         "l2a_decode_join", jax.ShapeDtypeStruct(q.shape, q.dtype), (heads, batch), warps=4, interpret=interpret,
-    )(parts, tops, totals, *reads)
+    )(parts, tops, totals, reads)
     return rows, *(caches or (k_cache, v_cache))
 
 
-def _kernel(q_ref, k_ref, v_ref, k_cache, v_cache, begin_ref, end_ref, slot_ref, seen_ref, part_ref, top_ref,
-            total_ref, *stores, layer, sinks, group, places, block, write):
+def _kernel(
+    q_ref: Float[Any, "B N H"], k_ref: Float[Any, "B K H"], v_ref: Float[Any, "B K H"], k_cache: Cache, v_cache: Cache,
+    reads: Reads, part_ref: Float[Any, "B K P G H"], top_ref: Float[Any, "B K P G"],
+    total_ref: Float[Any, "B K P G"], *stores: Cache, layer: int, sinks: int, group: int, places: int, block: int,
+    write: bool,
+) -> None:
     part, kv_head, batch = (pl.program_id(i) for i in range(3))
-    begin, end, slot = (ref[batch] for ref in (begin_ref, end_ref, slot_ref))
+    *place, seen_ref = reads
+    begin, end, slot = (ref[batch] for ref in place)
     each, parts = share(begin, end, places, block)
     layer = jnp.int32(layer)  # interpret mode takes no Python int beside a mask
 
@@ -116,10 +130,14 @@ def _kernel(q_ref, k_ref, v_ref, k_cache, v_cache, begin_ref, end_ref, slot_ref,
         total_ref[batch, kv_head, part, :] = total
 
 
-def _join(part_ref, top_ref, total_ref, begin_ref, end_ref, slot_ref, seen_ref, out_ref, *, group, places, block):
+def _join(
+    part_ref: Float[Any, "B K P G H"], top_ref: Float[Any, "B K P G"], total_ref: Float[Any, "B K P G"],
+    reads: Reads, out_ref: Float[Any, "B N H"], *, group: int, places: int, block: int,
+) -> None:
     """Parts of one query head, joined by their maxima and sums (see `split.join`); all of them are loaded at once."""
     head, batch = pl.program_id(0), pl.program_id(1)
     kv_head, member = jax.lax.div(head, group), jax.lax.rem(head, group)
+    begin_ref, end_ref, _, seen_ref = reads
     _, parts = share(begin_ref[batch], end_ref[batch], places, block)
     seen = seen_ref[batch] != 0
     real = (jnp.arange(places) < parts) & seen

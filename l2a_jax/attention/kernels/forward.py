@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -17,17 +16,15 @@ from l2a_jax.attention.kernels.tile import HeadsRef, NumbersRef
 from l2a_jax.attention.reference import Heads, Keys
 
 
-def forward(spec: Spec, block: Block, q: Heads, k: Keys, v: Keys, plan: Plan, *, interpret: bool
-            ) -> tuple[Heads, Float[Array, "B N R"]]:
+def forward(spec: Spec, block: Block, q: Heads, k: Keys, v: Keys, plan: Plan) -> tuple[Heads, Float[Array, "B N R"]]:
     """(out, base-2 log-sum-exp in working order)."""
     shapes = [jax.ShapeDtypeStruct(q.shape, q.dtype),
               jax.ShapeDtypeStruct((q.shape[0], spec.heads, spec.rows), jnp.float32)]
-    return over_row_tiles(functools.partial(_tile, interpret=interpret), "l2a_attention_forward", spec, block, plan,
-                          q, k, v, (), shapes, 3, interpret=interpret)
+    return over_row_tiles(_tile, "l2a_attention_forward", spec, block, plan, q, k, v, (), shapes, 3)
 
 
 def _tile(tile: RowTile, q_ref: HeadsRef, out_ref: HeadsRef, lse_ref: NumbersRef,
-          *part_refs: Float[Any, "B N places ..."], interpret: bool) -> None:
+          *part_refs: Float[Any, "B N places ..."]) -> None:
     spec, rows = tile.spec, tile.block.rows
     if spec.ordered:
         query = plt.load(tile.view(q_ref), mask=tile.exist[:, None], other=0.0)
@@ -38,7 +35,7 @@ def _tile(tile: RowTile, q_ref: HeadsRef, out_ref: HeadsRef, lse_ref: NumbersRef
     def visit(scores, keys, load_values, carry):
         top, total, out = carry
         new_top = jnp.maximum(top, jnp.max(scores, axis=1) * scale)
-        weights = t.weigh(scores, scale, new_top[:, None], interpret)
+        weights = t.weigh(scores, spec, new_top[:, None])
         shrink = jnp.exp2(top - new_top)
         total = total * shrink + jnp.sum(weights, axis=1)
         values = load_values()

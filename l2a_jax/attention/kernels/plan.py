@@ -30,6 +30,7 @@ class Spec:
     window: int | None = None
     sinks: int = 0
     segmented: bool = False
+    interpret: bool = False  # the kernels run step by step, on any device
 
     @property
     def rows(self) -> int:

@@ -109,7 +109,7 @@ class RowTile(NamedTuple):
 
 def over_row_tiles(
     run: Callable[..., None], name: str, spec: Spec, block: Block, plan: Plan, q: Heads, k: Keys, v: Keys,
-    inputs: tuple[Array, ...], shapes: list[jax.ShapeDtypeStruct], shared: int, *, interpret: bool,
+    inputs: tuple[Array, ...], shapes: list[jax.ShapeDtypeStruct], shared: int,
 ) -> tuple[Array, ...]:
     """Arrays of `shapes`, which `run(tile, q, *inputs, *outputs)` fills for every tile of rows and every head.
 
@@ -122,11 +122,12 @@ def over_row_tiles(
         functools.partial(_kernel, run=run, spec=spec, block=block, room=room),
         name, shapes + (split.part_shapes(spec, block, batch)[:shared] if room else []),
         t.grid(spec.heads, max(pl.cdiv(spec.rows, block.rows), room), batch, interleave=spec.ordered),
-        warps=block.num_warps, stages=block.num_stages, interpret=interpret, aliases={} if blank is None else {0: 0},
+        warps=block.num_warps, stages=block.num_stages, interpret=spec.interpret,
+        aliases={} if blank is None else {0: 0},
     )(blank, q, k, v, plan.for_rows, *inputs)
     (whole, numbers, *others), parts = outputs[:len(shapes)], outputs[len(shapes):]
     if room > 1:
-        whole, numbers = split.join(spec, block, plan, whole, numbers, *parts, interpret=interpret)
+        whole, numbers = split.join(spec, block, plan, whole, numbers, tuple(parts))
     return whole, numbers, *others
 
 

@@ -10,30 +10,35 @@ window of 4.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from l2a_jax.attention.kernels import tile as t
 from l2a_jax.attention.kernels.launch import launch, pl, plt
 from l2a_jax.attention.kernels.plan import Block, Spec
+from l2a_jax.attention.kernels.tile import HeadsRef, KeysRef
+from l2a_jax.attention.reference import Heads, Keys
 from l2a_jax.attention.rows import Rows
 
 MAX_SINKS = 64  # more would not fit the shared memory of an sm_89 card at head width 128
 
 
-def add_sink_gradients(spec: Spec, block: Block, d_k, d_v, q, k, v, rows: Rows | None, lse, delta, d_out, *,
-                       interpret: bool):
+def add_sink_gradients(
+    spec: Spec, block: Block, d_k: Keys, d_v: Keys, q: Heads, k: Keys, v: Keys, rows: Rows | None,
+    lse: Float[Array, "B N T"], delta: Float[Array, "B N T"], d_out: Heads,
+) -> tuple[Keys, Keys]:
     """(dk, dv) with the sinks' share. Everything is in token order; `rows` None: they follow from row numbers."""
     batch, chunk = q.shape[0], min(spec.window, block.rows)
     chunks = pl.cdiv(spec.length, chunk)
     origin = None if rows is None else _origins(rows, chunk, chunks)
     share = jax.ShapeDtypeStruct((batch, chunks, spec.kv_heads, _padded(spec), spec.width), jnp.float32)
     shares = launch(
-        functools.partial(_kernel, spec=spec, chunk=chunk, interpret=interpret),
+        functools.partial(_kernel, spec=spec, chunk=chunk),
         "l2a_attention_sinks", (share, share), (spec.kv_heads, chunks, batch),
-        warps=block.num_warps, stages=block.num_stages, interpret=interpret,
+        warps=block.num_warps, stages=block.num_stages, interpret=spec.interpret,
     )(q, k, v, lse, delta, d_out, None if rows is None else (origin, rows.sink_low, rows.sink_high))
     shares = [share[..., : spec.sinks, :] for share in shares]
     if origin is None or not spec.segmented:
@@ -66,8 +71,11 @@ def _origins(rows: Rows, chunk: int, chunks: int) -> Int[Array, "B C"]:
     return first.reshape(-1, chunks, chunk).min(-1)
 
 
-def _kernel(q_ref, k_ref, v_ref, lse_ref, delta_ref, d_out_ref, tables, d_k_ref, d_v_ref, *, spec: Spec, chunk: int,
-            interpret: bool):
+def _kernel(
+    q_ref: HeadsRef, k_ref: KeysRef, v_ref: KeysRef, lse_ref: Float[Any, "B N T"], delta_ref: Float[Any, "B N T"],
+    d_out_ref: HeadsRef, tables: tuple | None, d_k_ref: Float[Any, "B C K sinks H"],
+    d_v_ref: Float[Any, "B C K sinks H"], *, spec: Spec, chunk: int,
+) -> None:
     kv_head, number, batch = (pl.program_id(i) for i in range(3))
     size = max(16, pl.next_power_of_2(chunk))  # a window below 16 leaves rows unused
     start = number * chunk
@@ -88,7 +96,6 @@ def _kernel(q_ref, k_ref, v_ref, lse_ref, delta_ref, d_out_ref, tables, d_k_ref,
     heads = jnp.clip(jnp.max(high - low), 0, 1) * spec.group_size
     keys = t.load_tokens(k_ref, batch, first, padded, kv_head, spec.length)
     values = t.load_tokens(v_ref, batch, first, padded, kv_head, spec.length)
-    scale = spec.scale * t.LOG2_E
 
     def one_head(g, carry):
         d_keys, d_values = carry
@@ -98,7 +105,7 @@ def _kernel(q_ref, k_ref, v_ref, lse_ref, delta_ref, d_out_ref, tables, d_k_ref,
         lse = plt.load(lse_ref.at[batch, head, here], mask=inside, other=t.DEAD)
         delta = plt.load(delta_ref.at[batch, head, here], mask=inside, other=0.0)
         scores = jnp.where(visible, t.dot(keys, query, trans_b=True), -jnp.inf)
-        weights = t.weigh(scores, scale, lse[None, :], interpret)
+        weights = t.weigh(scores, spec, lse[None, :])
         d_scores = weights * (t.dot(values, d_out, trans_b=True) - delta[None, :])
         return (d_keys + t.dot(d_scores.astype(query.dtype), query),
                 d_values + t.dot(weights.astype(d_out.dtype), d_out))

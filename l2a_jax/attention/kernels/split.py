@@ -8,16 +8,21 @@ the device knows; the number of places for programs is fixed.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from l2a_jax.attention.kernels import tile as t
 from l2a_jax.attention.kernels.launch import launch, pl, plt
 from l2a_jax.attention.kernels.plan import Block, Plan, Spec
+from l2a_jax.attention.kernels.tile import HeadsRef, Number, NumbersRef
+from l2a_jax.attention.reference import Heads
 
 PROGRAMS = 1_056  # about eight per multiprocessor of an H100; beyond that many tiles, none is shared
 MAX_PARTS = 32
+Shares = tuple[Float[Any, "B N places ..."], ...]
 
 
 def places(spec: Spec, batch: int) -> int:
@@ -32,7 +37,8 @@ def part_shapes(spec: Spec, block: Block, batch: int) -> list[jax.ShapeDtypeStru
     return [jax.ShapeDtypeStruct((*shape, *width), jnp.float32) for width in ((spec.width,), (), ())]
 
 
-def assignment(number, count, size: int, room: int):
+def assignment(number: Number, count: Number, size: int, room: int
+               ) -> tuple[Bool[Array, ""], Number, Number, Number]:
     """(is there work, tile, part, parts) of the program `number` of a head and sequence with `count` rows."""
     tiles = jnp.maximum((count + size - 1) // size, 1)
     parts = jnp.clip(room // tiles, 1, MAX_PARTS)
@@ -41,7 +47,7 @@ def assignment(number, count, size: int, room: int):
     return (number < tiles * parts) & (count > 0), tile, jax.lax.div(number, tiles), parts
 
 
-def part_bounds(bounds, part, parts):
+def part_bounds(bounds: tuple[Number, ...], part: Number, parts: Number) -> tuple[Number, ...]:
     """The part's own blocks of keys out of `row_tiles`."""
     begin, end = bounds[0], bounds[3]
     blocks = jnp.maximum(end - begin, 0)
@@ -49,24 +55,29 @@ def part_bounds(bounds, part, parts):
     return tuple(jnp.clip(bound, low, high) for bound in bounds)
 
 
-def join(spec: Spec, block: Block, plan: Plan, whole, lse, values, tops=None, totals=None, *, interpret: bool):
-    """(whole, lse) completed by the tiles that were shared. Without `tops` the values are gradients, which add up (and
-    lse stays as it is); else they are weighted sums of values, `totals` of weights, both relative to the maxima `tops`.
+def join(spec: Spec, block: Block, plan: Plan, whole: Heads, lse: Float[Array, "B N R"], shares: Shares
+         ) -> tuple[Heads, Float[Array, "B N R"]]:
+    """(whole, lse) completed by the tiles that were shared, of `part_shapes`. Shares that are values alone are
+    gradients, which add up (and lse stays as it is); else they are weighted sums of values, maxima, and sums of
+    weights, both sums relative to the maxima.
 
     Not outputs and log-sum-exps: of scores near 2^20 a log-sum-exp in float32 tells the weights to 4 % only.
     """
     batch = whole.shape[0]
     room = places(spec, batch)
-    return launch(
+    return tuple(launch(
         functools.partial(_kernel, spec=spec, block=block, room=room),
         "l2a_attention_join", [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (whole, lse)],
-        (spec.heads, max(room // 2, 1), batch), warps=8, interpret=interpret, aliases={0: 0, 1: 1},
-    )(whole, lse, values, tops, totals, plan.index, plan.count)
+        (spec.heads, max(room // 2, 1), batch), warps=8, interpret=spec.interpret, aliases={0: 0, 1: 1},
+    )(whole, lse, shares, plan.index, plan.count))
 
 
-def _kernel(whole_in, lse_in, values_ref, tops_ref, totals_ref, index, counts, whole_ref, lse_ref, *, spec, block,
-            room):
+def _kernel(
+    whole_in: HeadsRef, lse_in: NumbersRef, shares: Shares, index: Int[Any, "B R"], counts: Int[Any, B],
+    whole_ref: HeadsRef, lse_ref: NumbersRef, *, spec: Spec, block: Block, room: int,
+) -> None:
     del whole_in, lse_in
+    values_ref, *weights = shares
     head, batch = pl.program_id(0), pl.program_id(2)
     count = counts[batch]
     is_work, tile, first, parts = assignment(pl.program_id(1), count, block.rows, room)
@@ -77,8 +88,9 @@ def _kernel(whole_in, lse_in, values_ref, tops_ref, totals_ref, index, counts, w
         top, total, out = carry
         place = pl.ds((part * tiles + tiles - 1 - tile) * block.rows, block.rows)
         values = values_ref[batch, head, place, :]
-        if tops_ref is None:
+        if not weights:
             return top, total, out + values
+        tops_ref, totals_ref = weights
         part_top = tops_ref[batch, head, place]
         new_top = jnp.maximum(top, part_top)
         shrink, weight = jnp.exp2(top - new_top), jnp.exp2(part_top - new_top)
@@ -91,7 +103,7 @@ def _kernel(whole_in, lse_in, values_ref, tops_ref, totals_ref, index, counts, w
         zeros = jnp.zeros((block.rows,), jnp.float32)
         carry = (zeros + t.FLOOR, zeros, jnp.zeros((block.rows, spec.width), jnp.float32))
         top, total, out = jax.lax.fori_loop(0, parts, one, carry)
-        if tops_ref is not None:
+        if weights:
             total = jnp.where(exist, total, 1.0)
             out = out / total[:, None]
             here = pl.ds(start, block.rows)

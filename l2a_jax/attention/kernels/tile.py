@@ -76,15 +76,15 @@ def program(*, interleave: bool) -> tuple[Number, Number, Number]:
     return (head, *(reversed(others) if interleave else others))
 
 
-def weigh(scores: Float[Array, "R C"], scale: float, shift: Float[Array, "#R #C"], interpret: bool
-          ) -> Float[Array, "R C"]:
-    """exp2(scores * scale - shift), by one fused multiply-add and one exponential.
+def weigh(scores: Float[Array, "R C"], spec: Spec, shift: Float[Array, "#R #C"]) -> Float[Array, "R C"]:
+    """exp2(scores * scale - shift), with the scale in base 2, by one fused multiply-add and one exponential.
 
     XLA neither fuses the product with the difference nor lets exp2 drop subnormal results, which would take eight
     instructions a score; interpret mode has no rule for assembly. The product is not rounded but `shift` is: sound for
     |scores * scale| up to 2^28, where half a unit in the last place is a factor of 2^16.
     """
-    if interpret:
+    scale = spec.scale * LOG2_E
+    if spec.interpret:
         return jnp.exp2(scores * scale - shift)
     factor = struct.pack(">f", scale).hex()
     result, = plt.elementwise_inline_asm(

@@ -82,19 +82,18 @@ def calls(case: SpeedCase):
 
     def prepare(q, k, v, d_out, decisions):
         blocks = table("sm_90", case.width, 2, loop_of(spec))
-        out, lse = forward(spec, blocks.forward, q, k, v, plan(decisions), interpret=False)
-        _, delta, rows_q, rows_d_out = backward_q(
-            spec, blocks.backward_q, q, k, v, plan(decisions), out, lse, d_out, interpret=False)
+        out, lse = forward(spec, blocks.forward, q, k, v, plan(decisions))
+        _, delta, rows_q, rows_d_out = backward_q(spec, blocks.backward_q, q, k, v, plan(decisions), out, lse, d_out)
         return q, k, v, d_out, decisions, out, lse, delta, rows_q, rows_d_out
 
     def run(kernel, block, **options):
         def call(q, k, v, d_out, decisions, out, lse, delta, rows_q, rows_d_out):
             p = plan(decisions)
             if kernel == "forward":
-                return forward(spec, block, q, k, v, p, interpret=False)
+                return forward(spec, block, q, k, v, p)
             if kernel == "backward_q":
-                return backward_q(spec, block, q, k, v, p, out, lse, d_out, interpret=False)
-            return backward_kv(spec, block, rows_q, k, v, p, lse, delta, rows_d_out, interpret=False, **options)
+                return backward_q(spec, block, q, k, v, p, out, lse, d_out)
+            return backward_kv(spec, block, rows_q, k, v, p, lse, delta, rows_d_out, **options)
         return call
 
     return prepare, run
