@@ -42,30 +42,30 @@ def soft_gate(lab: Lab) -> Report:
             (arms.soft_random, "49.83 ± 0.04"), (arms.soft_constant, ""), (large, ""), (arms.additive_learned, ""),
             (arms.additive_random, "")]
     lab.prepare([arm for arm, _ in rows])
-    base = lab.nll(arms.dense, DENSE)
+    nats = {arm: lab.nll(arm, arms.native(arm)) for arm, _ in rows}
     table = Table("Held-out perplexity", note="sigmoid(G): over visible pairs, heads and layers, of held-out text. A "
                   "constant additive gate would be dense attention exactly: the softmax takes no notice of a shift.")
     for arm, reported in rows:
-        nll = lab.nll(arm, arms.native(arm))
         statistics = lab.statistics(arm, arms.native(arm), lab.preset.top_ks)
         table.rows[arm.name] = {
-            "perplexity": Cell(perplexity(nll), reported), "nats above dense": Cell(nll - base, digits=4),
+            "perplexity": Cell(perplexity(nats[arm]), reported),
+            "nats above dense": Cell(nats[arm] - nats[arms.dense], digits=4),
             "mean sigmoid(G)": Cell(statistics["gate_mean"].mean(axis=1), digits=3),
             "sd sigmoid(G)": Cell(statistics["gate_sd"].mean(axis=1), digits=3)}
-    notes = [_gap(lab, "learned - frozen random", arms.soft_learned, arms.soft_random),
-             _gap(lab, "learned - constant 0.5", arms.soft_learned, arms.soft_constant),
-             _gap(lab, "frozen random - constant 0.5", arms.soft_random, arms.soft_constant),
-             _gap(lab, "frozen random at the larger scale - constant 0.5", large, arms.soft_constant),
-             _gap(lab, "constant 0.5 - dense", arms.soft_constant, arms.dense),
-             _gap(lab, "additive: learned - frozen random", arms.additive_learned, arms.additive_random)]
+    gaps = (("learned - frozen random", arms.soft_learned, arms.soft_random),
+            ("learned - constant 0.5", arms.soft_learned, arms.soft_constant),
+            ("frozen random - constant 0.5", arms.soft_random, arms.soft_constant),
+            ("frozen random at the larger scale - constant 0.5", large, arms.soft_constant),
+            ("constant 0.5 - dense", arms.soft_constant, arms.dense),
+            ("additive: learned - frozen random", arms.additive_learned, arms.additive_random))
     return Report("soft_gate", "Soft gates: learned, frozen random, constant, none", [table],
-                  [bars("Soft gates", "held-out perplexity", table, "perplexity")], notes)
+                  [bars("Soft gates", "held-out perplexity", table, "perplexity")],
+                  [_gap(what, nats[left] - nats[right]) for what, left, right in gaps])
 
 
-def _gap(lab: Lab, what: str, left: Arm, right: Arm) -> str:
-    """Difference in nats, seed by seed (arms of one seed share initial weights and data)."""
-    gap = lab.nll(left, arms.native(left)) - lab.nll(right, arms.native(right))
-    return f"{what}: {Cell(gap, digits=4).text()} nats, paired by seed"
+def _gap(what: str, nats: np.ndarray) -> str:
+    """A difference seed by seed: arms of one seed share initial weights and data."""
+    return f"{what}: {Cell(nats, digits=4).text()} nats, paired by seed"
 
 
 def hard_topk(lab: Lab) -> Report:
@@ -229,11 +229,10 @@ def closed_loop(lab: Lab) -> Report:
             "native": Cell(perplexity(native)), "own gate, hard": Cell(perplexity(hard)),
             "excess": Cell(hard - native, reported, digits=4),
             **_deployed(lab, arm, "oracle mask", "random mask", "dense")}
-    hard = {arm.name: lab.nll(arm, HARD) for arm, _ in rows}
-    notes = [f"closed loop, learned - frozen random, both deployed hard: "
-             f"{Cell(hard['closed_learned'] - hard['closed_random'], digits=4).text()} nats, paired by seed",
-             f"indexer - frozen random hard gate (hard_after): "
-             f"{Cell(hard['indexer'] - hard['hard_after'], digits=4).text()} nats, paired by seed"]
+    hard = {arm: lab.nll(arm, HARD) for arm, _ in rows}
+    notes = [_gap("closed loop, learned - frozen random, both deployed hard",
+                  hard[arms.closed_learned] - hard[arms.closed_random]),
+             _gap("indexer - frozen random hard gate (hard_after)", hard[arms.indexer] - hard[arms.hard_after])]
     return Report("closed_loop", "Trained on the hard path", [table],
                   [bars("Deployed hard with the own gate", "held-out perplexity", table, "own gate, hard", log=True),
                    bars("Native", "held-out perplexity", table, "native")], notes)

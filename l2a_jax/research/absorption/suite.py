@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import pathlib
@@ -72,29 +73,23 @@ def run(names: Sequence[str], lab: Lab, preset_name: str, out: pathlib.Path) -> 
     return written
 
 
-class _Planner(Lab):
-    """Learns which arms an experiment asks for, and goes no further."""
-
-    class Planned(Exception):
-        pass
-
-    def __init__(self, lab: Lab):
-        self.__dict__.update(lab.__dict__)
-
-    def prepare(self, arms: Sequence[Arm]) -> None:
-        self.planned = list(arms)
-        raise self.Planned
+class _Planned(Exception):
+    """The arms that an experiment asks for, in place of their training."""
 
 
 def arms_of(names: Sequence[str], lab: Lab) -> list[Arm]:
     """The distinct arms of experiments, in their order."""
+    def tell(arms):
+        raise _Planned(*arms)
+
+    planner = copy.copy(lab)
+    planner.prepare = tell
     found: dict[str, Arm] = {}
     for name in names:
-        planner = _Planner(lab)
         try:
             EXPERIMENTS[name](planner)
-        except planner.Planned:
-            for arm in planner.planned:
+        except _Planned as planned:
+            for arm in planned.args:
                 found.setdefault(lab.key(arm), arm)
     return list(found.values())
 

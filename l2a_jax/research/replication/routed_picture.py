@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float64, Int
 
 from l2a_jax.errors import UserError, needs
-from l2a_jax.files import whole
+from l2a_jax.research.tables import write_figure
 
 COLUMNS, LINES = 96, 60
 """Characters a line, and lines a picture at most: what does not fit is left out, and the title says so."""
@@ -51,7 +51,7 @@ def draw_routed_text(tokens: Int[np.ndarray, " T"], share: Float64[np.ndarray, "
     needs("matplotlib", "research", "a picture of a routed text")
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
+    from matplotlib.colors import ListedColormap, Normalize
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
@@ -63,7 +63,7 @@ def draw_routed_text(tokens: Int[np.ndarray, " T"], share: Float64[np.ndarray, "
     scale = Normalize(0, max(float(share[:count].max()), 1e-9))
     colours = colormaps["OrRd"]
     height = 0.2 * len(shown)
-    figure = Figure(figsize=(0.088 * columns + 1.4, height + 0.9), dpi=150)
+    figure = Figure(figsize=(0.088 * columns + 1.4, height + 0.9))
     axis = figure.add_axes((0.02, 0.12 / (height + 0.9), 0.87, height / (height + 0.9)))
     axis.set(xlim=(0, columns), ylim=(len(shown), 0))
     axis.axis("off")
@@ -78,20 +78,11 @@ def draw_routed_text(tokens: Int[np.ndarray, " T"], share: Float64[np.ndarray, "
     cut = "" if count == len(tokens) else f" (first {count:,} of {len(tokens):,} tokens)"
     figure.text(0.02, 1 - 0.35 / (height + 0.9), title + cut, fontsize=10)
     bar = figure.add_axes((0.91, 0.2, 0.015, 0.6))
-    figure.colorbar(ScalarMappable(Normalize(0, scale.vmax), _faded(colours)), cax=bar,
-                    label="share of layers that route")
-    path = Path(path)
+    used = ListedColormap(colours(np.linspace(0, 0.8, 256)))  # the darkest fifth would hide black letters
+    figure.colorbar(ScalarMappable(Normalize(0, scale.vmax), used), cax=bar, label="share of layers that route")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as partial:
-        figure.savefig(partial, format="png")
+    write_figure(figure, path, dpi=150)
     return count
-
-
-def _faded(colours):
-    """The part of the colour map that is used: its darkest fifth would hide black letters."""
-    from matplotlib.colors import ListedColormap
-
-    return ListedColormap(colours(np.linspace(0, 0.8, 256)))
 
 
 def _shown(letter: str) -> str:
