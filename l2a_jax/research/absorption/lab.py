@@ -299,7 +299,7 @@ class Lab:
 
     def statistics(self, arm: Arm, attention: Attention, ks: Sequence[int], *, selector: Tree | None = None,
                    selector_of: Any = None) -> dict[str, np.ndarray]:
-        """`evaluate.layer_statistics` of an arm, [seeds, L, ...]; at most 4 batches, since masks are what it counts."""
+        """`scoring.layer_statistics` of an arm, [seeds, L, ...]; at most 4 batches, since masks are what it counts."""
         name = digest("statistics", self.key(arm), attention, list(ks), selector_of)
         if name not in self._scores:
             params = scoring.with_selector(self.params(arm), selector)

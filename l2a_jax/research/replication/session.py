@@ -114,10 +114,9 @@ class Session:
         m = row.measures
 
         def make():
-            plan = self.plan(row)
-            empty = Pretrained(plan.config, None, {}, plan.tokenizer, "")
+            empty = self._weightless(row)
             options = needle.make_options({"lengths": m.needle_lengths, "depths": m.needle_depths,
-                                                "seeds": m.needle_seeds, "haystack": (self.place(m.haystack),)}, empty)
+                                           "seeds": m.needle_seeds, "haystack": (self.place(m.haystack),)}, empty)
             return options, needles.prepare(empty, options)
 
         return self._once(("needle", row.size, m.needle_lengths, m.needle_depths, m.needle_seeds, m.haystack), make)
@@ -125,9 +124,13 @@ class Session:
     def benchmark(self, row: Row, name: str) -> benchmarks.Prepared:
         """A benchmark's items for the row's model."""
         m = row.measures
-        empty = Pretrained(self.plan(row).config, None, {}, self.plan(row).tokenizer, "")
-        return self._once(("benchmark", row.size, name, m.task_data, m.limit),
-                          lambda: benchmarks.prepare(empty, name, self.place(m.task_data), m.limit))
+        return self._once(("benchmark", row.size, name, m.task_data, m.limit), lambda: benchmarks.prepare(
+            self._weightless(row), name, self.place(m.task_data), m.limit))
+
+    def _weightless(self, row: Row) -> Pretrained:
+        """The row's model without its weights: what prompts are made for."""
+        plan = self.plan(row)
+        return Pretrained(plan.config, None, {}, plan.tokenizer, "")
 
     def _once(self, key: tuple, make: Callable[[], Any]) -> Any:
         if key not in self._kept:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -129,19 +128,6 @@ def _entry(case, ms, failed) -> dict:
             "teraflops": [case.teraflops(False), case.teraflops(True)], "failed": failed}
 
 
-def run(cases: list[SpeedCase], with_torch: bool = True, in_turn: bool = False) -> Iterator[dict]:
-    """Measure the cases; after each, everything that is needed to repeat and to judge those so far. `in_turn`: by
-    `measure_in_turn`, all at once."""
-    result = {**tables.heading(), "matmul_teraflops_per_second": matmul_ceiling(), "cases": []}
-    if in_turn:
-        yield {**result, "cases": measure_in_turn(cases)}
-        return
-    for case in cases:
-        result["cases"].append(measure(case, with_torch))
-        log.info("%s: %s", case.name, json.dumps(result["cases"][-1]["ms"]))
-        yield result
-
-
 def markdown(result: dict) -> str:
     """The result as a short table."""
     ceiling = result["matmul_teraflops_per_second"]
@@ -169,9 +155,13 @@ def markdown(result: dict) -> str:
 
 
 def main(cases: list[SpeedCase], only: str, out: Path | None, name: str, with_torch: bool, in_turn: bool) -> None:
-    """Measure the cases in whose name `only` is found, print the table, and write NAME.json and NAME.md to `out`."""
-    text = ""
-    for result in run(tables.chosen(cases, only), with_torch, in_turn):
-        text = markdown(result)
-        tables.write(out, name, result, text)
-    print(text, flush=True)
+    """Measure the cases in whose name `only` is found, print the table, and write NAME.json and NAME.md to `out`, after
+    every case. `in_turn`: by `measure_in_turn`, all at once."""
+    result = {**tables.heading(), "matmul_teraflops_per_second": matmul_ceiling(), "cases": []}
+    cases = tables.chosen(cases, only)
+    for found in [measure_in_turn(cases)] if in_turn else ([measure(case, with_torch)] for case in cases):
+        result["cases"] += found
+        for entry in found:
+            log.info("%s: %s", entry["case"], json.dumps(entry["ms"]))
+        tables.write(out, name, result, markdown(result))
+    print(markdown(result), flush=True)

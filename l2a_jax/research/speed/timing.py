@@ -36,22 +36,19 @@ def torch_ms(run: Callable[[], Any], *, repeats: int = 7, each: int = 1) -> tupl
     return median_ms(run, lambda _: torch.cuda.synchronize(), repeats=repeats, each=each), warming
 
 
-def time_jax(function: Callable, sets: Sequence[tuple], repeats: int = 7) -> float:
-    """Milliseconds of one `function(*inputs)`, compiled, over several sets of inputs.
-
-    All sets go through one executable, so the host's dispatch is not in the number; different inputs keep XLA from
-    merging the calls, and keep the cache from holding one call's data for the next.
-    """
-    return time_compiled(compile_jax(function, sets), sets, repeats)
-
-
 def compile_jax(function: Callable, sets: Sequence[tuple]):
-    """The executable that `time_compiled` runs; compiling releases the interpreter, so threads can share the work."""
+    """The executable that `time_compiled` runs, `function(*inputs)` for several sets of inputs.
+
+    All sets go through one executable, so the host's dispatch is not in the time; different inputs keep XLA from
+    merging the calls, and keep the cache from holding one call's data for the next. Compiling releases the interpreter,
+    so threads can share the work.
+    """
     return jax.jit(lambda sets: [function(*inputs) for inputs in sets]).lower(sets).compile()
 
 
 def time_compiled(compiled, sets: Sequence[tuple], repeats: int = 7) -> float:
-    """See `time_jax`. A repeat launches the executable several times before it waits, so that the device never does."""
+    """Milliseconds of one set. A repeat launches the executable several times before it waits, so that the device never
+    does."""
     start = time.perf_counter()
     jax.block_until_ready(compiled(sets))
     jax.block_until_ready(compiled(sets))
@@ -63,4 +60,4 @@ def matmul_ceiling(size: int = 8192) -> float:
     """Measured TFLOP/s of a bfloat16 matrix product on random data: what no attention can exceed by much."""
     keys = jax.random.split(jax.random.key(0), 4)
     sets = [tuple(jax.random.normal(k, (size, size), jnp.bfloat16) for k in pair) for pair in (keys[:2], keys[2:])]
-    return 2 * size**3 / time_jax(jnp.matmul, sets) / 1e9
+    return 2 * size**3 / time_compiled(compile_jax(jnp.matmul, sets), sets) / 1e9

@@ -182,7 +182,7 @@ def markdown(result: dict) -> str:
         "AdamW with float32 masters, default backend. Memory is the compiled step's (arguments and temporaries). "
         "Operations are the model's own (rematerialised ones are not counted, nor are keys beyond a window), beside a "
         f"matrix product 8,192^3 at {ceiling:.0f} TFLOP/s. *PyTorch*: the same step, compiled, with both paths dense "
-        "(`training_torch`), in the same run, where it was measured.", "",
+        "(`training_peer`), in the same run, where it was measured.", "",
         *tables.grid(["step", "local", "ms", "tokens/s", "GB", "TFLOP/s", "of ceiling", "PyTorch tokens/s", "GB"],
                      rows),
         *(f"- not measured, {name}: {why}" for name, why in result["failed"].items())]).rstrip() + "\n"
