@@ -137,8 +137,8 @@ def _pool(model, weights, options, rows, queue, tokens, prompts, ends, label):
                 break
             chosen = [queue.popleft() for _ in range(min(group, len(queue)))]
             places = [free.pop() for _ in chosen]
-            state = _admit(model.params, state, *_padded([tokens[index] for index in chosen], (group, width)),
-                           np.array(places + [rows] * (group - len(chosen)), np.int32), options)
+            state = _admit(model.params, state, *_padded([tokens[index] for index in chosen], places, (group, width)),
+                           options)
             held |= dict(zip(places, chosen, strict=True))
             written |= {index: [] for index in chosen}
         active = np.isin(np.arange(rows), list(held))
@@ -217,12 +217,14 @@ def _row_count(model: Pretrained, slots: int, prompts: int, batch_tokens: int | 
     return min(1 << max(fit, 1).bit_length() - 1, power_of_two(prompts))
 
 
-def _padded(prompts: list[np.ndarray], shape: tuple[int, int]) -> tuple[Int[np.ndarray, "G T"], Int[np.ndarray, " G"]]:
-    """Prompts in a group of one shape; rows that are left over hold a token, and are put nowhere."""
-    tokens, lengths = np.zeros(shape, np.int32), np.ones(shape[0], np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : prompt.size], lengths[row] = prompt, prompt.size
-    return tokens, lengths
+def _padded(prompts: list[np.ndarray], places: list[int], shape: tuple[int, int]) -> tuple[
+        Int[np.ndarray, "G T"], Int[np.ndarray, " G"], Int[np.ndarray, " G"]]:
+    """(tokens, lengths, places) of a group of one shape; where prompts are few, the last one is read more than once."""
+    rows = np.minimum(np.arange(shape[0]), len(prompts) - 1)
+    tokens = np.zeros(shape, np.int32)
+    for row, index in enumerate(rows):
+        tokens[row, : prompts[index].size] = prompts[index]
+    return tokens, np.array([prompts[index].size for index in rows], np.int32), np.array(places, np.int32)[rows]
 
 
 _decode_params = jax.jit(decode_params)
@@ -236,11 +238,15 @@ def _admit(params: Tree, state: Rows, tokens: Int[Array, "G T"], lengths: Int[Ar
     logits, read, _ = prefill(params, tokens, lengths, options.config, options.l2a_config,
                               options.layout._replace(slots=width), backend=options.backend)
 
-    def put(store, new):  # a ring has slots of its own number, and all of them are new
-        return store.at[:, places, : new.shape[2]].set(new, mode="drop")
+    def put(store, new):  # a row at a time is written in place; one scatter would move the whole cache
+        def one(row, store):
+            return jax.lax.dynamic_update_slice(store, jax.lax.dynamic_slice_in_dim(new, row, 1, axis=1),
+                                                (0, places[row], 0, 0, 0))
 
-    return Rows(jax.tree.map(put, state.cache, read), state.position.at[places].set(lengths, mode="drop"),
-                state.next.at[places].set(_likeliest(logits), mode="drop"))
+        return jax.lax.fori_loop(0, places.shape[0], one, store)
+
+    return Rows(jax.tree.map(put, state.cache, read), state.position.at[places].set(lengths),
+                state.next.at[places].set(_likeliest(logits)))
 
 
 @functools.partial(jax.jit, static_argnames="options", donate_argnums=1)

@@ -42,16 +42,18 @@ class HarnessModel(TemplateLM):
 
     Contexts and continuations become tokens by TemplateLM's rules (encoded whole, then cut where the context ends;
     spaces at the context's end belong to the continuation; an empty context is the prefix token), all in one batch.
-    `requests` and `truncated` count those of the last call, and of them those that were cut from the left. Raises
-    UserError where the model has no tokenizer or no prefix token.
+    `requests` and `truncated` count those of the last call, and of them those that were cut from the left.
+    `batch_tokens` is that of `log_likelihoods` and `continuations`. Raises UserError where the model has no tokenizer
+    or no prefix token.
     """
 
-    def __init__(self, model: Pretrained, backend: str = "auto", label: str = "log-likelihoods"):
+    def __init__(self, model: Pretrained, backend: str = "auto", label: str = "log-likelihoods",
+                 batch_tokens: int | None = None):
         super().__init__()
         if model.tokenizer is None:
             raise UserError("the model has no tokenizer, which tasks need; expected tokenizer.json beside its weights")
         self.model, self.tokenizer = model, model.tokenizer
-        self.label, self._backend = label, backend
+        self.label, self._passes = label, {"backend": backend, "batch_tokens": batch_tokens}
         self.requests = self.truncated = 0
         if self.prefix_token_id is None:
             raise UserError("the model's tokenizer names neither bos_token nor eos_token; an empty context needs one")
@@ -125,11 +127,11 @@ class HarnessModel(TemplateLM):
         for ids, said in zip(self.tokenizer.encode_batch(contexts), settings, strict=True):
             until, most = greedy(said, self.label)
             prompts.append(Prompt(ids or [self.prefix_token_id], most, until))
-        found = continuations(self.model, prompts, backend=self._backend, label=self.label)
+        found = continuations(self.model, prompts, label=self.label, **self._passes)
         self.requests, self.truncated = len(prompts), int(found.truncated.sum())
         return found.texts
 
     def _score(self, requests: list[Request]) -> list[tuple[float, bool]]:
-        scores = log_likelihoods(self.model, requests, backend=self._backend, label=self.label)
+        scores = log_likelihoods(self.model, requests, label=self.label, **self._passes)
         self.requests, self.truncated = len(requests), int(scores.truncated.sum())
         return list(zip(scores.log_probabilities.tolist(), scores.greedy.tolist(), strict=True))

@@ -108,7 +108,7 @@ class Options(TextOptions, BenchmarkOptions, RulerOptions, RouteOptions):
     dtype: Annotated[str | None, DTYPE, "float32: exact products too (default: bfloat16; on a CPU float32)"] = None
     backend: Backend = "auto"
     batch_tokens: Annotated[int | None, count(), Unit("tokens"),
-                            "tokens a batch of windows (default: 16384; on a CPU 4096)"] = None
+                            "tokens a batch (default, of windows: 16384; on a CPU 4096)"] = None
     seed: Annotated[int, SEED, "of sampled text in the collapse report, and of RULER's prompts"] = 0
     needle: Annotated[dict[str, Any], Mark.RECORDED] = field(default_factory=dict)
     layer: Annotated[dict[str, Any], Mark.RECORDED] = field(default_factory=dict)
