@@ -94,13 +94,14 @@ def prepare(name: str, options: Any, model: Pretrained) -> Prepared:
     if haystack is not None and RECALL in haystack:
         raise UserError(f"--haystack {RECALL} has no prose for RULER; expected files, folders or globs of text")
     made_of = material(tokenizer, o.ruler_tasks, max(o.lengths), haystack, o.task_data)
-    units = {}
-    for length in sorted(o.lengths):
-        for task in o.ruler_tasks:
-            units[task, length] = calibrate(task, length, o.seed, made_of)
-            first = build(task, length, 0, o.seed, made_of, units[task, length])
-            check_ids(first.tokens, model.config.vocab_size, f"RULER's {task}")
-    return Prepared(made_of, units)
+    grid = [(task, length) for length in sorted(o.lengths) for task in o.ruler_tasks]
+    with ThreadPoolExecutor(BUILDERS) as pool:
+        units = pool.map(lambda cell: calibrate(*cell, o.seed, made_of), grid)
+        prepared = Prepared(made_of, dict(zip(grid, units, strict=True)))
+    for task in o.ruler_tasks:
+        first = build(task, min(o.lengths), 0, o.seed, made_of, prepared.units[task, min(o.lengths)])
+        check_ids(first.tokens, model.config.vocab_size, f"RULER's {task}")
+    return prepared
 
 
 def writes(name: str, options: Any, prepared: Prepared, path: Path) -> list[str]:
