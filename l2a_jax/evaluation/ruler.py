@@ -15,7 +15,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ from l2a_jax.config import position_limit
 from l2a_jax.data.encoder import check_ids
 from l2a_jax.errors import UserError, needs
 from l2a_jax.evaluation import intervals, ruler_source, texts
+from l2a_jax.evaluation.columns import CELL, DIFFERENCE, SCORE, Column, change, interval
 from l2a_jax.evaluation.controls import controls
 from l2a_jax.evaluation.needle_text import RECALL
 from l2a_jax.evaluation.registry import Work
@@ -299,6 +300,41 @@ def _write_samples(path: Path, samples: dict[tuple, list[dict]]) -> None:
         for rows in samples.values():
             for row in rows:
                 stream.write(json.dumps(plain(row), ensure_ascii=False) + "\n")
+
+
+def columns(name: str) -> tuple[Column, ...]:
+    shape = {**CELL, "lengths": some(int), "scores": some(float), "difference?": DIFFERENCE}
+    return (Column("ruler", "ruler", SCORE, shape, _cell, _text,
+                   note="the mean score of RULER's tasks, with its interval, at the longest length."),)
+
+
+def _cell(entry: dict[str, Any], other: dict[str, Any] | None, say: Callable[[str], None]) -> dict[str, Any]:
+    """The model's own routing; the difference is of the longest length, over the items that both have."""
+    longest, own = entry["lengths"][-1], entry["cells"][0]["control"]
+    rows = {row["length"]: row for row in entry["overall"] if row["control"] == own}
+    cell = {"value": rows[longest]["score"], "interval": rows[longest]["score_95"], "n": rows[longest]["n"],
+            "lengths": list(rows), "scores": [row["score"] for row in rows.values()]}
+    if other is None:
+        return cell
+
+    def scored(found):
+        own = found["cells"][0]["control"]
+        return {one["prompts"]: one for one in found["cells"] if (one["length"], one["control"]) == (longest, own)}
+
+    mine, base = scored(entry), scored(other)
+    shared = [prompts for prompts in mine if prompts in base]
+    if not shared:
+        say(f"ruler is of other prompts than the baseline's at {longest} tokens: no paired difference")
+        return cell
+    found = _difference([mine[one] for one in shared], [base[one] for one in shared])
+    return {**cell, "difference": {"value": found["difference"], "interval": found["difference_95"]}}
+
+
+def _text(cell: dict[str, Any], versus: bool) -> str:
+    *shorter, longest = cell["lengths"]
+    others = "".join(f"; {100 * one:.1f} at {length:,}" for length, one in zip(shorter, cell["scores"], strict=False))
+    text = interval(cell, f"n={cell['n']}, {longest:,} tokens{others}", 100, 1)
+    return text + (f"<br>Δ {change(cell['difference'], 100, 1)}" if versus and cell.get("difference") else "")
 
 
 def told(entry: dict[str, Any]) -> str:

@@ -173,6 +173,21 @@ def test_a_plain_model_has_one_row_of_cells(folder, tmp_path):
     assert cell["control"] == "plain" and "local_share" not in cell and cell["n"] == 2 == len(cell["written"])
 
 
+def test_runs_are_compared_item_by_item_in_the_table():
+    def entry(control, scores, prompts="same"):
+        cells = [{"task": "vt", "length": length, "control": control, "score": sum(scores) / 4, "n": 4,
+                  "scores": scores, "prompts": prompts + str(length), "written": []} for length in (4_096, 8_192)]
+        return ruler._summary(cells)
+
+    (column,), said = ruler.columns("ruler"), []
+    cell = column.cell(entry("learned", [1.0, 0.0, 1.0, 1.0]), entry("plain", [1.0, 1.0, 1.0, 1.0]), said.append)
+    assert cell["value"] == 0.75 and cell["n"] == 4 and cell["difference"]["value"] == -0.25 and not said
+    text = column.text(cell, True)
+    assert text.startswith("75.0 [") and "(n=4, 8,192 tokens; 75.0 at 4,096)<br>Δ -25.0 [" in text
+    cell = column.cell(entry("learned", [1.0, 0.0, 1.0, 1.0]), entry("plain", [1.0] * 4, "other"), said.append)
+    assert "difference" not in cell and "other prompts than the baseline's at 8192 tokens" in said[0]
+
+
 @pytest.mark.parametrize(("changes", "message"), [
     ({"lengths": (2_048,)}, r"--lengths names 2048; .* has positions up to 1024"),
     ({"needle": {"haystack": ("recall",)}}, "--haystack recall has no prose"),
