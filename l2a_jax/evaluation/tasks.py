@@ -75,13 +75,27 @@ def task(work: Work) -> dict[str, Any]:
                           loaded=work.prepared)[work.name]
 
 
+class Metric(NamedTuple):
+    """A metric of an entry, wherever it stands there; `items`: its value for each, where that is a number."""
+
+    name: str
+    value: float
+    stderr: float | None
+    items: list[float] | None
+
+
+def metrics(entry: dict[str, Any]) -> list[Metric]:
+    """The metrics of an entry, the accuracies of a choice first."""
+    choice = [Metric(name, entry[name], entry.get(f"{name}_stderr"), entry.get(items))
+              for name, items in METRICS.items() if entry.get(name) is not None]
+    return choice + [Metric(name, score["value"], score.get("stderr"), score.get("items"))
+                     for name, score in entry.get("scores", {}).items()]
+
+
 def told(entry: dict[str, Any]) -> str:
     """The metrics with their 95 % intervals."""
-    shown = [(metric, entry[metric], entry.get(f"{metric}_stderr")) for metric in METRICS
-             if entry.get(metric) is not None]
-    shown += [(name, score["value"], score.get("stderr")) for name, score in entry.get("scores", {}).items()]
-    texts = [f"{name} {value:.3f}" + ("" if error is None else f" +- {intervals.Z * error:.3f}")
-             for name, value, error in shown]
+    texts = [f"{one.name} {one.value:.3f}" + ("" if one.stderr is None else f" +- {intervals.Z * one.stderr:.3f}")
+             for one in metrics(entry)]
     return f"{', '.join(texts)} (95 %, {entry['n']} items, {entry['num_fewshot']}-shot)"
 
 
@@ -101,32 +115,40 @@ def columns(name: str) -> tuple[Column, ...]:
 
 def _cell(name: str, entry: dict[str, Any], other: dict[str, Any] | None, say: Callable[[str], None]) -> dict[str, Any]:
     """The first of an entry's metrics, and the others beside it; differences are paired over items."""
-    def paired(values, baseline):
-        if other is None or not same or not values or not baseline:
-            return None
-        difference, bounds = intervals.paired_items(values, baseline)
-        return {"value": difference, "interval": list(bounds)}
-
     same = other is not None and all(entry.get(key) == other.get(key) for key in (
         "n", "num_fewshot", "source", "version", "limit"))
     if other is not None and not same:
         say(f"{name} is of other items or shots than the baseline's: no paired difference")
-    cell = {"n": entry["n"], "num_fewshot": entry["num_fewshot"]}
-    if entry.get("acc") is not None:
-        correct, norm = entry["correct"], entry.get("correct_norm")
-        return {"value": entry["acc"], "interval": list(intervals.share(sum(correct), len(correct))), **cell,
-                "acc_norm": entry.get("acc_norm"),
-                "acc_norm_interval": list(intervals.share(sum(norm), len(norm))) if norm else None,
-                "difference": paired(correct, (other or {}).get("correct")),
-                "difference_norm": paired(norm, (other or {}).get("correct_norm"))}
-    (metric, first), *others = entry["scores"].items()
-    items, error = first.get("items"), first.get("stderr")
-    shares = bool(items) and set(items) <= {0, 1}
-    bounds = intervals.share(sum(items), len(items)) if shares else intervals.around(
-        first["value"], math.nan if error is None else error)
-    theirs = (other or {}).get("scores", {}).get(metric, {}).get("items")
-    return {"value": first["value"], "interval": list(bounds), **cell, "metric": metric, "scale": 100 if shares else 1,
-            "others": {name: score["value"] for name, score in others}, "difference": paired(items, theirs)}
+    baseline = {metric.name: metric.items for metric in metrics(other)} if same else {}
+    first, *others = metrics(entry)
+    cell = {"value": first.value, "interval": _interval(first), "n": entry["n"], "num_fewshot": entry["num_fewshot"],
+            "difference": _paired(first, baseline)}
+    if first.name != "acc":
+        return cell | {"metric": first.name, "scale": 100 if _shares(first) else 1,
+                       "others": {metric.name: metric.value for metric in others}}
+    norm = next((metric for metric in others if metric.name == "acc_norm"), None)
+    return cell | {"acc_norm": None if norm is None else norm.value,
+                   "acc_norm_interval": None if norm is None or not norm.items else _interval(norm),
+                   "difference_norm": None if norm is None else _paired(norm, baseline)}
+
+
+def _shares(metric: Metric) -> bool:
+    """Whether its items are 0 or 1."""
+    return bool(metric.items) and set(metric.items) <= {0, 1}
+
+
+def _interval(metric: Metric) -> list[float]:
+    if _shares(metric):
+        return list(intervals.share(sum(metric.items), len(metric.items)))
+    return list(intervals.around(metric.value, math.nan if metric.stderr is None else metric.stderr))
+
+
+def _paired(metric: Metric, baseline: dict[str, list[float] | None]) -> dict[str, Any] | None:
+    theirs = baseline.get(metric.name)
+    if not metric.items or not theirs:
+        return None
+    difference, bounds = intervals.paired_items(metric.items, theirs)
+    return {"value": difference, "interval": list(bounds)}
 
 
 def _text(cell: dict[str, Any], versus: bool) -> str:
