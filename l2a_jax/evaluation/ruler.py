@@ -133,7 +133,8 @@ def task(work: Work) -> dict[str, Any]:
             done = 0
             for length in sorted(o.lengths):
                 for name in o.ruler_tasks:
-                    for cell, rows in _cells(work, name, length, ahead.pop((length, name)), cells):
+                    there = {key: cell for key, cell in cells.items() if not o.log_samples or key in samples}
+                    for cell, rows in _cells(work, name, length, ahead.pop((length, name)), there):
                         cells[_key(cell)] = cell
                         samples |= {_key(cell): rows} if rows else {}
                         note = f"{name} of {length:,} tokens, {cell['control']}: {cell['score']:.2f}"
@@ -205,8 +206,8 @@ def _write(model: Pretrained, items: Sequence[Item], task: str, length: int,
             stop_tokens=model.tokenizer.end_ids, backend=options.backend,
             decisions=None if decisions is None else decisions[:, chosen])
         kept = min(rows, len(items) - start)
-        tokens, lengths, finite = jax.device_get((out.tokens, out.lengths, out.finite))
-        read = None if out.decisions is None else np.asarray(out.decisions[:, :kept, :size])
+        tokens, lengths, finite, read = jax.device_get((out.tokens, out.lengths, out.finite, out.decisions))
+        read = None if read is None else read[:, :kept, :size]
         parts.append(([model.tokenizer.decode(row[:count].tolist(), skip_special_tokens=True)
                        for row, count in zip(tokens[:kept], lengths, strict=False)], finite[:kept], read))
     written, finite, read = zip(*parts, strict=True)

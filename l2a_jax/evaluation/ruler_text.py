@@ -158,7 +158,7 @@ def calibrate(task: str, length: int, seed: int, made_of: Material) -> int:
     """
     sizes = 2 * LEAST, 6 * LEAST
     make = functools.partial(kind(task), task, made_of, length, key=f"{seed} {task} {length}")
-    few, more = (len(made_of.tokenizer.encode(make(units=size).text)) for size in sizes)
+    few, more = (len(_encode(made_of.tokenizer, make(units=size).text)) for size in sizes)
     cost = max((more - few) / (sizes[1] - sizes[0]), 0.1)
     room = length - settings(task).new_tokens - (few - sizes[0] * cost)
     if room < LEAST * cost:
@@ -184,7 +184,7 @@ def _draft(task: str, length: int, key: str, made_of: Material, units: int) -> t
     target = length - settings(task).new_tokens
     while True:
         draft = kind(task)(task, made_of, length, key=key, units=units)
-        ids = made_of.tokenizer.encode(draft.text)
+        ids = _encode(made_of.tokenizer, draft.text)
         short = target - len(ids)
         if short <= 0:
             return ids, draft
@@ -194,7 +194,7 @@ def _draft(task: str, length: int, key: str, made_of: Material, units: int) -> t
 def _cut(ids: list[int], draft: Draft, task: str, length: int, tokenizer: Tokenizer) -> list[int]:
     surplus = len(ids) - (length - settings(task).new_tokens)
     opening = draft.text[: draft.before].rstrip(" ")  # a blank before a word is the word's
-    at = len(tokenizer.encode(opening.rstrip()))
+    at = len(_encode(tokenizer, opening.rstrip()))
     while len(tokenizer.decode(ids[:at])) < len(opening):
         at += 1
     rough = None
@@ -218,9 +218,14 @@ def _cut(ids: list[int], draft: Draft, task: str, length: int, tokenizer: Tokeni
     return rough
 
 
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Without a token before or after every text, as the needle has it."""
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
 def _same(tokenizer: Tokenizer, ids: list[int], first: int) -> bool:
     """Whether the text of tokens gives them again, the `first` of them: at its end it may go on otherwise."""
-    return tokenizer.encode(tokenizer.decode(ids))[:first] == ids[:first]
+    return _encode(tokenizer, tokenizer.decode(ids))[:first] == ids[:first]
 
 
 def _clear(hay: str, draft: Draft) -> bool:
@@ -286,7 +291,7 @@ def _vt(task: str, made_of: Material, length: int, *, key: str, units: int) -> D
         noises += 5
         text, names = make(noises, is_icl=True)
         text += f" {' '.join(names)}\n\n"
-        if example and len(made_of.tokenizer.encode(text)) + tokens > EXAMPLE_TOKENS:
+        if example and len(_encode(made_of.tokenizer, text)) + tokens > EXAMPLE_TOKENS:
             break
         example = text
     text, answers = make(units)
@@ -353,14 +358,19 @@ _KINDS: dict[str, Callable[..., Draft]] = {"niah_utils": _niah, "vt_utils": _vt,
 
 @functools.cache
 def _documents(reader: str, read: Callable[[str], Any]) -> tuple[list[dict], list[str]]:
-    found = definitions("qa_utils", (reader,), download_json=read)
-    return found[reader]()
+    addresses: list[str] = []
+    found = definitions("qa_utils", (reader,), download_json=lambda address: addresses.append(address) or read(address))
+    try:
+        return found[reader]()
+    except (LookupError, TypeError) as error:
+        raise UserError(f"{addresses[-1].rpartition('/')[2]} holds no questions as {addresses[-1]} has them "
+                        f"({error!r})") from error
 
 
 def _read_questions(folder: Path | None, address: str) -> Any:
     name = address.rpartition("/")[2]
     if folder is not None:
-        return read_json(folder / name)
+        return read_json(folder / name, None)  # one holds an object, the other a list
     try:
         with urllib.request.urlopen(address, timeout=HUB_SECONDS) as answer:
             return json.load(answer)

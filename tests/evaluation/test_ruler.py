@@ -146,6 +146,10 @@ def test_a_rerun_skips_what_is_there_and_adds_the_rest(folder, tmp_path, monkeyp
     assert entry["cells"][2:] == first["tasks"]["ruler"]["cells"]
     assert len((tmp_path / ruler.SAMPLES).read_text().splitlines()) == 8
     computed.clear()
+    (tmp_path / ruler.SAMPLES).unlink()  # what has no samples is written again where they are asked for
+    evaluate.evaluate(options(folder, tmp_path, log_samples=True))
+    assert [one[:2] for one in computed] == [(task, 700) for task in TASKS]
+    computed.clear()
     other, _ = evaluate.evaluate(options(folder, tmp_path, seed=1))
     assert len(computed) == 2 and other["tasks"]["ruler"]["lengths"] == [700]
     assert other["tasks"]["ruler"]["cells"][0]["prompts"] != entry["cells"][2]["prompts"]

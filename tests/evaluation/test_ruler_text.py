@@ -156,6 +156,16 @@ def test_questions_come_from_local_files(tokenizer, made_of, tmp_path, monkeypat
         assert item.answers == [f"number {asked[1]}"] and prose(60, int(asked[1])) in text
     with pytest.raises(UserError, match=r"hotpot_dev_distractor_v1.json"):
         calibrate("qa_hotpot", length, 0, mine)
+    hotpot = tmp_path / "hotpot_dev_distractor_v1.json"
+    hotpot.write_text(json.dumps([{"question": "Who?", "answer": f"number {seed}", "context": [
+        [f"Title {seed} {part}", [prose(20, 100 * seed + part)]] for part in range(2)]} for seed in range(50)]))
+    item = build("qa_hotpot", length, 0, 0, mine, calibrate("qa_hotpot", length, 0, mine))
+    found = re.search(r"number (\d+)", item.answers[0])[1]
+    assert all(f"Title {found} {part}\n" in text_of(tokenizer, item) for part in range(2))
+    hotpot.write_text(json.dumps([{"question": "Who?"}]))
+    with pytest.raises(UserError, match=r"hotpot_dev_distractor_v1.json holds no questions as http"):
+        calibrate("qa_hotpot", length, 0, mine._replace(
+            read=lambda address: ruler_text._read_questions(tmp_path, address)))
 
     def unreachable(*given, **more):
         raise urllib.error.URLError("no network")
