@@ -88,22 +88,17 @@ def make_plan(options: Options) -> Plan:
 
 def idle(plan: Plan) -> list[tuple[bool, tuple[str, ...], str]]:
     """Where an option changes nothing, as rules for `commands.say_idle`."""
-    o, tasks = plan.options, set(plan.tasks)
-    reads = any(registry.find(name).text for name in tasks) or _pruning(o)
+    o, tasks = plan.options, [*plan.tasks, *(["pruning"] if _pruning(plan.options) else [])]
+    read = {flag for name in tasks for flag in registry.find(name).reads}
+    readers: dict[str, list[str]] = {}
+    for name, task in registry.TASKS.items():
+        for flag in task.reads:
+            readers.setdefault(flag, []).append(name)
     return [
-        (not reads, ("text", "context", "stride", "max_windows"), "no task reads a text"),
-        (reads and o.text is None and o.calibration is None, ("stride",), "the rows of the recall corpus stand apart"),
-        (not tasks & {"audit", "reach"}, ("audit_seeds",), "no control decisions are drawn"),
-        (not any(map(registry.of_lm_eval, tasks)), ("limit", "num_fewshot"), "no benchmark is among --tasks"),
-        (not any(map(registry.of_lm_eval, tasks)) and "ruler" not in tasks, ("task_data", "log_samples"),
-         "no benchmark is among --tasks"),
-        ("needle" not in tasks, tuple(_needle_flag(name) for name in o.needle if name != "haystack"),
-         "needle is not among --tasks"),
-        (not tasks & {"needle", "ruler"}, ("haystack",), "neither needle nor ruler is among --tasks"),
-        ("ruler" not in tasks, ("lengths", "ruler_tasks", "ruler_items", "controls"), "ruler is not among --tasks"),
-        (tasks <= {"needle", "collapse"} and not _pruning(o), ("batch_tokens",),
-         "needle and the collapse report choose their own"),
-        (not tasks & {"collapse", "ruler"}, ("seed",), "only the collapse report samples, and ruler draws prompts"),
+        *((flag not in read, (flag,), f"it is of {', '.join(names)}; none of these is run")
+          for flag, names in readers.items()),
+        ("text" in read and o.text is None and o.calibration is None, ("stride",),
+         "the rows of the recall corpus stand apart"),
         (o.route != "learned", ("temperature", "threshold"), f"--route {o.route} leaves nothing to decide"),
         (o.route == "none", ("prune_layers",), "--route none prunes every layer"),
     ]

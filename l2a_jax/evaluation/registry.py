@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 
 class Task(NamedTuple):
-    """`module`: its file. `text`: it reads --text; `shared`: as windows that several tasks share. `routed`: it
-    is about learned decisions, and left out where there are none. `asked`: by name; else by flags of its own. `also`:
-    what belongs to it, and is run with it."""
+    """`module`: its file. `reads`: the flags that it reads, beside those of the model; `shared`: --text as windows
+    that several tasks share. `routed`: it is about learned decisions, and left out where there are none. `asked`: by
+    name; else by flags of its own. `also`: what belongs to it, and is run with it."""
 
     module: str
-    text: bool = False
+    reads: tuple[str, ...]
     shared: bool = False
     routed: bool = False
     asked: bool = True
@@ -42,20 +42,23 @@ class Task(NamedTuple):
 BENCHMARKS = {"hellaswag": "hellaswag", "piqa": "piqa", "arc_challenge": "arc", "arc_easy": "arc",
               "gsm8k": "gsm8k"}
 """lm-eval's, by its own names, and its folder of each: reading these alone spares the ten seconds that all take."""
+TEXT = ("text", "context", "stride", "max_windows")
+LM_EVAL = Task("tasks", ("limit", "num_fewshot", "task_data", "log_samples", "batch_tokens"))
+"""What every name that is not in the list is taken for: a task of lm-eval's."""
 TASKS = {
-    "collapse": Task("collapse", text=True, shared=True),  # first: it also reports on a model that nothing else can run
-    "perplexity": Task("perplexity", text=True, shared=True, also=("audit",)),
-    "audit": Task("audit", text=True, shared=True, routed=True, also=("perplexity",)),
-    "reach": Task("reach", text=True),
-    "pruning": Task("pruning_cost", asked=False),
-    **{name: Task("tasks") for name in BENCHMARKS},
-    "needle": Task("needle"),
-    "ruler": Task("ruler"),
+    "collapse": Task("collapse", (*TEXT, "seed"), shared=True),  # first: it reports on models that nothing else can run
+    "perplexity": Task("perplexity", (*TEXT, "batch_tokens"), shared=True, also=("audit",)),
+    "audit": Task("audit", (*TEXT, "audit_seeds", "batch_tokens"), shared=True, routed=True, also=("perplexity",)),
+    "reach": Task("reach", (*TEXT, "audit_seeds", "batch_tokens")),
+    "pruning": Task("pruning_cost", (*TEXT, "batch_tokens"), asked=False),
+    **dict.fromkeys(BENCHMARKS, LM_EVAL),
+    "needle": Task("needle", ("needle_lengths", "needle_depths", "needle_seeds", "needle_needles", "needle_generate",
+                              "haystack")),
+    "ruler": Task("ruler", ("lengths", "ruler_tasks", "ruler_items", "controls", "haystack", "task_data", "log_samples",
+                            "seed", "batch_tokens")),
 }
 ASKED = tuple(name for name, task in TASKS.items() if task.asked)
 EXPECTED = f"some of {', '.join(ASKED)}, or a task of lm-eval's by its name"
-LM_EVAL = Task("tasks")
-"""What every name that is not in the list is taken for: a task of lm-eval's."""
 
 
 class Work(NamedTuple):
