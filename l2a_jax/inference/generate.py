@@ -67,7 +67,7 @@ class Settings(NamedTuple):
     key: PRNGKeyArray | None
     stop_tokens: Int[Array, S]
     decisions: Bool[Array, "L B T"] | Bool[Array, "L B S"] | None
-    heads: Bool[Array, "L K"] | None
+    heads: Bool[Array, "L K"] | None = None
 
 
 class State(NamedTuple):
