@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float64, Int, Int32
+from jaxtyping import Bool, Float, Float64, Int, Int32
 
 from l2a_jax.data.batch import Batch
 from l2a_jax.data.counts import format_count
@@ -116,11 +116,12 @@ def score_windows(
     decisions: Bool[np.ndarray, "L B T"] | None = None,
     *,
     heads: Bool[np.ndarray, "L K"] | None = None,
+    cut: Float[np.ndarray, " L"] | None = None,
     backend: str = "auto",
     batch_tokens: int = BATCH_TOKENS,
     label: str = "perplexity",
 ) -> Scores:
-    """One pass over the windows under the router's own decisions, or under `decisions`; `heads` are those of
+    """One pass over the windows under the router's own decisions, or under `decisions`; `heads` and `cut` are those of
     `hidden_states`.
 
     Where few places are scored (the answer of a needle), the vocabulary's logits are computed at those alone. Raises
@@ -146,8 +147,8 @@ def score_windows(
             tokens, targets, real = (_filled(x[start:stop], rows) for x in (*windows[:2], windows.real))
             picks = None if places is None else _filled(places[start:stop], rows)
             forced = None if decisions is None else _filled(decisions[:, start:stop], rows, axis=1)
-            *found, decided, doubt = jax.device_get(_score(model.params, tokens, targets, real, forced, pruned, heads,
-                                                           picks, model.config, layer, backend))
+            *found, decided, doubt = jax.device_get(_score(
+                model.params, tokens, targets, real, forced, (pruned, heads, cut), picks, model.config, layer, backend))
             at = np.arange(length)[None, :] if picks is None else places[start:stop]
             for whole, part in zip((nll, correct), found, strict=True):
                 np.put_along_axis(whole[start:stop], np.broadcast_to(at, part[: stop - start].shape),
@@ -243,10 +244,11 @@ def told(entry: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-@functools.partial(jax.jit, static_argnums=(8, 9, 10))
-def _score(params, tokens, targets, real, decisions, pruned, heads, picks, config, l2a_config, backend):
-    hidden, routed = hidden_states(params, tokens, config, l2a_config, decisions=decisions, pruned=pruned,
-                                   heads=heads, backend=backend)
+@functools.partial(jax.jit, static_argnums=(7, 8, 9))
+def _score(params, tokens, targets, real, decisions, by_layer, picks, config, l2a_config, backend):
+    pruned, heads, cut = by_layer
+    hidden, routed = hidden_states(params, tokens, config, l2a_config, decisions=decisions, pruned=pruned, heads=heads,
+                                   cut=cut, backend=backend)
     if picks is not None:
         hidden = jnp.take_along_axis(hidden, picks[:, :, None], axis=1)
         targets = jnp.take_along_axis(targets, picks, axis=1)

@@ -103,7 +103,7 @@ def reach(
     where no place is beyond the window.
     """
     edges, groups = distances(windows, model)
-    tokens = _sums(np.ones(groups.shape, int), groups, len(edges))
+    tokens = sums(np.ones(groups.shape, int), groups, len(edges))
     layer = model.l2a_config
 
     def score(decisions=None, label="the router's own decisions"):
@@ -117,7 +117,7 @@ def reach(
             scores.setdefault(name, []).append(score(decisions, label))
         for name, decisions in (forced or {}).items():
             scores[name] = [score(decisions, name)]
-    sums = {name: np.mean([_sums(one.token_nll, groups, len(edges)) for one in several], axis=0)
+    by_group = {name: np.mean([sums(one.token_nll, groups, len(edges)) for one in several], axis=0)
             for name, several in scores.items()}
     found: dict[str, Any] = {
         "window": PLAIN_WINDOW if layer is None else layer.window, "sinks": 0 if layer is None else layer.sinks,
@@ -126,17 +126,17 @@ def reach(
         "window_tokens": tokens,
     }
     if layer is not None:
-        found |= worth(sums["none"], sums["all"], tokens)
+        found |= worth(by_group["none"], by_group["all"], tokens)
     beyond = groups > 0
     rows = {}
     for name, several in scores.items():
-        row: dict[str, Any] = {"nll": _means(sums[name], tokens), "beyond": float(sums[name][:, 1:].sum() /
+        row: dict[str, Any] = {"nll": _means(by_group[name], tokens), "beyond": float(by_group[name][:, 1:].sum() /
                                                                                   tokens[:, 1:].sum()),
-                               "window_nll": np.round(sums[name], 4)}
+                               "window_nll": np.round(by_group[name], 4)}
         if layer is not None:
-            row |= kept(sums["none"], sums[name], sums["all"])
-            row["behind"], row["behind_95"] = ratio(sums[name][:, 1:].sum(1) - sums["learned"][:, 1:].sum(1),
-                                                    (sums["none"] - sums["all"])[:, 1:].sum(1))
+            row |= kept(by_group["none"], by_group[name], by_group["all"])
+            row["behind"], row["behind_95"] = ratio(by_group[name][:, 1:].sum(1) - by_group["learned"][:, 1:].sum(1),
+                                                    (by_group["none"] - by_group["all"])[:, 1:].sum(1))
             row |= {"density": _density(several, windows.real), "density_beyond": _density(several, beyond)}
         rows[name] = row
     return {**found, "rows": rows}
@@ -200,7 +200,7 @@ def _number(value: float | None, form: str) -> str:
     return f"{'-':>{width}}" if value is None or not math.isfinite(value) else f"{value:{form}}"
 
 
-def _sums(values: Shaped[np.ndarray, "B T"], groups: Int[np.ndarray, "B T"], edges: int) -> Shaped[np.ndarray, "B G"]:
+def sums(values: Shaped[np.ndarray, "B T"], groups: Int[np.ndarray, "B T"], edges: int) -> Shaped[np.ndarray, "B G"]:
     """Sums of each window over its places of each group."""
     return np.stack([np.where(groups == group, values, 0).sum(axis=1) for group in range(edges + 1)], axis=1)
 

@@ -165,7 +165,7 @@ def _cells(work: Work, task: str, length: int, building: Sequence[Future[Item]],
             yield cell, []
     if not wanted:
         return
-    first = _write(model, items, task, length, None, o)
+    first = write(model, items, task, length, o)
     choices = [(own, None)]
     if len({*wanted} - {own}):
         real = np.ones((len(items), len(items[0].tokens)), bool)
@@ -174,7 +174,7 @@ def _cells(work: Work, task: str, length: int, building: Sequence[Future[Item]],
     for control, decisions in choices:
         if control not in wanted:
             continue
-        found = first if decisions is None else _write(model, items, task, length, decisions, o)
+        found = first if decisions is None else write(model, items, task, length, o, decisions=decisions)
         scores = [ruler_source.score(task, item.answers, text) for item, text in zip(items, found.texts, strict=True)]
         cell = {"task": task, "length": length, "control": control, "score": float(np.mean(scores)), "n": len(items),
                 "scores": np.round(scores, 4).tolist(), "written": [text[:SHOWN] for text in found.texts],
@@ -190,9 +190,10 @@ def _cells(work: Work, task: str, length: int, building: Sequence[Future[Item]],
             for number, (item, text, score) in enumerate(zip(items, found.texts, scores, strict=True))]
 
 
-def _write(model: Pretrained, items: Sequence[Item], task: str, length: int,
-           decisions: Bool[np.ndarray, "L B T"] | None, options: Any) -> Written:
-    """What the model writes after each prompt, in batches of one size; `decisions` are forced in the prompts."""
+def write(model: Pretrained, items: Sequence[Item], task: str, length: int, options: Any, *,
+          decisions: Bool[np.ndarray, "L B T"] | None = None, heads: Bool[np.ndarray, "L K"] | None = None) -> Written:
+    """What the model writes after each prompt, in batches of one size; `decisions` are forced in the prompts, `heads`
+    are those of `generate`."""
     most = _most_rows(model, length, options.batch_tokens)
     batches = -(-len(items) // most)
     rows = -(-len(items) // batches)
@@ -204,7 +205,7 @@ def _write(model: Pretrained, items: Sequence[Item], task: str, length: int,
             model.params, model.config, model.l2a_config, [items[index].tokens.tolist() for index in chosen],
             max_new_tokens=ruler_source.settings(task).new_tokens, room=_room(options.ruler_tasks),
             stop_tokens=model.tokenizer.end_ids, backend=options.backend,
-            decisions=None if decisions is None else decisions[:, chosen])
+            decisions=None if decisions is None else decisions[:, chosen], heads=heads)
         kept = min(rows, len(items) - start)
         tokens, lengths, finite, read = jax.device_get((out.tokens, out.lengths, out.finite, out.decisions))
         read = None if read is None else read[:, :kept, :size]

@@ -91,13 +91,15 @@ class Context(NamedTuple):
 class OfLayer(NamedTuple):
     """What a call gives to one layer or, stacked on a leading L, to all. `decisions` replace the router's; `key` is for
     what training draws; a layer that is `pruned` never routes, whoever decides. A key/value head in `heads` sees
-    everything, whatever is decided. `nudge` is added to the gate of each row: zeros, whose gradient says what each
+    everything, whatever is decided. A token is routed where its logit is at least `cut` (None: what the
+    configuration's threshold says). `nudge` is added to the gate of each row: zeros, whose gradient says what each
     decision is worth."""
 
     decisions: Bool[Array, "*L B T"] | None = None
     key: PRNGKeyArray | None = None
     pruned: Bool[Array, "*L"] | None = None
     heads: Bool[Array, "*L K"] | None = None
+    cut: Float[Array, "*L"] | None = None
     nudge: Float[Array, "*L B T"] | None = None
 
 
@@ -145,7 +147,9 @@ def decide(h: Stream, layer: Params, context: Context, given: OfLayer) -> Decide
     l2a = context.l2a
     able = context.real if given.pruned is None else context.real & ~given.pruned
     z = routing.router_logits(h, layer["router"]["kernel"])
-    d = routing.decide(z, l2a.temperature, l2a.threshold) if given.decisions is None else given.decisions
+    d = given.decisions
+    if d is None:
+        d = routing.decide(z, l2a.temperature, l2a.threshold) if given.cut is None else z >= given.cut
     if context.train and l2a.flip:
         d = routing.flipped(jax.random.fold_in(given.key, 1), d, l2a.flip)  # another draw than the leak's
     # Kept whatever is rematerialised: a logit computed again rounds otherwise, and a token that so crossed the

@@ -36,6 +36,7 @@ def hidden_states(
     decisions: Bool[Array, "L B T"] | None = None,
     pruned: Bool[Array, " L"] | None = None,
     heads: Bool[Array, "L K"] | None = None,
+    cut: Float[Array, " L"] | None = None,
     nudge: Float[Array, "L B T"] | None = None,
     key: PRNGKeyArray | None = None,
     train: bool = False, backend: str = "auto", remat: Callable | bool = False, unroll: bool = False,
@@ -44,21 +45,24 @@ def hidden_states(
     """The normed output of the last layer, and the routing of every layer ([L, B, T] each; None for a plain model).
 
     `positions` default to 0..T-1, restarting with every document of `segment_ids`. `decisions` override the router: no
-    straight-through gradient, leakage or penalty then. `pruned` says which layers never route (None: the
-    configuration's `pruned_layers`), as numbers, so that one program serves every choice. `heads`: key/value heads that
-    see everything whatever is decided (shared attention, outside training; arXiv 2410.10819 calls them retrieval
-    heads). `nudge` is added to the decisions as numbers: zeros, for the gradient with respect to every decision, for
-    which global attention of every real row is computed (outside training). `train` switches
-    straight-through gradients and leakage on; `key` (already folded with seed, step and microbatch) is needed where 0 <
-    leakage < 1 or 0 < flip. `remat`: recompute each layer, all but its decisions, in the backward pass; a checkpoint
-    policy says what else to keep. `unroll`: a program without a loop over layers, which compiles longer and keeps what
-    the backward pass needs where it was made, in place of stacking it. `attend`: attention functions to use in place of
-    those of `backend`. The compute dtype is the embedding's.
+    straight-through gradient, leakage or penalty then. Of each layer, as numbers, so that one program serves every
+    choice: `pruned`, whether it never routes (None: as the configuration says); `cut`, the router logit from which on
+    a token is routed (None: as the configuration's threshold says); `heads`, the key/value heads that see everything
+    whatever is decided (shared attention; arXiv 2410.10819 calls them retrieval heads). `nudge` is added to the
+    decisions: zeros, for the gradient with respect to every decision, for which global attention of every real row is
+    computed. `heads` and `nudge` are not for training.
+
+    `train` switches straight-through gradients and leakage on; `key` (already folded with seed, step and microbatch) is
+    needed where 0 < leakage < 1 or 0 < flip. `remat`: recompute each layer, all but its decisions, in the backward
+    pass; a checkpoint policy says what else to keep. `unroll`: a program without a loop over layers, which compiles
+    longer and keeps what the backward pass needs where it was made, in place of stacking it. `attend`: attention
+    functions to use in place of those of `backend`. The compute dtype is the embedding's.
 
     Raises UserError on tokens outside the vocabulary (where values are known), or a sequence longer than the rotary
     embedding is meant for; ValueError on shapes that do not fit.
     """
-    options = _Pass(positions, segment_ids, decisions, pruned, heads, nudge, key, train, backend, remat, unroll, attend)
+    options = _Pass(positions, segment_ids, decisions, pruned, heads, cut, nudge, key, train, backend, remat,
+                    unroll, attend)
     x, routing, _ = _run(params, tokens, config, l2a_config, options)
     return rms_norm(x, params["norm_final"], config.rms_norm_eps), routing
 
@@ -91,6 +95,7 @@ class _Pass(NamedTuple):
     decisions: Bool[Array, "L B T"] | None = None
     pruned: Bool[Array, " L"] | None = None
     heads: Bool[Array, "L K"] | None = None
+    cut: Float[Array, " L"] | None = None
     nudge: Float[Array, "L B T"] | None = None
     key: PRNGKeyArray | None = None
     train: bool = False
@@ -130,7 +135,7 @@ def _run(
     layers = jnp.arange(config.num_layers)
     keys = None if options.key is None else jax.vmap(lambda layer: jax.random.fold_in(options.key, layer))(layers)
     pruned = pruned_of(config, l2a_config) if options.pruned is None else options.pruned
-    given = OfLayer(options.decisions, keys, pruned, options.heads, options.nudge)
+    given = OfLayer(options.decisions, keys, pruned, options.heads, options.cut, options.nudge)
     x = params["embed"]["embedding"][tokens]
     start = None if probe is None else probe(x)
     # Without a loop: one concatenation for all layers, and one slice of its gradient, in place of one a layer.

@@ -1,0 +1,33 @@
+"""A run's router beside its rivals at the same density: `python eval/rivals.py RUN --text FILE --calibration FILE`.
+
+Rivals are whole layers (ranked by learned rates, searched, alternating), searched heads, random tokens, and an oracle.
+Writes rivals.json, a table and a figure into the run folder, or into --out.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from l2a_jax import commands, flags
+from l2a_jax.research.rivals.options import RivalOptions
+
+
+def measure(arguments: list[str] | None) -> None:
+    given = vars(flags.make_parser(__doc__, RivalOptions).parse_args(arguments))
+
+    from l2a_jax.research.rivals import compare, report
+
+    options = RivalOptions(**given)
+    commands.say_idle(list(given), [(options.lengths is None, ("ruler_items", "haystack", "seed"),
+                                     "without --lengths RULER is not asked")])
+    result, folder = compare.compare(options)
+    print(report.markdown(result))
+    print(f"results: {folder}/{compare.NAME}.json, .md, .png")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return commands.run(measure, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Learned routing beside other ways of spending as much global attention."""

@@ -1,0 +1,100 @@
+"""The rivals: for any density, how each of them spends as much global attention.
+
+  learned      the router, its threshold moved until it routes as much of a calibration text
+  ranked       whole layers, those with the highest learned rates
+  searched     whole layers, found greedily by the loss of a calibration text
+  alternating  whole layers at even distances, as hybrid models ship them
+  heads        whole key/value heads, found greedily in the same way
+  random       tokens at random
+  oracle       the decisions that are worth most on the scored text itself
+
+Of the last layer as much is routed, at random, as the density leaves; heads are whole: as many as reach it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float64
+
+from l2a_jax.errors import UserError
+from l2a_jax.evaluation.controls import random_decisions, static_rates
+from l2a_jax.evaluation.perplexity import Windows, routing_rates, score_windows
+from l2a_jax.research.rivals.search import opened
+from l2a_jax.sources import Pretrained
+
+
+class Choice(NamedTuple):
+    """A choice of what is routed: by the router, cut at a logit; by the rate of each layer; by heads; or outright."""
+
+    name: str
+    density: float
+    cut: float | None = None
+    rates: Float64[np.ndarray, " L"] | None = None
+    heads: Bool[np.ndarray, "L K"] | None = None
+    decisions: Bool[np.ndarray, "L B T"] | None = None
+
+    def given(self, layers: int, windows: int, length: int) -> dict:
+        """What `score_windows` is given for windows of a shape."""
+        if self.cut is not None:
+            return {"cut": np.full(layers, self.cut, np.float32)}
+        if self.heads is not None:
+            return {"heads": self.heads, "decisions": np.zeros((layers, windows, length), bool)}
+        if self.decisions is not None:
+            return {"decisions": self.decisions}
+        return {"decisions": random_decisions(0, self.rates, windows, length)}
+
+
+class Found(NamedTuple):
+    """What the choices are made of: learned rates of each layer, and the orders in which search opens units."""
+
+    rates: Float64[np.ndarray, " L"]
+    layers: list[tuple[int, ...]]
+    heads: list[tuple[int, ...]] | None
+
+
+def alternating(layers: int, count: float) -> Float64[np.ndarray, " L"]:
+    """The rates of as many whole layers, at even distances; the last of them takes the fraction that is left."""
+    whole = math.ceil(round(count, 12))
+    rates = np.zeros(layers)
+    for index in range(whole):
+        rates[int((index + 0.5) * layers / whole)] = min(1.0, count - index)
+    return rates
+
+
+def static_choices(density: float, model: Pretrained, found: Found) -> list[Choice]:
+    """The choices that know nothing of the text, at a density. UserError where the model cannot spend it."""
+    layers, heads = model.config.num_layers, model.config.num_kv_heads
+    pruned = list(model.l2a_config.pruned_layers)
+    if not 0 < density * layers <= layers - len(pruned):
+        raise UserError(f"no choice routes {density:.0%} of a model with {len(pruned)} of {layers} layers pruned")
+    count = density * layers
+    places = {unit[0]: place for place, unit in enumerate(found.layers)}
+    order = np.array([-places.get(layer, layers) for layer in range(layers)], float)
+    rates = {"ranked": static_rates(found.rates, count), "searched": static_rates(order, count),
+             "alternating": alternating(layers, count), "random": np.full(layers, density)}
+    if pruned:
+        rates = {name: one for name, one in rates.items() if not one[pruned].any()}
+    choices = [Choice(name, density, rates=one) for name, one in rates.items()]
+    if found.heads is not None:
+        mask = opened(found.heads[: math.ceil(round(count * heads, 12))], (layers, heads))
+        choices.append(Choice("heads", float(mask.mean()), heads=mask))
+    return choices
+
+
+def learned_choice(density: float, model: Pretrained, calibration: Windows, *, rounds: int = 18, near: float = 0.002,
+                   **passes) -> Choice:
+    """The router cut at the logit with which it routes the density of the calibration text, found by bisection."""
+    layers = model.config.num_layers
+    low, high, cut, found = -64.0, 64.0, 0.0, 1.0
+    for _ in range(rounds):
+        scores = score_windows(model, calibration, cut=np.full(layers, cut, np.float32), **passes,
+                               label=f"{density:.1%} routed: cut at {cut:.3f}")
+        found = float(routing_rates(scores.decisions, calibration.real).mean())
+        if abs(found - density) <= near:
+            break
+        low, high = (cut, high) if found > density else (low, cut)
+        cut = (low + high) / 2
+    return Choice("learned", found, cut=cut)

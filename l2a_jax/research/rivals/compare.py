@@ -1,0 +1,205 @@
+"""What `eval/rivals.py` does: a run's router beside its rivals at equal densities, as one table and one figure.
+
+    options -> windows, prompts (all that can be wrong) -> model -> what the choices are made of -> scores of each
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from l2a_jax import device, fields
+from l2a_jax.attention import api as attention
+from l2a_jax.config import L2AConfig, ModelConfig
+from l2a_jax.errors import UserError
+from l2a_jax.evaluation import intervals, reach, ruler, ruler_source
+from l2a_jax.evaluation.options import Options
+from l2a_jax.evaluation.perplexity import BATCH_TOKENS, Scores, Windows, routing_rates, score_windows
+from l2a_jax.evaluation.ruler_text import Item, build
+from l2a_jax.evaluation.windows import windows_of
+from l2a_jax.files import check_file, check_writable, write_json, write_text
+from l2a_jax.provenance import provenance
+from l2a_jax.research.rivals import report
+from l2a_jax.research.rivals.choices import Choice, Found, learned_choice, static_choices
+from l2a_jax.research.rivals.options import RivalOptions
+from l2a_jax.research.rivals.oracle import decision_worth, most_worth
+from l2a_jax.research.rivals.search import Losses, greedy
+from l2a_jax.research.rivals.times import Times
+from l2a_jax.sources import Pretrained, load_pretrained, locate, read_config, run_source, source_tokenizer
+
+log = logging.getLogger("l2a_jax.rivals")
+NAME = "rivals"
+
+
+class Prepared(NamedTuple):
+    """Everything that is read before there are weights. `prompts`: RULER's, by task and length."""
+
+    text: Windows
+    calibration: Windows
+    prompts: dict[tuple[str, int], list[Item]]
+    ruler: Options | None
+
+
+def compare(options: RivalOptions) -> tuple[dict[str, Any], Path]:
+    """The table in JSON types, and the folder that holds it. Raises UserError on bad input before weights are read."""
+    fields.check(options)
+    attention.check(options.backend)
+    config, layer = read_config(options.source)
+    if layer is None:
+        raise UserError(f"{options.source} is a plain model, which routes nothing; rivals stand beside a router")
+    folder = _folder(options)
+    prepared = _prepare(options, config, layer)
+    dtype = options.dtype or device.default_dtype()
+    model = load_pretrained(options.source, jnp.dtype(dtype))
+    passes = {"backend": options.backend, "batch_tokens": device.batch_tokens(BATCH_TOKENS)}
+    with jax.default_matmul_precision("float32" if dtype == "float32" and device.platform() != "cpu" else None):
+        rows, about = _rows(options, model, prepared, passes)
+    result = {"source": options.source, "source_hash": model.source_hash, "context": options.context,
+              "window": layer.window, "sinks": layer.sinks, "text": prepared.text.about,
+              "calibration": prepared.calibration.about, "ruler_items": options.ruler_items,
+              "lengths": list(options.lengths or ()), **about, "rows": rows, **provenance()}
+    write_json(folder / f"{NAME}.json", result)
+    write_text(folder / f"{NAME}.md", report.markdown(result))
+    report.draw(result, folder / f"{NAME}.png")
+    return result, folder
+
+
+def _folder(options: RivalOptions) -> Path:
+    run = run_source(locate(options.source))
+    if options.out is None and run is None:
+        raise UserError(f"{options.source} is no run folder: say with --out where the table goes")
+    folder = options.out or run.folder
+    for end in ("json", "md", "png"):
+        check_file(folder / f"{NAME}.{end}", "--out")
+    check_writable(folder, "--out")
+    return folder
+
+
+def _prepare(options: RivalOptions, config: ModelConfig, layer: L2AConfig) -> Prepared:
+    bare = Pretrained(config, layer, {}, source_tokenizer(options.source), "")
+
+    def windows(entry: str, flag: str, context: int, most: int | None) -> Windows:
+        asked = Options(source=options.source, tasks=("reach",), context=context, max_windows=most)
+        found = windows_of(asked, entry, flag, bare)
+        reach.distances(found, bare, f"{flag} and its context")
+        return found
+
+    text = windows(options.text, "--text", options.context, options.max_windows)
+    calibration = windows(options.calibration, "--calibration", options.calibration_context,
+                          options.calibration_windows)
+    if options.lengths is None:
+        return Prepared(text, calibration, {}, None)
+    needle = {} if options.haystack is None else {"haystack": options.haystack}
+    asked = Options(source=options.source, tasks=("ruler",), lengths=options.lengths, seed=options.seed,
+                    ruler_items=options.ruler_items, backend=options.backend, needle=needle)
+    made = ruler.prepare("ruler", asked, bare)
+    prompts = {(task, length): [build(task, length, number, options.seed, made.made_of, made.units[task, length])
+                                for number in range(options.ruler_items)]
+               for length in options.lengths for task in asked.ruler_tasks}
+    return Prepared(text, calibration, prompts, asked)
+
+
+def _rows(options: RivalOptions, model: Pretrained, prepared: Prepared,
+          passes: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """A row of each choice at each density, and what they have in common."""
+    text, layers = prepared.text, model.config.num_layers
+    edges, groups = reach.distances(text, model)
+
+    def score(label: str, **given: Any) -> Scores:
+        return score_windows(model, text, **given, **passes, label=label)
+
+    def sums(scores: Scores) -> np.ndarray:
+        return reach.sums(scores.token_nll, groups, len(edges))
+
+    own = score("the router's own decisions")
+    able = np.ones((layers, 1, 1), bool)
+    able[list(model.l2a_config.pruned_layers)] = False
+    everything = np.broadcast_to(able, own.decisions.shape)
+    bounds = {"none": sums(score("none", decisions=np.zeros(everything.shape, bool))),
+              "all": sums(score("all", decisions=everything))}
+    density = float(routing_rates(own.decisions, text.real).mean())
+    asked = [density, *sorted((1 - local / 100 for local in options.local), reverse=True)]
+    found = _found(options, model, prepared, max(asked), routing_rates(own.decisions, text.real))
+    worth = decision_worth(model, text, options.backend)
+    times = Times(model, text.tokens[0], options.backend) if options.times else None
+    rows: list[dict[str, Any]] = []
+    for place, target in enumerate(asked):
+        choices = static_choices(target, model, found)
+        own_cut = Choice("learned", density, decisions=own.decisions)
+        choices.insert(0, own_cut if place == 0 else learned_choice(target, model, prepared.calibration, **passes))
+        choices.append(Choice("oracle", target, decisions=most_worth(worth, text.real, target)))
+        for choice in choices:
+            scores = own if choice is own_cut else score(f"{choice.name} at {target:.1%}",
+                                                         **choice.given(layers, *text.tokens.shape))
+            row = {"name": choice.name, "target": target, "own": place == 0, **_density(choice, scores, text, groups),
+                   **reach.kept(bounds["none"], sums(scores), bounds["all"]), "sums": np.round(sums(scores), 4)}
+            if prepared.prompts and choice.name != "oracle":
+                row["ruler"] = dict(_ruler(model, prepared, choice if choice is not own_cut else
+                                           Choice("learned", density), passes))
+            if times is not None and choice.heads is None:
+                row |= {"prefill_ms": times.prefill_ms(scores.decisions[:, :1]),
+                        "decode_ms": times.decode_ms(scores.decisions[:, :1])}
+            rows.append(row)
+            log.info("%s", report.line(row))
+    for row in rows:
+        lead = next(one for one in rows if one["target"] == row["target"] and one["name"] == "learned")
+        row["behind"], row["behind_95"] = reach.ratio((row["sums"] - lead["sums"])[:, 1:].sum(1),
+                                                      (bounds["none"] - bounds["all"])[:, 1:].sum(1))
+        row |= _behind(row.get("ruler"), lead.get("ruler"))
+    return rows, {"edges": edges, "density": density, **reach.worth(bounds["none"], bounds["all"], reach.sums(
+        np.ones(groups.shape, int), groups, len(edges))), "searched_layers": [int(unit[0]) for unit in found.layers],
+        "searched_heads": found.heads}
+
+
+def _found(options: RivalOptions, model: Pretrained, prepared: Prepared, most: float, rates) -> Found:
+    layers, heads = model.config.num_layers, model.config.num_kv_heads
+    count = math.ceil(most * layers)
+    by_layer = greedy(Losses(model, prepared.calibration, "layers", options.backend), count, "layers searched")
+    shared = model.l2a_config.share_attention and not model.l2a_config.pruned_layers
+    by_head = greedy(Losses(model, prepared.calibration, "heads", options.backend), math.ceil(most * layers * heads),
+                     "heads searched") if shared else None
+    return Found(rates, by_layer, by_head)
+
+
+def _density(choice: Choice, scores: Scores, text: Windows, groups: np.ndarray) -> dict[str, float]:
+    """What is really routed: of all tokens, and of those beyond the window."""
+    if choice.heads is not None:
+        return {"density": choice.density, "density_beyond": choice.density}
+    return {"density": float(scores.decisions[:, text.real].mean()),
+            "density_beyond": float(scores.decisions[:, groups > 0].mean())}
+
+
+def _ruler(model: Pretrained, prepared: Prepared, choice: Choice, passes) -> Iterator[tuple[str, list[float]]]:
+    """(task and length, the score of each prompt) with the prompts read under the choice."""
+    for (task, length), items in prepared.prompts.items():
+        shape = (len(items), len(items[0].tokens))
+        given: dict[str, Any] = {}
+        if choice.cut is not None:
+            tokens = np.stack([item.tokens for item in items])
+            seen = np.zeros(shape, bool)
+            seen[:, -1] = True
+            windows = Windows(tokens, np.zeros(shape, np.int32), seen, np.ones(shape, bool), {"name": task})
+            given = {"decisions": score_windows(model, windows, label=f"{task} of {length:,} tokens", **passes,
+                                                **choice.given(model.config.num_layers, *shape)).decisions}
+        elif choice.rates is not None or choice.heads is not None:
+            given = choice.given(model.config.num_layers, *shape)
+        written = ruler.write(model, items, task, length, prepared.ruler, **given)
+        yield f"{task} {length}", [ruler_source.score(task, item.answers, text)
+                                   for item, text in zip(items, written.texts, strict=True)]
+
+
+def _behind(mine: dict[str, list[float]] | None, lead: dict[str, list[float]] | None) -> dict[str, Any]:
+    """RULER's mean, and how much less than the learned choice, paired over prompts."""
+    if mine is None:
+        return {}
+    scores, base = (np.concatenate([one[name] for name in mine]).tolist() for one in (mine, lead))
+    difference, interval = intervals.paired_items(scores, base)
+    return {"ruler_mean": float(np.mean(scores)), "ruler_behind": -difference,
+            "ruler_behind_95": [-interval[1], -interval[0]]}
