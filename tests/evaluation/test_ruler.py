@@ -128,13 +128,13 @@ def test_cells_are_literal_decoding_under_each_control(folder, tmp_path):
 
 def test_a_rerun_skips_what_is_there_and_adds_the_rest(folder, tmp_path, monkeypatch):
     computed = []
-    whole = ruler._write
+    whole = ruler.write
 
     def write(model, items, task, length, decisions, options):
         computed.append((task, length, decisions is not None))
         return whole(model, items, task, length, decisions, options)
 
-    monkeypatch.setattr(ruler, "_write", write)
+    monkeypatch.setattr(ruler, "write", write)
     first, _ = evaluate.evaluate(options(folder, tmp_path, log_samples=True))
     assert [one[:2] for one in computed] == [(task, 700) for task in TASKS]
     computed.clear()
@@ -156,14 +156,14 @@ def test_a_rerun_skips_what_is_there_and_adds_the_rest(folder, tmp_path, monkeyp
 
 
 def test_an_interruption_keeps_the_lengths_that_are_done(folder, tmp_path, monkeypatch):
-    whole = ruler._write
+    whole = ruler.write
 
     def write(model, items, task, length, decisions, options):
         if length == 700:
             raise KeyboardInterrupt
         return whole(model, items, task, length, decisions, options)
 
-    monkeypatch.setattr(ruler, "_write", write)
+    monkeypatch.setattr(ruler, "write", write)
     with pytest.raises(KeyboardInterrupt):
         evaluate.evaluate(options(folder, tmp_path, lengths=(700, 600)))
     entry = json.loads((tmp_path / "eval.json").read_text())["tasks"]["ruler"]

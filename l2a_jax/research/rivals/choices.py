@@ -86,15 +86,17 @@ def static_choices(density: float, model: Pretrained, found: Found) -> list[Choi
 
 def learned_choice(density: float, model: Pretrained, calibration: Windows, *, rounds: int = 18, near: float = 0.002,
                    **passes) -> Choice:
-    """The router cut at the logit with which it routes the density of the calibration text, found by bisection."""
-    layers = model.config.num_layers
-    low, high, cut, found = -64.0, 64.0, 0.0, 1.0
+    """The router cut at the logit with which it routes about the density of the calibration text, found by bisection:
+    the nearest it came, for tokens whose logits are equal are routed together."""
+    layers, low, high, cut = model.config.num_layers, -64.0, 64.0, 0.0
+    tried: dict[float, float] = {}
     for _ in range(rounds):
         scores = score_windows(model, calibration, cut=np.full(layers, cut, np.float32), **passes,
                                label=f"{density:.1%} routed: cut at {cut:.3f}")
-        found = float(routing_rates(scores.decisions, calibration.real).mean())
+        tried[cut] = found = float(routing_rates(scores.decisions, calibration.real).mean())
         if abs(found - density) <= near:
             break
         low, high = (cut, high) if found > density else (low, cut)
         cut = (low + high) / 2
-    return Choice("learned", found, cut=cut)
+    best = min(tried, key=lambda one: abs(tried[one] - density))
+    return Choice("learned", tried[best], cut=best)
