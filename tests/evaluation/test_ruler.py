@@ -130,9 +130,9 @@ def test_a_rerun_skips_what_is_there_and_adds_the_rest(folder, tmp_path, monkeyp
     computed = []
     whole = ruler.write
 
-    def write(model, items, task, length, decisions, options):
+    def write(model, items, task, length, options, *, decisions=None):
         computed.append((task, length, decisions is not None))
-        return whole(model, items, task, length, decisions, options)
+        return whole(model, items, task, length, options, decisions=decisions)
 
     monkeypatch.setattr(ruler, "write", write)
     first, _ = evaluate.evaluate(options(folder, tmp_path, log_samples=True))
@@ -158,10 +158,10 @@ def test_a_rerun_skips_what_is_there_and_adds_the_rest(folder, tmp_path, monkeyp
 def test_an_interruption_keeps_the_lengths_that_are_done(folder, tmp_path, monkeypatch):
     whole = ruler.write
 
-    def write(model, items, task, length, decisions, options):
+    def write(model, items, task, length, options, *, decisions=None):
         if length == 700:
             raise KeyboardInterrupt
-        return whole(model, items, task, length, decisions, options)
+        return whole(model, items, task, length, options, decisions=decisions)
 
     monkeypatch.setattr(ruler, "write", write)
     with pytest.raises(KeyboardInterrupt):
