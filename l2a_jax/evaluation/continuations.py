@@ -19,12 +19,13 @@ from jaxtyping import Array, Bool, Int
 
 from l2a_jax import device
 from l2a_jax.config import L2AConfig, ModelConfig, position_limit
-from l2a_jax.errors import UserError, shown
+from l2a_jax.errors import UserError
 from l2a_jax.evaluation.loglikelihood import power_of_two
 from l2a_jax.inference.cache import Cache, Layout, cache_bytes, empty_cache, layout_of
 from l2a_jax.inference.forward import DecodeParams, decode_params, decode_step, prefill
 from l2a_jax.inference.generate import bucket
 from l2a_jax.models.params import Tree
+from l2a_jax.models.transformer import check_tokens
 from l2a_jax.progress import progress
 from l2a_jax.sources import Pretrained
 from l2a_jax.weights import Tokenizer
@@ -99,7 +100,7 @@ def continuations(
     if not len(prompts):
         raise UserError(f"{label}: there is no prompt to continue")
     limit = position_limit(model.config, model.l2a_config)
-    cut = [_cut(prompt, limit, model.config.vocab_size, f"{label}: prompt {index}")
+    cut = [_cut(prompt, limit, model.config, f"{label}: prompt {index}")
            for index, prompt in enumerate(prompts)]
     ends = {until: _end_ids(model.tokenizer, until) for until in {prompt.until for prompt in prompts}}
     need = np.array([tokens.size + prompt.max_new_tokens for tokens, prompt in zip(cut, prompts, strict=True)])
@@ -192,16 +193,14 @@ def _end_ids(tokenizer: Tokenizer, until: tuple[str, ...]) -> frozenset[int]:
     return frozenset({*tokenizer.end_ids, *special})
 
 
-def _cut(prompt: Prompt, limit: int, vocabulary: int, where: str) -> Int[np.ndarray, " T"]:
+def _cut(prompt: Prompt, limit: int, config: ModelConfig, where: str) -> Int[np.ndarray, " T"]:
     if prompt.max_new_tokens < 1 or prompt.max_new_tokens >= limit:
         raise UserError(f"{where} asks for {prompt.max_new_tokens} new tokens; the model has {limit} positions for "
                         "them and the prompt")
     tokens = np.asarray(prompt.tokens, np.int32)[prompt.max_new_tokens - limit:]
     if not tokens.size:
         raise UserError(f"{where} is empty; a continuation needs at least one token to follow")
-    if tokens.min() < 0 or tokens.max() >= vocabulary:  # a gather would clamp them silently
-        raise UserError(f"{where} holds a token id outside the vocabulary of {vocabulary}; was it tokenised with this "
-                        f"model's tokenizer? It begins {shown(tokens[:8].tolist())}")
+    check_tokens(tokens, config, f"{where}: ")
     return tokens
 
 

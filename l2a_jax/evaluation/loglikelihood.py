@@ -22,7 +22,7 @@ from l2a_jax.data.counts import format_count
 from l2a_jax.data.packing import best_fit_rows
 from l2a_jax.errors import UserError
 from l2a_jax.models.params import Tree
-from l2a_jax.models.transformer import hidden_states
+from l2a_jax.models.transformer import check_tokens, hidden_states
 from l2a_jax.progress import progress
 from l2a_jax.sources import Pretrained
 from l2a_jax.training.loss import token_nll
@@ -97,7 +97,7 @@ def log_likelihoods(
     """
     if not len(requests):
         raise UserError(f"{label}: there is no request to score")
-    table = _table(requests, position_limit(model.config, model.l2a_config), model.config.vocab_size)
+    table = _table(requests, position_limit(model.config, model.l2a_config), model.config)
     total = np.zeros(len(requests))
     greedy = np.ones(len(requests), bool)
     work, done = sum(table.inputs[index].size for index in table.members), 0
@@ -148,7 +148,7 @@ def _score(
     return nll[0], top[0]
 
 
-def _table(requests: Sequence[Request], limit: int, vocabulary: int) -> _Table:
+def _table(requests: Sequence[Request], limit: int, config: ModelConfig) -> _Table:
     """Inputs are context and continuation without its last token, cut from the left to `limit` tokens."""
     known: dict[bytes, int] = {}
     table = _Table([], {}, [], np.zeros(len(requests), bool), limit)
@@ -161,9 +161,7 @@ def _table(requests: Sequence[Request], limit: int, vocabulary: int) -> _Table:
             raise UserError(f"request {index} continues for {len(continuation)} tokens; the model's positions end at "
                             f"{limit}")
         whole = np.concatenate([np.asarray(context, np.int32), np.asarray(continuation, np.int32)])
-        if whole.min() < 0 or whole.max() >= vocabulary:  # a gather would clamp them silently
-            raise UserError(f"request {index} holds a token id outside the vocabulary of {vocabulary}; was it "
-                            "tokenised with this model's tokenizer?")
+        check_tokens(whole, config, f"request {index}: ")
         table.truncated[index] = whole.size > limit + 1
         table.targets.append(whole[whole.size - len(continuation) :])
         tokens = whole[-(limit + 1) :][:-1]

@@ -191,14 +191,15 @@ def check_heads(heads: Bool[Array, "L K"] | None, config: ModelConfig, l2a_confi
         raise ValueError(f"heads are {heads.shape}; expected [L, K] = {(config.num_layers, config.num_kv_heads)}")
 
 
-def check_tokens(tokens: Int[Array, "*S"], config: ModelConfig) -> None:
-    """Raise UserError on token ids outside the vocabulary; a gather would clamp them silently. Skipped on tracers."""
+def check_tokens(tokens: Int[Any, "*S"], config: ModelConfig, where: str = "") -> None:
+    """Raise UserError, beginning with `where`, on token ids outside the vocabulary; a gather would clamp them silently.
+    Skipped on tracers."""
     if isinstance(tokens, jax.core.Tracer) or tokens.size == 0:
         return
     values = np.asarray(tokens)  # numpy: known tokens may be closed over by a function that is being traced
     low, high = int(values.min()), int(values.max())
     if low < 0 or high >= config.vocab_size:
-        raise UserError(f"token id {low if low < 0 else high} is outside the vocabulary of {config.vocab_size}; "
+        raise UserError(f"{where}token id {low if low < 0 else high} is outside the vocabulary of {config.vocab_size}; "
                         "was the text tokenised with this model's tokenizer?")
 
 

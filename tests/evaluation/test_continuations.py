@@ -110,7 +110,7 @@ def test_long_prompts_are_cut_from_the_left_and_counted():
 
 @pytest.mark.parametrize(("asked", "message"), [
     ([], "no prompt to continue"), ([Prompt([], 4)], "prompt 0 is empty"),
-    ([Prompt([1], 4), Prompt([1, 300], 4)], "prompt 1 holds a token id outside the vocabulary of 260"),
+    ([Prompt([1], 4), Prompt([1, 300], 4)], "prompt 1: token id 300 is outside the vocabulary of 260"),
     ([Prompt([1], 512)], "asks for 512 new tokens; the model has 512 positions"), ([Prompt([1], 0)], "0 new tokens")])
 def test_bad_prompts_are_named(asked, message):
     with pytest.raises(UserError, match=message):

@@ -16,6 +16,7 @@ from tests.models.cases import CONFIG, LAYERS, make_params
 
 reference_forward = jax.jit(forward, static_argnums=(2, 3))
 LIMIT = CONFIG.max_positions
+FIFTY = dataclasses.replace(CONFIG, vocab_size=50)
 
 
 def log_likelihoods(model, requests, batch_tokens=LIMIT):
@@ -84,7 +85,7 @@ def test_the_same_in_any_batching_and_order(monkeypatch):
 def test_few_shapes_and_little_padding():
     rng = np.random.default_rng(0)
     requests = [Request(rng.integers(0, 50, n).tolist(), [1] * 20) for n in rng.integers(20, 180, 2_000)]
-    batches = list(loglikelihood._batches(loglikelihood._table(requests, 32_768, 50), 32_768))
+    batches = list(loglikelihood._batches(loglikelihood._table(requests, 32_768, FIFTY), 32_768))
     assert len({(batch.tokens.shape, batch.picks.shape) for batch in batches}) == 1
     real = sum(len(request.context) + 19 for request in requests)
     assert sum(int((batch.segment_ids > 0).sum()) for batch in batches) == real
@@ -95,14 +96,14 @@ def test_few_shapes_and_little_padding():
 
 def test_a_row_for_each_long_request_has_no_segments():
     requests = [Request([token] * 3_000, [1, 2]) for token in range(3)]
-    batches = list(loglikelihood._batches(loglikelihood._table(requests, 4_096, 50), 1_024))
+    batches = list(loglikelihood._batches(loglikelihood._table(requests, 4_096, FIFTY), 1_024))
     assert [batch.tokens.shape for batch in batches] == [(1, 4_096)] * 3
     assert all(batch.segment_ids is None for batch in batches)
 
 
 def test_answers_of_one_token_share_a_row():
     requests = [Request([1, 2, 3], [token]) for token in range(40)] + [Request([1, 2], [3, 4])]
-    (batch,) = loglikelihood._batches(loglikelihood._table(requests, 4_096, 50), 1_024)
+    (batch,) = loglikelihood._batches(loglikelihood._table(requests, 4_096, FIFTY), 1_024)
     assert batch.work == 3 and batch.requests.size == 41
 
 

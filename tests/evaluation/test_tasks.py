@@ -200,6 +200,8 @@ def test_from_the_hub(model, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"data of piqa cannot be loaded from the hub \(ConnectionError: no route\); .*"
                                         r"--task-data"):
         evaluate_tasks(model, ("piqa",), limit=1, num_fewshot=None, task_data=None)
+    with pytest.raises(UserError, match=r"data of arc_easy cannot be loaded .* \(ConnectionError: no route\)$"):
+        evaluate_tasks(model, ("arc_easy",), limit=1, num_fewshot=None, task_data=None)
 
 
 @pytest.mark.network
