@@ -40,6 +40,8 @@ CACHE_SHARE = 0.5
 """Of the memory beside the weights: the rest is for what prefill and decoding compute."""
 ROUND = 256
 """Prompts are padded to few multiples of this, rows of the cache to any."""
+LONGER = 4
+"""How many times longer than it needs a prompt's row may be: memory is spent so that fewer decode steps compile."""
 NOT_FINITE = -1
 """Stands for a token whose logits were no numbers."""
 
@@ -110,7 +112,7 @@ def continuations(
     with progress(label, len(prompts)) as report:
         while queue:
             slots = -(-(need[queue[0]] + STEPS) // ROUND) * ROUND
-            pool = deque(index for index in queue if 2 * need[index] >= slots or index == queue[0])
+            pool = deque(index for index in queue if LONGER * need[index] >= slots or index == queue[0])
             queue = deque(list(queue)[len(pool):])
             rows = _row_count(model, int(slots), len(pool), batch_tokens)
             options = Options(model.config, model.l2a_config, layout_of(model.config, model.l2a_config, int(slots)),
