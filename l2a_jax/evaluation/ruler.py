@@ -76,7 +76,7 @@ class Written(NamedTuple):
 
 
 def prepare(name: str, options: Any, model: Pretrained) -> Prepared:
-    """Everything that prompts are made of, and one prompt of each task and length, before there are weights."""
+    """What prompts are made of, how long each haystack is, and the shortest prompts, before there are weights."""
     o, tokenizer, limit = options, model.tokenizer, position_limit(model.config, model.l2a_config)
     if tokenizer is None:
         raise UserError(f"{o.source} has no tokenizer, which ruler needs")
@@ -264,9 +264,8 @@ def _summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
         for control in dict.fromkeys(cell["control"] for cell in cells if cell["length"] == length):
             mine = [cell for cell in cells if (cell["length"], cell["control"]) == (length, control)]
             scores = np.concatenate([cell["scores"] for cell in mine])
-            spread = scores.std(ddof=1) / np.sqrt(len(scores)) if len(scores) > 1 else np.nan
             row = {"length": length, "control": control, "score": float(scores.mean()), "n": len(scores),
-                   "score_95": list(intervals.around(float(scores.mean()), float(spread))), "tasks": len(mine)}
+                   "score_95": list(intervals.share(float(scores.sum()), len(scores))), "tasks": len(mine)}
             if "local_share" in mine[0]:
                 row["local_share"] = float(np.mean([cell["local_share"] for cell in mine]))
             if control not in own:
@@ -274,7 +273,7 @@ def _summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
                 row |= _difference(*zip(*both, strict=True)) if both else {}
             overall.append(row)
     return {"lengths": lengths, "cells": told, "overall": overall,
-            "interval": "normal over items, paired with the model's own routing"}
+            "interval": "over items: Wilson's of scores, normal of differences, paired with the model's own routing"}
 
 
 def _difference(mine: Sequence[dict], base: Sequence[dict]) -> dict[str, Any]:
@@ -288,7 +287,7 @@ def _difference(mine: Sequence[dict], base: Sequence[dict]) -> dict[str, Any]:
 def _read_samples(path: Path, cells: dict[tuple, dict]) -> dict[tuple, list[dict]]:
     """Those of the cells that are held, so that a rerun does not lose them."""
     found: dict[tuple, list[dict]] = {}
-    lines = read_text(path).splitlines() if path.exists() else []
+    lines = read_text(path).removesuffix("\n").split("\n") if path.exists() else []
     for number, line in enumerate(lines, 1):
         row = parse_json(line, f"{path}, line {number}")
         cell = cells.get(_key(row))
@@ -298,6 +297,7 @@ def _read_samples(path: Path, cells: dict[tuple, dict]) -> dict[tuple, list[dict
 
 
 def _write_samples(path: Path, samples: dict[tuple, list[dict]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as partial, partial.open("w", encoding="utf-8") as stream:
         for rows in samples.values():
             for row in rows:

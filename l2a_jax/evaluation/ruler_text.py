@@ -147,7 +147,7 @@ def material(tokenizer: Tokenizer, tasks: Iterable[str], longest: int, haystack:
 
 def build(task: str, length: int, number: int, seed: int, made_of: Material, units: int) -> Item:
     """The prompt of an item. `units`: how much haystack to begin with (`calibrate`)."""
-    ids, draft = _draft(task, length, f"{seed} {task} {length} {number}", made_of, units)
+    ids, draft, _ = _draft(task, length, f"{seed} {task} {length} {number}", made_of, units)
     return Item(np.asarray(_cut(ids, draft, task, length, made_of.tokenizer), np.int32), draft.answers)
 
 
@@ -166,7 +166,7 @@ def calibrate(task: str, length: int, seed: int, made_of: Material) -> int:
                         f"it may write take about {length - room:.0f} tokens")
     units = math.ceil(room / cost)
     for _ in range(4):  # numbers grow longer as a list does: what the first lines cost is not what the last ones do
-        ids, _ = _draft(task, length, f"{seed} {task} {length} 0", made_of, units)
+        ids, _, units = _draft(task, length, f"{seed} {task} {length} 0", made_of, units)
         surplus = len(ids) - length + settings(task).new_tokens
         units = max(LEAST, units - int(surplus / cost)) + 2  # other items draw longer words
         if surplus < 4 * cost:
@@ -179,15 +179,15 @@ def kind(task: str) -> Callable[..., Draft]:
     return _KINDS[settings(task).maker[0]]
 
 
-def _draft(task: str, length: int, key: str, made_of: Material, units: int) -> tuple[list[int], Draft]:
-    """A draft of at least the tokens of a prompt, and those."""
+def _draft(task: str, length: int, key: str, made_of: Material, units: int) -> tuple[list[int], Draft, int]:
+    """(tokens, draft, units) of at least as many tokens as the prompt's: more units where those given are too few."""
     target = length - settings(task).new_tokens
     while True:
         draft = kind(task)(task, made_of, length, key=key, units=units)
         ids = _encode(made_of.tokenizer, draft.text)
         short = target - len(ids)
         if short <= 0:
-            return ids, draft
+            return ids, draft, units
         units += math.ceil(units * short / max(len(ids), 1))
 
 

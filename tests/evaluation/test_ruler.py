@@ -95,12 +95,13 @@ _forward = jax.jit(lambda params, row, decisions: forward(params, row, CONFIG, L
 
 def test_cells_are_literal_decoding_under_each_control(folder, tmp_path):
     controls = ("all", "none", "shuffled", "static")
-    chosen = options(folder, tmp_path, controls=controls, log_samples=True)
+    out = tmp_path / "new"
+    chosen = options(folder, out, controls=controls, log_samples=True)
     found, _ = evaluate.evaluate(chosen)
     entry = found["tasks"]["ruler"]
     model = load_pretrained(folder / "routed", jnp.float32)
     prepared = ruler.prepare("ruler", chosen, model)
-    samples = [json.loads(line) for line in (tmp_path / ruler.SAMPLES).read_text().splitlines()]
+    samples = [json.loads(line) for line in (out / ruler.SAMPLES).read_text().splitlines()]
     assert len(entry["cells"]) == 2 * 5 and len(samples) == 2 * 5 * 2
     for task in TASKS:
         cells = {cell["control"]: cell for cell in entry["cells"] if cell["task"] == task}
