@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from l2a_jax.attention.reference import segment_starts
+
 
 def router_logits(h: Float[Array, "B T D"], kernel: Float[Array, D]) -> Float[Array, "B T"]:
     """z = w . h, in float32 at highest precision: a bfloat16 product would move tokens across the threshold."""
@@ -74,9 +76,25 @@ def _with_decision_gradient_bwd(difference, g):
 with_decision_gradient.defvjp(_with_decision_gradient_fwd, _with_decision_gradient_bwd)
 
 
-def penalty(p: Float[Array, "L B T"], real: Bool[Array, "B T"]) -> Float[Array, ""]:
-    """Mean of p^2 over layers and real tokens (the L2A regulariser in mean form)."""
-    return jnp.sum(jnp.where(real, jnp.square(p), 0.0)) / (p.shape[0] * jnp.maximum(jnp.sum(real), 1))
+def penalty(p: Float[Array, "L B T"], real: Bool[Array, "B T"], cost: Float[Array, "B T"] | None = None
+            ) -> Float[Array, ""]:
+    """Mean of p^2 over layers and real tokens (the L2A regulariser in mean form), each token `cost` times."""
+    squares = jnp.square(p) if cost is None else cost * jnp.square(p)
+    return jnp.sum(jnp.where(real, squares, 0.0)) / (p.shape[0] * jnp.maximum(jnp.sum(real), 1))
+
+
+def keys_beyond(segment_ids: Int[Array, "B T"] | None, shape: tuple[int, int], window: int, sinks: int
+                ) -> Int[Array, "B T"]:
+    """Keys of a token's own document, up to itself, that are neither among its last `window` nor the first `sinks`."""
+    past = jnp.arange(shape[1], dtype=jnp.int32) - segment_starts(segment_ids, shape)
+    return jnp.maximum(past + 1 - window - sinks, 0)
+
+
+def cost_of_keys(keys: Int[Array, "*B T"], real: Bool[Array, "*B T"]) -> Float[Array, "*B T"]:
+    """What each token's routed decision costs: the `keys` that it then reads, as a multiple of their mean over real
+    tokens; 0 at padding, and everywhere where no token reads any."""
+    keys = jnp.where(real, keys, 0).astype(jnp.float32)
+    return keys * (jnp.sum(real) / jnp.maximum(jnp.sum(keys), 1.0))
 
 
 def penalty_weight(step: Int[Array, ""] | int, *, maximum: Any, warmup: Any, ramp: Any) -> Float[Array, ""]:

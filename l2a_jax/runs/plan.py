@@ -190,7 +190,7 @@ def compile_run(plan: RunPlan) -> Run:
     """Compile a step from shapes alone and refuse a run that cannot fit (UserError with the estimate)."""
     s = plan.settings
     objective = Objective(plan.config, plan.l2a_config, dtype=plan.dtype, backend=s.backend,
-                          remat=memory.checkpoint_policy(s.remat), unroll=_unrolls(s))
+                          remat=memory.checkpoint_policy(s.remat), unroll=_unrolls(s), cost=s.cost)
     rule = OptimizerConfig(s.regime, s.weight_decay, s.clip, attention_layers=s.attention_layers,
                            momentum_dtype=None if s.master_dtype == "float32" else jnp.dtype(s.master_dtype))
     optimizer = make_optimizer(rule, dials_of(plan))

@@ -19,7 +19,7 @@ from l2a_jax.data.counts import parse_count, parse_layers
 from l2a_jax.data.packing import PACKINGS
 from l2a_jax.errors import UserError
 from l2a_jax.fields import DTYPE, SHARE_OF_RUN, Choice, Distinct, Filled, Mark, Range, Unit, Written, above, count
-from l2a_jax.training.tables import PLAIN_REGIMES, REGIMES, Regime, Remat, check_regime
+from l2a_jax.training.tables import PLAIN_REGIMES, REGIMES, Cost, Regime, Remat, check_regime
 
 DIAL, OUTSIDE = Mark.DIAL, Mark.OUTSIDE
 STEPS, SHARE = Unit("steps"), Unit("share")
@@ -67,6 +67,7 @@ class RoutingSettings:
     penalty_warmup: Annotated[float, SHARE_OF_RUN, SHARE, DIAL, "share of the run with lambda 0"] = 0.05
     penalty_ramp: Annotated[float, SHARE_OF_RUN, SHARE, DIAL,
                             "share of the run over which lambda then rises"] = 0.45
+    cost: Cost = "tokens"
 
 
 @dataclass(frozen=True)
@@ -268,7 +269,7 @@ def idle(settings: Settings) -> list[tuple[bool, tuple[str, ...], str]]:
     """Where a setting changes nothing, as rules for `commands.say_idle`."""
     s, trained = settings, set(REGIMES[settings.regime])
     return [
-        (s.regime in PLAIN_REGIMES, (*LAYER_FIELDS, "router_lr", "penalty", "penalty_warmup", "penalty_ramp"),
+        (s.regime in PLAIN_REGIMES, (*LAYER_FIELDS, "router_lr", "penalty", "penalty_warmup", "penalty_ramp", "cost"),
          f"--regime {s.regime} runs a plain model, which has no L2A layer"),
         (not trained, ("steps", "tokens", "grad_accum", "echo", "lr", "weight_decay", "warmup", "clip", "master_dtype",
                        "remat", "unroll", "save_every", "eval_every"), f"--regime {s.regime} trains nothing"),
@@ -277,7 +278,8 @@ def idle(settings: Settings) -> list[tuple[bool, tuple[str, ...], str]]:
         (trained == {"router"} and s.router_lr is not None, ("lr",),
          f"--regime {s.regime} trains the router alone, whose rate is --router-lr ({s.router_lr:g})"
          if s.router_lr else ""),
-        (s.penalty == 0 and s.regime not in PLAIN_REGIMES, ("penalty_warmup", "penalty_ramp"), "--penalty is 0"),
+        (s.penalty == 0 and s.regime not in PLAIN_REGIMES, ("penalty_warmup", "penalty_ramp", "cost"),
+         "--penalty is 0"),
         (not s.data, ("packing",), "the synthetic recall corpus is made in whole rows"),
     ]
 

@@ -6,6 +6,7 @@ parameters a diagnosis finds are those from before the step that failed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -35,7 +36,8 @@ class TrainState(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """The loss that a step is compiled for. `remat` and `unroll` are those of `hidden_states`."""
+    """The loss that a step is compiled for. `remat` and `unroll` are those of `hidden_states`, `cost` is that of the
+    settings."""
 
     config: ModelConfig
     l2a_config: L2AConfig | None
@@ -43,6 +45,7 @@ class Objective(NamedTuple):
     backend: str = "auto"
     remat: Callable | bool = False
     unroll: bool = False
+    cost: str = "tokens"
 
 
 def initial_state(trainable: Tree, optimizer: optax.GradientTransformation, master_dtype: Any) -> TrainState:
@@ -81,6 +84,18 @@ class _Sums(NamedTuple):
     entropy: Array
 
 
+def token_cost(batch: Batch, objective: Objective) -> Float[Array, "*A B T"] | None:
+    """What the penalty counts of each token, over all tokens given; None: the same of all."""
+    layer, ids, shape = objective.l2a_config, batch.segment_ids, batch.tokens.shape
+    if layer is None or objective.cost == "tokens":
+        return None
+    # Behind a local layer a global one reads all keys; beside it, those that local attention would not.
+    window, sinks = (0, 0) if layer.topology == "sequential" else (layer.window, layer.sinks)
+    rows = None if ids is None else ids.reshape(-1, shape[-1])
+    keys = routing.keys_beyond(rows, (math.prod(shape[:-1]), shape[-1]), window, sinks).reshape(shape)
+    return routing.cost_of_keys(keys, real_tokens(ids, shape))
+
+
 def train_step(
     state: TrainState,
     frozen: Tree,
@@ -104,7 +119,9 @@ def train_step(
     step_key = jax.random.fold_in(key, state.step)
     layers = objective.config.num_layers
 
-    def loss(trainable, micro, real, micro_key):
+    cost = token_cost(batch, objective)
+
+    def loss(trainable, micro, real, cost, micro_key):
         params = compute_params(trainable, frozen, objective.dtype)
         hidden, routed = hidden_states(
             params, micro.tokens, objective.config, objective.l2a_config, positions=micro.positions,
@@ -115,20 +132,20 @@ def train_step(
             nothing = jnp.zeros(layers)
             return summed.nll / counted, _Sums(summed.nll, summed.correct, jnp.zeros(()), nothing, nothing)
         share = jnp.sum(real) / total  # a micro-batch's part of the mean over all real tokens
-        penalty = routing.penalty(routed.probabilities, real) * share
+        penalty = routing.penalty(routed.probabilities, real, cost) * share
         sums = _Sums(summed.nll, summed.correct, penalty, routing.sparsity(routed.decisions, real) * share,
                      routing.entropy(routed.probabilities, real) * share)
         return summed.nll / counted + weight * penalty, jax.lax.stop_gradient(sums)
 
     def accumulate(carry, inputs):
-        micro, real, index = inputs
-        gradients, sums = jax.grad(loss, has_aux=True)(state.trainable, micro, real,
+        micro, real, cost, index = inputs
+        gradients, sums = jax.grad(loss, has_aux=True)(state.trainable, micro, real, cost,
                                                        jax.random.fold_in(step_key, index))
         return jax.tree.map(jnp.add, carry, (widened(gradients), sums)), None
 
     nothing = _Sums(*(jnp.zeros(()),) * 3, *(jnp.zeros(layers),) * 2)
     zeros = jax.tree.map(jnp.zeros_like, widened(state.trainable)), nothing
-    inputs = (batch, real, jnp.arange(batch.tokens.shape[0]))
+    inputs = (batch, real, cost, jnp.arange(batch.tokens.shape[0]))
     if batch.tokens.shape[0] == 1:  # no second copy of the gradients where there is nothing to add
         (gradients, sums), _ = accumulate(zeros, jax.tree.map(lambda x: x[0], inputs))
     else:

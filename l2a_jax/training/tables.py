@@ -40,6 +40,8 @@ KEPT = {
     "mlp": ("qkv", "attention", "residual"),
     "elementwise": ("qkv", "attention", "residual", "mlp"),
 }
+Cost = Annotated[str, Choice("tokens", "keys"),
+                 "what the penalty counts of a routed token: 1, or the keys that it reads beyond the window's (mean 1)"]
 Regime = Annotated[str, Choice(*REGIMES), "which parameters are trained"]
 Remat = Annotated[str, Choice(*KEPT, "none"), "recomputed in the backward pass: layer needs the least memory"]
 

@@ -49,6 +49,17 @@ def test_penalty_is_the_mean_square_over_layers_and_real_tokens():
     assert routing.penalty(p, real) == pytest.approx((0.25 + 1 + 0 + 0.04) / 4)
 
 
+def test_a_routed_token_costs_the_keys_beyond_its_window():
+    """Window 2, 1 sink: the fourth token of a document is the first with a key that neither holds."""
+    ids = jnp.array([[1, 1, 1, 1, 1, 2, 2, 2, 2, 0]])
+    keys = routing.keys_beyond(ids, ids.shape, window=2, sinks=1)
+    assert keys.tolist()[0][:9] == [0, 0, 0, 1, 2, 0, 0, 0, 1]
+    expected = np.array([0, 0, 0, 1, 2, 0, 0, 0, 1, 0]) * 9 / 4
+    np.testing.assert_allclose(routing.cost_of_keys(keys, ids != 0)[0], expected)
+    assert routing.keys_beyond(None, (1, 5), 0, 0).tolist() == [[1, 2, 3, 4, 5]]
+    assert routing.cost_of_keys(jnp.zeros((1, 4), int), jnp.ones((1, 4), bool)).tolist() == [[0, 0, 0, 0]]
+
+
 def test_penalty_gradient_agrees_with_finite_differences_and_reaches_h():
     h = jax.random.normal(jax.random.key(0), (1, 3, 8))
     w = jax.random.normal(jax.random.key(1), (8,)) * 0.1

@@ -56,12 +56,27 @@ def test_frozen_leaves_stay_and_the_loss_falls():
     assert losses[-1] < losses[0] - 0.1 and int(state.step) == 8
 
 
-def test_accumulated_gradients_are_those_of_all_tokens_at_once(monkeypatch):
+def read_beyond(ids, window, sinks):
+    """Of each token, the keys of its document that are neither in its window nor sinks, one by one; [B, T]."""
+    found = np.zeros(ids.shape)
+    for row, at in np.argwhere(np.asarray(ids) != 0):
+        own = [key for key in range(at + 1) if ids[row, key] == ids[row, at]]
+        found[row, at] = len(set(own) - set(own[-window:]) - set(own[:sinks]))
+    return found
+
+
+@pytest.mark.parametrize("cost", ["tokens", "keys"])
+def test_accumulated_gradients_are_those_of_all_tokens_at_once(cost, monkeypatch):
     """Three micro-batches of different token counts against one loss written over all of them."""
     params, state, frozen, _ = set_up("full_ft")
     batch = make_batch(3)
     real = batch.segment_ids != 0
     assert len({int(w.sum()) for w in batch.weights}) == 3
+    costs = np.ones(real.shape)
+    if cost == "keys":
+        costs = np.stack([read_beyond(ids, LAYER.window, LAYER.sinks) for ids in batch.segment_ids])
+        costs *= real.sum() / costs.sum()
+        assert 0 < (costs[real] == 0).sum() < real.sum() and costs.max() > 2
 
     def whole(params):
         nll = squares = 0.0
@@ -70,7 +85,7 @@ def test_accumulated_gradients_are_those_of_all_tokens_at_once(monkeypatch):
             hidden, routed = hidden_states(params, micro.tokens, CONFIG, LAYER, segment_ids=micro.segment_ids,
                                            train=True)
             nll += cross_entropy(params, hidden, micro.targets, micro.weights, CONFIG).nll
-            squares += jnp.sum(jnp.where(real[index], routed.probabilities**2, 0.0))
+            squares += jnp.sum(jnp.where(real[index], costs[index] * routed.probabilities**2, 0.0))
         return nll / batch.weights.sum() + 0.5 * squares / (CONFIG.num_layers * real.sum())
 
     # At step 1 of a ramp of 1 the penalty has its full weight.
@@ -82,7 +97,8 @@ def test_accumulated_gradients_are_those_of_all_tokens_at_once(monkeypatch):
         return updates, state
 
     monkeypatch.setattr("l2a_jax.training.step.make_optimizer", lambda *_: optax.GradientTransformation(None, spy))
-    step = functools.partial(train_step, dials=DIALS, objective=OBJECTIVE, optimizer=OptimizerConfig("full_ft"))
+    step = functools.partial(train_step, dials=DIALS, objective=OBJECTIVE._replace(cost=cost),
+                             optimizer=OptimizerConfig("full_ft"))
     found = jax.jit(lambda *given: (step(*given), seen["gradients"])[1])(
         state._replace(optimizer=optax.EmptyState()), frozen, batch, jax.random.key(0))
     expected = jax.jit(jax.grad(whole))(params)

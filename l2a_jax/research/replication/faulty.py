@@ -27,7 +27,7 @@ from l2a_jax.progress import progress
 from l2a_jax.training.loss import cross_entropy
 from l2a_jax.training.optimizer import Dials, OptimizerConfig, make_optimizer
 from l2a_jax.training.regimes import partition, regime_mask
-from l2a_jax.training.step import Objective, compute_params
+from l2a_jax.training.step import Objective, compute_params, token_cost
 
 
 class Fault(NamedTuple):
@@ -120,7 +120,7 @@ def _step(masters, optimizer_state, frozen, batch, key, step, penalty, lr_factor
         hidden, routed = leaky_hidden_states(params, batch, key, symmetric, objective=objective)
         summed = cross_entropy(params, hidden, batch.targets, batch.weights, objective.config)
         nll = summed.nll / jnp.maximum(jnp.sum(batch.weights), 1.0)
-        total = nll + weight * routing.penalty(routed.probabilities, real)
+        total = nll + weight * routing.penalty(routed.probabilities, real, token_cost(batch, objective))
         return total, (nll, jnp.isfinite(total), routed.decisions)
 
     gradients, (nll, finite, decisions) = jax.grad(loss, has_aux=True)(masters)
