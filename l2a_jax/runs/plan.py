@@ -43,7 +43,7 @@ from l2a_jax.training.step import (
     split_params,
     train_step,
 )
-from l2a_jax.training.tables import PLAIN_REGIMES, check_attention_layers
+from l2a_jax.training.tables import PLAIN_REGIMES, check_attention_layers, check_objective
 
 log = logging.getLogger("l2a_jax")
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
@@ -96,6 +96,7 @@ def make_plan(settings: Settings, *, read: Callable = read_source, open_data: Ca
                                          source, settings.preset)
         settings = presets.as_used(settings, l2a_config)
     config = presets.model_of(settings, config)
+    check_objective(settings.objective, settings.regime, l2a_config)
     check_attention_layers(settings.attention_layers, settings.regime, config.num_layers)
     limit = position_limit(config, l2a_config)
     if settings.seq_len > limit:
@@ -177,7 +178,8 @@ def dials_of(plan: RunPlan) -> Dials:
     rates = (s.lr, s.lr if s.router_lr is None else s.router_lr)
     penalty = s.penalty if plan.l2a_config is not None else 0.0
     return Dials(*map(np.float32, rates), np.int32(steps), np.int32(round(s.warmup * steps)), np.float32(penalty),
-                 np.int32(round(s.penalty_warmup * steps)), np.int32(max(1, round(s.penalty_ramp * steps))))
+                 np.int32(round(s.penalty_warmup * steps)), np.int32(max(1, round(s.penalty_ramp * steps))),
+                 np.float32(s.distill_share))
 
 
 def program_key(plan: RunPlan) -> tuple:
@@ -190,7 +192,8 @@ def compile_run(plan: RunPlan) -> Run:
     """Compile a step from shapes alone and refuse a run that cannot fit (UserError with the estimate)."""
     s = plan.settings
     objective = Objective(plan.config, plan.l2a_config, dtype=plan.dtype, backend=s.backend,
-                          remat=memory.checkpoint_policy(s.remat), unroll=_unrolls(s), cost=s.cost)
+                          remat=memory.checkpoint_policy(s.remat), unroll=_unrolls(s), cost=s.cost,
+                          minimised=s.objective)
     rule = OptimizerConfig(s.regime, s.weight_decay, s.clip, attention_layers=s.attention_layers,
                            momentum_dtype=None if s.master_dtype == "float32" else jnp.dtype(s.master_dtype))
     optimizer = make_optimizer(rule, dials_of(plan))

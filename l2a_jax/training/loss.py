@@ -8,6 +8,7 @@ matrix product of a small model, are computed once and not again in the backward
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -60,12 +61,12 @@ def logits_dtype_of(compute_dtype: Any) -> Any:
 def token_nll(params: Tree, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"], config: ModelConfig,
               chunk: int = CHUNK) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
     """Negative log-likelihood of each target in nats, and whether it is the top token; for evaluation."""
-    kernel = output_matrix(params, config)
+    logits_of = make_logits(output_matrix(params, config), jnp.float32)
     rows = hidden.reshape(-1, hidden.shape[-1])
 
     def one(inputs):
-        logits = _logits(inputs[0], kernel)
-        return (jax.nn.logsumexp(logits, axis=-1) - _picked(logits, inputs[1]),
+        logits = logits_of(inputs[0])
+        return (jax.nn.logsumexp(logits, axis=-1) - logit_of(logits, inputs[1]),
                 jnp.argmax(logits, axis=-1) == inputs[1])
 
     nll, correct = jax.lax.map(one, (chunked(rows, chunk), chunked(targets.reshape(-1), chunk)))
@@ -80,23 +81,22 @@ def chunked(x: Shaped[Array, " n ..."], chunk: int) -> Shaped[Array, "chunks chu
     return padded.reshape(count, size, *x.shape[1:])
 
 
-def _logits(rows, kernel):
-    """Logits of some tokens in float32."""
-    return jnp.einsum("nd,vd->nv", rows, kernel.astype(rows.dtype), preferred_element_type=jnp.float32)
-
-
-def _half_logits(rows, kernel):
-    """Logits of some tokens in float16, the dtype of `kernel`."""
-    logits = jnp.einsum("nd,vd->nv", rows.astype(jnp.float16), kernel)
+def make_logits(kernel: Float[Array, "V D"], dtype: Any) -> Callable[[Float[Array, "n D"]], Float[Array, "n V"]]:
+    """A function that makes the logits of some tokens in `dtype`, float32 or float16."""
+    if dtype != jnp.float16:
+        return lambda rows: jnp.einsum("nd,vd->nv", rows, kernel.astype(rows.dtype),
+                                       preferred_element_type=jnp.float32)
+    half = kernel.astype(jnp.float16)  # once, not once a chunk
     # What reads them reads them as float32: without the barrier the product itself would be made so.
-    return jax.lax.optimization_barrier(logits)
+    return lambda rows: jax.lax.optimization_barrier(jnp.einsum("nd,vd->nv", rows.astype(jnp.float16), half))
 
 
-def _picked(logits, targets):
+def logit_of(logits: Float[Array, "n V"], targets: Int[Array, " n"]) -> Float[Array, " n"]:
+    """The logit of each row's target."""
     return jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
 
 
-def _softmax(logits: Float[Array, "n V"], targets: Int[Array, " n"], weights: Float[Array, " n"], slopes_dtype: Any):
+def softmax(logits: Float[Array, "n V"], targets: Int[Array, " n"], weights: Float[Array, " n"], slopes_dtype: Any):
     """What `softmax_rows` says, by that kernel on the GPUs that it can be compiled for."""
     return on_gpu(functools.partial(softmax_rows, slopes_dtype=slopes_dtype),
                          functools.partial(_plain_softmax, slopes_dtype=slopes_dtype), logits, targets, weights)
@@ -114,6 +114,12 @@ def _plain_softmax(logits, targets, weights, slopes_dtype):
     return top, level, normaliser, slopes.astype(slopes_dtype)
 
 
+def correctness(picked: Float[Array, " n"], top: Float[Array, " n"], level: Float[Array, " n"]) -> Float[Array, " n"]:
+    """1 where the target is the top token, 1/n where it shares the top with others (with all of them, where a broken
+    model scores every token alike)."""
+    return jnp.where(picked == top, 1.0 / level, 0.0)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _summed(how, rows, kernel, targets, weights):
     return _forward(how, rows, kernel, targets, weights, False, False)[0]
@@ -121,18 +127,16 @@ def _summed(how, rows, kernel, targets, weights):
 
 def _forward(how, rows, kernel, targets, weights, need_rows, need_kernel):
     """Sums over all chunks, and the gradients of the summed nll that are needed (None: not needed)."""
-    half = kernel.astype(jnp.float16) if how.logits == jnp.float16 else None  # once, not once a chunk
+    logits_of = make_logits(kernel, how.logits)
 
     def step(carry, inputs):
         sums, kernel_gradient = carry
         x, target, weight = inputs
-        logits = _logits(x, kernel) if half is None else _half_logits(x, half)
-        picked = _picked(logits, target).astype(jnp.float32)
+        logits = logits_of(x)
+        picked = logit_of(logits, target).astype(jnp.float32)
         slopes_dtype = x.dtype if need_rows or need_kernel else None
-        top, level, normaliser, slopes = _softmax(logits, target, weight, slopes_dtype)
-        # 1 where the target is the top token, 1/n where it shares the top with others (with all of them, where a
-        # broken model scores every token alike).
-        correct = jnp.where(picked == top, 1.0 / level, 0.0)
+        top, level, normaliser, slopes = softmax(logits, target, weight, slopes_dtype)
+        correct = correctness(picked, top, level)
         sums = (sums[0] + jnp.sum(weight * (normaliser - picked)), sums[1] + jnp.sum(weight * correct))
         row_gradient = slopes @ kernel.astype(x.dtype) if need_rows else None
         if need_kernel:

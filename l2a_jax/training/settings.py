@@ -19,7 +19,17 @@ from l2a_jax.data.counts import parse_count, parse_layers
 from l2a_jax.data.packing import PACKINGS
 from l2a_jax.errors import UserError
 from l2a_jax.fields import DTYPE, SHARE_OF_RUN, Choice, Distinct, Filled, Mark, Range, Unit, Written, above, count
-from l2a_jax.training.tables import PLAIN_REGIMES, REGIMES, Cost, Regime, Remat, check_regime
+from l2a_jax.training.tables import (
+    MIXED,
+    NEXT_TOKEN,
+    PLAIN_REGIMES,
+    REGIMES,
+    Cost,
+    Minimised,
+    Regime,
+    Remat,
+    check_regime,
+)
 
 DIAL, OUTSIDE = Mark.DIAL, Mark.OUTSIDE
 STEPS, SHARE = Unit("steps"), Unit("share")
@@ -61,6 +71,9 @@ class LayerSettings:
 class RoutingSettings:
     """How routing is trained."""
 
+    objective: Minimised = NEXT_TOKEN
+    distill_share: Annotated[float, fields.between(0, 1, "a share of the loss"), SHARE, DIAL,
+                             "share of the divergence in --objective mixed; the rest is next-token loss"] = 0.5
     leakage: config.Leakage = L2AConfig.leakage
     flip: config.Flip = L2AConfig.flip
     penalty: Annotated[float, fields.at_least(0), DIAL, "maximum of lambda, the weight of mean p^2"] = 0.0
@@ -280,6 +293,7 @@ def idle(settings: Settings) -> list[tuple[bool, tuple[str, ...], str]]:
          if s.router_lr else ""),
         (s.penalty == 0 and s.regime not in PLAIN_REGIMES, ("penalty_warmup", "penalty_ramp", "cost"),
          "--penalty is 0"),
+        (s.objective != MIXED, ("distill_share",), f"--objective is {s.objective}"),
         (not s.data, ("packing",), "the synthetic recall corpus is made in whole rows"),
     ]
 

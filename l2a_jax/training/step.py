@@ -21,9 +21,11 @@ from l2a_jax.data.batch import Batch
 from l2a_jax.models.params import Tree, by_layer, map_with_path, param_dtype, stacked
 from l2a_jax.models.transformer import hidden_states
 from l2a_jax.nn import routing
-from l2a_jax.training.loss import cross_entropy, token_nll
+from l2a_jax.training.distill import distillation, everything_routed
+from l2a_jax.training.loss import TokenLoss, cross_entropy, token_nll
 from l2a_jax.training.optimizer import Dials, OptimizerConfig, make_optimizer, master_dtype_of, narrowed, widened
 from l2a_jax.training.regimes import combine, keep_layers, partition
+from l2a_jax.training.tables import DISTILL, NEXT_TOKEN
 
 
 class TrainState(NamedTuple):
@@ -37,7 +39,7 @@ class TrainState(NamedTuple):
 
 class Objective(NamedTuple):
     """The loss that a step is compiled for. `remat` and `unroll` are those of `hidden_states`, `cost` is that of the
-    settings."""
+    settings, `minimised` their objective."""
 
     config: ModelConfig
     l2a_config: L2AConfig | None
@@ -46,6 +48,7 @@ class Objective(NamedTuple):
     remat: Callable | bool = False
     unroll: bool = False
     cost: str = "tokens"
+    minimised: str = NEXT_TOKEN
 
 
 def initial_state(trainable: Tree, optimizer: optax.GradientTransformation, master_dtype: Any) -> TrainState:
@@ -75,13 +78,15 @@ _ROUNDING = 2**32 - 1
 
 
 class _Sums(NamedTuple):
-    """Sums over real tokens that a step reports as means; routing's are per layer."""
+    """Sums over real tokens that a step reports as means; routing's are per layer. `told`: what the objective has to
+    tell besides, by the name it is reported under."""
 
     nll: Array
     correct: Array
     penalty: Array
     unrouted: Array
     entropy: Array
+    told: dict[str, Array]
 
 
 def token_cost(batch: Batch, objective: Objective) -> Float[Array, "*A B T"] | None:
@@ -127,15 +132,26 @@ def train_step(
             params, micro.tokens, objective.config, objective.l2a_config, positions=micro.positions,
             segment_ids=micro.segment_ids, key=micro_key, train=True, backend=objective.backend,
             remat=objective.remat, unroll=objective.unroll)
-        summed = cross_entropy(params, hidden, micro.targets, micro.weights, objective.config)
+        told = {}
+        if objective.minimised == NEXT_TOKEN:
+            summed = cross_entropy(params, hidden, micro.targets, micro.weights, objective.config)
+            minimised = summed.nll / counted
+        else:
+            teacher = everything_routed(params, micro, objective.config, objective.l2a_config,
+                                        backend=objective.backend, unroll=objective.unroll)
+            part = 1.0 if objective.minimised == DISTILL else dials.distill_share
+            found = distillation(params, hidden, teacher, micro.targets, (1 - part) / counted * micro.weights,
+                                 part / total * real, objective.config)
+            minimised, told = found.loss, {"kl": jnp.sum(real * found.kl) / total}
+            summed = TokenLoss(jnp.sum(micro.weights * found.nll), jnp.sum(micro.weights * found.correct))
         if routed is None:
             nothing = jnp.zeros(layers)
-            return summed.nll / counted, _Sums(summed.nll, summed.correct, jnp.zeros(()), nothing, nothing)
+            return minimised, _Sums(summed.nll, summed.correct, jnp.zeros(()), nothing, nothing, told)
         share = jnp.sum(real) / total  # a micro-batch's part of the mean over all real tokens
         penalty = routing.penalty(routed.probabilities, real, cost) * share
         sums = _Sums(summed.nll, summed.correct, penalty, routing.sparsity(routed.decisions, real) * share,
-                     routing.entropy(routed.probabilities, real) * share)
-        return summed.nll / counted + weight * penalty, jax.lax.stop_gradient(sums)
+                     routing.entropy(routed.probabilities, real) * share, told)
+        return minimised + weight * penalty, jax.lax.stop_gradient(sums)
 
     def accumulate(carry, inputs):
         micro, real, cost, index = inputs
@@ -143,7 +159,8 @@ def train_step(
                                                        jax.random.fold_in(step_key, index))
         return jax.tree.map(jnp.add, carry, (widened(gradients), sums)), None
 
-    nothing = _Sums(*(jnp.zeros(()),) * 3, *(jnp.zeros(layers),) * 2)
+    told = () if objective.minimised == NEXT_TOKEN else ("kl",)
+    nothing = _Sums(*(jnp.zeros(()),) * 3, *(jnp.zeros(layers),) * 2, {name: jnp.zeros(()) for name in told})
     zeros = jax.tree.map(jnp.zeros_like, widened(state.trainable)), nothing
     inputs = (batch, real, cost, jnp.arange(batch.tokens.shape[0]))
     if batch.tokens.shape[0] == 1:  # no second copy of the gradients where there is nothing to add
@@ -163,7 +180,7 @@ def train_step(
     state = jax.tree.map(lambda new, old: jnp.where(healthy, new, old), updated, state._replace(healthy=healthy))
 
     metrics = {"loss": mean_nll, "accuracy": sums.correct / counted, "grad_norm": norm, "tokens": total,
-               "healthy": healthy}
+               "healthy": healthy, **sums.told}
     if objective.l2a_config is not None:
         metrics |= {"sparsity": jnp.mean(sums.unrouted), "sparsity_per_layer": sums.unrouted,
                     "router_entropy": jnp.mean(sums.entropy), "penalty": sums.penalty, "penalty_weight": weight}

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Annotated
 
+from l2a_jax.config import L2AConfig
 from l2a_jax.errors import UserError
 from l2a_jax.fields import Choice, check_value
 
@@ -42,6 +43,10 @@ KEPT = {
 }
 Cost = Annotated[str, Choice("tokens", "keys"),
                  "what the penalty counts of a routed token: 1, or the keys that it reads beyond the window's (mean 1)"]
+# What a router can learn from; all but the first need a model that stands still (`check_objective`).
+NEXT_TOKEN, DISTILL, MIXED = OBJECTIVES = ("next-token", "distill", "mixed")
+Minimised = Annotated[str, Choice(*OBJECTIVES), "what is minimised beside the penalty: next-token loss, the divergence "
+                      "from the same model with everything routed, or both"]
 Regime = Annotated[str, Choice(*REGIMES), "which parameters are trained"]
 Remat = Annotated[str, Choice(*KEPT, "none"), "recomputed in the backward pass: layer needs the least memory"]
 
@@ -59,6 +64,24 @@ def check_regime(regime: str) -> str:
     """`regime` itself, or UserError naming the known ones."""
     check_value(regime, Regime, "--regime")
     return regime
+
+
+def check_objective(objective: str, regime: str, layer: L2AConfig | None) -> None:
+    """UserError where there is no teacher: with everything routed, the layer has to be the base model, and to stay it.
+
+    Where norms are trained too, the teacher would move with them: both could come to agree by getting worse.
+    """
+    if objective == NEXT_TOKEN:
+        return
+    if REGIMES[check_regime(regime)] != ("router",):
+        raise UserError(f"--objective {objective} takes the model itself as the teacher, and --regime {regime} "
+                        f"{'has no router' if layer is None else 'changes the model too'}; expected --regime "
+                        "router_strict")
+    if layer.topology != "parallel" or not layer.share_attention:
+        wiring = layer.topology if layer.topology != "parallel" else "parallel with two attention sets"
+        raise UserError(f"--objective {objective} takes the model with everything routed as the teacher, and in this "
+                        f"layer ({wiring}) that is not the base model; expected --topology parallel and "
+                        "--share-attention")
 
 
 def check_attention_layers(layers: Sequence[int] | None, regime: str, num_layers: int) -> None:
