@@ -29,6 +29,10 @@ Threshold = Annotated[float, Range(0, 1, low_included=False, high_included=False
 Leakage = Annotated[float, PROBABILITY, Unit("share"), "share of layer calls that compute every row's global attention"]
 Flip = Annotated[float, PROBABILITY, Unit("share"),
                  "share of decisions that training inverts at random (routing noise)"]
+Explore = Annotated[float, PROBABILITY, Unit("share"),
+                    "share of unrouted tokens whose global attention training computes all the same (leakage 0)"]
+ExploreBy = Annotated[str, Choice("uniform", "unsure"),
+                      "which these are: any alike, or the likelier the less sure the router is"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -93,7 +97,9 @@ class L2AConfig:
     1[z >= temperature * logit(threshold)]. `leakage` is the probability that a training call of a layer computes
     global attention for every row, so that unrouted tokens get a router gradient too. `pruned_layers` have lost
     global attention: nothing is ever routed there. `flip` is the probability that a training call inverts a decision
-    (routing noise); the gradient is that of the inverted decision, and nothing else knows of it.
+    (routing noise); the gradient is that of the inverted decision, and nothing else knows of it. `explore` computes the
+    global attention of so many unrouted tokens in training, chosen by `explore_by`, each counted as often as its chance
+    makes it rare: in expectation the gradient of leakage 1, at the price of these rows alone.
     """
 
     window: Window = 256
@@ -107,6 +113,8 @@ class L2AConfig:
     leakage: Leakage = 1.0
     pruned_layers: tuple[Annotated[int, count(0)], ...] = ()
     flip: Flip = 0.0
+    explore: Explore = 0.0
+    explore_by: ExploreBy = "uniform"
 
     def __post_init__(self):
         object.__setattr__(self, "pruned_layers", tuple(self.pruned_layers))
@@ -118,6 +126,9 @@ class L2AConfig:
         _require(self.topology == "parallel" or self.router_input == "pre",
                  "router_input 'post_local' is a choice of topology 'parallel'; the sequential router always reads the "
                  "state after local attention")
+        _require(self.explore == 0 or self.leakage == 0,
+                 f"explore {self.explore:g} and leakage {self.leakage:g} both choose rows to compute (--explore goes "
+                 "with --leakage 0)")
 
 
 def rope_of(config: ModelConfig, l2a_config: L2AConfig | None = None) -> RopeScaling:

@@ -139,7 +139,8 @@ def decide(h: Stream, layer: Params, context: Context, given: OfLayer) -> Decide
 
         decided    by `given.decisions`, else by the router, in training with a share `flip` of them inverted
         computed   the routed rows; in training every real row where the layer leaks, which it does with probability
-                   `leakage`, one draw a call (1: always, and nothing is drawn); with a `nudge` every real row
+                   `leakage`, one draw a call (1: always, and nothing is drawn), or the unrouted rows that `explore`
+                   draws; with a `nudge` every real row
 
     Padding is never routed, nor is any row of a pruned layer. A leak is a matter of which rows are computed, not of a
     branch: a conditional would have the host wait for the coin, and keep both branches' residuals.
@@ -164,6 +165,10 @@ def decide(h: Stream, layer: Params, context: Context, given: OfLayer) -> Decide
     computed = able if context.dense else d
     if 0 < l2a.leakage < 1:
         computed = d | (jax.random.bernoulli(given.key, l2a.leakage) & able)
+    if l2a.explore:
+        drawn, counts = routing.explored(jax.random.fold_in(given.key, 2), p, able & ~d, l2a.explore, l2a.explore_by)
+        computed = checkpoint_name(d | drawn, "decisions")  # a chance computed again might draw another row
+        return Decided(routed, computed, routing.straight_through(d, p, computed, counts))
     return Decided(routed, computed, routing.straight_through(d, p, computed))
 
 

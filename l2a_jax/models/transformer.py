@@ -53,10 +53,10 @@ def hidden_states(
     computed. `heads` and `nudge` are not for training.
 
     `train` switches straight-through gradients and leakage on; `key` (already folded with seed, step and microbatch) is
-    needed where 0 < leakage < 1 or 0 < flip. `remat`: recompute each layer, all but its decisions, in the backward
-    pass; a checkpoint policy says what else to keep. `unroll`: a program without a loop over layers, which compiles
-    longer and keeps what the backward pass needs where it was made, in place of stacking it. `attend`: attention
-    functions to use in place of those of `backend`. The compute dtype is the embedding's.
+    needed where 0 < leakage < 1, 0 < flip or 0 < explore. `remat`: recompute each layer, all but its decisions, in the
+    backward pass; a checkpoint policy says what else to keep. `unroll`: a program without a loop over layers, which
+    compiles longer and keeps what the backward pass needs where it was made, in place of stacking it. `attend`:
+    attention functions to use in place of those of `backend`. The compute dtype is the embedding's.
 
     Raises UserError on tokens outside the vocabulary (where values are known), or a sequence longer than the rotary
     embedding is meant for; ValueError on shapes that do not fit.
@@ -163,10 +163,10 @@ def _check(params: Tree, tokens: Int[Array, "*S"], config: ModelConfig, l2a_conf
         raise ValueError(f"segment_ids are {segment_ids.shape}; expected {tokens.shape}")
     if l2a_config is not None:
         check_layers(config, l2a_config)
-        draws = 0 < l2a_config.leakage < 1 or l2a_config.flip > 0
+        draws = 0 < l2a_config.leakage < 1 or l2a_config.flip > 0 or l2a_config.explore > 0
         if options.train and decisions is None and draws and options.key is None:
-            raise ValueError(f"training with leakage {l2a_config.leakage} and flip {l2a_config.flip} draws at random: "
-                             "give a key")
+            raise ValueError(f"training with leakage {l2a_config.leakage}, flip {l2a_config.flip} and explore "
+                             f"{l2a_config.explore} draws at random: give a key")
     if decisions is not None:
         if l2a_config is None:
             raise ValueError("decisions were given, but the model has no L2A layer")

@@ -32,19 +32,38 @@ def flipped(key: PRNGKeyArray, d: Bool[Array, "*S"], share: Any) -> Bool[Array, 
     return d ^ jax.random.bernoulli(key, share, d.shape)
 
 
+def explored(key: PRNGKeyArray, p: Float[Array, "B T"], able: Bool[Array, "B T"], share: float,
+             by: str) -> tuple[Bool[Array, "B T"], Float[Array, "B T"]]:
+    """Which of the `able` rows are drawn, about `share` of them, and what each then counts for: 1 / its chance.
+
+    `by` "uniform": every chance is `share`. "unsure": chances go as the sigmoid's slope p (1 - p), so that every row
+    drawn pulls on its logit alike however sure the router is of it; none is above 1.
+    """
+    p = jax.lax.stop_gradient(p)
+    chance = jnp.full(p.shape, share, p.dtype)
+    if by == "unsure":
+        slope = jnp.where(able, p * (1 - p), 0.0)
+        chance = jnp.minimum(1.0, share * jnp.sum(able) * slope / jnp.maximum(jnp.sum(slope), 1e-30))
+    drawn = able & (jax.random.uniform(key, p.shape) < chance)
+    return drawn, jnp.where(drawn, 1 / jnp.maximum(chance, 1e-30), 1.0)
+
+
 def probability(z: Float[Array, "*S"], temperature: float) -> Float[Array, "*S"]:
     """p = sigmoid(z / temperature)."""
     return jax.nn.sigmoid(z / temperature)
 
 
-def straight_through(d: Bool[Array, "*S"], p: Float[Array, "*S"], computed: Bool[Array, "*S"]) -> Float[Array, "*S"]:
-    """d~ = d + (p - stop_gradient(p)): the value of d, the gradient of p, and none where global was not `computed`.
+def straight_through(d: Bool[Array, "*S"], p: Float[Array, "*S"], computed: Bool[Array, "*S"],
+                     counts: Float[Array, "*S"] | None = None) -> Float[Array, "*S"]:
+    """d~ = d + (p - stop_gradient(p)): the value of d, the gradient of p (times what the row `counts` for), and none
+    where global was not `computed`.
 
     The inner bracket is exactly 0, so the value is exactly d. A row whose global attention was not computed has no
     evidence about its decision: its gradient is exactly 0, in the parallel topology too, where the local branch alone
     would otherwise pull on it.
     """
-    return d.astype(p.dtype) + jnp.where(computed, p - jax.lax.stop_gradient(p), 0.0)
+    slope = p - jax.lax.stop_gradient(p)
+    return d.astype(p.dtype) + jnp.where(computed, slope if counts is None else counts * slope, 0.0)
 
 
 def gate(weight: Float[Array, "B T"], rows: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:

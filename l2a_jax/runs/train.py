@@ -237,7 +237,8 @@ def _about(plan: RunPlan) -> list[str]:
         sets = "one attention set" if layer.share_attention else "two attention sets"
         lines.append(f"layer: {layer.topology}, {sets}, window {layer.window}, sinks {layer.sinks}, rope "
                      f"{s.rope or 'that of the model'}, temperature {layer.temperature:g}, threshold "
-                     f"{layer.threshold:g}, leakage {layer.leakage:g}")
+                     f"{layer.threshold:g}, leakage {layer.leakage:g}"
+                     + (f", explore {layer.explore:g} {layer.explore_by}" if layer.explore else ""))
     each = f", {tokens / trained:.3g} for each trained parameter" if trained else ""
     return [*lines, f"steps: {plan.steps} of {s.grad_accum} x {s.batch_size} x {s.seq_len} tokens, {tokens:,} in all"
                     f"{each}; seed {s.seed}"]

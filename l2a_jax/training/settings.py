@@ -76,6 +76,8 @@ class RoutingSettings:
                              "share of the divergence in --objective mixed; the rest is next-token loss"] = 0.5
     leakage: config.Leakage = L2AConfig.leakage
     flip: config.Flip = L2AConfig.flip
+    explore: config.Explore = L2AConfig.explore
+    explore_by: config.ExploreBy = L2AConfig.explore_by
     penalty: Annotated[float, fields.at_least(0), DIAL, "maximum of lambda, the weight of mean p^2"] = 0.0
     penalty_warmup: Annotated[float, SHARE_OF_RUN, SHARE, DIAL, "share of the run with lambda 0"] = 0.05
     penalty_ramp: Annotated[float, SHARE_OF_RUN, SHARE, DIAL,
@@ -294,6 +296,7 @@ def idle(settings: Settings) -> list[tuple[bool, tuple[str, ...], str]]:
         (s.penalty == 0 and s.regime not in PLAIN_REGIMES, ("penalty_warmup", "penalty_ramp", "cost"),
          "--penalty is 0"),
         (s.objective != MIXED, ("distill_share",), f"--objective is {s.objective}"),
+        (s.explore == 0 and s.regime not in PLAIN_REGIMES, ("explore_by",), "--explore is 0"),
         (not s.data, ("packing",), "the synthetic recall corpus is made in whole rows"),
     ]
 

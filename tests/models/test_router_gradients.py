@@ -120,6 +120,45 @@ def test_leakage_draws_one_coin_a_layer_and_the_same_under_remat(name):
     assert len(seen) > 2
 
 
+@pytest.mark.parametrize("by", ["uniform", "unsure"])
+@pytest.mark.parametrize("name", ["sequential", "parallel", "shared", "shared post_local"])
+def test_exploration_is_leakage_one_in_expectation(name, by):
+    """In the last layer draw by draw: the dense gradient, over the chance of the row. In all layers on average."""
+    layer = dataclasses.replace(LAYERS[name], leakage=0.0, explore=0.4, explore_by=by, temperature=WARM)
+    params, tokens, draws = make_params(layer), make_tokens(), 150
+    dense, decisions = logit_gradients(params, tokens, dataclasses.replace(layer, leakage=1.0, explore=0.0))
+    _, routed = hidden_states(params, tokens, CONFIG, layer, backend="reference")
+    slope = np.where(~decisions, np.asarray(routed.probabilities * (1 - routed.probabilities)), 0)
+    share = {"uniform": 1.0, "unsure": slope * ((~decisions).sum((1, 2)) / slope.sum((1, 2)))[:, None, None]}[by]
+    chance = np.where(decisions, 1, np.minimum(1, 0.4 * share))
+    explore = gradient_function(params, tokens, layer)
+    found = np.stack([explore(jax.random.key(seed))[0] for seed in range(draws)])
+    local = ~decisions[-1] & informed(layer, tokens.shape[1])
+    last, drawn = found[:, -1], found[:, -1] != 0
+    np.testing.assert_allclose(last[drawn], (dense / chance)[-1][None].repeat(draws, 0)[drawn], rtol=2e-3, atol=1e-5)
+    error = np.sqrt(chance[-1] * (1 - chance[-1]) / draws)
+    assert local.any() and (np.abs(drawn.mean(0) - chance[-1]) <= 5 * error)[local].all()
+    assert (np.abs(found.mean(0) - dense) <= 5.5 * found.std(0) / draws**0.5 + 1e-4 + 2e-3 * np.abs(dense)).all()
+
+
+def test_exploration_is_the_same_under_remat_and_spares_padding():
+    layer = dataclasses.replace(LAYERS["shared"], leakage=0.0, explore=0.5, explore_by="unsure", temperature=WARM)
+    params, tokens, ids = make_params(layer), make_tokens(), packed()
+    kept, recomputed = (gradient_function(params, tokens, layer, remat=remat, segment_ids=ids)(jax.random.key(3))[0]
+                        for remat in (False, True))
+    np.testing.assert_allclose(kept, recomputed, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(kept == 0, recomputed == 0)
+    assert (kept[:, np.asarray(ids) == 0] == 0).all() and (kept[:, np.asarray(ids) > 0] != 0).any()
+
+
+def test_exploration_and_leakage_are_two_ways():
+    with pytest.raises(ValueError, match=r"explore 0\.1 and leakage 1 both choose rows to compute"):
+        dataclasses.replace(LAYERS["shared"], explore=0.1)
+    with pytest.raises(ValueError, match=r"explore 0\.1 draws at random: give a key"):
+        layer = dataclasses.replace(LAYERS["shared"], leakage=0.0, explore=0.1)
+        hidden_states(make_params(layer), make_tokens(), CONFIG, layer, train=True, backend="reference")
+
+
 def test_rows_without_global_attention_pull_on_nothing_in_packed_rows():
     layer, ids = dataclasses.replace(LAYERS["shared"], leakage=1.0, temperature=WARM), packed()
     gradient, _ = logit_gradients(make_params(layer), make_tokens(), layer, segment_ids=ids)

@@ -140,4 +140,4 @@ class Session:
 
 def evaluation_layer(layer: L2AConfig | None) -> L2AConfig | None:
     """The layer without what only training reads, so that rows that differ in it share their evaluation programs."""
-    return None if layer is None else dataclasses.replace(layer, leakage=1.0, flip=0.0)
+    return None if layer is None else dataclasses.replace(layer, leakage=1.0, flip=0.0, explore=0.0)
