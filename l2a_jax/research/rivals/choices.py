@@ -1,6 +1,6 @@
 """The rivals: for any density, how each of them spends as much global attention.
 
-  learned      the router, its threshold moved until it routes as much of a calibration text
+  learned      the router, its threshold moved until it routes as much
   ranked       whole layers, those with the highest learned rates
   searched     whole layers, found greedily by the loss of a calibration text
   alternating  whole layers at even distances, as hybrid models ship them
@@ -84,16 +84,20 @@ def static_choices(density: float, model: Pretrained, found: Found) -> list[Choi
     return choices
 
 
-def learned_choice(density: float, model: Pretrained, calibration: Windows, *, rounds: int = 18, near: float = 0.002,
+def learned_choice(density: float, model: Pretrained, windows: Windows, *, rounds: int = 18, near: float = 0.002,
                    **passes) -> Choice:
-    """The router cut at the logit with which it routes about the density of the calibration text, found by bisection:
-    the nearest it came, for tokens whose logits are equal are routed together."""
+    """The router cut at the logit with which it routes about the density of the windows, found by bisection: the
+    nearest it came, for tokens whose logits are equal are routed together.
+
+    On the scored text itself: routing less of one text or length than of another is no merit here, and how much is
+    routed tells nothing of the loss.
+    """
     layers, low, high, cut = model.config.num_layers, -64.0, 64.0, 0.0
     tried: dict[float, float] = {}
     for _ in range(rounds):
-        scores = score_windows(model, calibration, cut=np.full(layers, cut, np.float32), **passes,
+        scores = score_windows(model, windows, cut=np.full(layers, cut, np.float32), **passes,
                                label=f"{density:.1%} routed: cut at {cut:.3f}")
-        tried[cut] = found = float(routing_rates(scores.decisions, calibration.real).mean())
+        tried[cut] = found = float(routing_rates(scores.decisions, windows.real).mean())
         if abs(found - density) <= near:
             break
         low, high = (cut, high) if found > density else (low, cut)

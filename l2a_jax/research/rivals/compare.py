@@ -133,7 +133,7 @@ def _rows(options: RivalOptions, model: Pretrained, prepared: Prepared,
     for place, target in enumerate(asked):
         choices = static_choices(target, model, found)
         own_cut = Choice("learned", density, decisions=own.decisions)
-        choices.insert(0, own_cut if place == 0 else learned_choice(target, model, prepared.calibration, **passes))
+        choices.insert(0, own_cut if place == 0 else learned_choice(target, model, text, **passes))
         choices.append(Choice("oracle", target, decisions=most_worth(worth, text.real, target)))
         for choice in choices:
             scores = own if choice is own_cut else score(f"{choice.name} at {target:.1%}",
@@ -176,30 +176,33 @@ def _density(choice: Choice, scores: Scores, text: Windows, groups: np.ndarray) 
             "density_beyond": float(scores.decisions[:, groups > 0].mean())}
 
 
-def _ruler(model: Pretrained, prepared: Prepared, choice: Choice, passes) -> Iterator[tuple[str, list[float]]]:
-    """(task and length, the score of each prompt) with the prompts read under the choice."""
+def _ruler(model: Pretrained, prepared: Prepared, choice: Choice,
+           passes: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(task and length, the score of each prompt and the share of decisions that was local) with the prompts read
+    under the choice."""
     for (task, length), items in prepared.prompts.items():
         shape = (len(items), len(items[0].tokens))
         given: dict[str, Any] = {}
         if choice.cut is not None:
-            tokens = np.stack([item.tokens for item in items])
-            seen = np.zeros(shape, bool)
-            seen[:, -1] = True
-            windows = Windows(tokens, np.zeros(shape, np.int32), seen, np.ones(shape, bool), {"name": task})
+            tokens, last = np.stack([item.tokens for item in items]), np.zeros(shape, bool)
+            last[:, -1] = True  # the loss is not asked for: as little of it as can be
+            windows = Windows(tokens, np.zeros(shape, np.int32), last, np.ones(shape, bool), {"name": task})
             given = {"decisions": score_windows(model, windows, label=f"{task} of {length:,} tokens", **passes,
                                                 **choice.given(model.config.num_layers, *shape)).decisions}
         elif choice.rates is not None or choice.heads is not None:
             given = choice.given(model.config.num_layers, *shape)
         written = ruler.write(model, items, task, length, prepared.ruler, **given)
-        yield f"{task} {length}", [ruler_source.score(task, item.answers, text)
-                                   for item, text in zip(items, written.texts, strict=True)]
+        local = 1 - choice.density if choice.heads is not None else float(written.local.mean())
+        yield f"{task} {length}", {"local": local, "scores": [
+            ruler_source.score(task, item.answers, text) for item, text in zip(items, written.texts, strict=True)]}
 
 
-def _behind(mine: dict[str, list[float]] | None, lead: dict[str, list[float]] | None) -> dict[str, Any]:
-    """RULER's mean, and how much less than the learned choice, paired over prompts."""
+def _behind(mine: dict[str, dict] | None, lead: dict[str, dict] | None) -> dict[str, Any]:
+    """RULER's mean, how much was local, and how much less than the learned choice, paired over prompts."""
     if mine is None:
         return {}
-    scores, base = (np.concatenate([one[name] for name in mine]).tolist() for one in (mine, lead))
+    scores, base = (np.concatenate([one[name]["scores"] for name in mine]).tolist() for one in (mine, lead))
     difference, interval = intervals.paired_items(scores, base)
-    return {"ruler_mean": float(np.mean(scores)), "ruler_behind": -difference,
+    local = float(np.mean([one["local"] for one in mine.values()]))
+    return {"ruler_mean": float(np.mean(scores)), "ruler_local": local, "ruler_behind": -difference,
             "ruler_behind_95": [-interval[1], -interval[0]]}

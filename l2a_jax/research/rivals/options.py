@@ -35,7 +35,7 @@ class RivalOptions(RulerFlags):
 
     source: Annotated[Source, Mark.POSITIONAL]
     text: Annotated[str, Filled(), "file, folder or glob to score: what no run was trained on"]
-    calibration: Annotated[str, Filled(), Unit("text"), "text that layers, heads and thresholds are chosen by"]
+    calibration: Annotated[str, Filled(), Unit("text"), "text that layers and heads are chosen by"]
     local: Annotated[tuple[Annotated[float, between(0, 100)], ...], Distinct(), Written(_percents), Unit("percent"),
                      "shares of decisions that are local, beside the router's own"] = (80.0, 90.0, 95.0)
     context: Annotated[int, length(), Unit("tokens"), "tokens a window of --text"] = 32_768

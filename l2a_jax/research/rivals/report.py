@@ -28,13 +28,14 @@ def markdown(result: dict[str, Any]) -> str:
     low, high = result["worth_95"]
     timed, ruled = any("prefill_ms" in row for row in result["rows"]), bool(result["lengths"])
     head = ["choice", "local", "worth kept", "behind learned",
-            *(["RULER", "behind learned"] if ruled else []), *(["prefill ms", "decode ms"] if timed else [])]
+            *(["RULER (local)", "behind learned"] if ruled else []), *(["prefill ms", "decode ms"] if timed else [])]
     lines = [
         "# Rivals at the same density", "",
         f"{result['source']}; {result['text']['name']} in windows of {result['context']:,} tokens, of which a local "
         f"token sees {result['window']:,} and {result['sinks']} sinks. Global attention is worth {result['worth']:.4f} "
-        f"nats a token [{low:.4f}, {high:.4f}] beyond the window. Layers, heads and thresholds were chosen on "
-        f"{result['calibration']['name']}. Brackets: 95 % intervals over windows, paired.", ""]
+        f"nats a token [{low:.4f}, {high:.4f}] beyond the window. Layers and heads were chosen on "
+        f"{result['calibration']['name']}; the router's threshold was moved "
+        "until it routed as much of the text. Brackets: 95 % intervals over windows, paired.", ""]
     if ruled:
         lines += [f"RULER: mean of its tasks at {', '.join(f'{one:,}' for one in result['lengths'])} tokens, "
                   f"{result['ruler_items']} prompts a task and length; prompts are read under the choice, answers "
@@ -61,7 +62,8 @@ def _cells(row: dict[str, Any], ruled: bool, timed: bool) -> list[str]:
     cells = [NAMES[row["name"]], f"{1 - row['density']:.1%}", number(row["kept"], row["kept_95"], ".3f"),
              "" if lead else number(row["behind"], row["behind_95"], "+.3f")]
     if ruled:
-        cells += [number(row.get("ruler_mean"), None, ".1f", 100),
+        local = "" if row.get("ruler_local") is None else f" ({row['ruler_local']:.1%})"
+        cells += [number(row.get("ruler_mean"), None, ".1f", 100) + local,
                   "" if lead else number(row.get("ruler_behind"), row.get("ruler_behind_95"), "+.1f", 100)]
     if timed:
         cells += [number(row.get("prefill_ms"), None, ".1f"), number(row.get("decode_ms"), None, ".2f")]
