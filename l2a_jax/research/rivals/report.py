@@ -71,31 +71,42 @@ def _cells(row: dict[str, Any], ruled: bool, timed: bool) -> list[str]:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Worth kept, and RULER where it was scored, over the share of decisions that is local; and over prefill time."""
+    """Worth kept and, where it was scored, RULER, each over the share of decisions that is local and, where they were
+    measured, over the times of prefill and decode."""
     plt = tables.pyplot()
-    panels = [("local", "kept", "decisions that are local, %", "share of the worth of global attention kept")]
-    if result["lengths"]:
-        panels.append(("local", "ruler_mean", "decisions that are local, %", "RULER, mean score"))
-    if any("prefill_ms" in row for row in result["rows"]):
-        panels.append(("prefill_ms", "kept", f"prefill of {result['context']:,} tokens, ms",
-                       "share of the worth of global attention kept"))
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.4), squeeze=False)
-    for axis, (across, up, under, beside) in zip(axes[0], panels, strict=True):
-        for name, (colour, marker) in LOOKS.items():
-            points = [(100 * (1 - row["density"]) if across == "local" else row.get(across), row.get(up), row)
-                      for row in result["rows"] if row["name"] == name]
-            points = sorted((point for point in points if None not in point[:2]), key=lambda point: point[0])
-            if not points:
-                continue
-            x, y = zip(*((one, two) for one, two, _ in points), strict=True)
-            axis.plot(x, y, color=colour, marker=marker, label=NAMES[name], linewidth=1.2, markersize=6)
-            if up == "kept":
-                low, high = zip(*(row["kept_95"] for *_, row in points), strict=True)
-                axis.vlines(x, low, high, color=colour, linewidth=1)
-        axis.set(xlabel=under, ylabel=beside)
-        axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=8)
+    measured = [name for name in ("kept", "ruler_mean") if any(name in row for row in result["rows"])]
+    across = [name for name in ("local", "prefill_ms", "decode_ms")
+              if name == "local" or any(name in row for row in result["rows"])]
+    labels = {"local": "decisions that are local, %", "prefill_ms": f"prefill of {result['context']:,} tokens, ms",
+              "decode_ms": f"a decode step after {result['context']:,} tokens, ms",
+              "kept": "share kept of the worth of global attention", "ruler_mean": "RULER, mean score"}
+    figure, axes = plt.subplots(len(measured), len(across), figsize=(4.8 * len(across), 4.2 * len(measured)),
+                                squeeze=False)
+    for row, up in zip(axes, measured, strict=True):
+        for axis, under in zip(row, across, strict=True):
+            for name, (colour, marker) in LOOKS.items():
+                _series(axis, [one for one in result["rows"] if one["name"] == name], under, up, colour, marker)
+            axis.set(xlabel=labels[under], ylabel=labels[up])
+            axis.grid(alpha=0.3)
+    handles, names = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, fontsize=9, ncols=4, loc="lower center")
     figure.suptitle(f"{Path(result['source']).name}: {result['text']['name']}, windows of {result['context']:,} tokens",
                     fontsize=10)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.14 if len(measured) == 1 else 0.08, 1, 1))
     tables.write_figure(figure, path)
+
+
+def _series(axis: Any, rows: list[dict[str, Any]], under: str, up: str, colour: str, marker: str) -> None:
+    """One choice at every density, joined in that order where the density moves what is below; of the share kept its
+    intervals too. RULER's local share is of its own prompts."""
+    local = "ruler_local" if up == "ruler_mean" else "local"
+    points = [(100 * row.get(local, 1 - row["density"]) if under == "local" else row.get(under), row.get(up), row)
+              for row in rows]
+    points = sorted((point for point in points if None not in point[:2]), key=lambda point: point[2]["density"])
+    if not points:
+        return
+    x, y = zip(*(point[:2] for point in points), strict=True)
+    axis.plot(x, y, color=colour, marker=marker, label=NAMES[rows[0]["name"]], markersize=6, linewidth=1.2,
+              linestyle="none" if under == "decode_ms" else "solid")
+    if up == "kept":
+        axis.vlines(x, *zip(*(row["kept_95"] for *_, row in points), strict=True), color=colour, linewidth=1)
