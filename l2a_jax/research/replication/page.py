@@ -7,27 +7,26 @@ from typing import Any
 
 from l2a_jax.data.counts import format_count
 from l2a_jax.evaluation import table
-from l2a_jax.research.replication import autopsy, damage, flips, prunable, routed_text, thresholds
+from l2a_jax.research.replication import autopsy, damage, flips, prunable, routed_text
 from l2a_jax.research.tables import grid
 from l2a_jax.training.settings import Settings
 
 CARD_GB = 24.0
-COMMANDS = ("MODEL and DATA stand for the weights and the folder of texts. All rows of a group: `python train/study.py "
-            "--group GROUP --model-05b MODEL --data-dir DATA --out OUT`; one row: `--rows NAME`. Each row by itself:")
 ROUTING_COSTS = (
     "*Routing costs*: by how much the learned decisions are worse than the same trained weights with everything "
     "routed, over the audit's windows. *random*, *static*, *none*: controls with the same weights, as a ratio to the "
     "baseline's (the row's ratio times how much worse each is over the audit's windows).")
 NEEDLE = ("Found by the learned decisions / a static choice of layers of the same density / random tokens at the same "
           "rates / nothing routed, and what is local in those prompts.")
-SPEED = (f"Memory is the compiled step's (arguments and temporaries), beside the {CARD_GB:g} GB of a 4090; seconds are "
-         "of the phases. *of*: the part of the card's memory that the row was given; where that is not all of it, the "
-         "row shared the card, and its tokens/s are not the card's.")
-DATA = "Tokens seen of each domain without padding, its share of the run, and how often it was read."
+SPEED = (f"Memory is the compiled step's (arguments and temporaries), beside the {CARD_GB:g} GB of a 4090; lowest to "
+         "highest over the rows of a group. Rows that shared the card are left out.")
+ELSEWHERE = ("`replication.json` holds, row by row, the commands, the hash of the weights, the texts as used, speed, "
+             "memory and seconds, and what the instruments found layer by layer. All rows of a group: `python "
+             "train/study.py --group GROUP --model-05b MODEL --data-dir DATA --out OUT`; one row: `--rows NAME`.")
 
 
 def markdown(made: dict[str, Any], figures: dict[str, str]) -> str:
-    """The report for people: tables, figures, commands and hashes. What they say is written elsewhere, by people."""
+    """The report for people: tables and figures. What they say is written elsewhere, by people."""
     rows = made["rows"]
     run = [row for row in rows if "device" in row]
     frontier = group_of(rows, "frontier")
@@ -39,21 +38,17 @@ def markdown(made: dict[str, Any], figures: dict[str, str]) -> str:
         "# The study on real weights", "", *_about(run, rows), "", "## 1. The main table", "", *_main(made["main"]),
         "### Window = context apart from smaller windows", "", *_rows(group_of(rows, "main", "router_only"), _WINDOW),
         "## 2. Collapse", "", *picture("collapse"), *_rows(ratio_rows(rows), _COLLAPSE), *_found(made, "autopsy"),
-        "## 3. What damages router-only", "", *picture("effects"), *_effects(made["damage"]),
+        "## 3. What damages router-only", "", *picture("combinations"), *_effects(made["damage"]),
         *_together(made["together"]), *picture("residual"), *_rows(group_of(rows, "damage"), _DAMAGE),
         *_rows(group_of(rows, "together"), _DAMAGE), "### Noise in the decisions", "",
         *_rows(group_of(rows, "noise"), _NOISE), *_found(made, "flips"),
         "## 4. The repair", "", ROUTING_COSTS, "", *picture("frontier"), *_rows(frontier, _FRONTIER),
         "### The needle beside its controls", "", NEEDLE, "",
-        *_rows([row for row in frontier if row.get("needle")], _NEEDLE), *_found(made, "thresholds"),
-        *picture("layers"), *picture("picture"), *_found(made, "routed"), *_found(made, "prunable"),
+        *_rows([row for row in frontier if row.get("needle")], _NEEDLE),
+        *_thresholds(made["instruments"]["thresholds"]), *picture("layers"), *picture("picture"),
+        *_found(made, "routed"), *_found(made, "prunable"),
         "## 5. Absorption", "", *_rows(group_of(rows, "absorption"), _ABSORPTION),
-        "## 6. Speed and memory as run", "", SPEED, "", *_rows(run, _SPEED),
-        "## Texts as used", "", DATA, "", *_rows([row for row in run if row.get("data_used")], _DATA),
-        "## Commands", "", COMMANDS, ""]
-    for row in rows:
-        lines += [f"- **{row['name']}** ({row['status']})", "", "  ```",
-                  *(f"  {command}" for command in made["commands"][row["name"]]), "  ```"]
+        "## 6. Speed and memory as run", "", SPEED, "", *_speed(run), "## 7. What is in the JSON alone", "", ELSEWHERE]
     return "\n".join(lines) + "\n"
 
 
@@ -101,16 +96,17 @@ def _rows(rows, columns) -> list[str]:
         for row in rows]) if rows else ["No rows.", ""]
 
 
-_FORMATS = {"flips": flips.format_flips, "thresholds": thresholds.format_thresholds,
-            "routed": routed_text.format_routed, "prunable": prunable.format_prunable}
+_FORMATS = {"flips": flips.format_flips, "routed": routed_text.format_routed, "prunable": prunable.format_prunable}
+_TOO_LONG = {"routed": {"layers": []}, "prunable": {"layers": [], "thresholds": []}}
 
 
 def _found(made, name) -> list[str]:
     """What an instrument found, a part for each row that has it; the autopsy's is a table already."""
     lines = []
     for row, found in made["instruments"][name].items():
-        lines += [f"#### {name}, {row}", "", *(["```", _FORMATS[name](found), "```"] if name in _FORMATS
-                                               else [autopsy.format_autopsy(found)]), ""]
+        text = (["```", _FORMATS[name]({**found, **_TOO_LONG.get(name, {})}), "```"] if name in _FORMATS
+                else [autopsy.format_autopsy(found)])
+        lines += [f"#### {name}, {row}", "", *text, ""]
     return lines
 
 
@@ -220,20 +216,35 @@ _ABSORPTION = {"local": _QUALITY["local"], "perplexity": _QUALITY["perplexity"],
                   for when in ("before", "after") for key in ("random_worse", "none_worse", "carried")}}
 
 
-def _domains(row) -> str:
-    return ", ".join(f"{name} {_count(one['tokens'])} ({one['share']:.0%}, {one['epochs']:.2f} epochs)"
-                     for name, one in row["data_used"]["domains"].items())
+def _speed(run) -> list[str]:
+    """A line for each group and regime: the range over its rows that had the whole card."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    whole = max((row["memory"].get("device_gb") or 0 for row in run if row["memory"]), default=0)
+    for row in run:
+        memory = row["memory"] or {}
+        alone = (memory.get("device_gb") or whole) == whole
+        if alone and row["tokens_per_second_median"] and memory.get("compiled_gb"):
+            groups.setdefault((row["group"], row["size"], row["regime"]), []).append(row)
+
+    def edges(rows, value, form):
+        low, high = (form.format(edge(map(value, rows))) for edge in (min, max))
+        return low if low == high else f"{low} to {high}"
+
+    return grid(["group", "size", "regime", "rows", "tokens/s", "GB"], [
+        [*key, len(rows), edges(rows, lambda row: row["tokens_per_second_median"], "{:,.0f}"),
+         edges(rows, lambda row: row["memory"]["compiled_gb"], "{:.1f}")] for key, rows in groups.items()])
 
 
-_DATA = {"tokens": lambda row: _count(row["data_used"]["tokens"]),
-         "unique": lambda row: _count(row["data_used"]["unique_tokens"]), "domains": _domains}
-_SPEED = {"device": lambda row: row["device"],
-          "tokens/s": lambda row: _number(row["tokens_per_second_median"], "{:,.0f}"),
-          "GB": lambda row: _number((row["memory"] or {}).get("compiled_gb"), "{:.1f}"),
-          "of": lambda row: _number((row["memory"] or {}).get("device_gb"), "{:.0f}"),
-          "fits 24 GB": lambda row: {None: "-", True: "yes", False: "no"}[
-              None if not (row["memory"] or {}).get("compiled_gb") else row["memory"]["compiled_gb"] <= CARD_GB],
-          "seconds": lambda row: ", ".join(f"{phase} {time:.0f}" for phase, time in (row["seconds"] or {}).items())}
+def _thresholds(found) -> list[str]:
+    """All rows' lower thresholds in one table."""
+    lengths = sorted({length for one in found.values() for row in one["rows"] for length in row["needle"]}, key=int)
+    return ["#### Lower thresholds than trained with", "", *grid(
+        ["row", "threshold", "local", "worse, nats", *(f"needle in {int(length):,}" for length in lengths)],
+        [[name, *map("<br>".join, zip(*[
+            (f"{row['threshold']:g}", f"{row['sparsity']:.1%}", f"{row['worse']:+.4f} [{low:+.4f}, {high:+.4f}]",
+             *(_number(row["needle"].get(length), "{:.0%}") for length in lengths))
+            for row in one["rows"] for low, high in (row["worse_95"],)], strict=True))]
+         for name, one in found.items()])] if found else []
 
 
 def _effects(analyses) -> list[str]:

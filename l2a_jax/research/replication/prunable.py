@@ -66,7 +66,7 @@ def prunable(model: Pretrained, calibration: Windows, windows: Windows, *, thres
 
 def format_prunable(report: dict[str, Any]) -> str:
     """The three tables as text."""
-    lines = [f"{'layer':<8} {'sparsity':>9} {'alone costs, nats':>18}"]
+    lines = [f"{'layer':<8} {'sparsity':>9} {'alone costs, nats':>18}"] if report["layers"] else []
     for row in report["layers"]:
         lines.append(f"{row['layer']:<8} {row['sparsity']:>9.2%} {_nats(row.get('cost')):>18}")
     lines.append(f"{'pruned, in order':<18} {'perplexity':>11} {'cost, nats [95 %]':>28} {'cache, MB':>10}")

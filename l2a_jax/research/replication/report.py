@@ -85,7 +85,8 @@ def _figures(made) -> dict[str, Any]:
     rows = made["rows"]
     repair = group_of(rows, "frontier")
     return {"frontier": plots.frontier(repair), "layers": plots.layers(repair),
-            "collapse": plots.collapse(ratio_rows(rows)), "effects": plots.effects(made["damage"]),
+            "collapse": plots.collapse(ratio_rows(rows)),
+            "combinations": plots.combinations(made["together"]["crossed"], damage.FACTORS["window"]),
             "residual": plots.residual(made["residual"])}
 
 
@@ -121,7 +122,8 @@ def _cells(rows, found) -> tuple[list[dict[str, str]], list[Any], list[Any]]:
 def _together(rows, found) -> dict[str, Any]:
     """The cells of both stages without a model: the crossed table, and single factors with all else equal."""
     cells, ratios, needles = _cells(rows, found)
-    values = [ratio and {"nats": ratio["nats"], "ratio": ratio["ratio"], "needle": one and one["exact_match"]}
+    values = [ratio and {**{key: ratio[key] for key in ("nats", "ratio", "ratio_95")},
+                         "needle": one and one["exact_match"]}
               for ratio, one in zip(ratios, needles, strict=True)]
     some = [(cell, value["nats"]) for cell, value in zip(cells, values, strict=True)
             if value is not None and np.isfinite(value["nats"])]

@@ -139,7 +139,7 @@ def format_routed(report: Mapping[str, Any]) -> str:
             ratio, part = row["ratio"] or 0.0, row["of_all_routed"] or 0.0
             lines.append(f"{name:<24} {row['tokens']:>9,} {row['share']:>8.1%} [{low:>6.1%}, {high:>6.1%}] "
                          f"{ratio:>7.2f} {part:>14.1%}")
-    lines.append(f"{'layer':<8} {'routed':>8}  most routed")
+    lines += [f"{'layer':<8} {'routed':>8}  most routed"] if report["layers"] else []
     for row in sorted(report["layers"], key=lambda row: -row["share"]):
         top = ", ".join(f"{entry['class']} {entry['share']:.0%}" for entry in row["most_routed"].values())
         lines.append(f"{row['layer']:<8} {row['share']:>8.1%}  {'pruned' if row['pruned'] else top}")

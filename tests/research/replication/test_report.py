@@ -84,7 +84,7 @@ def folder(tmp_path_factory):
 def test_the_report_holds_what_was_run_and_says_what_was_not(folder, tmp_path, capsys):
     paths = report.write(folder, tmp_path)
     names = {path.name for path in paths}
-    assert {"replication.md", "replication.json", "replication_frontier.png", "replication_effects.png",
+    assert {"replication.md", "replication.json", "replication_frontier.png", "replication_combinations.png",
             "replication_collapse.png", "replication_residual.png", "replication_layers.png"} == names
     assert all(path.stat().st_size > 500 for path in paths)
     text, made = paths[0].read_text(), json.loads(paths[1].read_text())
@@ -92,7 +92,8 @@ def test_the_report_holds_what_was_run_and_says_what_was_not(folder, tmp_path, c
     assert "not run: no 3B weights were at hand" in text and "| l2a_ft-44M-s0 | not run |" in text
     assert "+0.050 [-0.050, +0.150]" in text, "what routing costs beside the same weights, all routed"
     assert "not finite at step 7" in text and "| sequential | parallel |" in text
-    assert "python train/run.py --regime router_only" in text and str(folder) not in text + json.dumps(made)
+    assert "python train/run.py --regime router_only" in json.dumps(made["commands"])
+    assert str(folder) not in text + json.dumps(made)
     rows = {row["name"]: row for row in made["rows"]}
     assert rows["repair-w256-p0.3-s0"]["needle"]["at_least_baseline"] and not rows["repair-w256-p0.3-s0"]["contexts"]
     assert rows["repair-t8192-w1024-p0.2-f0.3-e1"]["contexts"]["8192"]["sparsity"] == pytest.approx(0.8)
