@@ -17,8 +17,14 @@ import subprocess
 import sys
 import tomllib
 
+import jax
 import pytest
 
+from l2a_jax.config import MODELS, L2AConfig
+from l2a_jax.models.params import init_params
+from l2a_jax.training.regimes import count_parameters, regime_mask
+from l2a_jax.training.settings import PRESETS
+from l2a_jax.training.tables import PLAIN_REGIMES, REGIME_PRESET, REGIMES
 from tests.test_house import FLOORS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -168,6 +174,22 @@ def test_ten_questions_have_one_file_each():
     assert len(rows) == 10
     for question, file in rows:
         assert (ROOT / file.strip("`")).is_file(), question
+
+
+def test_the_tables_of_regimes_and_presets_are_those_of_the_code():
+    separate, shared = (jax.eval_shape(functools.partial(init_params, MODELS["qwen2.5-0.5b"], l2a_config=layer),
+                                       jax.random.key(0)) for layer in (L2AConfig(share_attention=False), L2AConfig()))
+    rows = {name.strip("`"): counts for name, _, *counts in tables("train/README.md", "Regimes")}
+    assert list(rows) == list(REGIMES)
+    for regime, counts in rows.items():
+        if counts != ["-", "-"] or regime not in PLAIN_REGIMES:
+            trained = [count_parameters(params, regime_mask(params, regime)) for params in (separate, shared)]
+            assert counts == [f"{count:,}" for count in trained], regime
+    presets = {name: set(re.findall(r"`(\w+)`", of)) for names, _, of in tables("train/README.md", "Presets")
+               for name in re.findall(r"`([\w.-]+)`", names)}
+    assert list(presets) == list(PRESETS)
+    for preset, regimes in presets.items():
+        assert regimes == {regime for regime, begins in REGIME_PRESET.items() if begins == preset}, preset
 
 
 def test_adding_touches_at_most_four_files_and_names_what_is_in_them():

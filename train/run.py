@@ -28,7 +28,8 @@ def make_parser() -> flags.Parser:
 
 def describe() -> str:
     """What the names of regimes and presets stand for."""
-    from l2a_jax.training.settings import PRESETS, REGIME_PRESET, REGIMES
+    from l2a_jax.training.settings import PRESETS
+    from l2a_jax.training.tables import REGIME_PRESET, REGIMES
 
     lines = ["A default holds where no preset says otherwise; without --model and --data the demo's sizes do.", "",
              "regimes, what each trains, and its preset:"]

@@ -23,6 +23,7 @@ from l2a_jax.training.tables import (
     MIXED,
     NEXT_TOKEN,
     PLAIN_REGIMES,
+    REGIME_PRESET,
     REGIMES,
     Cost,
     Minimised,
@@ -170,9 +171,6 @@ PRESETS: dict[str, Preset] = {
        for size, tokens, accumulated, remat in (("0.5b", 12_000_000, 1, {}), ("1.5b", 8_000_000, 2, {"remat": "layer"}),
                                                 ("3b", 8_000_000, 4, {"remat": "layer"}))},
 }
-
-REGIME_PRESET = {"router_strict": "repair", "router_only": "repair", "l2a_ft": "paper", "l2a_paper": "paper",
-                 "full_ft": "paper"}
 
 # The embedded demo: `repair`'s layer at the size of the packaged model, on the synthetic recall corpus.
 DEMO = {

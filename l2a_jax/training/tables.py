@@ -32,8 +32,11 @@ REGIMES: dict[str, tuple[str, ...]] = {
     "full_ft": tuple(GROUPS),
     "pretrain": tuple(GROUPS),
 }
-# These run a plain model: they add no router.
-PLAIN_REGIMES = ("baseline", "pretrain")
+# The preset that a regime begins with, for the layer above all.
+REGIME_PRESET = {"router_strict": "repair", "router_only": "repair", "l2a_ft": "paper", "l2a_paper": "paper",
+                 "full_ft": "paper"}
+# The others run a plain model: they add no router.
+PLAIN_REGIMES = tuple(name for name in REGIMES if name not in REGIME_PRESET)
 
 # What each mode of --remat keeps (`memory`); "elementwise": what is expensive of matrix products and attention.
 KEPT = {

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from l2a_jax.config import MODELS, ModelConfig
 from l2a_jax.research.speed.timing import torch_ms
-from l2a_jax.training.settings import REGIME_PRESET
-from l2a_jax.training.tables import PLAIN_REGIMES
+from l2a_jax.training.tables import PLAIN_REGIMES, REGIME_PRESET
 
 
 def _model(config: ModelConfig, window: int, length: int, wiring: str | None):

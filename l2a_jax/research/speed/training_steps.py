@@ -28,9 +28,9 @@ from l2a_jax.research.speed.timing import matmul_ceiling, median_ms
 from l2a_jax.training.memory import checkpoint_policy, step_bytes
 from l2a_jax.training.optimizer import Dials, OptimizerConfig, make_optimizer
 from l2a_jax.training.regimes import regime_mask
-from l2a_jax.training.settings import REGIME_PRESET, layer_of, resolve
+from l2a_jax.training.settings import layer_of, resolve
 from l2a_jax.training.step import Objective, initial_state, split_params, train_step
-from l2a_jax.training.tables import PLAIN_REGIMES
+from l2a_jax.training.tables import PLAIN_REGIMES, REGIME_PRESET
 
 log = logging.getLogger("l2a_jax.speed")
 
