@@ -93,7 +93,7 @@ class OfLayer(NamedTuple):
     what training draws; a layer that is `pruned` never routes, whoever decides. A key/value head in `heads` sees
     everything, whatever is decided. A token is routed where its logit is at least `cut` (None: what the
     configuration's threshold says). `nudge` is added to the gate of each row: zeros, whose gradient says what each
-    decision is worth."""
+    decision is worth; with a `price` in nats it also fits the router to that (`routing.fitted`)."""
 
     decisions: Bool[Array, "*L B T"] | None = None
     key: PRNGKeyArray | None = None
@@ -101,6 +101,7 @@ class OfLayer(NamedTuple):
     heads: Bool[Array, "*L K"] | None = None
     cut: Float[Array, "*L"] | None = None
     nudge: Float[Array, "*L B T"] | None = None
+    price: Float[Array, "*L B T"] | None = None
 
 
 class Decided(NamedTuple):
@@ -147,6 +148,8 @@ def decide(h: Stream, layer: Params, context: Context, given: OfLayer) -> Decide
     """
     l2a = context.l2a
     able = context.real if given.pruned is None else context.real & ~given.pruned
+    if given.price is not None:
+        h = jax.lax.stop_gradient(h)  # a fit moves the router and asks nothing of what it reads
     z = routing.router_logits(h, layer["router"]["kernel"])
     d = given.decisions
     if d is None:
@@ -159,7 +162,11 @@ def decide(h: Stream, layer: Params, context: Context, given: OfLayer) -> Decide
     p = routing.probability(z, l2a.temperature)
     routed = LayerRouting(d, p, z)
     if given.nudge is not None:
-        return Decided(routed, able, d.astype(jnp.float32) + jnp.where(able, given.nudge, 0.0))
+        nudge = given.nudge
+        if given.price is not None:
+            margins = jnp.where(able, routing.margin(z, l2a.temperature, l2a.threshold), 0.0)
+            nudge = routing.fitted(nudge, margins, given.price)
+        return Decided(routed, able, d.astype(jnp.float32) + jnp.where(able, nudge, 0.0))
     if not context.train:
         return Decided(routed, d, d.astype(jnp.float32))
     computed = able if context.dense else d

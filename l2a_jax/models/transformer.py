@@ -38,6 +38,7 @@ def hidden_states(
     heads: Bool[Array, "L K"] | None = None,
     cut: Float[Array, " L"] | None = None,
     nudge: Float[Array, "L B T"] | None = None,
+    price: Float[Array, "L B T"] | None = None,
     key: PRNGKeyArray | None = None,
     train: bool = False, backend: str = "auto", remat: Callable | bool = False, unroll: bool = False,
     attend: Attention | None = None,
@@ -50,7 +51,8 @@ def hidden_states(
     a token is routed (None: as the configuration's threshold says); `heads`, the key/value heads that see everything
     whatever is decided (shared attention; arXiv 2410.10819 calls them retrieval heads). `nudge` is added to the
     decisions: zeros, for the gradient with respect to every decision, for which global attention of every real row is
-    computed. `heads` and `nudge` are not for training.
+    computed; with a `price` in nats a routed token, their gradient fits the router (`routing.fitted`). `heads` and
+    `nudge` are not for training.
 
     `train` switches straight-through gradients and leakage on; `key` (already folded with seed, step and microbatch) is
     needed where 0 < leakage < 1, 0 < flip or 0 < explore. `remat`: recompute each layer, all but its decisions, in the
@@ -61,8 +63,8 @@ def hidden_states(
     Raises UserError on tokens outside the vocabulary (where values are known), or a sequence longer than the rotary
     embedding is meant for; ValueError on shapes that do not fit.
     """
-    options = _Pass(positions, segment_ids, decisions, pruned, heads, cut, nudge, key, train, backend, remat,
-                    unroll, attend)
+    options = _Pass(positions, segment_ids, decisions, pruned, heads, cut, nudge, price, key, train, backend,
+                    remat, unroll, attend)
     x, routing, _ = _run(params, tokens, config, l2a_config, options)
     return rms_norm(x, params["norm_final"], config.rms_norm_eps), routing
 
@@ -97,6 +99,7 @@ class _Pass(NamedTuple):
     heads: Bool[Array, "L K"] | None = None
     cut: Float[Array, " L"] | None = None
     nudge: Float[Array, "L B T"] | None = None
+    price: Float[Array, "L B T"] | None = None
     key: PRNGKeyArray | None = None
     train: bool = False
     backend: str = "auto"
@@ -135,7 +138,8 @@ def _run(
     layers = jnp.arange(config.num_layers)
     keys = None if options.key is None else jax.vmap(lambda layer: jax.random.fold_in(options.key, layer))(layers)
     pruned = pruned_of(config, l2a_config) if options.pruned is None else options.pruned
-    given = OfLayer(options.decisions, keys, pruned, options.heads, options.cut, options.nudge)
+    given = OfLayer(options.decisions, keys, pruned, options.heads, options.cut, options.nudge,
+                    options.price)
     x = params["embed"]["embedding"][tokens]
     start = None if probe is None else probe(x)
     # Without a loop: one concatenation for all layers, and one slice of its gradient, in place of one a layer.
@@ -176,6 +180,8 @@ def _check(params: Tree, tokens: Int[Array, "*S"], config: ModelConfig, l2a_conf
     check_heads(options.heads, config, l2a_config, options.train)
     if options.nudge is not None and (options.train or l2a_config is None):
         raise ValueError("a nudge is for decisions outside training")
+    if options.price is not None and options.nudge is None:
+        raise ValueError("a price is for what a nudge finds; give both")
     check_tokens(tokens, config)
 
 

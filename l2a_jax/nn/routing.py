@@ -95,6 +95,49 @@ def _with_decision_gradient_bwd(difference, g):
 with_decision_gradient.defvjp(_with_decision_gradient_fwd, _with_decision_gradient_bwd)
 
 
+MOST_NATS = 1.0
+"""For how much one decision may count in a fit, at most: what is worth more is as clear, and tails are heavy."""
+
+
+def margin(z: Float[Array, "*S"], temperature: float, threshold: float) -> Float[Array, "*S"]:
+    """logit(p) - logit(threshold): at least 0 where a token is routed."""
+    return z / temperature - math.log(threshold / (1 - threshold))
+
+
+def advantage(worth: Float[Array, "*S"], price: Float[Array, "*S"]) -> Float[Array, "*S"]:
+    """Nats that routing a token gains over its price, at most `MOST_NATS` either way."""
+    return jnp.clip(worth - price, -MOST_NATS, MOST_NATS)
+
+
+def fit_loss(gain: Float[Array, "*S"], margins: Float[Array, "*S"]) -> Float[Array, "*S"]:
+    """|gain| x logistic loss of the margin against the sign of the gain (cost-sensitive classification).
+
+    Whatever the noise of one gain, the margin that is best on average over tokens that the router cannot tell apart is
+    log(E[gain+] / E[gain-]): it is above 0, and these tokens are routed, exactly where their mean gain is.
+    """
+    return jnp.abs(gain) * jax.nn.softplus(jnp.where(gain > 0, -margins, margins))
+
+
+@jax.custom_vjp
+def fitted(nudge: Float[Array, "B T"], margins: Float[Array, "B T"], price: Float[Array, "B T"]) -> Float[Array, "B T"]:
+    """`nudge`, whose cotangent is minus what a decision is worth in nats: on its way back it gives the margin the slope
+    of `fit_loss` against that worth. One backward pass so values every decision and fits the router to it."""
+    return nudge
+
+
+def _fitted_fwd(nudge, margins, price):
+    return nudge, (margins, price)
+
+
+def _fitted_bwd(residuals, g):
+    margins, price = residuals
+    slope = jax.grad(lambda m: jnp.sum(fit_loss(advantage(-g, price), m)))(margins)
+    return g, slope, jnp.zeros_like(price)
+
+
+fitted.defvjp(_fitted_fwd, _fitted_bwd)
+
+
 def penalty(p: Float[Array, "L B T"], real: Bool[Array, "B T"], cost: Float[Array, "B T"] | None = None
             ) -> Float[Array, ""]:
     """Mean of p^2 over layers and real tokens (the L2A regulariser in mean form), each token `cost` times."""

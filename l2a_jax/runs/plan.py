@@ -179,7 +179,8 @@ def dials_of(plan: RunPlan) -> Dials:
     penalty = s.penalty if plan.l2a_config is not None else 0.0
     return Dials(*map(np.float32, rates), np.int32(steps), np.int32(round(s.warmup * steps)), np.float32(penalty),
                  np.int32(round(s.penalty_warmup * steps)), np.int32(max(1, round(s.penalty_ramp * steps))),
-                 np.float32(s.distill_share))
+                 np.float32(s.distill_share),
+                 np.float32(s.saliency_share))
 
 
 def program_key(plan: RunPlan) -> tuple:

@@ -100,9 +100,9 @@ def told(record: dict[str, Any], steps: int) -> str:
     """A record in one line: how far, and the numbers that a person watches."""
     local = f"  local {record['sparsity']:.1%}" if "sparsity" in record else ""
     held_out = f"  held-out {record['held_out_loss']:.4f}" if "held_out_loss" in record else ""
-    kl = f"  kl {record['kl']:.5f}" if "kl" in record else ""
-    return (f"step {record['step']}/{steps}  loss {record['loss']:.4f}{kl}{local}  {record['tokens_per_second']:,.0f} "
-            f"tokens/s{held_out}")
+    fitted = "".join(f"  {name} {record[name]:.5f}" for name in ("kl", "saliency") if name in record)
+    return (f"step {record['step']}/{steps}  loss {record['loss']:.4f}{fitted}{local}  "
+            f"{record['tokens_per_second']:,.0f} tokens/s{held_out}")
 
 
 def draw_curves(records: list[dict[str, Any]], path: pathlib.Path, title: str = "",

@@ -24,7 +24,7 @@ from l2a_jax.training.tables import group_of
 class Dials(NamedTuple):
     """The numbers of a run that its compiled step takes as arguments, so that runs differing in nothing else share it.
 
-    `lr`, `router_lr` (the router's own) and `penalty` are maxima, `distill_share` is a share of the loss;
+    `lr`, `router_lr` (the router's own) and `penalty` are maxima, `distill_share` and `saliency_share` shares;
     everything else is a count of steps. The rates peak after `warmup` steps and fall as a cosine to 0 at `steps`.
     """
 
@@ -36,6 +36,7 @@ class Dials(NamedTuple):
     penalty_warmup: Any = 0
     penalty_ramp: Any = 1
     distill_share: Any = 0.5
+    saliency_share: Any = 0.5
 
 
 @dataclass(frozen=True)

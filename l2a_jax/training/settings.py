@@ -25,6 +25,7 @@ from l2a_jax.training.tables import (
     PLAIN_REGIMES,
     REGIME_PRESET,
     REGIMES,
+    SALIENCY,
     Cost,
     Minimised,
     Regime,
@@ -75,6 +76,9 @@ class RoutingSettings:
     objective: Minimised = NEXT_TOKEN
     distill_share: Annotated[float, fields.between(0, 1, "a share of the loss"), SHARE, DIAL,
                              "share of the divergence in --objective mixed; the rest is next-token loss"] = 0.5
+    saliency_share: Annotated[float, fields.between(0, 1, "a share of the decisions"), SHARE, DIAL,
+                              "share of decisions routed, at random, where --objective saliency takes their worth "
+                              "(1: everything)"] = 0.5
     leakage: config.Leakage = L2AConfig.leakage
     flip: config.Flip = L2AConfig.flip
     explore: config.Explore = L2AConfig.explore
@@ -295,6 +299,9 @@ def idle(settings: Settings) -> list[tuple[bool, tuple[str, ...], str]]:
          "--penalty is 0"),
         (s.objective != MIXED, ("distill_share",), f"--objective is {s.objective}"),
         (s.explore == 0 and s.regime not in PLAIN_REGIMES, ("explore_by",), "--explore is 0"),
+        (s.objective != SALIENCY, ("saliency_share",), f"--objective is {s.objective}"),
+        (s.objective == SALIENCY, ("leakage", "flip", "explore", "explore_by"),
+         "--objective saliency never runs the router's own decisions"),
         (not s.data, ("packing",), "the synthetic recall corpus is made in whole rows"),
     ]
 

@@ -25,7 +25,8 @@ from l2a_jax.training.distill import distillation, everything_routed
 from l2a_jax.training.loss import TokenLoss, cross_entropy, token_nll
 from l2a_jax.training.optimizer import Dials, OptimizerConfig, make_optimizer, master_dtype_of, narrowed, widened
 from l2a_jax.training.regimes import combine, keep_layers, partition
-from l2a_jax.training.tables import DISTILL, NEXT_TOKEN
+from l2a_jax.training.saliency import fit_to_worth
+from l2a_jax.training.tables import DISTILL, MIXED, NEXT_TOKEN, SALIENCY
 
 
 class TrainState(NamedTuple):
@@ -77,6 +78,10 @@ _ROUNDING = 2**32 - 1
 """What a step's key is folded with for the rounding of masters: the index of no micro-batch."""
 
 
+_TOLD = {NEXT_TOKEN: (), DISTILL: ("kl",), MIXED: ("kl",), SALIENCY: ("saliency", "weights")}
+"""What an objective sums up besides."""
+
+
 class _Sums(NamedTuple):
     """Sums over real tokens that a step reports as means; routing's are per layer. `told`: what the objective has to
     tell besides, by the name it is reported under."""
@@ -126,12 +131,21 @@ def train_step(
 
     cost = token_cost(batch, objective)
 
-    def loss(trainable, micro, real, cost, micro_key):
+    def forward(trainable, micro, **options):
         params = compute_params(trainable, frozen, objective.dtype)
-        hidden, routed = hidden_states(
+        return params, *hidden_states(
             params, micro.tokens, objective.config, objective.l2a_config, positions=micro.positions,
-            segment_ids=micro.segment_ids, key=micro_key, train=True, backend=objective.backend,
-            remat=objective.remat, unroll=objective.unroll)
+            segment_ids=micro.segment_ids, backend=objective.backend, remat=objective.remat, unroll=objective.unroll,
+            **options)
+
+    def sums_of(summed, routed, real, cost, told):
+        share = jnp.sum(real) / total  # a micro-batch's part of the mean over all real tokens
+        penalty = routing.penalty(routed.probabilities, real, cost) * share
+        return _Sums(summed.nll, summed.correct, penalty, routing.sparsity(routed.decisions, real) * share,
+                     routing.entropy(routed.probabilities, real) * share, told)
+
+    def loss(trainable, micro, real, cost, micro_key):
+        params, hidden, routed = forward(trainable, micro, key=micro_key, train=True)
         told = {}
         if objective.minimised == NEXT_TOKEN:
             summed = cross_entropy(params, hidden, micro.targets, micro.weights, objective.config)
@@ -147,20 +161,26 @@ def train_step(
         if routed is None:
             nothing = jnp.zeros(layers)
             return minimised, _Sums(summed.nll, summed.correct, jnp.zeros(()), nothing, nothing, told)
-        share = jnp.sum(real) / total  # a micro-batch's part of the mean over all real tokens
-        penalty = routing.penalty(routed.probabilities, real, cost) * share
-        sums = _Sums(summed.nll, summed.correct, penalty, routing.sparsity(routed.decisions, real) * share,
-                     routing.entropy(routed.probabilities, real) * share, told)
-        return minimised + weight * penalty, jax.lax.stop_gradient(sums)
+        sums = sums_of(summed, routed, real, cost, told)
+        return minimised + weight * sums.penalty, jax.lax.stop_gradient(sums)
+
+    def saliency(trainable, micro, real, cost, micro_key):
+        price = weight * counted / (layers * total) * (jnp.ones(real.shape) if cost is None else cost)
+        decisions = routing.random(micro_key, jnp.full(layers, dials.saliency_share), *real.shape)
+        gradients, found = fit_to_worth(forward, trainable, micro, real, decisions, price, objective.config,
+                                        objective.l2a_config)
+        return gradients, sums_of(found.next_token, found.routed, real, cost,
+                                  {"saliency": found.loss, "weights": found.weights})
+
+    of_micro_batch = saliency if objective.minimised == SALIENCY else jax.grad(loss, has_aux=True)
 
     def accumulate(carry, inputs):
         micro, real, cost, index = inputs
-        gradients, sums = jax.grad(loss, has_aux=True)(state.trainable, micro, real, cost,
-                                                       jax.random.fold_in(step_key, index))
+        gradients, sums = of_micro_batch(state.trainable, micro, real, cost, jax.random.fold_in(step_key, index))
         return jax.tree.map(jnp.add, carry, (widened(gradients), sums)), None
 
-    told = () if objective.minimised == NEXT_TOKEN else ("kl",)
-    nothing = _Sums(*(jnp.zeros(()),) * 3, *(jnp.zeros(layers),) * 2, {name: jnp.zeros(()) for name in told})
+    nothing = _Sums(*(jnp.zeros(()),) * 3, *(jnp.zeros(layers),) * 2,
+                    {name: jnp.zeros(()) for name in _TOLD[objective.minimised]})
     zeros = jax.tree.map(jnp.zeros_like, widened(state.trainable)), nothing
     inputs = (batch, real, cost, jnp.arange(batch.tokens.shape[0]))
     if batch.tokens.shape[0] == 1:  # no second copy of the gradients where there is nothing to add
@@ -168,6 +188,10 @@ def train_step(
     else:
         (gradients, sums), _ = jax.lax.scan(accumulate, zeros, inputs)
 
+    told = dict(sums.told)
+    if objective.minimised == SALIENCY:
+        weights = jnp.maximum(told.pop("weights"), jnp.finfo(jnp.float32).tiny)
+        gradients, told = jax.tree.map(lambda x: x / weights, (gradients, told))
     gradients = keep_layers(gradients, optimizer.attention_layers)
     norm = optax.tree.norm(gradients)
     mean_nll = sums.nll / counted
@@ -180,7 +204,7 @@ def train_step(
     state = jax.tree.map(lambda new, old: jnp.where(healthy, new, old), updated, state._replace(healthy=healthy))
 
     metrics = {"loss": mean_nll, "accuracy": sums.correct / counted, "grad_norm": norm, "tokens": total,
-               "healthy": healthy, **sums.told}
+               "healthy": healthy, **told}
     if objective.l2a_config is not None:
         metrics |= {"sparsity": jnp.mean(sums.unrouted), "sparsity_per_layer": sums.unrouted,
                     "router_entropy": jnp.mean(sums.entropy), "penalty": sums.penalty, "penalty_weight": weight}

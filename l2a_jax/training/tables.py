@@ -47,9 +47,10 @@ KEPT = {
 Cost = Annotated[str, Choice("tokens", "keys"),
                  "what the penalty counts of a routed token: 1, or the keys that it reads beyond the window's (mean 1)"]
 # What a router can learn from; all but the first need a model that stands still (`check_objective`).
-NEXT_TOKEN, DISTILL, MIXED = OBJECTIVES = ("next-token", "distill", "mixed")
+NEXT_TOKEN, DISTILL, MIXED, SALIENCY = OBJECTIVES = ("next-token", "distill", "mixed", "saliency")
 Minimised = Annotated[str, Choice(*OBJECTIVES), "what is minimised beside the penalty: next-token loss, the divergence "
-                      "from the same model with everything routed, or both"]
+                      "from the same model with everything routed, or both; saliency: the router is fitted to what "
+                      "decisions are worth, the penalty their price"]
 Regime = Annotated[str, Choice(*REGIMES), "which parameters are trained"]
 Remat = Annotated[str, Choice(*KEPT, "none"), "recomputed in the backward pass: layer needs the least memory"]
 
