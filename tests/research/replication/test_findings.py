@@ -5,6 +5,7 @@ Beside each section stand the rules behind its words (agrees, lost, reached), so
 
 import itertools
 import json
+import math
 import pathlib
 import re
 import statistics
@@ -14,6 +15,7 @@ import pytest
 from l2a_jax.evaluation import table
 from l2a_jax.files import plain
 from l2a_jax.research.replication import damage, report
+from l2a_jax.training.settings import Settings
 
 RESULTS = pathlib.Path(__file__).parents[3] / "eval" / "results"
 NUMBER = re.compile(r"(?<![\w.,-])[-+]?\d[\d,]*(?:\.\d+)?")
@@ -130,6 +132,61 @@ def test_section_what_was_run(sections, rows, made):
     check(sections["What was run"], len(rows), len(made["rows"]), 26, 2026, 1, 4, 1, 95, 1)
 
 
+def accounted(rows, rope, leakage):
+    """The gap in nats of the sequential layer without sinks at a window of 256, and what part of it goes, in percent:
+    with the parallel layer and sinks, with either alone."""
+    nats = {cell: math.log(ratio(rows[f"damage-{cell}-{rope}-w256-l{leakage}"]))
+            for cell in ("seq-k0", "par-k4", "par-k0", "seq-k4")}
+    gap = nats.pop("seq-k0")
+    return [gap, *(100 * (1 - left / gap) for left in nats.values())]
+
+
+def test_section_verdicts(sections, rows):
+    pairs = [[rows[name] for name in names] for names in (
+        ("l2a_ft-diverse-0.5b", "l2a_ft-12M-s1"), ("l2a_ft-1.3M-s0", "l2a_ft-1.3M-s1"),
+        ("l2a_ft-0.44M-s0", "l2a_ft-0.44M-s1"))]
+    for row in itertools.chain(*pairs):
+        assert row["regime"] == "l2a_ft" and "lr" not in row["settings"] and not row["non_finite"]
+        assert row["tokens_per_trained_parameter"] <= 0.14 and row["loss_last_5_percent"] > 0.5
+        assert row["sparsity"] < 0.99 and ratio(row) <= 1.5
+    assert all((row["needle"]["exact_match"] <= LOST) is (pair is not pairs[0]) for pair in pairs for row in pair)
+    main = pairs[0]
+    collapse = [0.14, 0.5, 99, 1.5, main[0]["tokens_per_trained_parameter"],
+                *(row["loss_last_5_percent"] for row in main), *(100 * row["sparsity"] for row in main),
+                *map(ratio, main), *map(percent, main),
+                *(pair[0]["tokens_per_trained_parameter"] for pair in pairs[1:])]
+    parts = [accounted(rows, *cell) for cell in (("none", 1), ("theta5", 1), ("none", 0.1))]
+    assert min(min(part[1:]) for part in parts) >= 80
+    plain, scaled, leaky = parts
+    damage = [80, 256, plain[0], 4, plain[1], plain[2], 4, plain[3], 5, *scaled, 0.1, *leaky,
+              rows["damage-seq-k0-none-w256-l1"]["tokens_seen"] / 1e6, 1, 100]
+    told = []
+    for seed in (0, 1):
+        before, after = (rows[f"l2a_ft-repair-s{seed}"]["absorption"][when]["random_worse"]
+                         for when in ("before", "after"))
+        assert after >= 0.2 * before
+        told.append((before, after, 100 * after / before))
+    (before, after, share), (other, left, part) = told
+    check(without_rates(sections["Verdicts by rules fixed beforehand"]), *collapse, *damage, 20, before, after, share,
+          other, left, part)
+
+
+def without_rates(text):
+    """Learning rates, such as 5e-5, are checked by themselves."""
+    return re.sub(r"\b\d+e-\d+\b", "", text)
+
+
+def test_section_not_reproduced(sections, rows):
+    expected = []
+    for size in ("0.5b", "1.5b"):
+        base, theirs = (table.match(f"qwen2.5-{size}", regime) for regime in ("baseline", "router_only"))
+        for task in ALLOWED:
+            entry = rows[f"router_only-diverse-{size}"]["benchmarks"][task]
+            expected += [entry["difference"]["points"], 100 * (getattr(theirs, task) - getattr(base, task))]
+    theirs = [table.match("qwen2.5-0.5b", regime).perplexity for regime in ("router_only", "baseline")]
+    check(sections["What is not reproduced"], *expected, ratio(rows["router_only-diverse-0.5b"]), theirs[0] / theirs[1])
+
+
 def test_section_against_what_was_reported(sections, rows):
     text = sections["Against what was reported"]
     expected = [256, AGREES]
@@ -171,8 +228,13 @@ def test_section_collapse(sections, rows):
     order = ["full_ft-wikitext-0.5b", "l2a_ft-1.3M-lr0.003", "l2a_ft-1.3M-penalty10"]
     assert sorted(ill) == sorted(order) and [ill[name]["verdict"] for name in order] == [
         "loss-perplexity mismatch", "constant output", "never routes"]
-    check(sections["Collapse below one token a trained parameter"], len(plain), min(tokens), max(tokens), len(finite),
-          *ratios, len(asked), len(lost), 100 * LOST, max(row["tokens_seen"] for row in lost) / 1e6, len(ill),
+    fast, faster = (rows[f"l2a_ft-1.3M-lr{rate}"] for rate in ("0.0003", "0.003"))
+    text = sections["Collapse below one token a trained parameter"]
+    assert re.findall(r"\d+e-\d+", text) == ["5e-5", "3e-4", "3e-3"]
+    assert [row["settings"]["lr"] for row in (fast, faster)] == [3e-4, 3e-3] and Settings(regime="l2a_ft").lr == 5e-5
+    check(without_rates(text), len(plain), min(tokens), max(tokens), len(finite),
+          *ratios, len(asked), len(lost), 100 * LOST, max(row["tokens_seen"] for row in lost) / 1e6,
+          fast["tokens_seen"] / 1e6, 100 * fast["sparsity"], ratio(fast), percent(fast), ratio(faster), len(ill),
           *(ratio(ill[name]) for name in order))
 
 
@@ -189,11 +251,14 @@ def test_section_autopsy(sections, made):
     assert [fault for fault, shown in short.items() if "finite, bad perplexity" in shown] == ["leak"]
     assert short["none"] == {"needle lost", "tasks above chance"}
     assert all_symptoms - leak == {"finite, bad perplexity"}
-    check(sections["Autopsy"], len(tried - {"none"}), most, len(all_symptoms), len(short["none"]), 4.4, len(leak),
+    loops = {row["fault"]: 8 * row["greedy_ends_in_loop"] for row in made["instruments"]["autopsy"]["autopsy"]["rows"]}
+    assert {loops[fault] for fault, shown in short.items() if len(shown) == most} == {5.0}
+    check(sections["Autopsy"], len(tried - {"none"}), most, len(all_symptoms), 5, 8, loops["NaN weights"], 8,
+          loops["none"], 8, len(short["none"]), 4.4, len(leak),
           len(all_symptoms), 6)
 
 
-def test_section_damage(sections, made):
+def test_section_damage(sections, made, rows):
     expected = [len(damage.FACTORS)]
     for response in ("nats a token above the baseline", "needle, logit of exact match",
                      "needle, log-probability of the answer"):
@@ -210,9 +275,13 @@ def test_section_damage(sections, made):
     assert [(name, window) for name, window, _ in harmful] == [
         ("sequential, 0 sinks", 256), ("sequential, 0 sinks", 1_024), ("sequential, 1 sinks", 256),
         ("sequential, 4 sinks", 256)]
+    distinct = {(name.split(",")[0] if window == 2_048 else name, window, value) for name, window, value in cells}
+    pair = [rows[f"damage-seq-k4-none-w256-l1{seed}"] for seed in ("", "-s1")]
+    parallel = rows["damage-par-k4-none-w256-l1"]
     check(sections["What damages router-only"], *expected, main["residual_sd"], main["pure_error"]["sd"], len(cells),
-          len(harmful), NEUTRAL, harmful[0][2], 256, harmful[1][2], 1_024, harmful[2][2], 1, 256, harmful[3][2], 4,
-          256)
+          2_048, len(distinct), len(harmful), NEUTRAL, harmful[0][2], 256, harmful[1][2], 1_024, harmful[2][2], 1, 256,
+          harmful[3][2], 4, 256, 256, 4, *map(percent, pair), 100 * pair[0]["sparsity"], percent(parallel),
+          100 * parallel["sparsity"], pair[0]["audit"]["worse"]["all"], parallel["audit"]["worse"]["all"])
 
 
 def test_section_noise(sections, rows):
@@ -231,7 +300,16 @@ def test_section_repair(sections, rows):
     assert best["name"] == "repair-w1024-p1-s0"
     check(sections["The repair"], len(some), 100 * SPARSE, len(asked), sum(map(all, asked)), *ALLOWED.values(),
           100 * best["sparsity"], ratio(best), *(best["audit"]["ratio"][name] for name in ("none", "random", "static")),
-          percent(best))
+          percent(best), 1, *best_evidence(rows["repair-w256-p1-1.5b"]))
+
+
+def best_evidence(row):
+    """For tokens over layers: every control finds the same share."""
+    needle = row["needle"]["lengths"]["2048"]
+    controls = {needle["controls"][name] for name in ("random", "static", "none")}
+    assert len(controls) == 1
+    return [row["settings"]["window"], row["settings"]["penalty"], 100 * row["sparsity"], 100 * needle["sparsity"],
+            percent(row, "2048"), 2_048, 100 * controls.pop(), ratio(row)]
 
 
 def test_section_needle(sections, rows):
@@ -239,8 +317,15 @@ def test_section_needle(sections, rows):
     families = {row["name"].removesuffix("-s1").removesuffix("-s2") for row in whole}
     assert families == set(re.findall("`(.*?)`", sections["The needle"])) and {
         max(map(int, row["needle"]["lengths"])) for row in whole} == {32_768}
-    expected = [len(whole), 32_768, 2, 2, *map(int, LENGTHS)]
+    expected = [len(whole), 32_768, 2, 2]
     some = [row for row in rows.values() if row["group"] == "frontier" and row["needle"]]
+    for length in LENGTHS[1:]:
+        asked = [(row, row["needle"]["lengths"][length]) for row in some if length in row["needle"]["lengths"]]
+        beaten = [(row, one) for row, one in asked if one["controls"]["static"] > one["exact_match"]]
+        expected += [len(beaten), len(asked), int(length)]
+    expected += [edge(row["settings"]["window"] for row, _ in beaten) for edge in (min, max)]
+    expected += [100 * edge(one["exact_match"] for _, one in beaten) for edge in (min, max)]
+    expected += map(int, LENGTHS)
     for lever in LEVERS:
         for length in LENGTHS:
             points = sorted(percent(other, length) - percent(one, length) for one, other in itertools.permutations(
@@ -260,7 +345,19 @@ def is_pair(one, other, lever):
     return low < high and rest[0] == rest[1]
 
 
-def test_section_aim(sections, rows):
+def limits(rows, made):
+    """Of the aim: nothing routed, a bound of one point on every benchmark, and pruning where routing costs nothing."""
+    seeds = [rows[f"repair-t8192-w1024-p0.5-f0.3-e1{seed}"] for seed in ("", "-s1", "-s2")]
+    strict = [row for row in seeds if reached(row)["longer"]
+              and all(row["benchmarks"][task]["difference"]["points_95"][0] >= -1 for task in ALLOWED)]
+    assert strict == seeds[:1]
+    pruned = made["instruments"]["prunable"][seeds[1]["name"]]["thresholds"]
+    best = next(row for row in pruned if len(row["pruned"]) == 17)
+    return [*(row["audit"]["ratio"]["none"] for row in seeds), 2_048, 1.0, len(strict), 17, best["cost"],
+            seeds[1]["audit"]["worse"]["none"]]
+
+
+def test_section_aim(sections, rows, made):
     some = [(row, {name for name, value in aim.items() if value is False}) for row, aim in frontier(rows)
             if None not in aim.values()]
     whole = [row for row, missed in some if not missed]
@@ -274,7 +371,7 @@ def test_section_aim(sections, rows):
         100 * row["sparsity"], ratio(row), *(one for context in LENGTHS[1:] for one in (
             100 * row["contexts"][context]["sparsity"], row["contexts"][context]["ratio"])))]
     check(text, PARAMETERS, 100 * SPARSE, *map(int, LENGTHS), len(some), len(whole), *map(int, LENGTHS), *table,
-          len(short), 2_048, len(nearly), 1, 1_024, 2_048)
+          len(short), 2_048, len(nearly), 1, 1_024, 2_048, *limits(rows, made))
 
 
 def test_section_absorption(sections, rows):
@@ -282,4 +379,7 @@ def test_section_absorption(sections, rows):
     carried = [row["absorption"][when]["carried"] for row in some for when in ("before", "after")]
     assert all(after >= before / 2 for before, after in zip(carried[::2], carried[1::2], strict=True))
     worse = [row["audit"]["worse"] for row in some]
-    check(sections["Absorption"], *carried, *(one["static"] / one["none"] for one in worse))
+    twins = [rows[f"repair-w256-p0.3-s{seed}"]["audit"]["worse"]["static"] for seed in (0, 1)]
+    left = [one["static"] for one in worse]
+    check(sections["Absorption"], *carried, *(one["static"] / one["none"] for one in worse), *twins, *left,
+          *(100 * (1 - one / other) for one, other in zip(left, twins, strict=True)))
