@@ -22,6 +22,10 @@ Topology = Annotated[str, Choice("sequential", "parallel"),
 ShareAttention = Annotated[bool, "one attention set for both"]
 RouterInput = Annotated[str, Choice("pre", "post_local"),
                         "the router reads the stream before or after local attention"]
+RouterSees = Annotated[tuple[Annotated[str, Choice("position"), Unit("signal")], ...],
+                       "what the router sees beside the stream: position, how much past there is beyond a window"]
+RouterHidden = Annotated[int, count(0), Unit("units"),
+                         "hidden units of the router, beside its linear part (0: linear)"]
 # Beyond these a sigmoid of z / temperature is a step, or a constant, in float32.
 Temperature = Annotated[float, between(1e-6, 1e6), "of the router"]
 Threshold = Annotated[float, Range(0, 1, low_included=False, high_included=False), Unit("probability"),
@@ -93,7 +97,8 @@ class L2AConfig:
     """The conditional-attention layer (DESIGN.md, "The layer").
 
     `window` keys including the token itself, plus the first `sinks` keys, are local; `topology`, `share_attention`
-    and `router_input` choose the wiring; `rope=None` inherits the model's. A decision is
+    and `router_input` choose the wiring, `router_sees` and `router_hidden` what the router is made of (`nn.router`);
+    `rope=None` inherits the model's. A decision is
     1[z >= temperature * logit(threshold)]. `leakage` is the probability that a training call of a layer computes
     global attention for every row, so that unrouted tokens get a router gradient too. `pruned_layers` have lost
     global attention: nothing is ever routed there. `flip` is the probability that a training call inverts a decision
@@ -107,6 +112,8 @@ class L2AConfig:
     topology: Topology = "parallel"
     share_attention: ShareAttention = True
     router_input: RouterInput = "pre"
+    router_sees: RouterSees = ()
+    router_hidden: RouterHidden = 0
     rope: RopeScaling | None = None
     temperature: Temperature = 0.1
     threshold: Threshold = 0.5
@@ -117,9 +124,12 @@ class L2AConfig:
     explore_by: ExploreBy = "uniform"
 
     def __post_init__(self):
-        object.__setattr__(self, "pruned_layers", tuple(self.pruned_layers))
+        for name in ("pruned_layers", "router_sees"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         check(self, spell=str, error=ValueError)
         object.__setattr__(self, "pruned_layers", tuple(sorted(int(layer) for layer in self.pruned_layers)))
+        _require(len({*self.router_sees}) == len(self.router_sees),
+                 f"router_sees is {', '.join(self.router_sees)}; expected each signal once")
         _require(not (self.share_attention and self.topology == "sequential"),
                  "share_attention needs topology 'parallel': the sequential layer runs two attention sets one after "
                  "another (--topology sequential goes with --no-share-attention)")
@@ -167,8 +177,7 @@ def _from_dict(kind, fields):
     _require(required <= set(fields), f"{kind.__name__} misses {sorted(required - set(fields))}")
     if isinstance(fields.get("rope"), dict):
         fields["rope"] = _from_dict(RopeScaling, fields["rope"])
-    if isinstance(fields.get("pruned_layers"), list):
-        fields["pruned_layers"] = tuple(fields["pruned_layers"])
+    fields |= {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
     return kind(**fields)
 
 

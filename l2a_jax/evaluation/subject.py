@@ -12,6 +12,7 @@ import logging
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from l2a_jax import fields
@@ -57,7 +58,7 @@ def with_layer(model: Pretrained, config: ModelConfig, layer: L2AConfig | None, 
     if layer is not None and model.l2a_config is None:
         params = add_routing(params, config, layer)
     if route == "all" and layer is not None:
-        router = {"kernel": jnp.zeros_like(params["layers"]["router"]["kernel"])}
+        router = jax.tree.map(jnp.zeros_like, params["layers"]["router"])
         params = {**params, "layers": {**params["layers"], "router": router}}
     return model._replace(config=config, l2a_config=layer, params=params)
 

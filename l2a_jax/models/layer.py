@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from l2a_jax import attention
 from l2a_jax.attention.reference import Heads, Ids, Keys, PerRow
 from l2a_jax.config import L2AConfig, ModelConfig, rope_of
-from l2a_jax.nn import routing
+from l2a_jax.nn import router, routing
 from l2a_jax.nn.layers import Params, gated_mlp, joined, linear, rms_norm
 from l2a_jax.nn.rope import Table, rope_table, split_heads
 
@@ -78,6 +78,7 @@ class Context(NamedTuple):
     config: ModelConfig
     l2a: L2AConfig | None
     rope: Table
+    positions: Int[Array, "B T"]
     real: PerRow
     attend: Attention
     train: bool = False
@@ -115,7 +116,7 @@ class Decided(NamedTuple):
 def context_of(config: ModelConfig, l2a: L2AConfig | None, positions: Int[Array, "B T"], real: PerRow,
                attend: Attention, train: bool = False) -> Context:
     """The context of a call; both paths share one table of rotations."""
-    return Context(config, l2a, rope_table(positions, config, rope_of(config, l2a)), real, attend, train)
+    return Context(config, l2a, rope_table(positions, config, rope_of(config, l2a)), positions, real, attend, train)
 
 
 def pruned_of(config: ModelConfig, l2a: L2AConfig | None) -> Bool[Array, " L"] | None:
@@ -150,7 +151,7 @@ def decide(h: Stream, layer: Params, context: Context, given: OfLayer) -> Decide
     able = context.real if given.pruned is None else context.real & ~given.pruned
     if given.price is not None:
         h = jax.lax.stop_gradient(h)  # a fit moves the router and asks nothing of what it reads
-    z = routing.router_logits(h, layer["router"]["kernel"])
+    z = router.logits(h, router.signals(l2a.router_sees, context.positions, l2a.window), layer["router"])
     d = given.decisions
     if d is None:
         d = routing.decide(z, l2a.temperature, l2a.threshold) if given.cut is None else z >= given.cut

@@ -47,13 +47,22 @@ def param_shapes(config: ModelConfig, l2a_config: L2AConfig | None = None) -> Tr
     else:
         block |= {"attention_local": attention, "attention_global": attention, "norm_local": norm, "norm_global": norm}
     if l2a_config is not None:
-        block["router"] = {"kernel": stacked(c.hidden_size)}
+        block["router"] = jax.tree.map(lambda shape: stacked(*shape), _router_shapes(c, l2a_config),
+                                       is_leaf=lambda x: type(x) is tuple)
 
     tree = {"embed": {"embedding": (c.vocab_size, c.hidden_size)}, "layers": block,
             "norm_final": {"scale": (c.hidden_size,)}}
     if not c.tie_embeddings:
         tree["unembed"] = {"kernel": (c.hidden_size, c.vocab_size)}
     return tree
+
+
+def _router_shapes(config: ModelConfig, l2a_config: L2AConfig) -> Tree:
+    """The leaves of one layer's router (`nn.router`)."""
+    width, seen, units = config.hidden_size, len(l2a_config.router_sees), l2a_config.router_hidden
+    hidden = {"kernel": (width, units), "bias": (units,), "out": (units,)}
+    return {"kernel": (width,), **({"signals": (seen,)} if seen else {}),
+            **({"hidden": {**hidden, **({"signals": (seen, units)} if seen else {})}} if units else {})}
 
 
 def map_with_path(function: Callable[[str, Any], Any], *trees: Tree) -> Tree:
@@ -90,7 +99,7 @@ def stacked(tree: Tree) -> Tree:
 
 def param_dtype(path: str, dtype: Any) -> Any:
     """The stored dtype of a leaf: float32 for the router, `dtype` for everything else."""
-    return jnp.dtype(jnp.float32 if path == "layers/router/kernel" else dtype)
+    return jnp.dtype(jnp.float32 if path.startswith("layers/router/") else dtype)
 
 
 def abstract_params(config: ModelConfig, l2a_config: L2AConfig | None = None, dtype: Any = jnp.float32) -> Tree:
@@ -124,7 +133,8 @@ def init_params(config: ModelConfig, key: PRNGKeyArray, l2a_config: L2AConfig | 
 
 
 def add_routing(params: Tree, config: ModelConfig, l2a_config: L2AConfig) -> Tree:
-    """The routed tree of a plain one: both attention sets copied from the base layer, the router at zero.
+    """The routed tree of a plain one: both attention sets copied from the base layer, the router at zero, but for the
+    kernel of its hidden units, which would not part otherwise: the same normal draw for every run.
 
     Raises ValueError where `params` is routed already, or `pruned_layers` names a layer that does not exist.
     """
@@ -137,8 +147,14 @@ def add_routing(params: Tree, config: ModelConfig, l2a_config: L2AConfig) -> Tre
         # Real copies: two names of one buffer could not both be donated to a training step.
         block |= {"attention_local": attention, "attention_global": jax.tree.map(jnp.array, attention)}
         block |= {"norm_local": norm, "norm_global": jax.tree.map(jnp.array, norm)}
-    block["router"] = {"kernel": jnp.zeros((config.num_layers, config.hidden_size), jnp.float32)}
+    block["router"] = map_with_path(_fresh_router, param_shapes(config, l2a_config)["layers"]["router"])
     return {**params, "layers": block}
+
+
+def _fresh_router(path: str, shape: tuple[int, ...]) -> Float[Array, "L ..."]:
+    if path == "hidden/kernel":
+        return jax.random.normal(jax.random.key(0), shape, jnp.float32) / shape[1] ** 0.5
+    return jnp.zeros(shape, jnp.float32)
 
 
 def check_layers(config: ModelConfig, l2a_config: L2AConfig) -> None:

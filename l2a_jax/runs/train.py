@@ -238,6 +238,8 @@ def _about(plan: RunPlan) -> list[str]:
         lines.append(f"layer: {layer.topology}, {sets}, window {layer.window}, sinks {layer.sinks}, rope "
                      f"{s.rope or 'that of the model'}, temperature {layer.temperature:g}, threshold "
                      f"{layer.threshold:g}, leakage {layer.leakage:g}"
+                     + (f", router sees {', '.join(layer.router_sees)}" if layer.router_sees else "")
+                     + (f", router of {layer.router_hidden} hidden units" if layer.router_hidden else "")
                      + (f", explore {layer.explore:g} {layer.explore_by}" if layer.explore else ""))
     each = f", {tokens / trained:.3g} for each trained parameter" if trained else ""
     return [*lines, f"steps: {plan.steps} of {s.grad_accum} x {s.batch_size} x {s.seq_len} tokens, {tokens:,} in all"

@@ -63,6 +63,8 @@ class LayerSettings:
     topology: config.Topology = L2AConfig.topology
     share_attention: config.ShareAttention = L2AConfig.share_attention
     router_input: config.RouterInput = L2AConfig.router_input
+    router_sees: config.RouterSees = L2AConfig.router_sees
+    router_hidden: config.RouterHidden = L2AConfig.router_hidden
     rope: Annotated[str | None, Filled(),
                     "none, theta:FACTOR, linear:FACTOR or yarn:FACTOR (default: the model's own)"] = None
     temperature: config.Temperature = L2AConfig.temperature
@@ -241,7 +243,7 @@ def parse_rope(text: str) -> RopeScaling:
 
 
 LAYER_FIELDS = tuple(name for name in fields.declared(L2AConfig) if name in {*fields.declared(Settings)} - {"rope"})
-STRUCTURE = ("topology", "share_attention", "router_input")
+STRUCTURE = ("topology", "share_attention", "router_input", "router_sees", "router_hidden")
 
 
 def make_layer(given: Mapping[str, Any], own: L2AConfig | None = None) -> L2AConfig:

@@ -15,7 +15,7 @@ from l2a_jax.errors import UserError
 from l2a_jax.fields import Choice, check_value
 
 GROUPS: dict[str, str] = {
-    "router": r"layers/router/kernel",
+    "router": r"layers/router/(kernel|signals|hidden/(kernel|bias|signals|out))",
     "attention": r"layers/attention(_local|_global)?/(q|k|v|o)/(kernel|bias)",
     "attention_norms": r"layers/norm_(attention|local|global)/scale",
     "mlp": r"layers/mlp/(gate|up|down)/kernel",

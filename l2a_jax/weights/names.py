@@ -4,7 +4,7 @@ GGUF file.
 Both directions read it: `tensor_map` lists every tensor that a model must have, so whatever a source holds beyond it
 is left over and whatever it lacks is missing. The second attention set and the router carry the names of the L2A
 authors' release (arXiv 2603.17484): plain names are the local set, `*_global` the global one, `sigmoid_linear` the
-router. GGUF knows no routing, so only plain models come from there.
+router, and `sigmoid_*` what ours has beyond it. GGUF knows no routing, so only plain models come from there.
 """
 
 from __future__ import annotations
@@ -53,6 +53,11 @@ TABLE: dict[str, Row] = {
         *_attention("attention", "norm_attention"),
         *(row._replace(gguf=None) for row in _TWO_SETS),
         Row("layers/router/kernel", "model.layers.{layer}.self_attn.sigmoid_linear.weight", None, ROW),
+        *(Row(f"layers/router/{leaf}", f"model.layers.{{layer}}.self_attn.sigmoid_{name}", None, transform)
+          for leaf, name, transform in (
+              ("signals", "signals.weight", ROW), ("hidden/kernel", "hidden.weight", TRANSPOSE),
+              ("hidden/bias", "hidden.bias", KEEP), ("hidden/signals", "hidden_signals.weight", TRANSPOSE),
+              ("hidden/out", "hidden_out.weight", ROW))),
         Row("layers/mlp/gate/kernel", "model.layers.{layer}.mlp.gate_proj.weight", "blk.{layer}.ffn_gate.weight",
             TRANSPOSE),
         Row("layers/mlp/up/kernel", "model.layers.{layer}.mlp.up_proj.weight", "blk.{layer}.ffn_up.weight", TRANSPOSE),

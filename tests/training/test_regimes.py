@@ -36,7 +36,8 @@ def test_counts_of_the_design_without_allocating(size, layer, expected):
 
 
 @pytest.mark.parametrize("config", [CONFIG, UNTIED])
-@pytest.mark.parametrize("layer", [None, SEPARATE, SHARED])
+@pytest.mark.parametrize("layer", [None, SEPARATE, SHARED,
+                                   L2AConfig(router_sees=("position",), router_hidden=2)])
 def test_every_parameter_is_covered_exactly_once(config, layer):
     groups = {}
     map_with_path(lambda path, _: groups.setdefault(group_of(path), path), abstract_params(config, layer))

@@ -1,0 +1,83 @@
+"""A router that sees more than the stream, or has hidden units: its formula, its start, and packed rows."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l2a_jax.config import MODELS, L2AConfig
+from l2a_jax.errors import UserError
+from l2a_jax.models.params import abstract_params, add_routing, by_path, init_params
+from l2a_jax.models.transformer import hidden_states
+from l2a_jax.nn import router
+from l2a_jax.training.regimes import count_parameters, regime_mask
+from l2a_jax.training.settings import adapt_layer
+from tests.models.cases import CONFIG, LAYERS, make_params, make_tokens, packed
+
+MORE = dataclasses.replace(LAYERS["shared"], router_sees=("position",), router_hidden=3)
+
+
+def one_layer(layer=MORE):
+    """The router's leaves in one layer, an input and its signals."""
+    leaves = jax.tree.map(lambda leaf: leaf[1], make_params(layer)["layers"]["router"])
+    h = jax.random.normal(jax.random.key(2), (2, 24, CONFIG.hidden_size))
+    return leaves, h, router.signals(layer.router_sees, jnp.tile(jnp.arange(24), (2, 1)), layer.window)
+
+
+def test_the_signal_of_position_is_the_log_of_the_past_in_windows():
+    found = router.signals(("position",), jnp.array([[0, 4, 9, 19, 10**9]]), 5)
+    np.testing.assert_allclose(found[0, :, 0], [0, 0, np.log(2), np.log(4), np.log(1024)], rtol=1e-6)
+    assert router.signals((), jnp.zeros((1, 1), int), 5) is None
+
+
+def test_logits_and_gradients_are_the_formulas():
+    leaves, h, seen = one_layer()
+    cotangent = jax.random.normal(jax.random.key(3), h.shape[:2])
+    z, gradient = jax.value_and_grad(lambda leaves: jnp.sum(router.logits(h, seen, leaves) * cotangent))(leaves)
+    w, u, hid = leaves["kernel"], leaves["signals"], jax.tree.map(lambda x: np.asarray(x, np.float64), leaves["hidden"])
+    h, s, g = (np.asarray(x, np.float64) for x in (h, seen, cotangent))
+    units = h @ hid["kernel"] + s @ hid["signals"] + hid["bias"]
+    sigmoid = 1 / (1 + np.exp(-units))
+    expected = h @ np.asarray(w) + s @ np.asarray(u) + (units * sigmoid) @ hid["out"]
+    np.testing.assert_allclose(z, np.sum(expected * g), rtol=1e-5)
+    pull = g[..., None] * hid["out"] * sigmoid * (1 + units * (1 - sigmoid))
+    for path, want in {"kernel": np.einsum("btd,bt->d", h, g), "signals": np.einsum("bts,bt->s", s, g),
+                       "hidden/out": np.einsum("btn,bt->n", units * sigmoid, g), "hidden/bias": pull.sum((0, 1)),
+                       "hidden/kernel": np.einsum("btd,btn->dn", h, pull),
+                       "hidden/signals": np.einsum("bts,btn->sn", s, pull)}.items():
+        np.testing.assert_allclose(by_path(gradient)[path], want, rtol=1e-4, atol=1e-4, err_msg=path)
+
+
+def test_everything_is_routed_at_first_and_every_unit_differs():
+    params = add_routing(init_params(CONFIG, jax.random.key(0)), CONFIG, MORE)
+    _, routed = hidden_states(params, make_tokens(), CONFIG, MORE, backend="reference")
+    assert bool(routed.decisions.all()) and not np.asarray(routed.logits).any()
+    units = params["layers"]["router"]["hidden"]["kernel"]
+    assert len(np.unique(units)) == units.size
+
+
+def test_a_document_in_a_packed_row_sees_its_own_past():
+    params, tokens, ids = make_params(MORE), make_tokens(), packed()
+    _, together = hidden_states(params, tokens, CONFIG, MORE, segment_ids=ids, backend="reference")
+    _, alone = hidden_states(params, tokens[1:, 15:], CONFIG, MORE, backend="reference")
+    np.testing.assert_allclose(together.logits[:, 1, 15:], alone.logits[:, 0], atol=2e-5)
+
+
+@pytest.mark.parametrize(("sees", "units", "router_only"), [((), 0, 21_504), (("position",), 0, 21_528),
+                                                            ((), 2, 64_608), (("position",), 2, 64_680)])
+def test_parameters_at_half_a_billion(sees, units, router_only):
+    layer = L2AConfig(router_sees=sees, router_hidden=units)
+    shapes = abstract_params(MODELS["qwen2.5-0.5b"], layer, jnp.bfloat16)
+    assert count_parameters(shapes, regime_mask(shapes, "router_strict")) == router_only
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(shapes["layers"]["router"]))
+
+
+def test_what_a_router_is_made_of_is_its_sources():
+    with pytest.raises(UserError, match=r"^--router-hidden is 3, but RUN was trained with 0"):
+        adapt_layer(LAYERS["shared"], {"router_hidden": 3}, "RUN")
+    with pytest.raises(ValueError, match=r"router_sees is .*expected a list, each one of position"):
+        L2AConfig(router_sees=("stars",))
+    with pytest.raises(ValueError, match=r"router_sees is position, position; expected each signal once"):
+        L2AConfig(router_sees=("position", "position"))
