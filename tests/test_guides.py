@@ -21,6 +21,7 @@ import jax
 import pytest
 
 from l2a_jax.config import MODELS, L2AConfig
+from l2a_jax.evaluation.registry import ASKED
 from l2a_jax.models.params import init_params
 from l2a_jax.training.regimes import count_parameters, regime_mask
 from l2a_jax.training.settings import PRESETS
@@ -190,6 +191,11 @@ def test_the_tables_of_regimes_and_presets_are_those_of_the_code():
     assert list(presets) == list(PRESETS)
     for preset, regimes in presets.items():
         assert regimes == {regime for regime, begins in REGIME_PRESET.items() if begins == preset}, preset
+
+
+def test_every_task_is_in_the_guide():
+    rows = [re.findall(r"`(\w+)`", row[0]) for row in tables("eval/README.md", "Tasks")]
+    assert {name for row in rows for name in row} == set(ASKED)
 
 
 def test_adding_touches_at_most_four_files_and_names_what_is_in_them():

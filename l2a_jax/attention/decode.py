@@ -20,6 +20,7 @@ from l2a_jax.attention.kernels import decode as kernel
 from l2a_jax.attention.kernels.tile import FLOOR
 from l2a_jax.attention.reference import masked_attention
 from l2a_jax.attention.xla import dot, softmax_step
+from l2a_jax.errors import Unsupported
 
 Query = Float[Array, "B N H"]
 Key = Float[Array, "B K H"]
@@ -63,16 +64,18 @@ def attend_cache(q: Query, k: Key, v: Key, cache: KV, layer: int, reads: Reads, 
     dtype = q.dtype
     q, k, v = (x.astype(cache.k.dtype) for x in (q, k, v))
     with jax.named_scope("attention_decode"):
-        if name.startswith("pallas"):
+        if name in KERNELS:
             rows, *stored = kernel.decode(q, k, v, *cache, layer, reads, sinks=min(sinks, slots), write=write,
                                           interpret=name == "pallas_interpret")
             return rows.astype(dtype), KV(*stored)
+        if name not in LOOKS:
+            raise Unsupported(f"attention backend {name!r} has no decode step; expected one of "
+                              f"{', '.join((*KERNELS, *LOOKS))}")
         if write:
             at = (layer, jnp.arange(batch), reads.slot)
             cache = KV(*(store.at[at].set(new, mode="promise_in_bounds", unique_indices=True)
                          for store, new in zip(cache, (k, v), strict=True)))
-        look = _reference if name == "reference" else _xla
-        return look(q, k, v, cache, layer, reads, min(sinks, slots)).astype(dtype), cache
+        return LOOKS[name](q, k, v, cache, layer, reads, min(sinks, slots)).astype(dtype), cache
 
 
 def _reference(q: Query, k: Key, v: Key, cache: KV, layer: int, reads: Reads, sinks: int) -> Query:
@@ -120,3 +123,8 @@ def _xla(q: Query, k: Key, v: Key, cache: KV, layer: int, reads: Reads, sinks: i
 
     rows = jax.lax.map(one, (jnp.arange(q.shape[0]), q, k, v, reads))
     return rows.reshape(q.shape)
+
+
+# The backends that decode: kernels, which write the cache as they read it, and those that only look.
+KERNELS = ("pallas", "pallas_interpret")
+LOOKS = {"reference": _reference, "xla": _xla}

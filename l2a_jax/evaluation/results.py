@@ -6,11 +6,13 @@ merged as they finish, each write whole or not at all, so an interrupted evaluat
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import pathlib
 from typing import Any
 
 from l2a_jax import commands
+from l2a_jax.config import L2AConfig, ModelConfig
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import registry
 from l2a_jax.files import claim, from_plain, plain, read_json, write_json
@@ -60,7 +62,7 @@ def open_results(path: pathlib.Path, model: dict[str, Any], *, replace: bool) ->
     if not path.exists():
         return fresh
     old = read_results(path)
-    differs = [name for name in IDENTITY if old.get(name) != fresh[name]]
+    differs = [name for name in IDENTITY if _today(name, old.get(name)) != _today(name, fresh[name])]
     if not differs:
         return {**fresh, "tasks": old["tasks"]}
     if not replace:
@@ -68,6 +70,15 @@ def open_results(path: pathlib.Path, model: dict[str, Any], *, replace: bool) ->
                         "--out")
     log.warning("%s is about earlier weights (its %s differ) and is replaced", path, ", ".join(differs))
     return fresh
+
+
+def _today(name: str, said: Any) -> Any:
+    """What a file says of the model, where a configuration of before a field was added gets the field's default."""
+    kind = {"model_config": ModelConfig, "l2a_config": L2AConfig}.get(name)
+    if kind is None or not isinstance(said, dict):
+        return said
+    return plain({field.name: field.default for field in dataclasses.fields(kind)
+                  if field.default is not dataclasses.MISSING}) | said
 
 
 def read_results(path: pathlib.Path) -> dict[str, Any]:

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l2a_jax.attention import reference
+from l2a_jax.attention import decode, reference
 from l2a_jax.attention.api import Call, why_not
 from l2a_jax.attention.decode import KV, Reads, attend_cache
 from l2a_jax.attention.kernels import decode as kernel
+from l2a_jax.errors import Unsupported
 from l2a_jax.research.speed.compiled import lower_for_cuda
 
 LAYERS, BATCH, SLOTS = 2, 5, 600
@@ -141,6 +142,12 @@ def test_the_kernel_lowers_for_cuda(heads, width, dtype, write):
     text = lower_for_cuda(call, shape(3, heads, width), shape(3, 2, width), shape(3, 2, width), cache, reads).as_text()
     assert text.count("@__gpu$xla.gpu.triton") == 2
     assert ("output_operand_alias" in text) == write  # in place: the cache is not copied
+
+
+def test_a_backend_without_a_decode_step_is_refused(monkeypatch):
+    monkeypatch.delitem(decode.LOOKS, "xla")
+    with pytest.raises(Unsupported, match="'xla' has no decode step; expected one of pallas"):
+        attend_cache(*make(4, 2, 16, slots=40), 0, READS, backend="xla")
 
 
 def test_bad_calls_are_refused():

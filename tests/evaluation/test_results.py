@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from l2a_jax.config import MODELS, L2AConfig, to_dict
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import evaluate, intervals, perplexity, results, table
 from l2a_jax.evaluation.needle import draw_heat_map
@@ -128,6 +129,18 @@ def test_a_file_that_somebody_else_is_writing_is_waited_for_and_then_named(tmp_p
                                                                                   f"{os.getpid()}"):
         results.merge_results(path, HEAD, {"hellaswag": made_up()["tasks"]["hellaswag"]}, replace=False)
     assert results.read_results(path)["tasks"] == {}
+
+
+def test_results_of_before_a_setting_was_added_are_those_of_its_default(tmp_path):
+    path = tmp_path / "eval.json"
+    tasks = {"hellaswag": made_up()["tasks"]["hellaswag"]}
+    now = {**HEAD, "model_config": to_dict(MODELS["tiny"]), "l2a_config": to_dict(L2AConfig())}
+    before = {key: value for key, value in now["l2a_config"].items() if not key.startswith("explore")}
+    results.merge_results(path, {**now, "l2a_config": before}, tasks, replace=False)
+    assert set(results.merge_results(path, now, {}, replace=False)["tasks"]) == {"hellaswag"}
+    with pytest.raises(UserError, match="its l2a_config differ"):
+        results.merge_results(path, {**now, "l2a_config": to_dict(L2AConfig(explore=0.1, leakage=0))}, {},
+                              replace=False)
 
 
 def test_another_models_results_stay(tmp_path):
