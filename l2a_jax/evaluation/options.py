@@ -52,7 +52,7 @@ class NeedleFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class TextOptions:
-    """Text (perplexity, audit, collapse)."""
+    """Text."""
 
     text: Annotated[str | None, Filled(), "file, folder, glob, or wikitext[:test|validation] from the hub"] = None
     context: Annotated[int | None, length(), Unit("tokens"),
