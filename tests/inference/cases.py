@@ -16,12 +16,13 @@ QUICK = QUICK if jax.default_backend() == "cpu" else None
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3), compiler_options=QUICK)
-def _forward(params, tokens, config, layer, segment_ids, decisions):
-    out = forward(params, tokens, config, layer, segment_ids=segment_ids, decisions=decisions, backend="reference")
+def _forward(params, tokens, config, layer, segment_ids, decisions, heads):
+    out = forward(params, tokens, config, layer, segment_ids=segment_ids, decisions=decisions, heads=heads,
+                  backend="reference")
     return jax.nn.log_softmax(out.logits), out.routing
 
 
-def whole(params, sequences, layer, decisions=None, config=CONFIG):
+def whole(params, sequences, layer, decisions=None, config=CONFIG, heads=None):
     """Log-probabilities [B, 48, V] and routing of whole sequences, given as lists of tokens."""
     tokens, ids = np.zeros((len(sequences), LENGTH), np.int32), np.zeros((len(sequences), LENGTH), np.int32)
     for row, (sequence, segment) in enumerate(zip(tokens, ids, strict=True)):
@@ -29,7 +30,7 @@ def whole(params, sequences, layer, decisions=None, config=CONFIG):
         segment[: len(sequences[row])] = 1
     if decisions is not None:
         decisions = jnp.pad(decisions, ((0, 0), (0, 0), (0, LENGTH - decisions.shape[2])))
-    return _forward(params, tokens, config, layer, ids, decisions)
+    return _forward(params, tokens, config, layer, ids, decisions, heads)
 
 
 def sequences_of(prompts, generation):

@@ -13,7 +13,7 @@ from l2a_jax.models.transformer import hidden_states
 from l2a_jax.nn import routing
 from l2a_jax.training.memory import checkpoint_policy
 from l2a_jax.training.tables import KEPT
-from tests.models.cases import CONFIG, LAYERS, make_params, make_tokens, packed
+from tests.models.cases import CONFIG, LAYERS, hidden, make_params, make_tokens, packed
 
 # So warm that no sigmoid saturates: at 0.1 a sure token's p (1 - p) is exactly 0 in float32, and proves nothing.
 WARM = 5.0
@@ -26,38 +26,49 @@ def informed(layer, length, starts=0):
     return np.arange(length) - starts >= reach
 
 
-def logit_gradients(params, tokens, layer, **options):
-    """d loss / d z for every layer and token, and the decisions."""
-    return gradient_function(params, tokens, layer, **options)(None)
+def cotangent(tokens):
+    return jax.random.normal(jax.random.key(9), (*tokens.shape, CONFIG.hidden_size))
 
 
-def gradient_function(params, tokens, layer, remat=False, segment_ids=None):
-    """key -> d loss / d z for every layer and token, by adding a zero to each router logit; and the decisions."""
-    cotangent = jax.random.normal(jax.random.key(9), (*tokens.shape, CONFIG.hidden_size))
+def loss_of_shifts(shift, params, tokens, key, segment_ids, layer, remat):
+    """A loss of zeros that are added to the router logits of every layer and token; and the routing."""
+    original = routing.router_logits
 
-    def loss(shift, key):
-        original = routing.router_logits
+    def shifted(h, kernel):
+        # The kernel carries its layer's shift behind its own D numbers, so that the scan hands it over.
+        return original(h, kernel[: CONFIG.hidden_size]) + kernel[CONFIG.hidden_size :].reshape(tokens.shape)
 
-        def shifted(h, kernel):
-            # The kernel carries its layer's shift behind its own D numbers, so that the scan hands it over.
-            return original(h, kernel[: CONFIG.hidden_size]) + kernel[CONFIG.hidden_size :].reshape(tokens.shape)
+    kernel = jnp.concatenate([params["layers"]["router"]["kernel"], shift.reshape(CONFIG.num_layers, -1)], axis=1)
+    changed = {**params, "layers": {**params["layers"], "router": {"kernel": kernel}}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(l2a.routing, "router_logits", shifted)
+        hidden, routed = hidden_states(changed, tokens, CONFIG, layer, train=True, key=key, remat=remat,
+                                       backend="reference", segment_ids=segment_ids)
+    return jnp.sum(hidden * cotangent(tokens)), routed
 
-        kernel = jnp.concatenate([params["layers"]["router"]["kernel"], shift.reshape(CONFIG.num_layers, -1)], axis=1)
-        changed = {**params, "layers": {**params["layers"], "router": {"kernel": kernel}}}
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(l2a.routing, "router_logits", shifted)
-            hidden, routed = hidden_states(changed, tokens, CONFIG, layer, train=True, key=key, remat=remat,
-                                           backend="reference", segment_ids=segment_ids)
-        return jnp.sum(hidden * cotangent), routed.decisions
 
-    compiled = jax.jit(jax.grad(loss, has_aux=True))
-    return lambda key: jax.tree.map(np.asarray, compiled(jnp.zeros((CONFIG.num_layers, *tokens.shape)), key))
+def loss_of_nudges(nudge, params, tokens, segment_ids, layer):
+    hidden, routed = hidden_states(params, tokens, CONFIG, layer, nudge=nudge, segment_ids=segment_ids,
+                                   backend="reference")
+    return jnp.sum(hidden * cotangent(tokens)), routed
+
+
+# One compilation a layer, shared by the tests: what they differ in is given as numbers.
+_of_shifts = jax.jit(jax.grad(loss_of_shifts, has_aux=True), static_argnames=("layer", "remat"))
+_of_nudges = jax.jit(jax.grad(loss_of_nudges, has_aux=True), static_argnames="layer")
+
+
+def logit_gradients(params, tokens, layer, key=None, segment_ids=None, remat=False):
+    """d loss / d z for every layer and token, and the routing."""
+    zeros = jnp.zeros((CONFIG.num_layers, *tokens.shape))
+    return jax.tree.map(np.asarray, _of_shifts(zeros, params, tokens, key, segment_ids, layer=layer, remat=remat))
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_unrouted_tokens_get_exactly_nothing_without_leakage(name):
     layer = dataclasses.replace(LAYERS[name], leakage=0.0, temperature=WARM)
-    gradient, decisions = logit_gradients(make_params(layer), make_tokens(), layer)
+    gradient, routed = logit_gradients(make_params(layer), make_tokens(), layer)
+    decisions = routed.decisions
     last = CONFIG.num_layers - 1  # in the last layer only the decision itself carries a gradient
     assert 0 < decisions[last].sum() < decisions[last].size
     assert (gradient[~decisions] == 0).all()
@@ -73,28 +84,25 @@ def test_leakage_one_gives_every_token_the_dense_gradient(name):
     derivative along y(1) - y(0) at the learned decision is the exact value.
     """
     layer = dataclasses.replace(LAYERS[name], leakage=1.0, temperature=WARM)
-    params, tokens, last = make_params(layer), make_tokens(1, 12), CONFIG.num_layers - 1
-    gradient, decisions = logit_gradients(params, tokens, layer)
-    assert (gradient[:, :, informed(layer, 12)] != 0).all()
+    params, tokens, last = make_params(layer), make_tokens(), CONFIG.num_layers - 1
+    gradient, routed = logit_gradients(params, tokens, layer, segment_ids=jnp.ones(tokens.shape, jnp.int32))
+    assert (gradient[:, :, informed(layer, tokens.shape[1])] != 0).all()
 
-    cotangent = jax.random.normal(jax.random.key(9), (*tokens.shape, CONFIG.hidden_size))
-    _, routed = hidden_states(params, tokens, CONFIG, layer, backend="reference")
-
-    def with_gates(gates):
+    def with_gates(gates, params, probabilities):
         """The last layer with soft gates: d~ a + (1 - d~) s is linear in them."""
         original = routing.straight_through
 
         def soft(d, p, computed):
-            is_last = jnp.allclose(p, routed.probabilities[last], atol=1e-5)
+            is_last = jnp.allclose(p, probabilities, atol=1e-5)
             return jnp.where(is_last, gates, jax.lax.stop_gradient(original(d, p, computed)))
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(l2a.routing, "straight_through", soft)
             hidden, _ = hidden_states(params, tokens, CONFIG, layer, train=True, backend="reference")
-        return jnp.sum(hidden * cotangent)
+        return jnp.sum(hidden * cotangent(tokens))
 
-    slope = jax.jit(jax.grad(with_gates))(jnp.asarray(decisions[last], jnp.float32))
-    p = np.asarray(routed.probabilities[last])
+    p = routed.probabilities[last]
+    slope = jax.jit(jax.grad(with_gates))(jnp.asarray(routed.decisions[last], jnp.float32), params, p)
     expected = np.asarray(slope) * p * (1 - p) / layer.temperature
     np.testing.assert_allclose(gradient[last], expected, rtol=2e-3, atol=1e-5)
 
@@ -103,12 +111,13 @@ def test_leakage_one_gives_every_token_the_dense_gradient(name):
 def test_leakage_draws_one_coin_a_layer_and_the_same_under_remat(name):
     layer = dataclasses.replace(LAYERS[name], leakage=0.5, temperature=WARM)
     params, tokens = make_params(layer), make_tokens()
-    dense, _ = logit_gradients(params, tokens, dataclasses.replace(layer, leakage=1.0))
-    kept, recomputed = (gradient_function(params, tokens, layer, remat=remat) for remat in (False, True))
+    one_document = jnp.ones(tokens.shape, jnp.int32)
+    dense, _ = logit_gradients(params, tokens, dataclasses.replace(layer, leakage=1.0), segment_ids=one_document)
     seen = set()
     for seed in range(6):
-        plain, decisions = kept(jax.random.key(seed))
-        again, _ = recomputed(jax.random.key(seed))
+        plain, routed = logit_gradients(params, tokens, layer, jax.random.key(seed))
+        again, _ = logit_gradients(params, tokens, layer, jax.random.key(seed), remat=True)
+        decisions = routed.decisions
         np.testing.assert_allclose(plain, again, rtol=1e-4, atol=1e-6)
         np.testing.assert_array_equal(plain == 0, again == 0)
         leaked = [bool((plain[i][~decisions[i]] != 0).any()) for i in range(CONFIG.num_layers)]
@@ -126,13 +135,13 @@ def test_exploration_is_leakage_one_in_expectation(name, by):
     """In the last layer draw by draw: the dense gradient, over the chance of the row. In all layers on average."""
     layer = dataclasses.replace(LAYERS[name], leakage=0.0, explore=0.4, explore_by=by, temperature=WARM)
     params, tokens, draws = make_params(layer), make_tokens(), 150
-    dense, decisions = logit_gradients(params, tokens, dataclasses.replace(layer, leakage=1.0, explore=0.0))
-    _, routed = hidden_states(params, tokens, CONFIG, layer, backend="reference")
-    slope = np.where(~decisions, np.asarray(routed.probabilities * (1 - routed.probabilities)), 0)
+    dense, routed = logit_gradients(params, tokens, dataclasses.replace(layer, leakage=1.0, explore=0.0),
+                                    segment_ids=jnp.ones(tokens.shape, jnp.int32))
+    decisions = routed.decisions
+    slope = np.where(~decisions, routed.probabilities * (1 - routed.probabilities), 0)
     share = {"uniform": 1.0, "unsure": slope * ((~decisions).sum((1, 2)) / slope.sum((1, 2)))[:, None, None]}[by]
     chance = np.where(decisions, 1, np.minimum(1, 0.4 * share))
-    explore = gradient_function(params, tokens, layer)
-    found = np.stack([explore(jax.random.key(seed))[0] for seed in range(draws)])
+    found = np.stack([logit_gradients(params, tokens, layer, jax.random.key(seed))[0] for seed in range(draws)])
     local = ~decisions[-1] & informed(layer, tokens.shape[1])
     last, drawn = found[:, -1], found[:, -1] != 0
     np.testing.assert_allclose(last[drawn], (dense / chance)[-1][None].repeat(draws, 0)[drawn], rtol=2e-3, atol=1e-5)
@@ -144,7 +153,7 @@ def test_exploration_is_leakage_one_in_expectation(name, by):
 def test_exploration_is_the_same_under_remat_and_spares_padding():
     layer = dataclasses.replace(LAYERS["shared"], leakage=0.0, explore=0.5, explore_by="unsure", temperature=WARM)
     params, tokens, ids = make_params(layer), make_tokens(), packed()
-    kept, recomputed = (gradient_function(params, tokens, layer, remat=remat, segment_ids=ids)(jax.random.key(3))[0]
+    kept, recomputed = (logit_gradients(params, tokens, layer, jax.random.key(3), ids, remat)[0]
                         for remat in (False, True))
     np.testing.assert_allclose(kept, recomputed, rtol=1e-4, atol=1e-6)
     np.testing.assert_array_equal(kept == 0, recomputed == 0)
@@ -205,16 +214,9 @@ def test_a_nudge_has_the_gradient_of_every_decision(name, trained):
     if not trained:
         kernel = jnp.zeros_like(params["layers"]["router"]["kernel"])
         params = {**params, "layers": {**params["layers"], "router": {"kernel": kernel}}}
-    want, decisions = logit_gradients(params, tokens, layer, segment_ids=segments)
-    cotangent = jax.random.normal(jax.random.key(9), (*tokens.shape, CONFIG.hidden_size))
-
-    def loss(nudge):
-        hidden, routed = hidden_states(params, tokens, CONFIG, layer, nudge=nudge, segment_ids=segments,
-                                       backend="reference")
-        return jnp.sum(hidden * cotangent), routed
-
-    gradient, routed = jax.grad(loss, has_aux=True)(jnp.zeros((CONFIG.num_layers, *tokens.shape)))
-    np.testing.assert_array_equal(routed.decisions, decisions)
+    want, expected = logit_gradients(params, tokens, layer, segment_ids=segments)
+    gradient, routed = _of_nudges(jnp.zeros(want.shape), params, tokens, segments, layer=layer)
+    np.testing.assert_array_equal(routed.decisions, expected.decisions)
     first = CONFIG.num_layers - 1 if trained else 0
     slope = routed.probabilities * (1 - routed.probabilities) / WARM
     np.testing.assert_allclose((gradient * slope)[first:], want[first:], atol=1e-4, rtol=1e-3)
@@ -225,6 +227,6 @@ def test_a_nudge_has_the_gradient_of_every_decision(name, trained):
 def test_a_nudge_of_zero_changes_nothing(name):
     params, tokens = make_params(LAYERS[name]), make_tokens()
     forced = routing.random(jax.random.key(4), [0.2, 0.5, 0.9], *tokens.shape)
-    ours, theirs = (hidden_states(params, tokens, CONFIG, LAYERS[name], decisions=forced, backend="reference",
-                                  nudge=nudge)[0] for nudge in (jnp.zeros(forced.shape), None))
+    ours, theirs = (hidden(params, tokens, CONFIG, LAYERS[name], decisions=forced, nudge=nudge)[0]
+                    for nudge in (jnp.zeros(forced.shape), None))
     np.testing.assert_allclose(ours, theirs, atol=2e-5)
