@@ -137,3 +137,12 @@ def needs_memory(tokens: Int[np.ndarray, "B T"]) -> Bool[np.ndarray, "B T"]:
     """The ground truth: True at position t where token t + 1 is the answer to a question about a distant fact."""
     previous = np.concatenate([np.full_like(tokens[:, :1], PAD), tokens[:, :-1]], axis=1)
     return previous == TELL
+
+
+PREDICTED = ("an answer", "which subject is asked", "what follows a stop", "anything else")
+
+
+def predicted(tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
+    """What kind of token follows each position, as an index into `PREDICTED`: all but the last kind may be told better
+    by what stands beyond the window, an answer by that alone."""
+    return np.select([needs_memory(tokens), tokens == TELL, tokens == STOP], [0, 1, 2], 3)

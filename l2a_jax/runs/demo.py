@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int, Shaped
 
 from l2a_jax.data.batch import Batch
-from l2a_jax.data.recall import needs_memory
+from l2a_jax.data.recall import PREDICTED, needs_memory, predicted
 from l2a_jax.models.params import Tree, add_routing
 from l2a_jax.nn import routing
 from l2a_jax.training.step import Evaluation, TrainState, evaluate_batch
@@ -50,9 +50,11 @@ def recall_report(run: Run, state: TrainState, frozen: Tree, source_params: Tree
             "trained router": own,
             "random routing, same rates": score(trained, held_out, random_like(routed, plan.settings.seed))[0],
             "trained, nothing routed": score(trained, held_out, nothing)[0]}
-    needed = np.concatenate([needs_memory(batch.tokens) for batch in held_out])
+    needed, kinds = (np.concatenate([of(batch.tokens) for batch in held_out]) for of in (needs_memory, predicted))
     return {"rows": rows, "router_any_layer": agreement(routed.any(axis=0), needed),
-            "router_per_layer": [agreement(layer, needed) for layer in routed]}
+            "router_per_layer": [agreement(layer, needed) for layer in routed],
+            "routed_by_kind": by_kind(routed.any(axis=0), kinds),
+            "share_by_kind": {name: float((kinds == kind).mean()) for kind, name in enumerate(PREDICTED)}}
 
 
 def score(
@@ -60,21 +62,29 @@ def score(
     batches: Iterable[Batch],
     decisions: Callable[[int, Batch], Any] = lambda index, batch: None,
 ) -> tuple[dict[str, Any], np.ndarray | None]:
-    """Perplexity on ordinary tokens, accuracy on recall tokens (share of 1), sparsity; and the decisions [L, ...]."""
-    nll, correct, needed, routed = [], [], [], []
+    """Perplexity on ordinary tokens, accuracy on recall tokens (share of 1), nats by what is predicted, sparsity; and
+    the decisions [L, ...]."""
+    nll, correct, needed, kinds, routed = [], [], [], [], []
     for index, batch in enumerate(batches):
         result = jax.device_get(evaluate(batch, decisions(index, batch)))
         needed.append(needs_memory(batch.tokens))
+        kinds.append(predicted(batch.tokens))
         nll.append(result.nll)
         correct.append(result.correct)
         routed.append(result.decisions)
-    nll, correct, needed = (np.concatenate(parts) for parts in (nll, correct, needed))
+    nll, correct, needed, kinds = (np.concatenate(parts) for parts in (nll, correct, needed, kinds))
     row = {"ordinary_perplexity": float(np.exp(nll[~needed].mean(dtype=np.float64))),
-           "recall_accuracy": float(correct[needed].mean()), "recall_tokens": int(needed.sum())}
+           "recall_accuracy": float(correct[needed].mean()), "recall_tokens": int(needed.sum()),
+           "nats_by_kind": by_kind(nll, kinds)}
     if routed[0] is None:
         return row, None
     routed = np.concatenate(routed, axis=1)
     return {**row, "sparsity": float(1 - routed.mean())}, routed
+
+
+def by_kind(values: Shaped[np.ndarray, "B T"], kinds: Int[np.ndarray, "B T"]) -> dict[str, float]:
+    """The mean of `values` over the tokens that predict each kind."""
+    return {name: float(values[kinds == kind].mean()) for kind, name in enumerate(PREDICTED)}
 
 
 def random_like(routed: Bool[np.ndarray, "L B T"], seed: int) -> Callable[[int, Batch], jax.Array]:
@@ -106,7 +116,19 @@ def format_report(report: dict[str, Any]) -> str:
             precision = "-" if entry["precision"] is None else f"{entry['precision']:.1%}"
             recall = "-" if entry["recall"] is None else f"{entry['recall']:.1%}"
             lines.append(f"{name:<12} {precision:>10} {recall:>10} {entry['routed']:>10.1%}")
+        lines += _kinds(report)
     return "\n".join(lines + _success(report["rows"]))
+
+
+def _kinds(report: dict[str, Any]) -> list[str]:
+    """What memory is worth to the model before any training, by what a token predicts, and what the router makes of it.
+    Precision above counts answers alone; a router that loses nothing routes whatever memory is worth nats to."""
+    full, near = (report["rows"][name]["nats_by_kind"] for name in ("baseline (full attention)",
+                                                                    "local only, untrained"))
+    lines = ["", "what memory is worth, and what is routed, by what a token predicts (nats, untrained):",
+             f"{'':<24} {'of tokens':>10} {'full':>8} {'local':>8} {'routed':>10}"]
+    return lines + [f"{name:<24} {share:>10.1%} {full[name]:>8.2f} {near[name]:>8.2f} "
+                    f"{report['routed_by_kind'][name]:>10.1%}" for name, share in report["share_by_kind"].items()]
 
 
 def _success(rows: dict[str, Any]) -> list[str]:

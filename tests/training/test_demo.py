@@ -1,7 +1,10 @@
 """The embedded demo, whole: what it promises on two CPU cores."""
 
+import numpy as np
 import pytest
 
+from l2a_jax.data.recall import PREDICTED, RecallCorpus, needs_memory, predicted
+from l2a_jax.runs.demo import by_kind
 from l2a_jax.runs.train import train
 from l2a_jax.sources import TINY, load_pretrained, locate
 from l2a_jax.training import settings as presets
@@ -23,3 +26,10 @@ def test_the_router_finds_what_needs_memory(regime, tmp_path, optimised):
 def test_the_packaged_model_is_small():
     assert sum(file.stat().st_size for file in locate(TINY).iterdir()) < 4_000_000
     assert load_pretrained(TINY).tokenizer is not None
+
+
+def test_what_a_token_predicts_is_told_by_the_tokens():
+    batch = RecallCorpus(128, 4).batch(0)
+    kinds = predicted(batch.tokens)
+    np.testing.assert_array_equal(kinds == PREDICTED.index("an answer"), needs_memory(batch.tokens))
+    assert by_kind(kinds * 2.0, kinds) == {name: 2.0 * kind for kind, name in enumerate(PREDICTED)}
