@@ -12,7 +12,7 @@ from l2a_jax.errors import UserError
 from l2a_jax.evaluation import perplexity
 from l2a_jax.evaluation.perplexity import Windows
 from l2a_jax.files import read_text
-from l2a_jax.research.replication import autopsy, benchmarks, needles, routed_picture, routed_text
+from l2a_jax.research.replication import autopsy, benchmarks, damage, needles, routed_picture, routed_text
 from l2a_jax.research.replication.faulty import FAULTS
 from l2a_jax.research.replication.flips import flip_sweep
 from l2a_jax.research.replication.prunable import prunable
@@ -23,6 +23,8 @@ from l2a_jax.training.optimizer import Dials, OptimizerConfig
 
 SAMPLE = Path(__file__).with_name("sample.txt")
 """The text of the picture: ours, written to be shown to anyone, of prose, lists, code, tables and repetition."""
+BETWEEN = Path(damage.__file__)
+"""What stands between its two copies."""
 
 
 def _residual(evaluated) -> dict[str, Any]:
@@ -48,26 +50,36 @@ def _routed(evaluated) -> dict[str, Any]:
 
 
 def _picture(evaluated) -> dict[str, Any]:
-    """Which tokens are routed, as a picture of a text of our own, which may be shown to anyone."""
-    ids = np.asarray(evaluated.model.tokenizer.encode(read_text(SAMPLE), add_special_tokens=False), np.int32)
+    """Which tokens are routed, as a picture of a text of our own, which may be shown to anyone: the sample, other text,
+    and the sample again, so that what the second one repeats lies beyond the window."""
     context = evaluated.row.measures.context
+    sample, between = (np.asarray(evaluated.model.tokenizer.encode(read_text(path), add_special_tokens=False), np.int32)
+                       for path in (SAMPLE, BETWEEN))
+    ids = np.concatenate([sample, between[: max(0, context - 2 * len(sample))], sample])[:context]
     windows = perplexity.text_windows(ids, context, context, {"name": SAMPLE.name}, limit=1)
     decisions = perplexity.score_windows(evaluated.model, windows, **evaluated.session.passes).decisions
     if decisions is None:
         raise UserError("picture: this is a plain model, which routes nothing")
+    window = evaluated.model.l2a_config.window
+    if window >= windows.real[0].sum():
+        raise UserError(f"picture: the window of {window:,} covers the text's {windows.real[0].sum():,} tokens, so no "
+                        "decision changes anything")
     share, shown = _shade(evaluated, windows, decisions, "picture", f"{SAMPLE.name} as {evaluated.row.name} routes it")
-    return {"text": SAMPLE.name, "tokens": len(share), "shown": shown, "share": float(share.mean())}
+    return {"text": SAMPLE.name, "tokens": len(share), "first": window, "shown": shown, "share": float(share.mean())}
 
 
 def _shade(evaluated, windows: Windows, decisions, kind: str, title: str) -> tuple[np.ndarray, int | None]:
-    """Of the first window's real tokens: in what share of the layers each is routed, and how many a picture shows."""
+    """Of the first window's real tokens: in what share of the layers each is routed, and how many a picture shows. It
+    begins where the layer's window no longer reaches the first token: before, no decision changes anything."""
     real = windows.real[0]
     share = routed_text.routed_share(decisions[:, :1], evaluated.model.l2a_config.pruned_layers)[0][real]
-    if evaluated.out is None:
+    first = evaluated.model.l2a_config.window
+    if evaluated.out is None or first >= len(share):
         return share, None
     path = evaluated.out / f"{evaluated.row.name}_{kind}.png"
     decode = evaluated.model.tokenizer.decode
-    return share, routed_picture.draw_routed_text(windows.tokens[0][real], share, decode, path, title=title)
+    return share, routed_picture.draw_routed_text(windows.tokens[0][real], share, decode, path, title=title,
+                                                first=first)
 
 
 def _prunable(evaluated) -> dict[str, Any]:

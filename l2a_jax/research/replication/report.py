@@ -23,7 +23,7 @@ from l2a_jax.research.replication.rows import all_rows
 from l2a_jax.research.tables import write_figure
 from l2a_jax.shapes import require
 
-INSTRUMENTS = ("autopsy", "flips", "routed", "prunable", "thresholds")
+INSTRUMENTS = ("autopsy", "flips", "picture", "routed", "prunable", "thresholds")
 """Whose results stand in the report whole."""
 
 
@@ -58,7 +58,9 @@ def write(folder: Path, out: Path, rows: Sequence[Row] | None = None) -> list[Pa
         if figure is not None:
             figures[name] = f"replication_{name}.png"
             write_figure(figure, out / figures[name])
-    for picture in sorted(folder.glob("*_picture.png"))[:1]:
+    outdated = {f"{name}_picture.png" for name in made["instruments"]["picture"]
+                if "first" not in made["instruments"]["picture"][name]}  # begins before any decision matters
+    for picture in [path for path in sorted(folder.glob("*_picture.png")) if path.name not in outdated][:1]:
         if not picture.is_relative_to(out):
             with whole(out / picture.name) as partial:
                 shutil.copyfile(picture, partial)

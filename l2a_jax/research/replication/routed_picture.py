@@ -41,12 +41,13 @@ def lay_out(pieces: Sequence[str], columns: int) -> list[list[tuple[int, int, st
 
 
 def draw_routed_text(tokens: Int[np.ndarray, " T"], share: Float64[np.ndarray, " T"],
-                     decode: Callable[[Sequence[int]], str], path: Path, *, title: str = "", columns: int = COLUMNS,
-                     max_lines: int = LINES) -> int:
-    """Write a PNG of a text, the shade of each token the share (0 to 1) of layers that route it; the colour scale ends
-    at the greatest share. Returns how many tokens are on it. The file appears whole or not at all.
+                     decode: Callable[[Sequence[int]], str], path: Path, *, title: str = "", first: int = 0,
+                     columns: int = COLUMNS, max_lines: int = LINES) -> int:
+    """Write a PNG of a text from its token `first` on, the shade of each token the share (0 to 1) of layers that route
+    it; the colour scale ends at the greatest share. Returns how many tokens are on it. The file appears whole or not
+    at all.
 
-    Raises UserError where lengths differ or there is no token.
+    Raises UserError where lengths differ or there is no token from `first` on.
     """
     needs("matplotlib", "research", "a picture of a routed text")
     from matplotlib import colormaps
@@ -57,6 +58,10 @@ def draw_routed_text(tokens: Int[np.ndarray, " T"], share: Float64[np.ndarray, "
 
     if len(tokens) != len(share) or not len(tokens):
         raise UserError(f"there are {len(tokens)} tokens and {len(share)} shares; expected one for each, at least one")
+    whole = len(tokens)
+    if not 0 <= first < whole:
+        raise UserError(f"the picture begins at token {first:,} of {whole:,}; expected 0 to {whole - 1:,}")
+    tokens, share = tokens[first:], share[first:]
     lines = lay_out([decode([int(token)]) for token in tokens], columns)
     shown = lines[:max_lines]
     count = 1 + max((index for line in shown for index, *_ in line), default=-1)
@@ -75,7 +80,7 @@ def draw_routed_text(tokens: Int[np.ndarray, " T"], share: Float64[np.ndarray, "
                 if letter != " ":
                     axis.text(column + offset + 0.5, row + 0.72, letter, family="monospace", fontsize=8.5,
                               ha="center", va="baseline", color="0.6" if letter == "↵" else "black", parse_math=False)
-    cut = "" if count == len(tokens) else f" (first {count:,} of {len(tokens):,} tokens)"
+    cut = "" if count == whole else f" (tokens {first + 1:,} to {first + count:,} of {whole:,})"
     figure.text(0.02, 1 - 0.35 / (height + 0.9), title + cut, fontsize=10)
     bar = figure.add_axes((0.91, 0.2, 0.015, 0.6))
     used = ListedColormap(colours(np.linspace(0, 0.8, 256)))  # the darkest fifth would hide black letters

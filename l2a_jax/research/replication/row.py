@@ -144,6 +144,7 @@ class Row:
             **{name: (m.limit, m.task_data) for name in (*BENCHMARKS, "task_controls")},
             "thresholds": (m.text, m.context, m.audit_windows, m.needle_lengths, m.needle_depths, m.needle_seeds,
                            m.haystack),
+            "picture": (m.context, "beyond the window"),
             **({"autopsy": (m.text, m.context, m.audit_windows, m.faults)} if m.faults else {}),
         }
         return digest([task, parts.get(task, (m.text, m.context, m.audit_windows))])

@@ -116,5 +116,9 @@ def test_the_picture_shows_more_ink_where_more_is_routed(tmp_path):
     assert redder[0].sum() > 2 * redder[1].sum()  # the colour bar alone is in the second
     assert draw_routed_text(tokens, share, decode, tmp_path / "c.png", columns=30, max_lines=3) < len(tokens)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b.png", "c.png"]
+    late = draw_routed_text(tokens, share, decode, tmp_path / "e.png", first=20, columns=30)
+    assert late == len(tokens) - 20
+    with pytest.raises(UserError, match=f"begins at token {len(tokens)} of {len(tokens)}; expected 0 to"):
+        draw_routed_text(tokens, share, decode, tmp_path / "d.png", first=len(tokens))
     with pytest.raises(UserError, match="at least one"):
         draw_routed_text(tokens[:0], share[:0], decode, tmp_path / "d.png")

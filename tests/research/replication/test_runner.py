@@ -21,7 +21,7 @@ from l2a_jax.research.replication.measures import EvaluatedRow, measure
 from l2a_jax.runs.plan import compile_run, dials_of, program_key
 from l2a_jax.runs.train import train
 from l2a_jax.sources import TINY, load_pretrained
-from tests.research.replication.conftest import QUICK, make_row
+from tests.research.replication.conftest import LAYER, QUICK, make_row
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,8 @@ def test_a_measurement_says_where_it_was_made_when_not_where_the_row_was_trained
 def test_the_picture_is_of_our_own_text(session, rows, done, tmp_path):
     params = trained.load_masters(session, rows[1], done / "one.npz")
     found = measure(EvaluatedRow(session, rows[1], params, [], tmp_path), "picture")
-    assert found["text"] == "sample.txt" and 0 < found["shown"] <= found["tokens"] <= 128
+    assert found["text"] == "sample.txt" and 0 < found["shown"] <= found["tokens"] - found["first"] <= 128
+    assert found["first"] == LAYER["window"], "where no decision matters is not shown"
     assert (tmp_path / "one_picture.png").stat().st_size > 2_000 and 0 <= found["share"] <= 1
     out = tmp_path / "report"
     for path in done.glob("*.json"):
