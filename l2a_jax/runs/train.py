@@ -38,6 +38,7 @@ from l2a_jax.training.regimes import count_parameters, regime_mask
 from l2a_jax.training.run_files import RunConfig, read_run
 from l2a_jax.training.settings import Settings
 from l2a_jax.training.step import TrainState, initial_state
+from l2a_jax.training.tables import MIXED, NEXT_TOKEN, SALIENCY
 
 log = logging.getLogger("l2a_jax")
 
@@ -241,6 +242,10 @@ def _about(plan: RunPlan) -> list[str]:
                      + (f", router sees {', '.join(layer.router_sees)}" if layer.router_sees else "")
                      + (f", router of {layer.router_hidden} hidden units" if layer.router_hidden else "")
                      + (f", explore {layer.explore:g} {layer.explore_by}" if layer.explore else ""))
+    if s.objective != NEXT_TOKEN:
+        shares = {MIXED: f", {s.distill_share:g} of it the divergence",
+                  SALIENCY: f", worth taken with {s.saliency_share:g} of decisions routed"}
+        lines.append(f"objective: {s.objective}{shares.get(s.objective, '')}")
     each = f", {tokens / trained:.3g} for each trained parameter" if trained else ""
     return [*lines, f"steps: {plan.steps} of {s.grad_accum} x {s.batch_size} x {s.seq_len} tokens, {tokens:,} in all"
                     f"{each}; seed {s.seed}"]
