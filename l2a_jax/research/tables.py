@@ -15,6 +15,8 @@ from l2a_jax.provenance import installed, provenance
 
 LIBRARIES = ("jax", "jaxlib", "torch", "triton", "tokamax", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
 """Those that decide a speed."""
+COLOURS = BLUE, RED, GREEN, ORANGE, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9"
+"""Of figures: people who are blind to some can tell them apart (Okabe and Ito)."""
 
 
 def grid(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> list[str]:

@@ -268,7 +268,7 @@ def mechanism(lab: Lab) -> Report:
 
     mass = Table("Attention mass in the k largest keys, by layer", note="Mean over queries with more than k visible "
                  "keys, softmax of the scaled products. Reported: top 64 of 512, over all layers.")
-    curve = Panel("Attention mass in the top k (dense)", "mass", "k")
+    curve = Panel("Attention mass in the k largest keys", "share of the mass", "k")
     for arm in (arms.dense, arms.soft_learned):
         found = lab.statistics(arm, arms.native(arm), lab.preset.top_ks)["mass"]
         for index, k in enumerate(lab.preset.top_ks):
@@ -279,12 +279,13 @@ def mechanism(lab: Lab) -> Report:
             curve.add(arm.name, k, found[:, :, index].mean(axis=1))
 
     by_width = _gaps(lab, Table("Learned against frozen random, by gate width"),
-                     Panel("Gap by gate width", "nats", "gate width"),
+                     Panel("Gap by gate width", "random - learned, nats", "gate width"),
                      [(f"width {width}", width, widths[width]) for width in sorted(widths)])
     by_share = _gaps(lab, Table("... by the share of layers whose Q/K/V are trained"),
-                     Panel("Gap by share of Q/K/V trained", "nats", "share"),
+                     Panel("Gap by share of Q/K/V trained", "random - learned, nats", "share of the layers"),
                      [(f"{share:.0%} of the layers", share, pair) for share, pair in shares.items()])
-    by_place = _gaps(lab, Table("... by where the gates are, and where Q/K/V may adapt"), Panel("Gap by place", "nats"),
+    by_place = _gaps(lab, Table("... by where the gates are, and where Q/K/V may adapt"),
+                     Panel("Gap by place", "random - learned, nats"),
                      [(label, label, pair) for label, pair in places.items()])
     moe = Table(f"Mixture of {lab.preset.experts} experts of the same total size, one a token", note="Load: the "
                 "largest share of tokens that one expert serves, mean over layers.")

@@ -111,29 +111,36 @@ def _lines(table: Table) -> list[str]:
 
 
 def draw(report: Report, path: pathlib.Path) -> None:
-    """All panels side by side: lines where x is a number, bars where it is a name."""
-    plt = tables.pyplot()
-    figure, axes = plt.subplots(1, len(report.panels), figsize=(6.5 * len(report.panels), 5), squeeze=False,
-                                constrained_layout=True)
-    for axis, panel in zip(axes[0], report.panels, strict=True):
+    """All panels, two in a row, with deviations: curves where x is a number, a point a line where it is a name."""
+    plt, height = tables.pyplot(), -(-len(report.panels) // 2)
+    names = max((len(points) for panel in report.panels for points in panel.series.values()), default=0)
+    figure, axes = plt.subplots(height, min(2, len(report.panels)), figsize=(8, max(3.2, 0.4 * names + 1.2) * height),
+                                squeeze=False, constrained_layout=True)
+    for axis in axes.flat[len(report.panels) :]:
+        axis.axis("off")
+    for axis, panel in zip(axes.flat, report.panels, strict=False):
         for index, (name, points) in enumerate(panel.series.items()):
             x, mean, spread = zip(*points, strict=True)
             if isinstance(x[0], str):
-                axis.bar(x, mean, yerr=spread, width=0.6, capsize=3, alpha=0.85,
-                         color=[plt.cm.tab10(i % 10) for i in range(len(x))])
-                axis.tick_params(axis="x", labelrotation=30)
-                plt.setp(axis.get_xticklabels(), ha="right", fontsize=8)
-                if not panel.log:  # differences are small beside the values
-                    low, high = min(mean), max(mean)
-                    axis.set_ylim(max(0, low - 0.5 * (high - low) - max(spread)), None)
+                axis.errorbar(mean, range(len(x)), xerr=spread, marker="o", ls="none", capsize=3, color=tables.BLUE)
+                axis.set_yticks(range(len(x)), [label.removeprefix("... ").replace("_", " ") for label in x])
+                axis.set(ylim=(len(x) - 0.5, -0.5), xlabel=panel.ylabel)
+                axis.grid(axis="y", lw=0.3)
+                if min(mean) <= 0 <= max(mean) or "nats" in panel.ylabel:
+                    axis.axvline(0, color="grey", lw=0.8)
             else:
-                axis.errorbar(x, mean, yerr=spread, marker="o", capsize=3, label=name, color=plt.cm.tab10(index % 10))
-        if panel.log:
-            axis.set_yscale("log")
-        if any(not isinstance(points[0][0], str) for points in panel.series.values()):
-            axis.legend(fontsize=8)
-        axis.set(title=panel.title, ylabel=panel.ylabel, xlabel=panel.xlabel)
-    tables.write_figure(figure, path, dpi=100)
+                axis.errorbar(x, mean, yerr=spread, marker="os^Dv"[index % 5], capsize=3,
+                              label=name.replace("_", " "), color=tables.COLOURS[index % len(tables.COLOURS)])
+                axis.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
+        named = all(isinstance(points[0][0], str) for points in panel.series.values())
+        means = [mean for points in panel.series.values() for _, mean, _ in points]
+        if panel.log and max(means) > 10 * min(means):  # within a decade a plain axis has the readable ticks
+            (axis.set_xscale if named else axis.set_yscale)("log")
+        if not named and len(panel.series) > 1:
+            axis.legend(fontsize=9)
+        axis.set_title(panel.title.removeprefix("... ").capitalize() if panel.title.startswith("... ")
+                       else panel.title, fontsize=11, wrap=True)
+    tables.write_figure(figure, path)
 
 
 def write(report: Report, setting: dict[str, Any], folder: pathlib.Path) -> list[pathlib.Path]:

@@ -7,11 +7,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from l2a_jax.research.tables import pyplot
+from l2a_jax.research.tables import BLUE, GREEN, ORANGE, PURPLE, RED, SKY, pyplot
 
 Fact = dict[str, Any]
-BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
-"""Colours that people who are blind to some can tell apart (Okabe and Ito)."""
 COLOURS = {"router_only": BLUE, "l2a_ft": ORANGE, "full_ft": RED, "router_strict": SKY}
 NAMES = {"router_only": "router and norms trained", "l2a_ft": "attention trained too", "full_ft": "all trained",
          "router_strict": "router alone trained"}
