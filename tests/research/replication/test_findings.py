@@ -119,7 +119,7 @@ def test_every_section_is_checked_and_every_row_exists(sections, made):
     assert len(tests) == len(sections)
     names = {row["name"] for row in made["rows"]}
     text = (RESULTS / "findings.md").read_text()
-    assert set(re.findall(r"`((?:router_only|l2a_ft|full_ft|repair)-[^`]*)`", text)) <= names
+    assert set(re.findall(r"`((?:router_only|l2a_ft|full_ft|repair|damage|baseline|autopsy)-[^`]*)`", text)) <= names
 
 
 def test_section_what_was_run(sections, rows, made):
@@ -383,3 +383,11 @@ def test_section_absorption(sections, rows):
     left = [one["static"] for one in worse]
     check(sections["Absorption"], *carried, *(one["static"] / one["none"] for one in worse), *twins, *left,
           *(100 * (1 - one / other) for one, other in zip(left, twins, strict=True)))
+
+
+def test_section_claims(sections, made):
+    text = sections["Every claim and its rows"]
+    groups = {row["group"] for row in made["rows"]}
+    assert groups - {"absorption"} <= set(re.findall("`(.*?)`", text)), "every row belongs to a claim"
+    assert [row["name"] for row in made["rows"] if "device" not in row] == re.findall("Not run: `(.*?)`", text)
+    check(text, 12)
