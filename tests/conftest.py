@@ -9,7 +9,9 @@ import pathlib
 from jaxtyping import install_import_hook
 
 import tests.typecheck  # noqa: F401  (the hook finds it by name)
+from tests import compiler
 
+os.environ.update(compiler.flags(quick=True))  # subprocesses inherit it
 # Every annotated shape of the library is checked while tests run; users pay nothing for it.
 install_import_hook("l2a_jax", "tests.typecheck.check")
 
@@ -21,7 +23,7 @@ if jax.default_backend() == "cpu":
     # again in every worker, subprocess and run much of the rest.
     cache = pathlib.Path(__file__).resolve().parents[1] / ".pytest_cache" / "jax"
     for name, value in (("jax_disable_most_optimizations", True), ("jax_compilation_cache_dir", str(cache)),
-                        ("jax_persistent_cache_min_compile_time_secs", 0.2)):
+                        ("jax_persistent_cache_min_compile_time_secs", 0.05)):
         if name.upper() not in os.environ:
             os.environ[name.upper()] = str(int(value) if isinstance(value, bool) else value)
             jax.config.update(name, value)

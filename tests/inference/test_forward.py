@@ -16,6 +16,7 @@ from l2a_jax.inference.cache import layout_of, ring_of, ring_reads, ring_slot
 from l2a_jax.inference.forward import decode_params, decode_step, prefill
 from l2a_jax.inference.sampling import nucleus, sample
 from l2a_jax.models.transformer import probe_layers
+from tests import compiler
 from tests.inference.cases import QUICK, whole
 from tests.models.cases import CONFIG, LAYERS, make_params, make_tokens
 
@@ -43,7 +44,7 @@ def test_no_step_copies_the_cache():
     tokens, lengths, options, settings = module.request(CONFIG, layer, [[1] * 90, [2] * 70], max_new_tokens=16)
     lowered = jax.jit(module._generate.__wrapped__, static_argnames=("options", "room")).lower(
         make_params(layer), tokens, lengths, settings, options, 16)
-    text = lowered.compile(QUICK).as_text()
+    text = lowered.compile({**(QUICK or {}), **compiler.AS_USERS}).as_text()
     loops, entry = text[: text.index("\nENTRY")], text[text.index("\nENTRY") :]
     assert entry.count(" while(") == 2
     layout = options.layout

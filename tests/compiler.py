@@ -1,0 +1,19 @@
+"""How programs are compiled while tests run: quickly, for most run a few times on a few numbers."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import version
+
+# XLA writes a CPU kernel of each fusion through passes that take most of a compilation; this leaves them out. A flag
+# that XLA does not know ends the process, and jaxlib 0.12 does not know this one.
+QUICK = "--xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""
+
+# Options of a program that is read after it was compiled: its fusions are those that users get.
+AS_USERS = {"xla_cpu_use_fusion_emitters": True} if QUICK else {}
+
+
+def flags(quick: bool) -> dict[str, str]:
+    """XLA_FLAGS with QUICK or without it; it is read once, when a process first compiles."""
+    rest = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if flag != QUICK]
+    return {"XLA_FLAGS": " ".join([*rest, QUICK] if quick and QUICK else rest)}
