@@ -184,12 +184,11 @@ def residual(means: Mapping[str, Mapping[str, Sequence[float]]]) -> Any:
         return None
     height = -(-len(means) // 2)
     figure, axes = pyplot().subplots(height, 2, figsize=(WIDTH, 2.9 * height), constrained_layout=True, squeeze=False,
-                                     sharex=True, sharey=True)
+                                     sharey=True)
     for axis, (factor, levels) in zip(axes.flat, means.items(), strict=False):
         for (level, curve), colour, line in zip(levels.items(), (BLUE, RED, GREEN), ("-", "--", ":"), strict=False):
             axis.plot(range(len(curve)), curve, label=LEVELS.get(level, level), color=colour, ls=line)
         axis.set(title=FACTORS.get(factor, factor), xlabel="layers passed", ylabel="relative distance")
-        axis.label_outer()
         axis.legend(fontsize=9)
     for axis in axes.flat[len(means) :]:
         axis.axis("off")

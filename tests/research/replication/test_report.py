@@ -12,7 +12,7 @@ import pytest
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import intervals
 from l2a_jax.files import from_plain, write_json
-from l2a_jax.research.replication import damage, facts, report, runner
+from l2a_jax.research.replication import damage, facts, plots, report, runner
 from l2a_jax.research.replication.rows import choose
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -240,3 +240,19 @@ def test_effects_wait_for_every_cell(folder):
     del found[rows[3].name]
     assert report._damage(rows, found) == {} == report._residual(rows, found)
     assert damage.RUNS == 16
+
+
+def test_controls_are_joined_to_their_rows_and_every_axis_has_a_name(folder):
+    made = report.collect(folder)
+    for name, figure in report._figures(made).items():
+        for axis in figure.axes:
+            assert not axis.axison or axis.get_xlabel() or axis.get_ylabel(), f"{name}: an axis without a name"
+        assert figure.get_figwidth() == plots.WIDTH, "legible where it is shown 800 pixels wide"
+    rows = [row for row in made["rows"] if row["group"] == "frontier" and row.get("sparsity") is not None]
+    figure = plots.frontier(rows)
+    joined = [line for line in figure.axes[0].lines if line.get_alpha() == 0.5]
+    assert len(joined) == sum(bool((row["audit"] or {}).get("ratio")) for row in rows) > 0
+    for line, row in zip(joined, rows, strict=True):
+        low, high = line.get_ydata()
+        assert low <= row["perplexity_ratio"]["ratio"] <= high and high == max(
+            row["audit"]["ratio"][control] for control in plots.CONTROLS)
