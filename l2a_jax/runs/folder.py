@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from l2a_jax.runs.plan import Run, RunPlan
 
 
+WITHIN = 0.01
+"""How near to its target a run is said to have reached it."""
+
+
 def default_run_dir(regime: str) -> pathlib.Path:
     """`runs/REGIME-TIME`, below the current folder."""
     return pathlib.Path("runs") / f"{regime}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -107,6 +111,12 @@ def summarise(
         summary["loss_last_5_percent"] = sum(record["loss"] for record in tail) / len(tail)
         if "sparsity" in tail[-1]:
             summary["sparsity_last_step"] = tail[-1]["sparsity"]
+    if s.target_local is not None:
+        weights = [record["penalty_weight"] for record in records if "penalty_weight" in record]
+        summary["target"] = {
+            "asked": s.target_local, "tokens": s.target_tokens, "training": float(state.control.average),
+            "held_out": held_out.get("held_out_local"), "weight": weights[-1] if weights else None,
+            "greatest_weight": max(weights, default=None)}
     if "held_out_loss" in held_out:
         with np.errstate(over="ignore"):
             summary["held_out_perplexity"] = float(np.exp(held_out["held_out_loss"]))
@@ -132,4 +142,17 @@ def print_summary(run_dir: pathlib.Path, summary: dict[str, Any]) -> None:
         sparsity = f", {summary['held_out_sparsity']:.1%} of decisions local" if "held_out_sparsity" in summary else ""
         print(f"held-out loss {summary['held_out_loss']:.4f} (perplexity {summary['held_out_perplexity']:.2f})"
               f"{sparsity}")
+    if "target" in summary:
+        print(told_target(summary["target"]))
     print(f"run folder: {run_dir}")
+
+
+def told_target(target: dict[str, Any]) -> str:
+    """What control came to, in one line: by held-out rows, or where there are none by the last training steps."""
+    rows = "training" if target["held_out"] is None else "held_out"
+    reached = abs(target[rows] - target["asked"]) <= WITHIN
+    missed = "" if reached else " (MISSED: train longer, or ask for another share)"
+    counted = "" if target["tokens"] == "all" else " beyond the window"
+    return (f"target: {target['asked']:.1%} of decisions{counted} local; {target[rows]:.1%} are on "
+            f"{rows.replace('_', '-')} rows{missed}; lambda ended at {target['weight']:.3g}, its greatest was "
+            f"{target['greatest_weight']:.3g}")

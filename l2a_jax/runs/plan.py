@@ -179,8 +179,8 @@ def dials_of(plan: RunPlan) -> Dials:
     penalty = s.penalty if plan.l2a_config is not None else 0.0
     return Dials(*map(np.float32, rates), np.int32(steps), np.int32(round(s.warmup * steps)), np.float32(penalty),
                  np.int32(round(s.penalty_warmup * steps)), np.int32(max(1, round(s.penalty_ramp * steps))),
-                 np.float32(s.distill_share),
-                 np.float32(s.saliency_share))
+                 np.float32(s.distill_share), np.float32(s.saliency_share),
+                 None if s.target_local is None else np.float32(s.target_local))
 
 
 def program_key(plan: RunPlan) -> tuple:
@@ -194,14 +194,15 @@ def compile_run(plan: RunPlan) -> Run:
     s = plan.settings
     objective = Objective(plan.config, plan.l2a_config, dtype=plan.dtype, backend=s.backend,
                           remat=memory.checkpoint_policy(s.remat), unroll=_unrolls(s), cost=s.cost,
-                          minimised=s.objective)
+                          minimised=s.objective, target_tokens=s.target_tokens)
     rule = OptimizerConfig(s.regime, s.weight_decay, s.clip, attention_layers=s.attention_layers,
                            momentum_dtype=None if s.master_dtype == "float32" else jnp.dtype(s.master_dtype))
     optimizer = make_optimizer(rule, dials_of(plan))
     abstract = abstract_params(plan.config, plan.l2a_config, plan.dtype)
     mask = regime_mask(abstract, s.regime)
     trainable, frozen = jax.eval_shape(lambda params: split_params(params, mask, objective.unroll), abstract)
-    like = jax.eval_shape(lambda t: initial_state(t, optimizer, jnp.dtype(s.master_dtype)), trainable)
+    like = jax.eval_shape(lambda t: initial_state(t, optimizer, jnp.dtype(s.master_dtype),
+                                                     s.target_local is not None), trainable)
     evaluate = jax.jit(lambda trainable, frozen, batch, decisions: evaluate_batch(
         compute_params(trainable, frozen, plan.dtype), batch, decisions, objective=objective))
     if not jax.tree.leaves(trainable):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import pathlib
 import signal
 import sys
@@ -37,7 +38,7 @@ from l2a_jax.training.loop import NonFinite, Schedule, Stopped, StopRequest, fit
 from l2a_jax.training.regimes import count_parameters, regime_mask
 from l2a_jax.training.run_files import RunConfig, read_run
 from l2a_jax.training.settings import Settings
-from l2a_jax.training.step import TrainState, initial_state
+from l2a_jax.training.step import TrainState, initial_state, target_tokens
 from l2a_jax.training.tables import MIXED, NEXT_TOKEN, SALIENCY
 
 log = logging.getLogger("l2a_jax")
@@ -91,7 +92,8 @@ def _carry_out(plan: RunPlan, run_dir: pathlib.Path, stop: StopRequest, recorded
     else:
         if recorded is not None:  # stopped before the first checkpoint: the start is exact too
             log.warning("there is no checkpoint: the run begins again from its start")
-        state = initial_state(trainable, run.optimizer, jnp.dtype(plan.settings.master_dtype))
+        state = initial_state(trainable, run.optimizer, jnp.dtype(plan.settings.master_dtype),
+                              plan.settings.target_local is not None)
     return _fit_and_score(run, run_dir, state, frozen, source_params, stop)
 
 
@@ -198,10 +200,11 @@ def fit_run(run: Run, state: TrainState, frozen: Tree, held_out: list[Batch], **
 
 
 def held_out_metrics(run: Run, state: TrainState, frozen: Tree, batches: list[Batch]) -> dict[str, Any]:
-    """Mean loss in nats and accuracy over the counted tokens, and the share of unrouted tokens per layer."""
+    """Mean loss in nats and accuracy over the counted tokens, the share of unrouted tokens per layer, and that of the
+    tokens that a target counts."""
     if not batches:
         return {}
-    nll = correct = counted = real = 0.0
+    nll = correct = counted = real = local = followed = 0.0
     unrouted = None
     for batch in batches:
         result = jax.device_get(run.evaluate(state.trainable, frozen, batch, None))
@@ -211,9 +214,15 @@ def held_out_metrics(run: Run, state: TrainState, frozen: Tree, batches: list[Ba
         real += float(result.real.sum())
         if result.decisions is not None:
             unrouted = (unrouted if unrouted is not None else 0) + (~result.decisions & result.real).sum(axis=(1, 2))
+        if state.control is not None:
+            tokens = np.asarray(target_tokens(batch, run.objective))
+            local += float((~result.decisions & tokens).sum(axis=(1, 2)).mean())
+            followed += float(tokens.sum())
     out = {"held_out_loss": nll / counted, "held_out_accuracy": correct / counted}
     if unrouted is not None:
         out |= {"held_out_sparsity": float(unrouted.mean() / real), "held_out_sparsity_per_layer": unrouted / real}
+    if state.control is not None:
+        out["held_out_local"] = local / followed if followed else math.nan
     return out
 
 

@@ -23,6 +23,7 @@ from l2a_jax.errors import UserError
 from l2a_jax.files import parse_json, reading, sha256, write_json
 from l2a_jax.models.params import Tree
 from l2a_jax.shapes import each, require
+from l2a_jax.training.control import Control
 from l2a_jax.training.step import TrainState
 
 log = logging.getLogger("l2a_jax")
@@ -76,7 +77,7 @@ class Checkpoints:
             folder.mkdir(parents=True, exist_ok=True)
             self.sweep(kind)
             self._drop(kind, max(1, KEPT[kind] - 1))
-            parts = {"trainable": state.trainable, "optimizer": _numbered(state.optimizer)}
+            parts = {"trainable": state.trainable, "optimizer": _numbered(state.optimizer), **_control(state)}
             ocp.save_checkpointables(partial / str(step), parts, custom_metadata={**metadata, "checksums": SUMS})
             write_json(partial / str(step) / SUMS, {"step": step, "sha256": _sums(partial / str(step))})
             (partial / str(step)).rename(folder / str(step))
@@ -105,10 +106,12 @@ class Checkpoints:
 
     def load(self, kind: str, like: TrainState) -> TrainState:
         """The newest state of this kind, in the structure of `like` (arrays or shapes). UserError where it differs."""
-        step, parts = self._load(kind, {"trainable": like.trainable, "optimizer": _numbered(like.optimizer)}, None)
+        step, parts = self._load(kind, {"trainable": like.trainable, "optimizer": _numbered(like.optimizer),
+                                        **_control(like)}, None)
         leaves = [parts["optimizer"][name] for name in sorted(parts["optimizer"])]
         optimizer = jax.tree.unflatten(jax.tree.structure(like.optimizer), leaves)
-        return TrainState(jnp.asarray(step, jnp.int32), parts["trainable"], optimizer, jnp.ones((), bool))
+        return TrainState(jnp.asarray(step, jnp.int32), parts["trainable"], optimizer, jnp.ones((), bool),
+                          None if like.control is None else Control(**parts["control"]))
 
     def load_trainable(self, kind: str, like: Tree, step: int | None = None) -> tuple[int, Tree]:
         """The step and the trainable masters alone: what evaluation and export need."""
@@ -200,6 +203,11 @@ def _reason(error: BaseException) -> str:
             return os.strerror(number)
     first = text.splitlines()[0]
     return first if len(first) <= 300 else f"{first[:297]}..."
+
+
+def _control(state: TrainState) -> dict[str, Any]:
+    """The part of a checkpoint that only a run with a target has."""
+    return {} if state.control is None else {"control": state.control._asdict()}
 
 
 def _numbered(tree: Any) -> dict[str, Any]:

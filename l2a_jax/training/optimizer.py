@@ -24,8 +24,9 @@ from l2a_jax.training.tables import group_of
 class Dials(NamedTuple):
     """The numbers of a run that its compiled step takes as arguments, so that runs differing in nothing else share it.
 
-    `lr`, `router_lr` (the router's own) and `penalty` are maxima, `distill_share` and `saliency_share` shares;
-    everything else is a count of steps. The rates peak after `warmup` steps and fall as a cosine to 0 at `steps`.
+    `lr`, `router_lr` (the router's own) and `penalty` are maxima, `distill_share` and `saliency_share` shares,
+    `target_local` is the share of decisions that `control` moves the penalty for (None: `penalty` says it); everything
+    else is a count of steps. The rates peak after `warmup` steps and fall as a cosine to 0 at `steps`.
     """
 
     lr: Any
@@ -37,6 +38,7 @@ class Dials(NamedTuple):
     penalty_ramp: Any = 1
     distill_share: Any = 0.5
     saliency_share: Any = 0.5
+    target_local: Any = None
 
 
 @dataclass(frozen=True)

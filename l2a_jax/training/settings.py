@@ -30,6 +30,7 @@ from l2a_jax.training.tables import (
     Minimised,
     Regime,
     Remat,
+    TargetTokens,
     check_regime,
 )
 
@@ -90,6 +91,11 @@ class RoutingSettings:
     penalty_ramp: Annotated[float, SHARE_OF_RUN, SHARE, DIAL,
                             "share of the run over which lambda then rises"] = 0.45
     cost: Cost = "tokens"
+    target_local: Annotated[float | None,
+                            Range(0, 1, False, False, "a share that leaves something to route and something local"),
+                            SHARE, DIAL, "share of decisions to be local at the end, in place of --penalty: lambda "
+                            "is 0 in the warm-up, then moved so that the ramp leads there"] = None
+    target_tokens: TargetTokens = "all"
 
 
 @dataclass(frozen=True)
@@ -147,8 +153,9 @@ class Settings(DataSettings, LayerSettings, RoutingSettings, OptimizerSettings, 
 
 def compiled_in(settings: Settings) -> tuple:
     """What a step is compiled from besides shapes and layer: every setting that no mark says to be something else."""
-    return tuple(getattr(settings, name) for name, hint in fields.declared(Settings).items()
-                 if name not in (*LAYER_FIELDS, "rope") and not {DIAL, OUTSIDE} & {*fields.said(hint, Mark)})
+    chosen = (getattr(settings, name) for name, hint in fields.declared(Settings).items()
+              if name not in (*LAYER_FIELDS, "rope") and not {DIAL, OUTSIDE} & {*fields.said(hint, Mark)})
+    return settings.target_local is not None, *chosen  # a target is a number, but it brings its control along
 
 
 class Preset(NamedTuple):
@@ -220,11 +227,20 @@ def resolve(regime: str, given: dict[str, Any], presets: tuple[str, ...] = ()) -
         raise UserError("--steps and --tokens both say how long to train; give one of them")
     if "tokens" in given:
         base = {**base, "steps": None}
+    if values.get("target_local") is not None:
+        if "penalty" in given:
+            raise UserError("--penalty and --target-local both say how much stays local; give one of them")
+        values["penalty"] = 0.0  # a preset's; the weight is now moved
     return _checked(Settings(regime=regime, preset=tuple(presets), given=asked, **{**base, **values}))
 
 
 def _checked(settings: Settings) -> Settings:
     fields.check(settings)
+    if settings.target_local is not None and settings.regime in PLAIN_REGIMES:
+        raise UserError(f"--target-local is of decisions, and --regime {settings.regime} runs a plain model, which "
+                        "makes none")
+    if settings.target_local is not None and settings.penalty:
+        raise UserError(f"--penalty is {settings.penalty:g}; expected 0 where --target-local moves the weight")
     if settings.echo and not settings.data:
         raise UserError("--echo repeats text of --data, and there is none; give --model and --data")
     if settings.rope is not None:
@@ -288,7 +304,8 @@ def idle(settings: Settings) -> list[tuple[bool, tuple[str, ...], str]]:
     """Where a setting changes nothing, as rules for `commands.say_idle`."""
     s, trained = settings, set(REGIMES[settings.regime])
     return [
-        (s.regime in PLAIN_REGIMES, (*LAYER_FIELDS, "router_lr", "penalty", "penalty_warmup", "penalty_ramp", "cost"),
+        (s.regime in PLAIN_REGIMES, (*LAYER_FIELDS, "router_lr", "penalty", "penalty_warmup", "penalty_ramp", "cost",
+                                      "target_tokens"),
          f"--regime {s.regime} runs a plain model, which has no L2A layer"),
         (not trained, ("steps", "tokens", "grad_accum", "echo", "lr", "weight_decay", "warmup", "clip", "master_dtype",
                        "remat", "unroll", "save_every", "eval_every"), f"--regime {s.regime} trains nothing"),
@@ -297,8 +314,9 @@ def idle(settings: Settings) -> list[tuple[bool, tuple[str, ...], str]]:
         (trained == {"router"} and s.router_lr is not None, ("lr",),
          f"--regime {s.regime} trains the router alone, whose rate is --router-lr ({s.router_lr:g})"
          if s.router_lr else ""),
-        (s.penalty == 0 and s.regime not in PLAIN_REGIMES, ("penalty_warmup", "penalty_ramp", "cost"),
-         "--penalty is 0"),
+        (s.target_local is None and s.regime not in PLAIN_REGIMES, ("target_tokens",), "there is no --target-local"),
+        (s.penalty == 0 and s.target_local is None and s.regime not in PLAIN_REGIMES,
+         ("penalty_warmup", "penalty_ramp", "cost"), "--penalty is 0"),
         (s.objective != MIXED, ("distill_share",), f"--objective is {s.objective}"),
         (s.explore == 0 and s.regime not in PLAIN_REGIMES, ("explore_by",), "--explore is 0"),
         (s.objective != SALIENCY, ("saliency_share",), f"--objective is {s.objective}"),

@@ -18,9 +18,12 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from l2a_jax.attention.reference import real_tokens
 from l2a_jax.config import L2AConfig, ModelConfig
 from l2a_jax.data.batch import Batch
+from l2a_jax.models.layer import LayerRouting, pruned_of
 from l2a_jax.models.params import Tree, by_layer, map_with_path, param_dtype, stacked
 from l2a_jax.models.transformer import hidden_states
 from l2a_jax.nn import routing
+from l2a_jax.training import control
+from l2a_jax.training.control import Control
 from l2a_jax.training.distill import distillation, everything_routed
 from l2a_jax.training.loss import TokenLoss, cross_entropy, token_nll
 from l2a_jax.training.optimizer import Dials, OptimizerConfig, make_optimizer, master_dtype_of, narrowed, widened
@@ -30,17 +33,19 @@ from l2a_jax.training.tables import DISTILL, MIXED, NEXT_TOKEN, SALIENCY
 
 
 class TrainState(NamedTuple):
-    """What training changes: the number of updates, the masters of the trainable leaves, and the optimizer."""
+    """What training changes: the number of updates, the masters of the trainable leaves, the optimizer, and what moves
+    the penalty's weight (None: its schedule)."""
 
     step: Int[Array, ""]
     trainable: Tree
     optimizer: Any
     healthy: Bool[Array, ""]
+    control: Control | None = None
 
 
 class Objective(NamedTuple):
-    """The loss that a step is compiled for. `remat` and `unroll` are those of `hidden_states`, `cost` is that of the
-    settings, `minimised` their objective."""
+    """The loss that a step is compiled for. `remat` and `unroll` are those of `hidden_states`, `cost` and
+    `target_tokens` are those of the settings, `minimised` is their objective."""
 
     config: ModelConfig
     l2a_config: L2AConfig | None
@@ -50,17 +55,21 @@ class Objective(NamedTuple):
     unroll: bool = False
     cost: str = "tokens"
     minimised: str = NEXT_TOKEN
+    target_tokens: str = "all"
 
 
-def initial_state(trainable: Tree, optimizer: optax.GradientTransformation, master_dtype: Any) -> TrainState:
+def initial_state(trainable: Tree, optimizer: optax.GradientTransformation, master_dtype: Any,
+                  controlled: bool = False) -> TrainState:
     """Step 0: matrices' masters in `master_dtype`, the others in float32, and a fresh optimizer over them alone.
+    `controlled`: the run has a target.
 
     Masters are copies, never views of `trainable`: a step donates its state.
     """
     masters = map_with_path(lambda path, leaf: jnp.array(leaf, master_dtype_of(path, master_dtype), copy=True),
                             trainable)
     moments = jax.jit(lambda masters: optimizer.init(widened(masters)))(masters)
-    return TrainState(jnp.zeros((), jnp.int32), masters, moments, jnp.ones((), bool))
+    return TrainState(jnp.zeros((), jnp.int32), masters, moments, jnp.ones((), bool),
+                      control.initial() if controlled else None)
 
 
 def split_params(params: Tree, mask: Tree, unroll: bool) -> tuple[Tree, Tree]:
@@ -96,14 +105,34 @@ class _Sums(NamedTuple):
 
 def token_cost(batch: Batch, objective: Objective) -> Float[Array, "*A B T"] | None:
     """What the penalty counts of each token, over all tokens given; None: the same of all."""
-    layer, ids, shape = objective.l2a_config, batch.segment_ids, batch.tokens.shape
+    layer = objective.l2a_config
     if layer is None or objective.cost == "tokens":
         return None
     # Behind a local layer a global one reads all keys; beside it, those that local attention would not.
-    window, sinks = (0, 0) if layer.topology == "sequential" else (layer.window, layer.sinks)
+    keys = _keys(batch, 0, 0) if layer.topology == "sequential" else _keys(batch, layer.window, layer.sinks)
+    return routing.cost_of_keys(keys, real_tokens(batch.segment_ids, batch.tokens.shape))
+
+
+def target_tokens(batch: Batch, objective: Objective) -> Bool[Array, "*A B T"]:
+    """The tokens whose decisions a target counts."""
+    layer, real = objective.l2a_config, real_tokens(batch.segment_ids, batch.tokens.shape)
+    return real if objective.target_tokens == "all" else real & (_keys(batch, layer.window, layer.sinks) > 0)
+
+
+def _keys(batch: Batch, window: int, sinks: int) -> Int[Array, "*A B T"]:
+    ids, shape = batch.segment_ids, batch.tokens.shape
     rows = None if ids is None else ids.reshape(-1, shape[-1])
-    keys = routing.keys_beyond(rows, (math.prod(shape[:-1]), shape[-1]), window, sinks).reshape(shape)
-    return routing.cost_of_keys(keys, real_tokens(ids, shape))
+    return routing.keys_beyond(rows, (math.prod(shape[:-1]), shape[-1]), window, sinks).reshape(shape)
+
+
+def _own_decisions(routed: LayerRouting, real: Bool[Array, "B T"], objective: Objective) -> Bool[Array, "L B T"]:
+    """What the router decided, before training inverted any of it or ran other decisions."""
+    layer = objective.l2a_config
+    if not layer.flip and objective.minimised != SALIENCY:
+        return routed.decisions
+    own = routing.decide(routed.logits, layer.temperature, layer.threshold) & real
+    pruned = pruned_of(objective.config, layer)
+    return own if pruned is None else own & ~pruned[:, None, None]
 
 
 def train_step(
@@ -124,8 +153,12 @@ def train_step(
     real = real_tokens(batch.segment_ids, batch.tokens.shape)
     counted = jnp.maximum(jnp.sum(batch.weights), 1.0)
     total = jnp.maximum(jnp.sum(real), 1)
-    weight = routing.penalty_weight(state.step, maximum=dials.penalty, warmup=dials.penalty_warmup,
-                                    ramp=dials.penalty_ramp)
+    if state.control is None:
+        weight = routing.penalty_weight(state.step, maximum=dials.penalty, warmup=dials.penalty_warmup,
+                                        ramp=dials.penalty_ramp)
+    else:
+        weight = control.penalty_weight(state.control, state.step, dials)
+    followed = None if state.control is None else target_tokens(batch, objective)
     step_key = jax.random.fold_in(key, state.step)
     layers = objective.config.num_layers
 
@@ -138,13 +171,16 @@ def train_step(
             segment_ids=micro.segment_ids, backend=objective.backend, remat=objective.remat, unroll=objective.unroll,
             **options)
 
-    def sums_of(summed, routed, real, cost, told):
+    def sums_of(summed, routed, real, cost, followed, told):
+        if followed is not None:
+            own = _own_decisions(routed, real, objective)
+            told = {**told, "local": jnp.sum(~own & followed) / layers}
         share = jnp.sum(real) / total  # a micro-batch's part of the mean over all real tokens
         penalty = routing.penalty(routed.probabilities, real, cost) * share
         return _Sums(summed.nll, summed.correct, penalty, routing.sparsity(routed.decisions, real) * share,
                      routing.entropy(routed.probabilities, real) * share, told)
 
-    def loss(trainable, micro, real, cost, micro_key):
+    def loss(trainable, micro, real, cost, followed, micro_key):
         params, hidden, routed = forward(trainable, micro, key=micro_key, train=True)
         told = {}
         if objective.minimised == NEXT_TOKEN:
@@ -161,34 +197,37 @@ def train_step(
         if routed is None:
             nothing = jnp.zeros(layers)
             return minimised, _Sums(summed.nll, summed.correct, jnp.zeros(()), nothing, nothing, told)
-        sums = sums_of(summed, routed, real, cost, told)
+        sums = sums_of(summed, routed, real, cost, followed, told)
         return minimised + weight * sums.penalty, jax.lax.stop_gradient(sums)
 
-    def saliency(trainable, micro, real, cost, micro_key):
+    def saliency(trainable, micro, real, cost, followed, micro_key):
         price = weight * counted / (layers * total) * (jnp.ones(real.shape) if cost is None else cost)
         decisions = routing.random(micro_key, jnp.full(layers, dials.saliency_share), *real.shape)
         gradients, found = fit_to_worth(forward, trainable, micro, real, decisions, price, objective.config,
                                         objective.l2a_config)
-        return gradients, sums_of(found.next_token, found.routed, real, cost,
+        return gradients, sums_of(found.next_token, found.routed, real, cost, followed,
                                   {"saliency": found.loss, "weights": found.weights})
 
     of_micro_batch = saliency if objective.minimised == SALIENCY else jax.grad(loss, has_aux=True)
 
     def accumulate(carry, inputs):
-        micro, real, cost, index = inputs
-        gradients, sums = of_micro_batch(state.trainable, micro, real, cost, jax.random.fold_in(step_key, index))
+        micro, real, cost, followed, index = inputs
+        gradients, sums = of_micro_batch(state.trainable, micro, real, cost, followed,
+                                         jax.random.fold_in(step_key, index))
         return jax.tree.map(jnp.add, carry, (widened(gradients), sums)), None
 
+    names = (*_TOLD[objective.minimised], *(() if followed is None else ("local",)))
     nothing = _Sums(*(jnp.zeros(()),) * 3, *(jnp.zeros(layers),) * 2,
-                    {name: jnp.zeros(()) for name in _TOLD[objective.minimised]})
+                    {name: jnp.zeros(()) for name in names})
     zeros = jax.tree.map(jnp.zeros_like, widened(state.trainable)), nothing
-    inputs = (batch, real, cost, jnp.arange(batch.tokens.shape[0]))
+    inputs = (batch, real, cost, followed, jnp.arange(batch.tokens.shape[0]))
     if batch.tokens.shape[0] == 1:  # no second copy of the gradients where there is nothing to add
         (gradients, sums), _ = accumulate(zeros, jax.tree.map(lambda x: x[0], inputs))
     else:
         (gradients, sums), _ = jax.lax.scan(accumulate, zeros, inputs)
 
-    told = dict(sums.told)
+    told, followed_local = dict(sums.told), sums.told.get("local")
+    told.pop("local", None)
     if objective.minimised == SALIENCY:
         weights = jnp.maximum(told.pop("weights"), jnp.finfo(jnp.float32).tiny)
         gradients, told = jax.tree.map(lambda x: x / weights, (gradients, told))
@@ -200,7 +239,12 @@ def train_step(
     updates, optimizer_state = make_optimizer(optimizer, dials).update(gradients, state.optimizer, masters)
     masters = narrowed(optax.apply_updates(masters, updates), state.trainable,
                        jax.random.fold_in(step_key, _ROUNDING))
-    updated = TrainState(state.step + 1, masters, optimizer_state, healthy)
+    controlled = None
+    if state.control is not None:
+        local = followed_local / jnp.sum(followed)
+        told |= {"local": local, "target": control.reference(state.control, state.step, dials)}
+        controlled = control.updated(state.control, local, state.step, dials)
+    updated = TrainState(state.step + 1, masters, optimizer_state, healthy, controlled)
     state = jax.tree.map(lambda new, old: jnp.where(healthy, new, old), updated, state._replace(healthy=healthy))
 
     metrics = {"loss": mean_nll, "accuracy": sums.correct / counted, "grad_norm": norm, "tokens": total,

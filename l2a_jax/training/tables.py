@@ -51,6 +51,8 @@ NEXT_TOKEN, DISTILL, MIXED, SALIENCY = OBJECTIVES = ("next-token", "distill", "m
 Minimised = Annotated[str, Choice(*OBJECTIVES), "what is minimised beside the penalty: next-token loss, the divergence "
                       "from the same model with everything routed, or both; saliency: the router is fitted to what "
                       "decisions are worth, the penalty their price"]
+TargetTokens = Annotated[str, Choice("all", "beyond"),
+                         "tokens that --target-local counts: all real ones, or those with keys beyond window and sinks"]
 Regime = Annotated[str, Choice(*REGIMES), "which parameters are trained"]
 Remat = Annotated[str, Choice(*KEPT, "none"), "recomputed in the backward pass: layer needs the least memory"]
 

@@ -59,8 +59,8 @@ def test_frozen_leaves_stay_and_the_loss_falls():
 
 def read_beyond(ids, window, sinks):
     """Of each token, the keys of its document that are neither in its window nor sinks, one by one; [B, T]."""
-    found = np.zeros(ids.shape)
-    for row, at in np.argwhere(np.asarray(ids) != 0):
+    ids, found = np.asarray(ids), np.zeros(ids.shape)
+    for row, at in np.argwhere(ids != 0):
         own = [key for key in range(at + 1) if ids[row, key] == ids[row, at]]
         found[row, at] = len(set(own) - set(own[-window:]) - set(own[:sinks]))
     return found

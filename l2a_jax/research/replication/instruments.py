@@ -103,7 +103,10 @@ def _autopsy(evaluated) -> dict[str, Any]:
     session, row = evaluated.session, evaluated.row
     plan = session.plan(row)
     s, run = plan.settings, session.program(row)
-    dials = Dials(*(number.item() for number in run.dials))  # no arrays: they are compiled in
+    if s.target_local is not None:
+        raise UserError(f"autopsy: --target-local moves the penalty of {row.name}; expected a row with --penalty")
+    # No arrays: they are compiled in.
+    dials = Dials(*(None if number is None else number.item() for number in run.dials))
 
     def extra(model) -> dict[str, float]:
         scores = {name: benchmarks.score(model, session.benchmark(row, name), session.backend)

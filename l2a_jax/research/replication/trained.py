@@ -65,7 +65,7 @@ def train_row(session: Session, row: Row) -> Trained:
     seconds["compile"] = time.perf_counter() - clock
     trainable, frozen = run.split(start_params(session, row))
     s = plan.settings
-    state = initial_state(trainable, run.optimizer, jnp.dtype(s.master_dtype))
+    state = initial_state(trainable, run.optimizer, jnp.dtype(s.master_dtype), s.target_local is not None)
     held_out = list(plan.data.held_out(s.eval_batches)) if row.measures.held_out else []
     records: list[dict[str, Any]] = []
     failed = None

@@ -1,0 +1,152 @@
+"""A target of locality: what control does to a weight, and what a run with a target comes to."""
+
+import dataclasses
+import json
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l2a_jax.errors import UserError
+from l2a_jax.nn import routing
+from l2a_jax.runs import folder
+from l2a_jax.runs.train import resume, train
+from l2a_jax.training import control
+from l2a_jax.training import settings as presets
+from l2a_jax.training.optimizer import Dials
+from tests.models.cases import CONFIG, hidden, make_params
+from tests.training.test_step import LAYER, OBJECTIVE, make_batch, read_beyond, set_up
+
+STEPS = 200
+DIALS = Dials(1e-2, 1e-2, STEPS, penalty_warmup=10, penalty_ramp=90, target_local=0.9)
+
+
+def simulate(target, share_of, steps=STEPS):
+    """(shares, weights) of a run whose share follows `share_of(weight)` with a lag, noisily."""
+    dials, noise = DIALS._replace(target_local=target), np.random.default_rng(0)
+    advance = jax.jit(lambda state, share, step: control.updated(state, share, step, dials))
+    weigh = jax.jit(lambda state, step: control.penalty_weight(state, step, dials))
+    state, share, found = control.initial(), 0.4, []
+    for step in range(steps):
+        weight = float(weigh(state, step))
+        share += (share_of(weight) - share) / 10
+        found.append((share, weight))
+        state = advance(state, jnp.float32(np.clip(share + 0.01 * noise.normal(), 0, 1)), step)
+    return np.array(found).T
+
+
+@pytest.mark.parametrize("target", [0.7, 0.9, 0.97])
+@pytest.mark.parametrize("power", [0.3, 0.6])
+def test_a_share_that_answers_to_factors_reaches_its_target(target, power):
+    """Routed in proportion to weight^-power, as a router is found to answer."""
+    shares, weights = simulate(target, lambda weight: 1 - 0.6 / (1 + (weight / 0.01) ** power))
+    assert (weights[:10] == 0).all() and (weights[10:] > 0).all()
+    assert abs(shares[-20:].mean() - target) < 0.01
+
+
+def test_a_target_out_of_reach_winds_nothing_up():
+    """Stuck below it for most of the run the weight is at its bound, and leaves it as soon as the share is above."""
+    _, weights = simulate(0.9, lambda weight: 0.5)
+    assert weights[-1] == pytest.approx(control.MOST)
+    state = control.Control(jnp.log(control.MOST), jnp.float32(0.95), jnp.float32(0.5))
+    for step in range(150, 156):
+        state = control.updated(state, jnp.float32(0.95), jnp.int32(step), DIALS)
+    assert float(control.penalty_weight(state, jnp.int32(156), DIALS)) < control.MOST / 3
+
+
+def test_a_step_in_which_no_token_counts_moves_nothing():
+    state = control.Control(*map(jnp.float32, (-1.0, 0.7, 0.5)))
+    assert control.updated(state, jnp.float32(jnp.nan), jnp.int32(100), DIALS) == state
+
+
+@pytest.mark.parametrize("tokens", ["all", "beyond"])
+def test_the_share_is_of_the_routers_own_decisions_and_of_the_tokens_that_count(tokens):
+    """Every decision inverted in training; two micro-batches of packed documents."""
+    layer = dataclasses.replace(LAYER, flip=1.0)
+    _, state, frozen, step = set_up(objective=OBJECTIVE._replace(l2a_config=layer, target_tokens=tokens),
+                                    penalty_warmup=0, target_local=0.9)
+    state, batch, key = state._replace(control=control.initial()), make_batch(2), jax.random.key(0)
+    after, metrics = step(state, frozen, batch, key)
+    local = counted = 0
+    for index in range(2):
+        ids = batch.segment_ids[index]
+        follows = read_beyond(ids, LAYER.window, LAYER.sinks) > 0 if tokens == "beyond" else ids != 0
+        _, routed = hidden(make_params(layer), batch.tokens[index], CONFIG, layer, segment_ids=ids, train=True,
+                           key=jax.random.fold_in(jax.random.fold_in(key, 0), index))
+        own = np.asarray(routing.decide(routed.logits, layer.temperature, layer.threshold))
+        assert (own != np.asarray(routed.decisions))[:, np.asarray(ids) != 0].all()
+        local += (~own & np.asarray(follows)).sum() / CONFIG.num_layers
+        counted += follows.sum()
+    assert float(metrics["local"]) == pytest.approx(local / counted, rel=1e-5)
+    assert float(after.control.average) == pytest.approx(local / counted, rel=1e-5)
+    assert float(metrics["penalty_weight"]) > 0
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    ({"target_local": 0.9, "penalty": 0.3}, "^--penalty and --target-local both"),
+    ({"target_local": 0.9, "penalty": 0.0}, "^--penalty and --target-local both"),
+    ({"target_local": 1.0}, "^--target-local is 1.0; expected a share that leaves something to route"),
+    ({"target_local": 0.0}, "^--target-local is 0.0; expected a share that leaves something to route"),
+    ({"target_tokens": "some"}, "^--target-tokens is 'some'"),
+])
+def test_what_no_target_is(given, said):
+    with pytest.raises(UserError, match=said):
+        presets.resolve("router_only", given)
+
+
+def test_a_target_takes_the_place_of_a_presets_penalty_and_is_not_for_a_plain_model():
+    assert presets.resolve("router_only", {"target_local": 0.9}, ("repair",)).penalty == 0
+    with pytest.raises(UserError, match=r"^--target-local is of decisions, and --regime baseline"):
+        presets.resolve("baseline", {"target_local": 0.9})
+
+
+GIVEN = {"target_local": 0.8, "steps": 100, "seq_len": 112, "batch_size": 8, "eval_every": 100, "eval_batches": 16,
+         "save_every": 20}
+
+
+@pytest.fixture(scope="module")
+def reached(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("target") / "run"
+    return run_dir, train(presets.resolve("router_strict", GIVEN), run_dir)
+
+
+def records(run_dir):
+    timing = ("tokens_per_second", "peak_memory_gb")
+    return [{name: value for name, value in json.loads(line).items() if name not in timing}
+            for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_reaches_its_target_on_held_out_rows_and_says_so(reached):
+    run_dir, summary = reached
+    target, found = summary["target"], records(run_dir)
+    assert abs(target["held_out"] - 0.8) <= folder.WITHIN and target["held_out"] == summary["held_out_sparsity"]
+    assert "MISSED" not in folder.told_target(target) and "MISSED" in folder.told_target({**target, "asked": 0.5})
+    assert all({"local", "target", "penalty_weight"} <= set(record) for record in found)
+    assert found[-1]["penalty_weight"] == target["weight"] and found[-1]["target"] == pytest.approx(0.8)
+    assert [record["local"] for record in found] == pytest.approx([record["sparsity"] for record in found])
+
+
+def test_a_run_resumed_in_the_middle_of_control_is_the_unbroken_one(reached, tmp_path, monkeypatch, caplog):
+    """Stopped after 25 steps: the ramp is not over, and the weight is moving."""
+    from l2a_jax.runs import train as runs
+
+    whole, run_dir, fit = reached[0], tmp_path / "run", runs.fit_run
+
+    def stopping(run, *args, record, stop, **kept):
+        def noted(found):
+            record(found)
+            if found["step"] == 25:
+                stop.signal_number = 15
+
+        return fit(run, *args, record=noted, stop=stop, **kept)
+
+    monkeypatch.setattr(runs, "fit_run", stopping)
+    with pytest.raises(SystemExit):
+        train(presets.resolve("router_strict", GIVEN), run_dir)
+    monkeypatch.setattr(runs, "fit_run", fit)
+    assert 25 <= len(records(run_dir)) < 100
+    with caplog.at_level(logging.INFO, "l2a_jax"):
+        resume(run_dir)
+    assert "resuming after step" in caplog.text and records(run_dir) == records(whole)
