@@ -123,8 +123,10 @@ def format_report(report: dict[str, Any]) -> str:
 def _kinds(report: dict[str, Any]) -> list[str]:
     """What memory is worth to the model before any training, by what a token predicts, and what the router makes of it.
     Precision above counts answers alone; a router that loses nothing routes whatever memory is worth nats to."""
-    full, near = (report["rows"][name]["nats_by_kind"] for name in ("baseline (full attention)",
-                                                                    "local only, untrained"))
+    names = ("baseline (full attention)", "local only, untrained")
+    if not {*names} <= {*report["rows"]}:
+        return []
+    full, near = (report["rows"][name]["nats_by_kind"] for name in names)
     lines = ["", "what memory is worth, and what is routed, by what a token predicts (nats, untrained):",
              f"{'':<24} {'of tokens':>10} {'full':>8} {'local':>8} {'routed':>10}"]
     return lines + [f"{name:<24} {share:>10.1%} {full[name]:>8.2f} {near[name]:>8.2f} "

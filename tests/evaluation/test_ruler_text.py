@@ -32,7 +32,10 @@ def novel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def made_of(tokenizer, novel):
-    return material(tokenizer, USUAL, 2_500, (novel,), None)
+    """As where wonderwords is not installed: the words, too, are the novel's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "wonderwords", None)
+        return material(tokenizer, USUAL, 2_500, (novel,), None)
 
 
 def text_of(tokenizer, item):

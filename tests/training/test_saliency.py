@@ -85,10 +85,10 @@ def test_the_fit_reaches_the_router_alone_and_leaves_the_worth_as_it_is():
 
     plain, fitted = (jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, jnp.zeros(shape), price)[0]
                      for price in (None, jnp.full(shape, 0.3)))
-    np.testing.assert_allclose(fitted[1], plain[1], atol=1e-5)
+    np.testing.assert_allclose(fitted[1], plain[1], atol=1e-5, rtol=1e-5)
     kernels = [gradients["layers"].pop("router")["kernel"] for gradients, _ in (plain, fitted)]
     assert (kernels[0] == 0).all() and np.abs(kernels[1]).min(axis=1).max() > 0
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), plain[0], fitted[0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), plain[0], fitted[0])
     # Where a window covers the past, and at padding, a decision is worth nothing.
     within = np.arange(shape[2]) - np.asarray(segment_starts(batch.segment_ids, shape[1:])) < layer.window
     real = np.asarray(batch.segment_ids) != 0
