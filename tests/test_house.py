@@ -16,7 +16,7 @@ GROUND = ("errors", "commands", "device", "provenance",
 FLOORS = (GROUND, ("attention",), ("nn",), ("models",), ("data",), ("training",), ("weights",), ("sources",),
           ("inference",), ("evaluation",), ("runs",), ("research",))
 """From the ground up. A module may import from its own floor and from those below."""
-LINES = {"library": 17_793, "research": 8_389}
+LINES = {"library": 17_803, "research": 8_409}
 
 
 def module_of(path: pathlib.Path) -> str:

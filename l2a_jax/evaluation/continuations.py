@@ -21,7 +21,7 @@ from l2a_jax import device
 from l2a_jax.config import L2AConfig, ModelConfig, position_limit
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation.loglikelihood import power_of_two
-from l2a_jax.inference.cache import Cache, Layout, cache_bytes, empty_cache, layout_of
+from l2a_jax.inference.cache import Cache, Layout, cache_bytes, empty_cache, layout_of, spare_bytes
 from l2a_jax.inference.forward import DecodeParams, decode_params, decode_step, prefill
 from l2a_jax.inference.generate import bucket
 from l2a_jax.models.params import Tree
@@ -208,11 +208,9 @@ def _cut(prompt: Prompt, limit: int, config: ModelConfig, where: str) -> Int[np.
 
 def _row_count(model: Pretrained, slots: int, prompts: int, batch_tokens: int | None) -> int:
     """A power of two: as many rows as there are prompts, memory and `MOST_ROWS` allow."""
-    leaves = jax.tree.leaves(model.params)
     if batch_tokens is None:
-        spare = device.memory_bytes() - 2 * sum(leaf.nbytes for leaf in leaves)  # decoding has a copy of its own
         each = cache_bytes(model.config, model.l2a_config, 1, slots, model.params["embed"]["embedding"].dtype)
-        fit = min(MOST_ROWS, int(CACHE_SHARE * spare) // each)
+        fit = min(MOST_ROWS, int(CACHE_SHARE * spare_bytes(model.params)) // each)
     else:
         fit = batch_tokens // slots
     return min(1 << max(fit, 1).bit_length() - 1, power_of_two(prompts))

@@ -66,12 +66,16 @@ def _cell(entry: dict[str, Any], other: Any, say: Any) -> dict[str, Any] | None:
         "context": entry["text"]["context"]}
 
 
+def near(model: Pretrained) -> tuple[int, int]:
+    """The window and the sinks of a model; of a plain one the unit of distance."""
+    return (PLAIN_WINDOW, 0) if model.l2a_config is None else (model.l2a_config.window, model.l2a_config.sinks)
+
+
 def distances(windows: Windows, model: Pretrained, flag: str = "context") -> tuple[list[int], Int[np.ndarray, "B T"]]:
     """(edges, the group of each place): group 0 is within the window and the sinks, group i has a past of more than
     edges[i - 1] and at most edges[i] keys (the last one: of any more), -1 is not scored. Edges are the window and the
     sinks, then 2, 4, 8 ... windows. UserError where no place is beyond the window."""
-    layer, length = model.l2a_config, windows.tokens.shape[1]
-    window, sinks = (PLAIN_WINDOW, 0) if layer is None else (layer.window, layer.sinks)
+    length, (window, sinks) = windows.tokens.shape[1], near(model)
     edges = [window + sinks]
     while 2 ** len(edges) * window < length:
         edges.append(2 ** len(edges) * window)
@@ -105,6 +109,9 @@ def reach(
     edges, groups = distances(windows, model)
     tokens = sums(np.ones(groups.shape, int), groups, len(edges))
     layer = model.l2a_config
+    if layer is None and forced:
+        raise UserError(f"reach: this is a plain model, which routes nothing; {', '.join(forced)} cannot be forced on "
+                        "it")
 
     def score(decisions=None, label="the router's own decisions"):
         return score_windows(model, windows, decisions, backend=backend, batch_tokens=batch_tokens,
@@ -118,11 +125,11 @@ def reach(
         for name, decisions in (forced or {}).items():
             scores[name] = [score(decisions, name)]
     by_group = {name: np.mean([sums(one.token_nll, groups, len(edges)) for one in several], axis=0)
-            for name, several in scores.items()}
+                for name, several in scores.items()}
     found: dict[str, Any] = {
-        "window": PLAIN_WINDOW if layer is None else layer.window, "sinks": 0 if layer is None else layer.sinks,
-        "edges": edges, "tokens": tokens.sum(axis=0)[1:], "tokens_within": int(tokens[:, 0].sum()),
-        "text": windows.about, "seeds": seeds, "interval": "Student's t over windows of text, paired",
+        **dict(zip(("window", "sinks"), near(model), strict=True)), "edges": edges,
+        "tokens": tokens.sum(axis=0)[1:], "tokens_within": int(tokens[:, 0].sum()), "text": windows.about,
+        "seeds": seeds, "interval": "Student's t over windows of text, paired",
         "window_tokens": tokens,
     }
     if layer is not None:

@@ -35,7 +35,7 @@ from l2a_jax.evaluation.needle_text import RECALL
 from l2a_jax.evaluation.registry import Work
 from l2a_jax.evaluation.ruler_text import Item, Material, build, calibrate, material
 from l2a_jax.files import parse_json, plain, read_text, whole
-from l2a_jax.inference.cache import cache_bytes
+from l2a_jax.inference.cache import cache_bytes, spare_bytes
 from l2a_jax.inference.generate import bucket, generate
 from l2a_jax.progress import progress
 from l2a_jax.shapes import at_least, share, some
@@ -224,7 +224,7 @@ def _room(tasks: Sequence[str]) -> int:
 
 def _most_rows(model: Pretrained, length: int, batch_tokens: int | None) -> int:
     """Prompts of a length that memory holds at once, or `batch_tokens` does; on a CPU more than one bring no speed."""
-    config, leaves = model.config, jax.tree.leaves(model.params)
+    config = model.config
     if batch_tokens is not None or device.platform() == "cpu":
         return max(1, (batch_tokens or device.batch_tokens(0)) // length)
     dtype = model.params["embed"]["embedding"].dtype
@@ -232,8 +232,7 @@ def _most_rows(model: Pretrained, length: int, batch_tokens: int | None) -> int:
     width = bucket(length, 32)
     each = 2 * cache_bytes(config, model.l2a_config, 1, width, dtype) + width * (
         dtype.itemsize * (8 * config.hidden_size + 4 * config.intermediate_size) + 4 * config.num_layers)
-    spare = device.memory_bytes() - 2 * sum(leaf.nbytes for leaf in leaves)  # decoding has a copy of its own
-    return max(1, int(MEMORY_SHARE * spare) // each)
+    return max(1, int(MEMORY_SHARE * spare_bytes(model.params)) // each)
 
 
 def _key(cell: dict[str, Any]) -> tuple[str, int, str]:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from l2a_jax import device
 from l2a_jax.attention.decode import KV, Reads
 from l2a_jax.config import L2AConfig, ModelConfig
 
@@ -79,6 +80,11 @@ def cache_bytes(config: ModelConfig, l2a_config: L2AConfig | None, batch: int, t
     layout = layout_of(config, l2a_config, tokens)
     per_slot = 2 * batch * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
     return per_slot * (layout.full_layers * layout.slots + layout.ring_layers * layout.ring_slots)
+
+
+def spare_bytes(params: Any) -> int:
+    """Bytes of device memory beside the weights, of which decoding has a copy of its own."""
+    return device.memory_bytes() - 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
 def ring_slot(position: Int[Array, "*S"], window: int, sinks: int) -> Int[Array, "*S"]:

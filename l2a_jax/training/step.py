@@ -93,7 +93,8 @@ _TOLD = {NEXT_TOKEN: (), DISTILL: ("kl",), MIXED: ("kl",), SALIENCY: ("saliency"
 
 class _Sums(NamedTuple):
     """Sums over real tokens that a step reports as means; routing's are per layer. `told`: what the objective has to
-    tell besides, by the name it is reported under."""
+    tell besides, by the name it is reported under; `local`: of decisions that a target follows (None: there is none).
+    """
 
     nll: Array
     correct: Array
@@ -101,6 +102,7 @@ class _Sums(NamedTuple):
     unrouted: Array
     entropy: Array
     told: dict[str, Array]
+    local: Array | None
 
 
 def token_cost(batch: Batch, objective: Objective) -> Float[Array, "*A B T"] | None:
@@ -161,7 +163,6 @@ def train_step(
     followed = None if state.control is None else target_tokens(batch, objective)
     step_key = jax.random.fold_in(key, state.step)
     layers = objective.config.num_layers
-
     cost = token_cost(batch, objective)
 
     def forward(trainable, micro, **options):
@@ -172,13 +173,13 @@ def train_step(
             **options)
 
     def sums_of(summed, routed, real, cost, followed, told):
+        local = None
         if followed is not None:
-            own = _own_decisions(routed, real, objective)
-            told = {**told, "local": jnp.sum(~own & followed) / layers}
+            local = jnp.sum(~_own_decisions(routed, real, objective) & followed) / layers
         share = jnp.sum(real) / total  # a micro-batch's part of the mean over all real tokens
         penalty = routing.penalty(routed.probabilities, real, cost) * share
         return _Sums(summed.nll, summed.correct, penalty, routing.sparsity(routed.decisions, real) * share,
-                     routing.entropy(routed.probabilities, real) * share, told)
+                     routing.entropy(routed.probabilities, real) * share, told, local)
 
     def loss(trainable, micro, real, cost, followed, micro_key):
         params, hidden, routed = forward(trainable, micro, key=micro_key, train=True)
@@ -196,7 +197,7 @@ def train_step(
             summed = TokenLoss(jnp.sum(micro.weights * found.nll), jnp.sum(micro.weights * found.correct))
         if routed is None:
             nothing = jnp.zeros(layers)
-            return minimised, _Sums(summed.nll, summed.correct, jnp.zeros(()), nothing, nothing, told)
+            return minimised, _Sums(summed.nll, summed.correct, jnp.zeros(()), nothing, nothing, told, None)
         sums = sums_of(summed, routed, real, cost, followed, told)
         return minimised + weight * sums.penalty, jax.lax.stop_gradient(sums)
 
@@ -216,9 +217,9 @@ def train_step(
                                          jax.random.fold_in(step_key, index))
         return jax.tree.map(jnp.add, carry, (widened(gradients), sums)), None
 
-    names = (*_TOLD[objective.minimised], *(() if followed is None else ("local",)))
     nothing = _Sums(*(jnp.zeros(()),) * 3, *(jnp.zeros(layers),) * 2,
-                    {name: jnp.zeros(()) for name in names})
+                    {name: jnp.zeros(()) for name in _TOLD[objective.minimised]},
+                    None if followed is None else jnp.zeros(()))
     zeros = jax.tree.map(jnp.zeros_like, widened(state.trainable)), nothing
     inputs = (batch, real, cost, followed, jnp.arange(batch.tokens.shape[0]))
     if batch.tokens.shape[0] == 1:  # no second copy of the gradients where there is nothing to add
@@ -226,8 +227,7 @@ def train_step(
     else:
         (gradients, sums), _ = jax.lax.scan(accumulate, zeros, inputs)
 
-    told, followed_local = dict(sums.told), sums.told.get("local")
-    told.pop("local", None)
+    told = dict(sums.told)
     if objective.minimised == SALIENCY:
         weights = jnp.maximum(told.pop("weights"), jnp.finfo(jnp.float32).tiny)
         gradients, told = jax.tree.map(lambda x: x / weights, (gradients, told))
@@ -241,7 +241,7 @@ def train_step(
                        jax.random.fold_in(step_key, _ROUNDING))
     controlled = None
     if state.control is not None:
-        local = followed_local / jnp.sum(followed)
+        local = sums.local / jnp.sum(followed)
         told |= {"local": local, "target": control.reference(state.control, state.step, dials)}
         controlled = control.updated(state.control, local, state.step, dials)
     updated = TrainState(state.step + 1, masters, optimizer_state, healthy, controlled)

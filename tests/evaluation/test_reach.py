@@ -117,6 +117,8 @@ def test_a_plain_model_has_its_losses_by_distance(plain, windows, monkeypatch):
     scores = perplexity.score_windows(plain, windows, batch_tokens=3 * LENGTH)
     assert found["rows"]["plain"]["beyond"] == pytest.approx(scores.token_nll[:, 16:].sum() / found["tokens"].sum())
     assert "nats a token" in reach.told(found)
+    with pytest.raises(UserError, match="plain model, which routes nothing; odd cannot be forced"):
+        reach.reach(plain, windows, forced={"odd": np.zeros((3, *windows.tokens.shape), bool)})
 
 
 def test_windows_within_the_window_say_so(model, windows):

@@ -15,6 +15,7 @@ from l2a_jax.nn import routing
 from l2a_jax.runs.plan import compile_run, make_plan
 from l2a_jax.training import settings
 from l2a_jax.training.memory import checkpoint_policy
+from tests import compiler
 from tests.models.cases import CONFIG, LAYERS, make_params
 from tests.training.test_step import OBJECTIVE, make_batch, set_up
 
@@ -83,12 +84,13 @@ def test_the_fit_reaches_the_router_alone_and_leaves_the_worth_as_it_is():
                                        price=price, decisions=jnp.ones(shape, bool))
         return jnp.sum(hidden * cotangent), routed.logits
 
-    plain, fitted = (jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, jnp.zeros(shape), price)[0]
-                     for price in (None, jnp.full(shape, 0.3)))
-    np.testing.assert_allclose(fitted[1], plain[1], atol=1e-5, rtol=1e-5)
+    # Two programs that must round alike.
+    gradient = jax.jit(jax.grad(loss, (0, 1), has_aux=True), compiler_options=compiler.AS_USERS)
+    plain, fitted = (gradient(params, jnp.zeros(shape), price)[0] for price in (None, jnp.full(shape, 0.3)))
+    np.testing.assert_allclose(fitted[1], plain[1], atol=1e-5)
     kernels = [gradients["layers"].pop("router")["kernel"] for gradients, _ in (plain, fitted)]
     assert (kernels[0] == 0).all() and np.abs(kernels[1]).min(axis=1).max() > 0
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), plain[0], fitted[0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), plain[0], fitted[0])
     # Where a window covers the past, and at padding, a decision is worth nothing.
     within = np.arange(shape[2]) - np.asarray(segment_starts(batch.segment_ids, shape[1:])) < layer.window
     real = np.asarray(batch.segment_ids) != 0

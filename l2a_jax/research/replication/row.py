@@ -16,15 +16,15 @@ from typing import Any
 
 from l2a_jax.data.counts import format_count
 from l2a_jax.training import settings as presets
+from l2a_jax.training.run_files import LATER
 from l2a_jax.training.settings import Settings
 
 WIKITEXT, DIVERSE = ("wikitext={data}/train",), ("diverse={data}/train",)
 TEST, VALID = "{data}/eval/wikitext2_test.raw.txt", "{data}/eval/wikitext2_valid.raw.txt"
 BENCHMARKS = ("hellaswag", "piqa", "arc_challenge")
-_LATER = {"echo": 0.0, "cost": "tokens", "objective": "next-token", "distill_share": 0.5, "saliency_share": 0.5,
-          "explore": 0.0, "explore_by": "uniform", "router_sees": (), "router_hidden": 0,
-          "target_local": None, "target_tokens": "all"}
-"""Settings that came after the first rows were run, with what those rows did: left out of their hash."""
+_LATER = {field.name: field.default for field in dataclasses.fields(Settings)
+          if field.name in LATER - {"unroll", "flip", "attention_layers", "given"}}
+"""Settings that came after the first rows were run, with what those rows did (the defaults): left out of their hash."""
 _SPELLED = {"tokens": lambda n: format_count(n) if _exact(n) else str(n)}
 
 

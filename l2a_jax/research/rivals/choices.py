@@ -27,7 +27,8 @@ from l2a_jax.sources import Pretrained
 
 
 class Choice(NamedTuple):
-    """A choice of what is routed: by the router, cut at a logit; by the rate of each layer; by heads; or outright."""
+    """A choice of what is routed: by the router, cut at a logit or as it is; by the rate of each layer; by heads; or
+    outright."""
 
     name: str
     density: float
@@ -42,9 +43,9 @@ class Choice(NamedTuple):
             return {"cut": np.full(layers, self.cut, np.float32)}
         if self.heads is not None:
             return {"heads": self.heads, "decisions": np.zeros((layers, windows, length), bool)}
-        if self.decisions is not None:
-            return {"decisions": self.decisions}
-        return {"decisions": random_decisions(0, self.rates, windows, length)}
+        if self.rates is not None:
+            return {"decisions": random_decisions(0, self.rates, windows, length)}
+        return {} if self.decisions is None else {"decisions": self.decisions}
 
 
 class Found(NamedTuple):
@@ -53,6 +54,19 @@ class Found(NamedTuple):
     rates: Float64[np.ndarray, " L"]
     layers: list[tuple[int, ...]]
     heads: list[tuple[int, ...]] | None
+
+
+def able_layers(model: Pretrained) -> list[int]:
+    """The layers that can route: those that are not pruned."""
+    return [layer for layer in range(model.config.num_layers) if layer not in model.l2a_config.pruned_layers]
+
+
+def check_density(density: float, model: Pretrained, flag: str) -> None:
+    """UserError where no choice of the model routes this share of all decisions."""
+    able, layers = len(able_layers(model)), model.config.num_layers
+    if not 0 < density * layers <= able:
+        raise UserError(f"{flag}: no choice routes {density:.0%} of a model with {layers - able} of {layers} layers "
+                        "pruned")
 
 
 def alternating(layers: int, count: float) -> Float64[np.ndarray, " L"]:
@@ -65,21 +79,21 @@ def alternating(layers: int, count: float) -> Float64[np.ndarray, " L"]:
 
 
 def static_choices(density: float, model: Pretrained, found: Found) -> list[Choice]:
-    """The choices that know nothing of the text, at a density. UserError where the model cannot spend it."""
-    layers, heads = model.config.num_layers, model.config.num_kv_heads
-    pruned = list(model.l2a_config.pruned_layers)
-    if not 0 < density * layers <= layers - len(pruned):
-        raise UserError(f"no choice routes {density:.0%} of a model with {len(pruned)} of {layers} layers pruned")
+    """The choices that know nothing of the text, at a density. Layers that are pruned take no part."""
+    layers, able = model.config.num_layers, able_layers(model)
     count = density * layers
     places = {unit[0]: place for place, unit in enumerate(found.layers)}
-    order = np.array([-places.get(layer, layers) for layer in range(layers)], float)
-    rates = {"ranked": static_rates(found.rates, count), "searched": static_rates(order, count),
-             "alternating": alternating(layers, count), "random": np.full(layers, density)}
-    if pruned:
-        rates = {name: one for name, one in rates.items() if not one[pruned].any()}
-    choices = [Choice(name, density, rates=one) for name, one in rates.items()]
+    order = np.array([-places.get(layer, layers) for layer in able], float)
+    rates = {"ranked": static_rates(found.rates[able], count), "searched": static_rates(order, count),
+             "alternating": alternating(len(able), count), "random": np.full(len(able), count / len(able))}
+    choices = []
+    for name, of_able in rates.items():
+        every = np.zeros(layers)
+        every[able] = of_able
+        choices.append(Choice(name, density, rates=every))
     if found.heads is not None:
-        mask = opened(found.heads[: math.ceil(round(count * heads, 12))], (layers, heads))
+        shape = layers, model.config.num_kv_heads
+        mask = opened(found.heads[: math.ceil(round(count * shape[1], 12))], shape)
         choices.append(Choice("heads", float(mask.mean()), heads=mask))
     return choices
 

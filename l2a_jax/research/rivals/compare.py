@@ -27,7 +27,14 @@ from l2a_jax.evaluation.windows import windows_of
 from l2a_jax.files import check_file, check_writable, write_json, write_text
 from l2a_jax.provenance import provenance
 from l2a_jax.research.rivals import report
-from l2a_jax.research.rivals.choices import Choice, Found, learned_choice, static_choices
+from l2a_jax.research.rivals.choices import (
+    Choice,
+    Found,
+    able_layers,
+    check_density,
+    learned_choice,
+    static_choices,
+)
 from l2a_jax.research.rivals.options import RivalOptions
 from l2a_jax.research.rivals.oracle import decision_worth, most_worth
 from l2a_jax.research.rivals.search import Losses, greedy
@@ -91,6 +98,8 @@ def _prepare(options: RivalOptions, config: ModelConfig, layer: L2AConfig) -> Pr
         reach.distances(found, bare, f"{flag} and its context")
         return found
 
+    for local in options.local:
+        check_density(1 - local / 100, bare, f"--local {local:g}")
     text = windows(options.text, "--text", options.context, options.max_windows)
     calibration = windows(options.calibration, "--calibration", options.calibration_context,
                           options.calibration_windows)
@@ -112,19 +121,18 @@ def _rows(options: RivalOptions, model: Pretrained, prepared: Prepared,
     text, layers = prepared.text, model.config.num_layers
     edges, groups = reach.distances(text, model)
 
-    def score(label: str, **given: Any) -> Scores:
-        return score_windows(model, text, **given, **passes, label=label)
+    def score(label: str, choice: Choice) -> Scores:
+        return score_windows(model, text, **choice.given(layers, *text.tokens.shape), **passes, label=label)
 
     def sums(scores: Scores) -> np.ndarray:
         return reach.sums(scores.token_nll, groups, len(edges))
 
-    own = score("the router's own decisions")
-    able = np.ones((layers, 1, 1), bool)
-    able[list(model.l2a_config.pruned_layers)] = False
-    everything = np.broadcast_to(able, own.decisions.shape)
-    bounds = {"none": sums(score("none", decisions=np.zeros(everything.shape, bool))),
-              "all": sums(score("all", decisions=everything))}
+    own = score("the router's own decisions", Choice("learned", 0.0))
+    none, every = np.zeros(layers), np.isin(np.arange(layers), able_layers(model)).astype(float)
+    bounds = {name: sums(score(name, Choice(name, rates.mean(), rates=rates)))
+              for name, rates in (("none", none), ("all", every))}
     density = float(routing_rates(own.decisions, text.real).mean())
+    check_density(density, model, "the router's own density")
     asked = [density, *sorted((1 - local / 100 for local in options.local), reverse=True)]
     found = _found(options, model, prepared, max(asked), routing_rates(own.decisions, text.real))
     worth = decision_worth(model, text, options.backend)
@@ -132,17 +140,14 @@ def _rows(options: RivalOptions, model: Pretrained, prepared: Prepared,
     rows: list[dict[str, Any]] = []
     for place, target in enumerate(asked):
         choices = static_choices(target, model, found)
-        own_cut = Choice("learned", density, decisions=own.decisions)
-        choices.insert(0, own_cut if place == 0 else learned_choice(target, model, text, **passes))
+        choices.insert(0, Choice("learned", density) if place == 0 else learned_choice(target, model, text, **passes))
         choices.append(Choice("oracle", target, decisions=most_worth(worth, text.real, target)))
         for choice in choices:
-            scores = own if choice is own_cut else score(f"{choice.name} at {target:.1%}",
-                                                         **choice.given(layers, *text.tokens.shape))
+            scores = score(f"{choice.name} at {target:.1%}", choice)
             row = {"name": choice.name, "target": target, "own": place == 0, **_density(choice, scores, text, groups),
                    **reach.kept(bounds["none"], sums(scores), bounds["all"]), "sums": np.round(sums(scores), 4)}
             if prepared.prompts and choice.name != "oracle":
-                row["ruler"] = dict(_ruler(model, prepared, choice if choice is not own_cut else
-                                           Choice("learned", density), passes))
+                row["ruler"] = dict(_ruler(model, prepared, choice, passes))
             if times is not None and choice.heads is None:
                 row |= {"prefill_ms": times.prefill_ms(scores.decisions[:, :1]),
                         "decode_ms": times.decode_ms(scores.decisions[:, :1])}
@@ -163,6 +168,8 @@ def _found(options: RivalOptions, model: Pretrained, prepared: Prepared, most: f
     count = math.ceil(most * layers)
     by_layer = greedy(Losses(model, prepared.calibration, "layers", options.backend), count, "layers searched")
     shared = model.l2a_config.share_attention and not model.l2a_config.pruned_layers
+    if not shared:
+        log.warning("no heads are searched: they need one attention set for both paths, and no pruned layer")
     by_head = greedy(Losses(model, prepared.calibration, "heads", options.backend), math.ceil(most * layers * heads),
                      "heads searched") if shared else None
     return Found(rates, by_layer, by_head)
@@ -182,15 +189,13 @@ def _ruler(model: Pretrained, prepared: Prepared, choice: Choice,
     under the choice."""
     for (task, length), items in prepared.prompts.items():
         shape = (len(items), len(items[0].tokens))
-        given: dict[str, Any] = {}
+        given = choice.given(model.config.num_layers, *shape)
         if choice.cut is not None:
             tokens, last = np.stack([item.tokens for item in items]), np.zeros(shape, bool)
             last[:, -1] = True  # the loss is not asked for: as little of it as can be
             windows = Windows(tokens, np.zeros(shape, np.int32), last, np.ones(shape, bool), {"name": task})
-            given = {"decisions": score_windows(model, windows, label=f"{task} of {length:,} tokens", **passes,
-                                                **choice.given(model.config.num_layers, *shape)).decisions}
-        elif choice.rates is not None or choice.heads is not None:
-            given = choice.given(model.config.num_layers, *shape)
+            given = {"decisions": score_windows(model, windows, **given, **passes,
+                                                label=f"{task} of {length:,} tokens").decisions}
         written = ruler.write(model, items, task, length, prepared.ruler, **given)
         local = 1 - choice.density if choice.heads is not None else float(written.local.mean())
         yield f"{task} {length}", {"local": local, "scores": [

@@ -36,6 +36,7 @@ class Losses:
             raise UserError("heads see everything beside a window only where both paths share one attention set, and "
                             "no layer is pruned")
         self.shape = (config.num_layers,) if units == "layers" else (config.num_layers, config.num_kv_heads)
+        self.able = [unit for unit in np.ndindex(*self.shape) if unit[0] not in layer.pruned_layers]
         self._weights = (distances(windows, model, "--calibration-context")[1] > 0).astype(np.float32)
         self._call = functools.partial(_losses, model.params, windows.tokens, windows.targets, self._weights,
                                        config=config, l2a_config=layer, units=units, backend=backend)
@@ -62,10 +63,10 @@ def _losses(params, tokens, targets, weights, masks, *, config, l2a_config, unit
 
 def greedy(losses: Losses, count: int, label: str) -> list[tuple[int, ...]]:
     """The first `count` units in the order in which greedy search opens them; a unit is an index (layer,) or
-    (layer, head). UserError where there are not so many; loss not finite is one too."""
-    if not 0 <= count <= np.prod(losses.shape):
-        raise UserError(f"{label}: no choice has {count} of {int(np.prod(losses.shape))} units")
-    units = list(np.ndindex(*losses.shape))
+    (layer, head) of a layer that can route. UserError where there are not so many, or a loss is not finite."""
+    units = losses.able
+    if not 0 <= count <= len(units):
+        raise UserError(f"{label}: no choice has {count} of {len(units)} units")
     chosen: list[tuple[int, ...]] = []
     mask = np.zeros(losses.shape, bool)
     with progress(label, count) as report:

@@ -101,8 +101,22 @@ def test_static_choices_spend_the_density(model, windows):
 
 def test_a_density_that_no_choice_has(model):
     pruned = model._replace(l2a_config=dataclasses.replace(LAYER, pruned_layers=(0, 2)))
-    with pytest.raises(UserError, match="no choice routes 50% of a model with 2 of 3 layers pruned"):
-        choices.static_choices(0.5, pruned, choices.Found(np.zeros(3), [(1,)], None))
+    for density in (0.5, 0.0):
+        with pytest.raises(UserError, match=rf"--local 9: no choice routes {density:.0%} of a model with 2 of 3"):
+            choices.check_density(density, pruned, "--local 9")
+    choices.check_density(1 / 3, pruned, "--local 67")
+
+
+def test_pruned_layers_take_no_part_and_cost_no_rival(model, windows):
+    pruned = model._replace(l2a_config=dataclasses.replace(LAYER, pruned_layers=(1,)))
+    search = Losses(pruned, windows, "layers")
+    assert search.able == [(0,), (2,)] and set(greedy(search, 2, "layers")) == {(0,), (2,)}
+    made = {choice.name: choice.rates for choice in choices.static_choices(
+        0.5, pruned, choices.Found(np.array([0.1, 0.9, 0.3]), [(2,), (0,)], None))}
+    np.testing.assert_allclose(made["ranked"], [0.5, 0, 1])
+    np.testing.assert_allclose(made["searched"], [0.5, 0, 1])
+    np.testing.assert_allclose(made["random"], [0.75, 0, 0.75])
+    assert made["alternating"][1] == 0 and made["alternating"].sum() == pytest.approx(1.5)
 
 
 def test_the_learned_choice_reaches_the_density(model, windows):
@@ -166,6 +180,7 @@ def test_the_command_compares_and_writes(texts, tmp_path):
     ({"calibration_context": 100_000}, "is longer than max_positions"),
     ({"text": "nowhere.txt"}, "nowhere.txt"),
     ({"lengths": (128,)}, "speaks the synthetic recall corpus"),
+    ({"local": (100.0,)}, "--local 100: no choice routes 0%"),
 ])
 def test_bad_input_is_said_before_weights_are_read(texts, tmp_path, given, said, monkeypatch):
     monkeypatch.setattr(compare, "load_pretrained", lambda *_: pytest.fail("weights were read"))
