@@ -13,10 +13,10 @@ import pytest
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "l2a_jax"
 GROUND = ("errors", "commands", "device", "provenance",
           "files", "fields", "flags", "shapes", "config", "progress", "version")
-FLOORS = (GROUND, ("attention",), ("nn",), ("models",), ("data",), ("training",), ("weights",), ("sources",),
-          ("inference",), ("evaluation",), ("runs",), ("research",))
+FLOORS = (GROUND, ("attention",), ("nn",), ("models",), ("data",), ("sharding",), ("training",), ("weights",),
+          ("sources",), ("inference",), ("evaluation",), ("runs",), ("research",))
 """From the ground up. A module may import from its own floor and from those below."""
-LINES = {"library": 17_803, "research": 8_409}
+LINES = {"library": 17_853, "research": 8_409}
 
 
 def module_of(path: pathlib.Path) -> str:

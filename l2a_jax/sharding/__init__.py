@@ -1,0 +1,1 @@
+"""How a run is dealt over devices: the mesh, the leaves, the tokens."""
