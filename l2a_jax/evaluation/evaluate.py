@@ -1,6 +1,6 @@
 """What `eval/run.py` does from start to end: check everything, load, run each task, merge into `eval.json`.
 
-    options -> plan (files read, names known: nothing is computed before all of it is right) -> model -> tasks
+    options -> setup (files read, names known: nothing is computed before all of it is right) -> model -> tasks
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from l2a_jax.sources import Pretrained, load_pretrained, locate, read_config, ru
 log = logging.getLogger("l2a_jax.eval")
 
 
-class Plan(NamedTuple):
+class Setup(NamedTuple):
     """An evaluation before anything is computed: names known, files read, flags consistent."""
 
     options: Options
@@ -53,7 +53,7 @@ class Plan(NamedTuple):
         return "float32" if self.dtype == "float32" and device.platform() != "cpu" else None
 
 
-def make_plan(options: Options) -> Plan:
+def set_up(options: Options) -> Setup:
     """Check all that can be checked before weights are read. Raises UserError naming the flag."""
     tasks = _tasks(options.tasks)
     fields.check(options)
@@ -83,12 +83,12 @@ def make_plan(options: Options) -> Plan:
                 for name in tasks if hasattr(registry.module(name), "prepare")}
     path, replace = _place(options)
     batch_tokens = options.batch_tokens or device.batch_tokens(perplexity.BATCH_TOKENS)
-    return Plan(options, tasks, config, own, layer, windows, calibration, prepared, dtype, batch_tokens, path, replace)
+    return Setup(options, tasks, config, own, layer, windows, calibration, prepared, dtype, batch_tokens, path, replace)
 
 
-def idle(plan: Plan) -> list[tuple[bool, tuple[str, ...], str]]:
+def idle(setup: Setup) -> list[tuple[bool, tuple[str, ...], str]]:
     """Where an option changes nothing, as rules for `commands.say_idle`."""
-    o, tasks = plan.options, [*plan.tasks, *(["pruning"] if _pruning(plan.options) else [])]
+    o, tasks = setup.options, [*setup.tasks, *(["pruning"] if _pruning(setup.options) else [])]
     read = {flag for name in tasks for flag in registry.find(name).reads}
     readers: dict[str, list[str]] = {}
     for name, task in registry.TASKS.items():
@@ -109,53 +109,53 @@ def evaluate(options: Options) -> tuple[dict[str, Any], Path]:
 
     Raises UserError on bad input before anything is computed; tasks that were finished before an error stay written.
     """
-    plan = make_plan(options)
+    setup = set_up(options)
     defaults = {field.name: field.default for field in dataclasses.fields(Options)}
     given = [name for name, default in defaults.items() if getattr(options, name) != default]
-    commands.say_idle([*given, *options.layer, *(_needle_flag(name) for name in options.needle)], idle(plan))
-    _check_place(plan)
-    log.info("%s: %s", options.source, ", ".join(plan.tasks))
-    with jax.default_matmul_precision(plan.precision):
-        model = subject.with_layer(load_pretrained(options.source, jnp.dtype(plan.dtype)), plan.config, plan.layer,
+    commands.say_idle([*given, *options.layer, *(_needle_flag(name) for name in options.needle)], idle(setup))
+    _check_place(setup)
+    log.info("%s: %s", options.source, ", ".join(setup.tasks))
+    with jax.default_matmul_precision(setup.precision):
+        model = subject.with_layer(load_pretrained(options.source, jnp.dtype(setup.dtype)), setup.config, setup.layer,
                                    options.route)
         unpruned = model
-        if plan.calibration is not None:
-            model = pruning_cost.by_sparsity(model, plan.calibration, options.prune_sparsity, backend=options.backend,
-                                             batch_tokens=plan.batch_tokens)
+        if setup.calibration is not None:
+            model = pruning_cost.by_sparsity(model, setup.calibration, options.prune_sparsity, backend=options.backend,
+                                             batch_tokens=setup.batch_tokens)
         elif options.prune_layers:
             unpruned = model._replace(l2a_config=dataclasses.replace(
-                model.l2a_config, pruned_layers=() if plan.own is None else plan.own.pruned_layers))
-        head = subject.describe(model, options.source, options.route, plan.own)
-        held = results.open_results(plan.path, head, replace=plan.replace)["tasks"]
+                model.l2a_config, pruned_layers=() if setup.own is None else setup.own.pruned_layers))
+        head = subject.describe(model, options.source, options.route, setup.own)
+        held = results.open_results(setup.path, head, replace=setup.replace)["tasks"]
         started = time.monotonic()
 
         def keep(found: dict[str, Any]) -> None:
-            settings = dataclasses.asdict(options) | {"dtype": plan.dtype, "batch_tokens": plan.batch_tokens}
+            settings = dataclasses.asdict(options) | {"dtype": setup.dtype, "batch_tokens": setup.batch_tokens}
             origin = results.origin(settings, time.monotonic() - started)
-            results.merge_results(plan.path, head, {task: {**entry, "provenance": origin} for task, entry in
-                                                    found.items()}, replace=plan.replace)
+            results.merge_results(setup.path, head, {task: {**entry, "provenance": origin} for task, entry in
+                                                    found.items()}, replace=setup.replace)
 
-        for name, run in _steps(plan, model, unpruned, held, keep):
+        for name, run in _steps(setup, model, unpruned, held, keep):
             log.info("%s ...", name)
             started = time.monotonic()
             keep(run())
             log.info("%s: done in %.1f s", name, time.monotonic() - started)
-    return results.read_results(plan.path), plan.path
+    return results.read_results(setup.path), setup.path
 
 
-def _steps(plan: Plan, model: Pretrained, unpruned: Pretrained, held: dict[str, Any], keep: Callable[[dict], None]
+def _steps(setup: Setup, model: Pretrained, unpruned: Pretrained, held: dict[str, Any], keep: Callable[[dict], None]
            ) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
     """(name, function) in the order of running. A function returns results by task name, as `held` has those that the
     file holds and `keep` takes those of a task that is not done yet."""
-    passes = {"backend": plan.options.backend, "batch_tokens": plan.batch_tokens}
-    score = functools.cache(lambda: perplexity.score_windows(model, plan.windows, **passes))
+    passes = {"backend": setup.options.backend, "batch_tokens": setup.batch_tokens}
+    score = functools.cache(lambda: perplexity.score_windows(model, setup.windows, **passes))
 
     def step(name: str) -> tuple[str, Callable[[], dict[str, Any]]]:
-        work = registry.Work(name, plan.options, model, unpruned, plan.windows, plan.prepared.get(name), passes, score,
-                             plan.path, held.get(name), lambda entry: keep({name: entry}))
+        work = registry.Work(name, setup.options, model, unpruned, setup.windows, setup.prepared.get(name), passes,
+                             score, setup.path, held.get(name), lambda entry: keep({name: entry}))
         return name, lambda: {name: registry.module(name).task(work)}
 
-    wanted = {**dict.fromkeys(plan.tasks), **({"pruning": None} if _pruning(plan.options) else {})}
+    wanted = {**dict.fromkeys(setup.tasks), **({"pruning": None} if _pruning(setup.options) else {})}
     return [step(name) for name in {**registry.TASKS, **wanted} if name in wanted]
 
 
@@ -192,14 +192,14 @@ def _place(options: Options) -> tuple[Path, bool]:
     return place, False
 
 
-def _check_place(plan: Plan) -> None:
+def _check_place(setup: Setup) -> None:
     """What will be written can be, and what is there can be merged into: found out before anything is computed."""
-    made = [file for name in plan.tasks if hasattr(registry.module(name), "writes")
-            for file in registry.module(name).writes(name, plan.options, plan.prepared[name], plan.path)]
-    for name in (plan.path.name, *made):
-        check_file(plan.path.with_name(name), "--out" if plan.options.out is not None else "the results")
-    if plan.path.exists():
-        results.read_results(plan.path)
+    made = [file for name in setup.tasks if hasattr(registry.module(name), "writes")
+            for file in registry.module(name).writes(name, setup.options, setup.prepared[name], setup.path)]
+    for name in (setup.path.name, *made):
+        check_file(setup.path.with_name(name), "--out" if setup.options.out is not None else "the results")
+    if setup.path.exists():
+        results.read_results(setup.path)
 
 
 def _variant(options: Options) -> str:

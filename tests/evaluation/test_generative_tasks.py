@@ -176,7 +176,7 @@ def test_the_command_writes_texts_and_reads_its_results_back(folder, monkeypatch
     with pytest.raises(UserError, match=r"holds no gsm8k_test\*.jsonl"):
         evaluate.evaluate(options)
     with pytest.raises(UserError, match="--tasks: pruning is asked for by flags of its own"):
-        evaluate.make_plan(Options(source=TINY, tasks=("pruning",)))
+        evaluate.set_up(Options(source=TINY, tasks=("pruning",)))
 
 
 def test_a_task_without_a_name_here_is_lm_evals():

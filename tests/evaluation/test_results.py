@@ -107,7 +107,7 @@ def test_two_evaluations_into_one_file_keep_each_others_tasks(tmp_path, monkeypa
     """The second ends while the first computes: read, merge and write are one, on what the file holds by then."""
     entry = made_up()["tasks"]
 
-    def steps(plan, model, unpruned, held, keep):
+    def steps(setup, model, unpruned, held, keep):
         def first():
             monkeypatch.setattr(evaluate, "_steps", lambda *_: [("needle", lambda: {"needle": entry["needle"]})])
             evaluate.evaluate(evaluate.Options(TINY, ("needle",), out=tmp_path))

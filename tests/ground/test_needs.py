@@ -46,7 +46,7 @@ def reads_parquet(tmp_path):
 
 
 def scores_a_benchmark(tmp_path):
-    evaluate.make_plan(evaluate.Options(source=TINY, tasks=("hellaswag",), out=tmp_path))
+    evaluate.set_up(evaluate.Options(source=TINY, tasks=("hellaswag",), out=tmp_path))
 
 
 def imports(module):

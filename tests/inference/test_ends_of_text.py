@@ -73,8 +73,8 @@ def test_a_prompt_file_that_cannot_be_read_is_named(tmp_path, monkeypatch, conte
 
 def _collapse(model, monkeypatch, seen):
     monkeypatch.setattr(collapse, "collapse", lambda *given, **options: {"stops": seen.append(options["stop_tokens"])})
-    plan = evaluate.make_plan(evaluate.Options(TINY, ("collapse",)))
-    dict(evaluate._steps(plan, model, model, {}, print))["collapse"]()
+    setup = evaluate.set_up(evaluate.Options(TINY, ("collapse",)))
+    dict(evaluate._steps(setup, model, model, {}, print))["collapse"]()
 
 
 def _study(model, monkeypatch, seen):

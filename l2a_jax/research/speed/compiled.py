@@ -8,6 +8,7 @@ and spills are the point.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import subprocess
@@ -65,17 +66,13 @@ def triton_kernels(lowered) -> list[dict]:
     found = []
 
     def visit(operation):
-        for region in operation.regions:
-            for part in region:
-                for child in part:
-                    if (child.operation.name == "stablehlo.custom_call"
-                            and "triton" in str(child.attributes["call_target_name"])):
-                        found.append(child.attributes["mhlo.backend_config"])
-                    visit(child.operation)
+        if operation.name == "stablehlo.custom_call" and "triton" in str(operation.attributes["call_target_name"]):
+            found.append(operation.attributes["mhlo.backend_config"])
+        return ir.WalkResult.ADVANCE
 
     module = lowered.compiler_ir("stablehlo")
     with module.context:
-        visit(module.operation)
+        module.operation.walk(visit)
         configs = [{"name": ir.StringAttr(c["name"]).value, "code": ir.StringAttr(c["ir"]).value_bytes,
                     "num_warps": ir.IntegerAttr(c["num_warps"]).value,
                     "num_stages": ir.IntegerAttr(c["num_stages"]).value} for c in found]
@@ -119,18 +116,17 @@ def compile_kernel(kernel: dict, arch: str) -> dict:
 def report(arch: str, dtype=jnp.bfloat16, sinks: int = 4, loops=blocks.LOOPS) -> list[dict]:
     """What every kernel of an architecture's rows needs, beside our bound and the card's limit."""
     found, itemsize = [], jnp.dtype(dtype).itemsize
-    for width in (64, 128):
-        for loop in loops:
-            function, shapes = example(loop, width, arch, dtype, sinks)
-            for kernel in triton_kernels(lower_for_cuda(function, *shapes, arch=arch)):
-                name = _KERNELS.get(kernel["name"])
-                if name is None:
-                    continue
-                block = getattr(blocks.table(arch, width, itemsize, loop), name)
-                found.append({"arch": arch, "width": width, "loop": loop, "kernel": name, "block": str(block),
-                              **compile_kernel(kernel, arch),
-                              "bound": blocks.shared_memory(name, block, width, itemsize, sinks),
-                              "limit": blocks.SHARED_MEMORY[arch]})
+    for width, loop in itertools.product((64, 128), loops):
+        function, shapes = example(loop, width, arch, dtype, sinks)
+        for kernel in triton_kernels(lower_for_cuda(function, *shapes, arch=arch)):
+            name = _KERNELS.get(kernel["name"])
+            if name is None:
+                continue
+            block = getattr(blocks.table(arch, width, itemsize, loop), name)
+            found.append({"arch": arch, "width": width, "loop": loop, "kernel": name, "block": str(block),
+                          **compile_kernel(kernel, arch),
+                          "bound": blocks.shared_memory(name, block, width, itemsize, sinks),
+                          "limit": blocks.SHARED_MEMORY[arch]})
     return found
 
 

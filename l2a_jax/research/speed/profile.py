@@ -21,16 +21,13 @@ def kernel_times(function, calls: int = 3) -> collections.Counter:
             jax.block_until_ready(out)
         (path,) = Path(folder).rglob("*.xplane.pb")
         data = jax.profiler.ProfileData.from_file(str(path))
+        events = (event for plane in data.planes if "GPU" in plane.name
+                  for line in plane.lines if line.name.startswith("Stream") for event in line.events)
         spent = collections.defaultdict(lambda: [0.0, 0.0])
-        for plane in data.planes:
-            for line in plane.lines:
-                if "GPU" not in plane.name or not line.name.startswith("Stream"):
-                    continue
-                for event in line.events:
-                    hlo = dict(event.stats).get("hlo_op", "")
-                    entry = spent[event.name, str(hlo)]
-                    entry[0] += event.duration_ns / 1e6 / calls
-                    entry[1] += 1 / calls
+        for event in events:
+            entry = spent[event.name, str(dict(event.stats).get("hlo_op", ""))]
+            entry[0] += event.duration_ns / 1e6 / calls
+            entry[1] += 1 / calls
     return spent
 
 
