@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from l2a_jax.data.asking import with_questions
 from l2a_jax.data.batch import Batch
 from l2a_jax.data.echo import with_echoes
-from l2a_jax.data.encoder import check_ids, make_encoder
+from l2a_jax.data.encoder import Encoder, check_ids, make_encoder
 from l2a_jax.data.mixing import Mix, held_out_identities, interleave, make_mix, permutation, ranks
 from l2a_jax.data.packing import PACKINGS, Plan, best_fit, concatenate
 from l2a_jax.data.recipes import Domain, resolve
@@ -54,18 +55,21 @@ class PackedData:
     batch_size: int
     seed: int
     held_out_share: float
-    end_id: int
+    encoder: Encoder
     fingerprint: str
     process_index: int = 0
     process_count: int = 1
     dropped: tuple[str, ...] = ()
     echo: float = 0.0
+    ask: float = 0.0
 
     def batch(self, index: int) -> Batch:
         """Micro-batch `index`, int32/float32 [batch_size / process_count, seq_len]."""
         rows = self._mine(index)
         batch = self._fill([self._train_row(row) for row in rows])
-        return with_echoes(batch, rows, self.echo, self.seed) if self.echo else batch
+        if self.echo:
+            batch = with_echoes(batch, rows, self.echo, self.seed)
+        return with_questions(batch, rows, self.ask, self.seed, self.encoder.encode) if self.ask else batch
 
     def held_out(self, batches: int | None = None, domain: str | None = None) -> Iterator[Batch]:
         """The held-out documents once, in the domains' shares as long as they last, at most `batches` batches.
@@ -98,7 +102,7 @@ class PackedData:
 
     def _fill(self, rows: list[tuple[Part, Plan, int]]) -> Batch:
         shape = (self.batch_size // self.process_count, self.seq_len)
-        tokens, targets = np.full(shape, self.end_id, np.int32), np.full(shape, self.end_id, np.int32)
+        tokens, targets = (np.full(shape, self.encoder.end_id, np.int32) for _ in range(2))
         weights, segments, positions = np.zeros(shape, np.float32), np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         counting = np.arange(self.seq_len, dtype=np.int32)
         for b, (part, plan, row) in enumerate(rows):
@@ -170,6 +174,7 @@ class PackedData:
             "packing_efficiency": round(packed / (total["rows"] * self.seq_len), 4),
             "tokens_per_batch": round(self.tokens_per_batch, 1), "seq_len": self.seq_len, "batch_size": self.batch_size,
             "seed": self.seed, "held_out": self.held_out_share, "echo": self.echo,
+            "ask": self.ask,
             "dropped_domains": list(self.dropped), "domains": domains,
             "tokenizer": self.parts[0].store.meta["key"]["tokenizer"][:_DIGITS],
             "fingerprint": self.fingerprint,
@@ -200,6 +205,7 @@ def open_data(
     join: str | None = None,
     end_id: int | None = None,
     echo: float = 0.0,
+    ask: float = 0.0,
     vocab_size: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
@@ -215,11 +221,11 @@ def open_data(
     not named counts 1; None: each entry by its size, and inside a recipe the recipe's weights. `held_out`: share of the
     documents held out, by hash of their text and not by the seed. `text_field`, `join`: as in `text.record_text`; None
     keeps the recipe's, and `join=""` joins nothing. `echo`: share of the rows trained on in which earlier text is
-    repeated (`data.echo`); never held-out ones.
+    repeated (`data.echo`), `ask`: of those that ask about themselves (`data.asking`); never held-out ones.
 
     Raises UserError on anything wrong with the arguments or the files.
     """
-    _check(seq_len, batch_size, packing, held_out, echo, process_index, process_count)
+    _check(seq_len, batch_size, packing, held_out, {"echo": echo, "ask": ask}, process_index, process_count)
     domains = resolve(spec)
     if weights is not None:
         _check_weights(weights, domains)
@@ -256,11 +262,12 @@ def open_data(
         "order": ORDER, "stores": [store.folder.name for store in stores], "shares": [round(s, 12) for s in shares],
         "checksums": [store.meta["checksums"]["tokens.bin"] for store in stores], "packing": packing, "seed": seed,
         "seq_len": seq_len, "batch_size": batch_size, "held_out": held_out, **({"echo": echo} if echo else {}),
+        **({"ask": ask} if ask else {}),
     }
     return PackedData(
         parts, make_mix(shares * rows / tokens, int(rows.sum()), seed), packing, seq_len, batch_size, seed, held_out,
-        encoder.end_id, hashlib.sha256(json.dumps(order).encode()).hexdigest(), process_index, process_count, dropped,
-        echo,
+        encoder, hashlib.sha256(json.dumps(order).encode()).hexdigest(), process_index, process_count, dropped, echo,
+        ask,
     )
 
 
@@ -284,7 +291,8 @@ def _shares(domains: tuple[Domain, ...], tokens: np.ndarray, by_weight: bool) ->
     return shares
 
 
-def _check(seq_len: int, batch_size: int, packing: str, held_out: float, echo: float, index: int, count: int) -> None:
+def _check(seq_len: int, batch_size: int, packing: str, held_out: float, changed: dict[str, float],
+           index: int, count: int) -> None:
     def require(good: bool, message: str) -> None:
         if not good:
             raise UserError(message)
@@ -293,7 +301,8 @@ def _check(seq_len: int, batch_size: int, packing: str, held_out: float, echo: f
     require(batch_size >= 1, f"the batch size is {batch_size}; expected at least 1 row")
     require(packing in PACKINGS, f"packing is {packing!r}; expected one of {', '.join(PACKINGS)}")
     require(0 <= held_out < 1, f"held_out is {held_out}; expected a share from 0 to below 1")
-    require(0 <= echo <= 1, f"echo is {echo}; expected a share of the rows, from 0 to 1")
+    for name, share in changed.items():
+        require(0 <= share <= 1, f"{name} is {share}; expected a share of the rows, from 0 to 1")
     require(0 <= index < count, f"process_index is {index}; expected 0 to {count - 1}")
     require(batch_size % count == 0, f"a batch of {batch_size} rows does not divide among {count} processes")
 

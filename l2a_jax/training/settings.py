@@ -53,6 +53,8 @@ class DataSettings:
     packing: Annotated[str, Choice(*PACKINGS), "documents that never see each other, or one long text"] = "best_fit"
     echo: Annotated[float, fields.between(0, 1, "a share of the rows"), SHARE, OUTSIDE,
                     "share of the rows trained on in which earlier text is repeated"] = 0.0
+    ask: Annotated[float, fields.between(0, 1, "a share of the rows"), SHARE, OUTSIDE,
+                   "share of the rows trained on that ask for what was said in them"] = 0.0
 
 
 @dataclass(frozen=True)
@@ -243,6 +245,8 @@ def _checked(settings: Settings) -> Settings:
         raise UserError(f"--penalty is {settings.penalty:g}; expected 0 where --target-local moves the weight")
     if settings.echo and not settings.data:
         raise UserError("--echo repeats text of --data, and there is none; give --model and --data")
+    if settings.ask and not settings.data:
+        raise UserError("--ask puts questions into text of --data, and there is none; give --model and --data")
     if settings.rope is not None:
         parse_rope(settings.rope)
     return settings
@@ -307,7 +311,7 @@ def idle(settings: Settings) -> list[tuple[bool, tuple[str, ...], str]]:
         (s.regime in PLAIN_REGIMES, (*LAYER_FIELDS, "router_lr", "penalty", "penalty_warmup", "penalty_ramp", "cost",
                                       "target_tokens"),
          f"--regime {s.regime} runs a plain model, which has no L2A layer"),
-        (not trained, ("steps", "tokens", "grad_accum", "echo", "lr", "weight_decay", "warmup", "clip", "master_dtype",
+        (not trained, ("steps", "tokens", "grad_accum", "echo", "ask", "lr", "weight_decay", "warmup", "clip", "master_dtype",
                        "remat", "unroll", "save_every", "eval_every"), f"--regime {s.regime} trains nothing"),
         (bool(trained) and not trained & {"attention", "mlp", "embeddings"}, ("weight_decay",),
          f"decay is of matrices, and --regime {s.regime} trains the router and norms alone"),

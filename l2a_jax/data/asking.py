@@ -1,0 +1,184 @@
+"""Text that asks about itself: things said at random places of a row, and asked for further on.
+
+Ordinary text seldom needs what stood thousands of tokens before, and where it does, a word or a name comes again
+(`echo`). A router that has read nothing else stays local in lists, tables and monotone text, whatever is asked of them
+later. These rows ask: what was noted of something, entries of a register, which names stand for a value through others,
+which words a list holds most often, in the row's own text, in sentences that repeat, or in nothing but entries. The
+answers follow, so next-token loss and distillation both say where the past was needed.
+
+Wordings are our own and vary; none is that of a task that this project scores.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jaxtyping import Int32
+
+from l2a_jax.data.batch import Batch
+from l2a_jax.data.mixing import raw_random
+
+QUALITIES = ("amber ashen bitter blunt brisk broad calm clever coarse copper crooked dim dusty eager early faded "
+             "gentle gilded hollow humble idle ivory jagged keen late lean little lofty lonely loud mild muddy "
+             "narrow nimble northern old pale patient plain proud quiet rapid rough rusty salty scarlet secret "
+             "silent silver slow small solemn steep stern sunny tall tidy violet wary western wide windy wooden "
+             "young").split()
+THINGS = ("anchor archive barrel basket beacon bell bridge cabin candle canyon castle cellar chapel clock compass "
+          "copse cradle dagger door engine falcon farm ferry fiddle flute forge fountain garden gate glove granary "
+          "hammer harbour hedge inn island kettle ladder lamp lantern library locker mill mirror oak orchard oven "
+          "parcel pier pilot plough quarry raven reservoir saddle school shed signal station table tailor tower "
+          "trunk vault wagon well workshop").split()
+ATTRIBUTES = ("code weight owner number password colour keeper price label price tag file address motto height age "
+              "opening hour licence seal").split()
+FILLERS = ("The road went on between the fields. Nobody was on it. A cart stood by the wall. ",
+           "It rained in the morning. It rained in the evening. The river was high. ",
+           "The meeting was opened. The minutes were read. There were no objections. ",
+           "Line checked. Nothing to report. Moving on to the next line. ",
+           "One step and another step. The stairs turn left. The stairs turn right. ")
+SYLLABLES = ("ba be bo da do fe ga go ka ke ko la le lo ma me mo na ne no pa pe po ra re ro sa se so ta te to va ve "
+             "vo").split()
+NOTED = (" The {attribute} of the {subject} is {value}.",
+         " Of the {subject} it is known that its {attribute} is {value}.",
+         " {subject}, {attribute}: {value}.", " (Remember: {subject} - {attribute} - {value}.)")
+ASKED = ("\nAs said above, the {attribute} of the {subject} is {value}.",
+         "\nAsked which {attribute} the {subject} has, one answers: {value}.",
+         "\n{subject}, {attribute}: {value}.", "\nQ: {attribute} of the {subject}? A: {value}")
+_LEAST = 16
+"""Tokens: a row of fewer asks nothing."""
+
+
+class _Draws:
+    """Random numbers, one after the other, as choices."""
+
+    def __init__(self, key: str):
+        self._numbers = itertools.chain.from_iterable(
+            raw_random(f"{key} {part}", 1_024).tolist() for part in itertools.count())
+
+    def below(self, count: int) -> int:
+        return next(self._numbers) % count
+
+    def of(self, choices: Sequence[str]) -> str:
+        return choices[self.below(len(choices))]
+
+    def subject(self) -> str:
+        return f"{self.of(QUALITIES)} {self.of(THINGS)}"
+
+    def name(self) -> str:
+        return "".join(self.of(SYLLABLES) for _ in range(3 + self.below(2)))
+
+    def value(self) -> str:
+        kind = self.below(3)
+        if kind == 0:
+            return str(10 ** (2 + self.below(6)) + self.below(10**7))
+        if kind == 1:
+            return f"{self.of(QUALITIES)} {self.of(QUALITIES)} {self.of(THINGS)}"
+        return f"{self.below(1 << 32):08x}-{self.below(1 << 32):08x}"
+
+    def order(self, count: int) -> list[int]:
+        keys = [next(self._numbers) for _ in range(count)]
+        return sorted(range(count), key=keys.__getitem__)
+
+
+def _notes(draws: _Draws, room: int) -> tuple[list[str], list[str]]:
+    """Statements and, in another order, questions with their answers; some subjects have several values."""
+    said, asked = [], []
+    for _ in range(1 + draws.below(max(1, min(28, room // 200)))):
+        subject, attribute = draws.subject(), draws.of(ATTRIBUTES)
+        values = [draws.value() for _ in range(1 + (draws.below(4) == 0) * draws.below(4))]
+        wording = draws.of(NOTED)
+        said += [wording.format(subject=subject, attribute=attribute, value=value) for value in values]
+        asked.append(draws.of(ASKED).format(subject=subject, attribute=attribute, value=", ".join(values)))
+    return said, [asked[i] for i in draws.order(len(asked))]
+
+
+def _register(draws: _Draws, room: int) -> tuple[list[str], list[str]]:
+    """Entries that fill the row, and some of them asked for. An entry takes some twenty tokens."""
+    wording, attribute = draws.of(NOTED), draws.of(ATTRIBUTES)
+    entries = [(f"{draws.subject()} {draws.name()}", draws.value()) for _ in range(max(1, room // 32))]
+    said = [wording.format(subject=subject, attribute=attribute, value=value) for subject, value in entries]
+    ask = draws.of(ASKED)
+    chosen = draws.order(len(entries))[: 8]
+    return said, [ask.format(subject=entries[i][0], attribute=attribute, value=entries[i][1]) for i in chosen]
+
+
+def _names(draws: _Draws, room: int) -> tuple[list[str], list[str]]:
+    """Names that stand for a value, each by way of the one before, and all of them asked for."""
+    said, asked = [], []
+    for _ in range(1 + draws.below(max(1, min(5, room // 200)))):
+        chain, value = [draws.name() for _ in range(2 + draws.below(4))], draws.value()
+        be = draws.of((" Let {} be {}.", " {} = {};", " We write {} for {}.", " {} is the same as {}."))
+        said += [be.format(name, before) for name, before in zip(chain, [value, *chain], strict=False)]
+        asked += [f"\nAll that stand for {value}: {', '.join(chain)}.", f"\nIn the end {chain[-1]} is {value}."]
+    return said, asked
+
+
+def _tally(draws: _Draws, room: int) -> tuple[list[str], list[str]]:
+    """A list of words, some of which it holds often, and those."""
+    often = [draws.of(THINGS) if draws.below(2) else draws.name()
+             for _ in range(min(3 + draws.below(6), 1 + room // 200))]
+    words = [draws.name() for _ in range(room // 8)]
+    words += [word for word in often for _ in range(8 + draws.below(12))]
+    separator = draws.of((", ", "\n- ", "; ", " "))
+    said = [separator + words[i] for i in draws.order(len(words))]
+    return said, [f"\nThe words that came again and again: {', '.join(often)}.",
+                  *(f"\nHow often the list holds {word} was counted: {words.count(word)} times." for word in often[:2])]
+
+
+KINDS = {"notes": _notes, "register": _register, "names": _names, "tally": _tally}
+
+
+def asked_row(tokens: Int32[np.ndarray, " T"], key: str, encode: Callable[[Sequence[str]], list[np.ndarray]]
+              ) -> Int32[np.ndarray, " T"] | None:
+    """A row of as many tokens that asks about itself, made of `tokens` (what the statements stand in, unless it is
+    nothing but entries or sentences that repeat) and of what follows from `key`; None where it has no room for that.
+
+    Some questions come between the middle and the end, the others at the end.
+    """
+    size = room = tokens.size
+    kind = _Draws(key).of(tuple(KINDS))
+    while True:
+        draws = _Draws(f"{key} {room}")
+        said, asked = KINDS[kind](draws, room)
+        pieces = [np.asarray(ids, tokens.dtype) for ids in encode([*said, *(f"{question}\n" for question in asked)])]
+        left = size - sum(ids.size for ids in pieces)
+        if left >= 0:
+            break
+        room //= 2
+        if room < _LEAST:
+            return None
+    filler = np.asarray(tokens)
+    early = len(asked) // 3
+    if kind in ("register", "tally"):  # one long list; what text there still is stands before it
+        cuts = [left] * (len(said) + early)
+    else:
+        if draws.below(2):
+            sentence = np.asarray(encode([draws.of(FILLERS)])[0], tokens.dtype)
+            filler = np.tile(sentence, -(-size // sentence.size))
+        middle = left // 2
+        cuts = sorted(draws.below(middle + 1) for _ in said)
+        cuts += sorted(middle + draws.below(left - middle + 1) for _ in range(early))
+    filler = filler[:left]
+    within = zip(pieces, [0, *cuts], cuts, strict=False)
+    parts = [part for ids, begin, end in within for part in (filler[begin:end], ids)]
+    return np.concatenate([*parts, filler[cuts[-1]:], *pieces[len(cuts):]])
+
+
+def with_questions(batch: Batch, rows: range, share: float, seed: int,
+                   encode: Callable[[Sequence[str]], list[np.ndarray]]) -> Batch:
+    """The batch with a `share` of its rows asking about themselves, each one document; `rows` are their numbers in the
+    whole stream, which with the seed decide everything, so that a resumed run sees the same."""
+    tokens, targets, weights = batch.tokens.copy(), batch.targets.copy(), batch.weights.copy()
+    segments, positions = (None if x is None else x.copy() for x in (batch.segment_ids, batch.positions))
+    for b, row in enumerate(rows):
+        if int(raw_random(f"ask {seed} {row}", 1)[0]) >= share * 2.0**64:
+            continue
+        asked = asked_row(batch.tokens[b], f"asked {seed} {row}", encode)
+        if asked is None:
+            continue
+        tokens[b] = asked
+        targets[b, :-1], weights[b, :-1], weights[b, -1] = tokens[b, 1:], 1.0, 0.0
+        if segments is not None:
+            segments[b], positions[b] = 1, np.arange(tokens.shape[1])
+    return Batch(tokens, targets, weights, segments, positions)
