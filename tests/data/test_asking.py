@@ -11,7 +11,7 @@ from l2a_jax.errors import UserError
 
 T = 6_000
 QUESTION = re.compile(r"\n(?:As said above, the .+ of the (?P<a>.+) is|Asked which .+ the (?P<b>.+) has, one answers:"
-                      r"|Q: .+ of the (?P<c>.+)\? A:|(?P<d>[a-z ]+), [a-z ]+:) (?P<value>.+)")
+                      r"|Q: .+ of the (?P<c>.+)\? A:|(?P<d>[a-z][a-z ]+), [a-z ]+:) (?P<value>.+)")
 
 
 @pytest.fixture
