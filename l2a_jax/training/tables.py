@@ -27,6 +27,7 @@ REGIMES: dict[str, tuple[str, ...]] = {
     "baseline": (),
     "router_strict": ("router",),
     "router_only": ("router", "attention_norms"),
+    "norms_only": ("attention_norms",),
     "l2a_ft": ("router", "attention_norms", "attention"),
     "l2a_paper": ("router", "attention_norms", "attention", "other_norms"),
     "full_ft": tuple(GROUPS),
@@ -35,7 +36,8 @@ REGIMES: dict[str, tuple[str, ...]] = {
 # The preset that a regime begins with, for the layer above all.
 REGIME_PRESET = {"router_strict": "repair", "router_only": "repair", "l2a_ft": "paper", "l2a_paper": "paper",
                  "full_ft": "paper"}
-# The others run a plain model: they add no router.
+# The others run a plain model: they add no router. In a shared layer with everything routed that is the same model, so
+# that `norms_only` is what `router_only` gains without any routing.
 PLAIN_REGIMES = tuple(name for name in REGIMES if name not in REGIME_PRESET)
 
 # What each mode of --remat keeps (`memory`); "elementwise": what is expensive of matrix products and attention.

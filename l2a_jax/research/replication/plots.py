@@ -10,9 +10,9 @@ from typing import Any
 from l2a_jax.research.tables import BLUE, GREEN, ORANGE, PURPLE, RED, SKY, pyplot
 
 Fact = dict[str, Any]
-COLOURS = {"router_only": BLUE, "l2a_ft": ORANGE, "full_ft": RED, "router_strict": SKY}
+COLOURS = {"router_only": BLUE, "l2a_ft": ORANGE, "full_ft": RED, "router_strict": SKY, "norms_only": GREEN}
 NAMES = {"router_only": "router and norms trained", "l2a_ft": "attention trained too", "full_ft": "all trained",
-         "router_strict": "router alone trained"}
+         "router_strict": "router alone trained", "norms_only": "norms alone trained, everything routed"}
 MARKS = {"0.5b": "o", "1.5b": "s", "3b": "D"}
 CONTROLS = {"random": "x", "static": "+"}
 FACTORS = {"rope": "change of the positions", "window": "window, tokens", "sinks": "sinks, tokens",

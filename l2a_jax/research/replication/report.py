@@ -1,6 +1,7 @@
 """From a folder of ROW.json to `replication.md`, `replication.json` and the figures: nothing that no run produced.
 
 Every table is of declared rows: one without a file says "not run" and why, and every row's commands stand at the end.
+Only the arms that wait for a machine (`arms`) are left out until they have a file.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import table
 from l2a_jax.files import check_file, from_plain, read_json, whole, write_json, write_text
-from l2a_jax.research.replication import damage, plots
+from l2a_jax.research.replication import arms, damage, plots
 from l2a_jax.research.replication.facts import as_results, facts, load, perplexity_ratio, result
 from l2a_jax.research.replication.page import group_of, markdown, ratio_rows
 from l2a_jax.research.replication.row import Row
@@ -30,8 +31,9 @@ INSTRUMENTS = ("autopsy", "flips", "picture", "routed", "prunable", "thresholds"
 def collect(folder: Path, rows: Sequence[Row] | None = None) -> dict[str, Any]:
     """All numbers of the report: a line of facts a row, its commands, the main table by size (what `table.markdown`
     shows), the effects of the damage experiment, distances of the residual stream, and what instruments found."""
-    rows = all_rows() if rows is None else rows
-    found = load(folder, rows)
+    declared = all_rows() if rows is None else rows
+    found = load(folder, declared)
+    rows = [row for row in declared if row.group not in arms.GROUPS or row.name in found]
     out: dict[str, Any] = {"rows": [facts(found.get(row.name), row, found.get(row.baseline)) for row in rows],
                            "commands": {row.name: row.commands() for row in rows}, "reported_by": table.SOURCE}
     out["main"] = [_main_table(size, [row for row in rows if row.group == "main" and row.size == size], found)

@@ -7,6 +7,8 @@
     frontier   the repair: penalties, windows, lengths, seeds, and what keeps the needle
     noise      decisions flipped at random in training
     absorption do learned decisions matter once attention has adapted?
+
+The groups of `arms` stand behind these: what they ask waits for a machine.
 """
 
 from __future__ import annotations
@@ -15,33 +17,12 @@ import dataclasses
 import itertools
 
 from l2a_jax.errors import UserError
-from l2a_jax.research.replication import damage
+from l2a_jax.research.replication import arms, damage
+from l2a_jax.research.replication.builders import BASELINE, LAYERS, LONG, PAPER, evenly_spaced, make_row, repair
 from l2a_jax.research.replication.row import BENCHMARKS, DIVERSE, WIKITEXT, Measures, Row
 
-LAYERS = {"0.5b": 24, "1.5b": 28, "3b": 36}
-BASELINE = {size: f"baseline-{size}" for size in LAYERS}
-# One operating point for every size: 8,192 tokens a step.
-STEP = {"0.5b": {}, "1.5b": {"remat": "elementwise"}, "3b": {"batch_size": 1, "grad_accum": 4, "remat": "layer"}}
-LONG = {8_192: {"batch_size": 1}, 32_768: {"batch_size": 1, "remat": "layer"}}
-PAPER = {"topology": "sequential", "share_attention": False, "sinks": 0, "rope": "theta:5", "leakage": 0.1,
-         "penalty": 1.31e-3}
-"""The study's likely layer: sequential, two sets, no sinks, theta x 5."""
 HEALTH = Measures(tasks=("perplexity", "needle", "collapse", *BENCHMARKS), limit=500)
 SUSPECT = Measures(tasks=("perplexity", "audit", "needle", "residual"), audit_windows=16, audit_seeds=1, held_out=False)
-
-
-def evenly_spaced(count: int, num_layers: int) -> tuple[int, ...]:
-    """The middles of `count` equal stretches of `num_layers` layers, such as 4, 12, 20 for 3 of 24."""
-    if not 1 <= count <= num_layers:
-        raise UserError(f"{count} evenly spaced layers were asked for; expected 1 to {num_layers}")
-    return tuple((2 * index + 1) * num_layers // (2 * count) for index in range(count))
-
-
-def _row(name, group, question, size, regime, *, data=DIVERSE, measures=Measures(), factors=(), not_run=None,  # noqa: B008
-         **given) -> Row:
-    given = {**STEP[size], "tokens": 12_000_000, "seed": 0, **given} if regime != "baseline" else given
-    return Row(name, group, question, size, regime, tuple(given.items()), data, measures,
-               None if regime == "baseline" else BASELINE[size], factors, not_run)
 
 
 def _main() -> list[Row]:
@@ -51,17 +32,18 @@ def _main() -> list[Row]:
                         needle_lengths=(2_048, 8_192, 32_768))
     rows = []
     for size, tokens in (("0.5b", 12_000_000), ("1.5b", 4_000_000)):  # a third at 1.5B: so many fit the time on a card
-        rows.append(_row(BASELINE[size], "main", "what everything is compared with", size, "baseline",
+        rows.append(make_row(BASELINE[size], "main", "what everything is compared with", size, "baseline",
                          measures=compared))
         mixtures, regimes = {"diverse": DIVERSE, "wikitext": WIKITEXT}, ("router_only", "l2a_ft", "full_ft")
-        rows += [_row(f"{regime}-{mixture}-{size}", "main", "what does each regime cost, on the study's likely layer?",
-                      size, regime, data=mixtures[mixture], tokens=tokens, window=256, **PAPER,
-                      measures=Measures(tasks=("perplexity", "audit", "needle", "collapse", *BENCHMARKS)))
+        rows += [make_row(f"{regime}-{mixture}-{size}", "main",
+                          "what does each regime cost, on the study's likely layer?", size, regime,
+                          data=mixtures[mixture], tokens=tokens, window=256, **PAPER,
+                          measures=Measures(tasks=("perplexity", "audit", "needle", "collapse", *BENCHMARKS)))
                  for mixture, regime in itertools.product(mixtures, regimes)]
-        rows += [_row(f"router_only-w{window}-diverse-{size}", "main",
-                      "is the near-neutral row one of scale, or of window = context?", size, "router_only",
-                      tokens=tokens, window=window, **PAPER) for window in (2_048, 1_024)]
-    rows.append(_row("router_only-w2048-wikitext-3b", "main", "the study's near-neutral row", "3b", "router_only",
+        rows += [make_row(f"router_only-w{window}-diverse-{size}", "main",
+                          "is the near-neutral row one of scale, or of window = context?", size, "router_only",
+                          tokens=tokens, window=window, **PAPER) for window in (2_048, 1_024)]
+    rows.append(make_row("router_only-w2048-wikitext-3b", "main", "the study's near-neutral row", "3b", "router_only",
                      data=WIKITEXT, tokens=8_000_000, window=2_048, **PAPER, not_run="no 3B weights were at hand"))
     return rows
 
@@ -72,7 +54,7 @@ def _collapse() -> list[Row]:
     paper = {**PAPER, "window": 256}
 
     def small(name, question, regime="l2a_ft", measures=HEALTH, layer=paper, **given):
-        return _row(name, "collapse", question, "0.5b", regime, measures=measures, **given, **layer)
+        return make_row(name, "collapse", question, "0.5b", regime, measures=measures, **given, **layer)
 
     def autopsy(name, question, faults=(), **given):
         return small(name, question, measures=Measures(tasks=("perplexity", "autopsy"), limit=500, faults=faults),
@@ -112,14 +94,9 @@ def _together() -> list[Row]:
 
 
 def _cell(cell, group, question, seed=0) -> Row:
-    return _row(damage.name_of(cell) + (f"-s{seed}" if seed else ""), group, question, "0.5b", "router_only",
+    return make_row(damage.name_of(cell) + (f"-s{seed}" if seed else ""), group, question, "0.5b", "router_only",
                 tokens=4_000_000, seed=seed, share_attention=False, penalty=0.1, router_lr=3e-4, unroll=False,
                 measures=SUSPECT, factors=tuple((factor, str(level)) for factor, level in cell.items()), **cell)
-
-
-def _repair(name, question, measures, window, penalty, size="0.5b", **given) -> Row:
-    return _row(f"repair-{name}", "frontier", question, size, "router_only", measures=measures, window=window,
-                penalty=penalty, router_lr=3e-4, **given)
 
 
 def _frontier() -> list[Row]:
@@ -131,25 +108,25 @@ def _frontier() -> list[Row]:
     penalties = {128: (0.1, 0.3, 1.0), 256: (0.0, 0.05, 0.1, 0.3, 0.5, 1.0, 2.0), 512: (0.1, 0.3, 1.0),
                  1_024: (0.1, 0.3, 1.0)}
     points = [(window, penalty) for window in penalties for penalty in penalties[window]]
-    rows = [_repair(f"w{window}-p{penalty:g}-s{seed}", question, full, window, penalty, seed=seed)
+    rows = [repair(f"w{window}-p{penalty:g}-s{seed}", question, full, window, penalty, seed=seed)
             for window, penalty in points for seed in range(3 if (window, penalty) in ((256, 0.3), (256, 0.5)) else 1)]
     learned = Measures(tasks=("perplexity", "audit", "flips", "residual", "routed", "prunable"))
-    rows.append(_repair("w256-p0.4-s0", "what did routing learn?", learned, 256, 0.4))
+    rows.append(repair("w256-p0.4-s0", "what did routing learn?", learned, 256, 0.4))
     # The first noise arms found more of the needle the more decisions training inverted.
     far = dataclasses.replace(full, needle_lengths=(2_048, 8_192, 32_768))
-    rows += [_repair(f"w256-p{penalty:g}-f0.3-s0", "do inverted decisions keep the needle?", far, 256, penalty,
+    rows += [repair(f"w256-p{penalty:g}-f0.3-s0", "do inverted decisions keep the needle?", far, 256, penalty,
                      flip=0.3) for penalty in (0.3, 0.5, 0.8)]
     asked = dataclasses.replace(far, tasks=(*far.tasks, "thresholds", "picture"))
-    rows += [_repair(f"{label}-s0", "does text that repeats itself keep the needle?", asked, window, penalty,
+    rows += [repair(f"{label}-s0", "does text that repeats itself keep the needle?", asked, window, penalty,
                      flip=flip, echo=echo) for label, window, penalty, flip, echo in (
         ("w256-p0.3-e0.2", 256, 0.3, 0.0, 0.2), ("w256-p0.5-e0.2", 256, 0.5, 0.0, 0.2),
         ("w256-p0.5-f0.3-e0.2", 256, 0.5, 0.3, 0.2), ("w512-p0.2-f0.3-e0.5", 512, 0.2, 0.3, 0.5),
         ("w1024-p0.1-f0.3-e0.5", 1_024, 0.1, 0.3, 0.5))]
-    rows += [_repair(f"w256-p{penalty:g}-1.5b", question, full, 256, penalty, "1.5b", tokens=8_000_000)
+    rows += [repair(f"w256-p{penalty:g}-1.5b", question, full, 256, penalty, "1.5b", tokens=8_000_000)
              for penalty in (0.1, 0.3, 1.0)]
     long = Measures(tasks=("perplexity", "contexts", "audit", "needle", *BENCHMARKS), contexts=(8_192, 32_768),
                     needle_lengths=(2_048, 8_192, 32_768), controls=True)
-    rows += [_repair(f"t{length}-w{window}-p0.3", "does it hold over long texts?", long, window, 0.3, seq_len=length,
+    rows += [repair(f"t{length}-w{window}-p0.3", "does it hold over long texts?", long, window, 0.3, seq_len=length,
                      **LONG[length]) for length, window in itertools.product(LONG, (256, 1_024))]
     # An echo is a number a row, so that longer rows need a greater share of them for as many a token. The penalties
     # beyond the first at a window, and the seeds, were added after the first rows had been seen.
@@ -159,7 +136,7 @@ def _frontier() -> list[Row]:
             (8_192, 256, 0.5, 0.2, 1), (8_192, 256, 0.3, 1.0, 1), (8_192, 256, 0.6, 1.0, 1), (8_192, 512, 0.2, 1.0, 1),
             (8_192, 1_024, 0.1, 1.0, 1), (8_192, 1_024, 0.2, 1.0, 3), (8_192, 1_024, 0.5, 1.0, 3),
             (32_768, 1_024, 0.1, 1.0, 1), (32_768, 1_024, 0.2, 1.0, 1)):
-        rows += [_repair(f"t{length}-w{window}-p{penalty:g}-f0.3-e{echo:g}" + (f"-s{seed}" if seed else ""),
+        rows += [repair(f"t{length}-w{window}-p{penalty:g}-f0.3-e{echo:g}" + (f"-s{seed}" if seed else ""),
                          "everything that keeps the needle at once",
                          explained if (penalty, seed) == (0.5, 1) else everything, window, penalty, seq_len=length,
                          flip=0.3, echo=echo, seed=seed, **LONG[length]) for seed in range(seeds)]
@@ -168,9 +145,9 @@ def _frontier() -> list[Row]:
 
 def _noise() -> list[Row]:
     """Training that inverts a share of its decisions: the third suspect. Measured with the router's own."""
-    return [_row(f"noise-f{flip:g}", "noise", "does noise in the decisions damage router-only?", "0.5b", "router_only",
-                 tokens=4_000_000, window=256, penalty=0.3, router_lr=3e-4, flip=flip, unroll=False, measures=SUSPECT)
-            for flip in (0.0, 0.02, 0.1, 0.3)]
+    return [make_row(f"noise-f{flip:g}", "noise", "does noise in the decisions damage router-only?", "0.5b",
+                     "router_only", tokens=4_000_000, window=256, penalty=0.3, router_lr=3e-4, flip=flip, unroll=False,
+                     measures=SUSPECT) for flip in (0.0, 0.02, 0.1, 0.3)]
 
 
 def _absorption() -> list[Row]:
@@ -178,12 +155,12 @@ def _absorption() -> list[Row]:
     measures = Measures(tasks=("perplexity", "audit", "absorption", "needle", *BENCHMARKS), limit=500, audit_seeds=3)
     layer = {"topology": "parallel", "share_attention": True, "sinks": 4, "rope": "none", "leakage": 1.0,
              "window": 256, "penalty": 0.3, "router_lr": 3e-4}
-    return [_row(f"l2a_ft-repair-s{seed}", "absorption", "do decisions matter once attention has adapted?", "0.5b",
+    return [make_row(f"l2a_ft-repair-s{seed}", "absorption", "do decisions matter once attention has adapted?", "0.5b",
                  "l2a_ft", seed=seed, measures=measures, **layer) for seed in (0, 1)]
 
 
 GROUPS = {"main": _main, "collapse": _collapse, "damage": _damage, "together": _together, "noise": _noise,
-          "frontier": _frontier, "absorption": _absorption}
+          "frontier": _frontier, "absorption": _absorption, **arms.GROUPS}
 
 
 def all_rows() -> list[Row]:

@@ -47,12 +47,14 @@ def order(rows: Sequence[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: place[row.program])
 
 
-def planned_seconds(row: Row, speeds: dict[tuple[str, str], float] | None = None) -> float:
-    """How long the row is expected to take; `speeds` are measured tokens a second by (size, regime)."""
+def planned_seconds(row: Row, speeds: dict[tuple[str, str], float] | None = None,
+                    tokens: float | None = None) -> float:
+    """How long the row is expected to take; `speeds` are measured tokens a second by (size, regime), `tokens` those
+    that it trains on (None: as its settings say)."""
     if row.regime == "baseline":
         return OVERHEAD
     speed = (speeds or {}).get((row.size, row.regime), SPEED[row.size])
-    return OVERHEAD + (row.settings().tokens or 0) / speed
+    return OVERHEAD + (row.settings().tokens or 0 if tokens is None else tokens) / speed
 
 
 def is_done(row: Row, out: Path) -> bool:
@@ -216,11 +218,12 @@ def _write_failure(path: Path, row: Row, error: str) -> None:
 
 
 def dry_run(rows: Sequence[Row], session: Session) -> str:
-    """What would be run: each row's command, tokens, trained parameters and ratio; nothing is compiled or trained."""
+    """What would be run: each row's command, tokens, trained parameters and ratio, and the sum of them; nothing is
+    compiled or trained."""
     from l2a_jax.models.params import abstract_params
     from l2a_jax.training.regimes import count_parameters, regime_mask
 
-    lines = []
+    lines, run, all_tokens, seconds = [], 0, 0, 0.0
     for row in order(rows):
         if row.not_run is not None:
             lines.append(f"{row.name}: not run: {row.not_run}")
@@ -230,7 +233,8 @@ def dry_run(rows: Sequence[Row], session: Session) -> str:
             trained = count_parameters(shapes, regime_mask(shapes, row.regime), plan.settings.attention_layers)
             tokens = 0 if not trained else plan.steps * plan.settings.grad_accum * plan.data.tokens_per_batch
             ratio = f", {tokens / trained:.3g} a trained parameter" if trained else ""
-            lines.append(f"{row.name}: {trained:,} trained, {tokens:,.0f} tokens{ratio}, about "
-                         f"{planned_seconds(row):.0f} s")
+            needed = planned_seconds(row, tokens=tokens)
+            lines.append(f"{row.name}: {trained:,} trained, {tokens:,.0f} tokens{ratio}, about {needed:.0f} s")
+            run, all_tokens, seconds = run + 1, all_tokens + tokens, seconds + needed
         lines += [f"  {command}" for command in row.commands()]
-    return "\n".join(lines)
+    return "\n".join([*lines, f"in all {run} rows, {all_tokens:,.0f} tokens, about {seconds / 60:.0f} min"])

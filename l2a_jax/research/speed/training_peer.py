@@ -100,6 +100,7 @@ def _model(config: ModelConfig, window: int, length: int, wiring: str | None):
 
 _TRAINED = {  # which names of the module a regime trains
     "router_strict": ("router",), "router_only": ("router", "norm_attention", "norm_global"),
+    "norms_only": ("norm_attention",),
     "l2a_ft": ("router", "norm_attention", "norm_global", "attention"), "full_ft": ("",), "pretrain": ("",),
 }
 

@@ -135,7 +135,8 @@ def step_teraflops(case: StepCase, config: ModelConfig) -> float:
     sets = 1 if plain or REGIME_PRESET[case.regime] == "repair" else 2
     mlp, head = 3 * c.hidden_size * c.intermediate_size, c.hidden_size * c.vocab_size
     weights = c.num_layers * (sets * attention + mlp) + head
-    trained = {"router_strict": 0, "router_only": 0}.get(case.regime, c.num_layers * sets * attention)
+    few = case.regime in ("router_strict", "router_only", "norms_only")
+    trained = 0 if few else c.num_layers * sets * attention
     trained = weights if case.regime in ("full_ft", "pretrain") else trained
     seen = np.arange(1, case.length + 1, dtype=np.float64)
     pairs = seen.sum() * case.batch if plain else np.minimum(seen, case.window).sum() * case.batch
