@@ -22,8 +22,10 @@ Topology = Annotated[str, Choice("sequential", "parallel"),
 ShareAttention = Annotated[bool, "one attention set for both"]
 RouterInput = Annotated[str, Choice("pre", "post_local"),
                         "the router reads the stream before or after local attention"]
-RouterSees = Annotated[tuple[Annotated[str, Choice("position"), Unit("signal")], ...],
-                       "what the router sees beside the stream: position, how much past there is beyond a window"]
+OF_SCORES = ("lse", "sink")  # signals that local attention's scores give
+RouterSees = Annotated[tuple[Annotated[str, Choice("position", *OF_SCORES), Unit("signal")], ...],
+                       "what the router sees beside the stream: position, how much past there is beyond a window; "
+                       "and of each head's local attention lse, its scores' log-sum-exp, or sink, the mass on sinks"]
 RouterHidden = Annotated[int, count(0), Unit("units"),
                          "hidden units of the router, beside its linear part (0: linear)"]
 # Beyond these a sigmoid of z / temperature is a step, or a constant, in float32.
@@ -130,6 +132,8 @@ class L2AConfig:
         object.__setattr__(self, "pruned_layers", tuple(sorted(int(layer) for layer in self.pruned_layers)))
         _require(len({*self.router_sees}) == len(self.router_sees),
                  f"router_sees is {', '.join(self.router_sees)}; expected each signal once")
+        _require(self.sinks > 0 or "sink" not in self.router_sees,
+                 "router_sees names sink, the mass on the sinks, and sinks is 0")
         _require(not (self.share_attention and self.topology == "sequential"),
                  "share_attention needs topology 'parallel': the sequential layer runs two attention sets one after "
                  "another (--topology sequential goes with --no-share-attention)")
@@ -139,6 +143,11 @@ class L2AConfig:
         _require(self.explore == 0 or self.leakage == 0,
                  f"explore {self.explore:g} and leakage {self.leakage:g} both choose rows to compute (--explore goes "
                  "with --leakage 0)")
+
+    @property
+    def sees_scores(self) -> bool:
+        """Whether the router sees what local attention's scores give, which is then computed before it decides."""
+        return bool({*OF_SCORES} & {*self.router_sees})
 
 
 def rope_of(config: ModelConfig, l2a_config: L2AConfig | None = None) -> RopeScaling:

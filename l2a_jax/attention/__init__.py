@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 from l2a_jax.attention.backends import BACKENDS
 
 if TYPE_CHECKING:
-    from l2a_jax.attention.api import both, full, local, mixed, routed
+    from l2a_jax.attention.api import both, full, local, local_with_lse, mixed, routed
 
-__all__ = ["BACKENDS", "both", "full", "local", "mixed", "routed"]
+__all__ = ["BACKENDS", "both", "full", "local", "local_with_lse", "mixed", "routed"]
 
 
 def __getattr__(name: str) -> Any:  # with JAX, at its first use

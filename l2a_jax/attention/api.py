@@ -17,6 +17,7 @@ from types import ModuleType
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from l2a_jax import device
 from l2a_jax.attention.backends import CHOICES, check_name
@@ -140,6 +141,13 @@ def local(q: Heads, k: Keys, v: Keys, *, window: int, sinks: int = 0, segment_id
     Raises ValueError on shapes that do not fit, Unsupported where the named backend cannot serve the call.
     """
     return _dispatch("local", backend, q, k, v, segment_ids=segment_ids, window=window, sinks=sinks)
+
+
+def local_with_lse(q: Heads, k: Keys, v: Keys, *, window: int, sinks: int = 0, segment_ids: Ids | None = None,
+                   backend: str = "auto") -> tuple[Heads, Float[Array, "B T N"]]:
+    """`local`, and beside it the log-sum-exp, in nats, of the scaled scores that each row and head sees; padding rows
+    have any number. No gradient flows through the latter."""
+    return _dispatch("local_with_lse", backend, q, k, v, segment_ids=segment_ids, window=window, sinks=sinks)
 
 
 def routed(q: Heads, k: Keys, v: Keys, decisions: PerRow, *, segment_ids: Ids | None = None,

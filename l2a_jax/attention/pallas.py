@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
 
 from l2a_jax import device
 from l2a_jax.attention.api import Call
@@ -25,7 +26,7 @@ from l2a_jax.attention.kernels.forward import forward
 from l2a_jax.attention.kernels.launch import lost
 from l2a_jax.attention.kernels.plan import Spec, make_plan
 from l2a_jax.attention.kernels.sinks import MAX_SINKS, add_sink_gradients
-from l2a_jax.attention.kernels.tile import DEAD
+from l2a_jax.attention.kernels.tile import DEAD, LOG2_E
 from l2a_jax.attention.reference import Heads, Ids, Keys, PerRow
 from l2a_jax.attention.rows import take, token_rows
 
@@ -63,6 +64,13 @@ def full(q: Heads, k: Keys, v: Keys, *, segment_ids: Ids | None = None, **kernel
 def local(q: Heads, k: Keys, v: Keys, *, window: int, sinks: int = 0, segment_ids: Ids | None = None,
           **kernel: Any) -> Heads:
     return _call("all", q, k, v, None, segment_ids, window=window, sinks=sinks, **kernel)
+
+
+def local_with_lse(q: Heads, k: Keys, v: Keys, *, window: int, sinks: int = 0, segment_ids: Ids | None = None,
+                   **kernel: Any) -> tuple[Heads, Float[Array, "B T N"]]:
+    """The forward kernel leaves the log-sum-exp for its backward pass; here it is handed out too."""
+    limits = None if window >= q.shape[1] else window
+    return _attend_with_lse(q, k, v, segment_ids, _how("all", q, k, segment_ids, limits, sinks, **kernel))
 
 
 def routed(q: Heads, k: Keys, v: Keys, decisions: PerRow, *, segment_ids: Ids | None = None, **kernel: Any) -> Heads:
@@ -139,6 +147,25 @@ def _attend_backward(how, saved, d_out):
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend_with_lse(q: Heads, k: Keys, v: Keys, segment_ids: Ids | None, how: _How
+                     ) -> tuple[Heads, Float[Array, "B T N"]]:
+    return _attend_with_lse_forward(q, k, v, segment_ids, how)[0]
+
+
+def _attend_with_lse_forward(q, k, v, segment_ids, how):
+    out, saved = _attend_forward(q, k, v, None, segment_ids, how)
+    return (out, saved[-1].swapaxes(1, 2) / LOG2_E), saved
+
+
+def _attend_with_lse_backward(how, saved, cotangents):
+    d_q, d_k, d_v, _, _ = _attend_backward(how, saved, cotangents[0])
+    return d_q, d_k, d_v, None
+
+
+_attend_with_lse.defvjp(_attend_with_lse_forward, _attend_with_lse_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))

@@ -8,7 +8,7 @@ from l2a_jax.attention import pallas
 from l2a_jax.attention.kernels import blocks
 
 why_not = pallas.why_not
-full, local, routed, mixed, both = (
+full, local, local_with_lse, routed, mixed, both = (
     functools.partial(operation, interpret=True, table=blocks.INTERPRET)
-    for operation in (pallas.full, pallas.local, pallas.routed, pallas.mixed, pallas.both)
+    for operation in (pallas.full, pallas.local, pallas.local_with_lse, pallas.routed, pallas.mixed, pallas.both)
 )

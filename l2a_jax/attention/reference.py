@@ -20,6 +20,7 @@ Heads = Float[Array, "B T N H"]
 Keys = Float[Array, "B T K H"]
 PerRow = Bool[Array, "B T"]
 Ids = Int[Array, "B T"]  # of documents
+_HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def real_tokens(segment_ids: Int[Any, "*B T"] | None, shape: tuple[int, ...]) -> Bool[Any, "*B T"]:
@@ -54,20 +55,26 @@ def local_mask(segment_ids: Ids | None, shape: tuple[int, int], *, window: int, 
 def masked_softmax(scores: Float[Array, "*dims S"], mask: Bool[Array, "*#dims S"]) -> Float[Array, "*dims S"]:
     """Softmax over the last axis of what `mask` allows, 0 elsewhere. A row that may see nothing is 0, and so are its
     gradients; one that sees only -inf is NaN."""
-    hidden = jnp.where(mask.any(axis=-1, keepdims=True), -jnp.inf, 0.0)
-    return jnp.where(mask, jax.nn.softmax(jnp.where(mask, scores, hidden), axis=-1), 0.0)
+    return jnp.where(mask, jax.nn.softmax(jnp.where(mask, scores, _hidden(mask)), axis=-1), 0.0)
+
+
+def _hidden(mask: Bool[Array, "*dims S"]) -> Float[Array, "*dims 1"]:
+    """The score of what is not seen; finite in a row that sees nothing, which so stays free of NaN."""
+    return jnp.where(mask.any(axis=-1, keepdims=True), -jnp.inf, 0.0)
+
+
+def scores(q: Heads, k: Float[Array, "B S K H"]) -> Float[Array, "B K G T S"]:
+    """q k^T / sqrt(H), the G = N // K query heads of a key head side by side."""
+    batch, length, _, width = q.shape
+    q32 = q.astype(jnp.float32).reshape(batch, length, k.shape[2], -1, width)
+    return jnp.einsum("btkgh,bskh->bkgts", q32, k.astype(jnp.float32), precision=_HIGHEST) * width**-0.5
 
 
 def masked_attention(q: Heads, k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], mask: Bool[Array, "B T S"]
                      ) -> Heads:
     """softmax(q k^T / sqrt(H)) v over the keys that `mask` allows; rows that may see nothing are exactly 0."""
-    batch, length, heads, width = q.shape
-    groups = heads // k.shape[2]
-    q32 = q.astype(jnp.float32).reshape(batch, length, k.shape[2], groups, width)
-    highest = jax.lax.Precision.HIGHEST
-    scores = jnp.einsum("btkgh,bskh->bkgts", q32, k.astype(jnp.float32), precision=highest) * width**-0.5
-    weights = masked_softmax(scores, mask[:, None, None])
-    out = jnp.einsum("bkgts,bskh->btkgh", weights, v.astype(jnp.float32), precision=highest)
+    weights = masked_softmax(scores(q, k), mask[:, None, None])
+    out = jnp.einsum("bkgts,bskh->btkgh", weights, v.astype(jnp.float32), precision=_HIGHEST)
     return out.reshape(q.shape).astype(q.dtype)
 
 
@@ -77,6 +84,14 @@ def full(q: Heads, k: Keys, v: Keys, *, segment_ids: Ids | None = None) -> Heads
 
 def local(q: Heads, k: Keys, v: Keys, *, window: int, sinks: int = 0, segment_ids: Ids | None = None) -> Heads:
     return masked_attention(q, k, v, local_mask(segment_ids, q.shape[:2], window=window, sinks=sinks))
+
+
+def local_with_lse(q: Heads, k: Keys, v: Keys, *, window: int, sinks: int = 0, segment_ids: Ids | None = None
+                   ) -> tuple[Heads, Float[Array, "B T N"]]:
+    mask = local_mask(segment_ids, q.shape[:2], window=window, sinks=sinks)
+    seen = jnp.where(mask[:, None, None], scores(q, k), _hidden(mask)[:, None, None])
+    lse = jax.lax.stop_gradient(jax.nn.logsumexp(seen, axis=-1))  # [B, K, G, T]
+    return masked_attention(q, k, v, mask), jnp.moveaxis(lse.reshape(q.shape[0], -1, q.shape[1]), 1, 2)
 
 
 def routed(q: Heads, k: Keys, v: Keys, decisions: PerRow, *, segment_ids: Ids | None = None) -> Heads:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from l2a_jax.attention.kernels.tile import FLOOR
 from l2a_jax.attention.reference import Heads, Ids, Keys, PerRow
@@ -32,6 +32,15 @@ def full(q: Heads, k: Keys, v: Keys, *, segment_ids: Ids | None = None) -> Heads
 
 def local(q: Heads, k: Keys, v: Keys, *, window: int, sinks: int = 0, segment_ids: Ids | None = None) -> Heads:
     return _attend(q, k, v, token_rows(q.shape[:2], segment_ids, window=window, sinks=sinks))
+
+
+def local_with_lse(q: Heads, k: Keys, v: Keys, *, window: int, sinks: int = 0, segment_ids: Ids | None = None
+                   ) -> tuple[Heads, Float[Array, "B T N"]]:
+    rows = token_rows(q.shape[:2], segment_ids, window=window, sinks=sinks)
+    if q.shape[1] > PLAIN_LENGTH:
+        return _flash_with_lse(q, k, v, rows)
+    lse = jax.lax.stop_gradient(jax.nn.logsumexp(_plain_scores(q, k, rows), axis=-1))  # [B, K, G, T]
+    return _plain(q, k, v, rows), jnp.moveaxis(lse.reshape(q.shape[0], -1, q.shape[1]), 1, 2)
 
 
 def routed(q: Heads, k: Keys, v: Keys, decisions: PerRow, *, segment_ids: Ids | None = None) -> Heads:
@@ -67,14 +76,21 @@ def softmax_step(carry: Carry, scores: Float[Array, "*rows S"], spec: str, value
     return new_top, total * shrink + weights.sum(-1), out
 
 
-def _plain(q: Heads, k: Keys, v: Keys, rows: Rows) -> Heads:
+def _plain_scores(q: Heads, k: Keys, rows: Rows) -> Float[Array, "B K G R T"]:
     batch, length, _, width = q.shape
     mask = rows.visible(jnp.arange(length))[:, None, None]
     grouped = q.reshape(batch, length, k.shape[2], -1, width)
-    alive = (rows.high >= 0)[:, None, None, :, None]
-    hidden = jnp.where(alive, -jnp.inf, 0.0)  # a row without keys stays free of NaN
-    scores = jnp.where(mask, dot("brkgh,bskh->bkgrs", grouped, k) * width**-0.5, hidden)
-    weights = jnp.where(alive, jax.nn.softmax(scores, axis=-1), 0.0).astype(v.dtype)
+    hidden = jnp.where(_alive(rows), -jnp.inf, 0.0)  # a row without keys stays free of NaN
+    return jnp.where(mask, dot("brkgh,bskh->bkgrs", grouped, k) * width**-0.5, hidden)
+
+
+def _alive(rows: Rows) -> Bool[Array, "B 1 1 R 1"]:
+    return (rows.high >= 0)[:, None, None, :, None]
+
+
+def _plain(q: Heads, k: Keys, v: Keys, rows: Rows) -> Heads:
+    weights = jax.nn.softmax(_plain_scores(q, k, rows), axis=-1)
+    weights = jnp.where(_alive(rows), weights, 0.0).astype(v.dtype)
     return dot("bkgrs,bskh->brkgh", weights, v).reshape(q.shape).astype(q.dtype)
 
 
@@ -137,6 +153,20 @@ def _flash_backward(saved, d_out):
 
 
 _flash.defvjp(_flash_forward, _flash_backward)
+
+
+@jax.custom_vjp
+def _flash_with_lse(q: Heads, k: Keys, v: Keys, rows: Rows) -> tuple[Heads, Float[Array, "B T N"]]:
+    return _flash_with_lse_forward(q, k, v, rows)[0]
+
+
+def _flash_with_lse_forward(q, k, v, rows):
+    out, saved = _flash_forward(q, k, v, rows, None)
+    lse = saved[-1].transpose(1, 0, 4, 2, 3)  # from [chunks, B, K, G, CHUNK]
+    return (out, lse.reshape(q.shape[0], -1, q.shape[2])[:, : q.shape[1]]), saved
+
+
+_flash_with_lse.defvjp(_flash_with_lse_forward, lambda saved, cotangents: _flash_backward(saved, cotangents[0])[:4])
 
 
 class _Blocks:

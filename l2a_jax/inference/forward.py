@@ -15,12 +15,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from l2a_jax.attention.decode import attend_cache
+from l2a_jax.attention.rows import take
 from l2a_jax.config import L2AConfig, ModelConfig
 from l2a_jax.inference.cache import Cache, Layout, empty_cache, full_reads, put, ring_of, ring_reads
 from l2a_jax.models.layer import Attention, Heads, Keys, OfLayer, PerRow, block, context_of, join_projections, pruned_of
 from l2a_jax.models.params import Tree
 from l2a_jax.models.transformer import unembed
 from l2a_jax.nn.layers import joined, rms_norm
+from l2a_jax.nn.router import Scores, scores_over
 
 
 class _Recorder(Attention):
@@ -35,6 +37,10 @@ class _Recorder(Attention):
     def local(self, q: Heads, k: Keys, v: Keys) -> Heads:
         self.near = k, v
         return super().local(q, k, v)
+
+    def local_with_scores(self, q: Heads, k: Keys, v: Keys) -> tuple[Heads, Scores]:
+        self.near = k, v
+        return super().local_with_scores(q, k, v)
 
     def routed(self, q: Heads, k: Keys, v: Keys, decisions: PerRow) -> Heads:
         self.every = k, v
@@ -127,6 +133,21 @@ class _Reader(Attention):
         rows, ring = attend_cache(q[:, 0], k[:, 0], v[:, 0], self.cache.ring, place, reads, backend=self.backend)
         self.cache = self.cache._replace(ring=ring)
         return rows[:, None]
+
+    def local_with_scores(self, q: Heads, k: Keys, v: Keys) -> tuple[Heads, Scores]:
+        """The scores are taken once more, from the keys in the cache: the token's own is there by now."""
+        rows, place = self.local(q, k, v), self.layout.ring[self.layer]
+        position, sinks = self.position[:, None], self.l2a.sinks
+        if place is None:
+            place, keys = self.layout.full[self.layer], self.cache.full.k
+            near = jnp.maximum(position + 1 - self.l2a.window, sinks) + jnp.arange(self.l2a.window)
+            first = jnp.broadcast_to(jnp.arange(sinks), (near.shape[0], sinks))
+            slots = jnp.concatenate([first, near], axis=1)
+            held = take(keys[place], jnp.minimum(slots, keys.shape[2] - 1))
+        else:
+            held = self.cache.ring.k[place]
+            slots = jnp.arange(held.shape[1])[None]
+        return rows, scores_over(q[:, 0], held, slots <= position, jnp.broadcast_to(slots < sinks, held.shape[:2]))
 
     def routed(self, q: Heads, k: Keys, v: Keys, decisions: PerRow) -> Heads:
         if self.layout.full[self.layer] is None:

@@ -56,6 +56,10 @@ class Attention:
     def local(self, q: Heads, k: Keys, v: Keys) -> Heads:
         return attention.local(q, k, v, **self._windowed())
 
+    def local_with_scores(self, q: Heads, k: Keys, v: Keys) -> tuple[Heads, router.Scores]:
+        rows, lse = attention.local_with_lse(q, k, v, **self._windowed())
+        return rows, router.scores_of(q, k, lse, self.segment_ids, self.l2a.sinks)
+
     def routed(self, q: Heads, k: Keys, v: Keys, decisions: PerRow) -> Heads:
         return attention.routed(q, k, v, decisions, **self._call())
 
@@ -136,7 +140,7 @@ def block(x: Stream, layer: Params, context: Context, given: OfLayer) -> tuple[S
     return y + gated_mlp(_norm(y, layer["norm_mlp"], context), layer["mlp"]), routed
 
 
-def decide(h: Stream, layer: Params, context: Context, given: OfLayer) -> Decided:
+def decide(h: Stream, layer: Params, context: Context, given: OfLayer, scores: router.Scores | None = None) -> Decided:
     """What is decided for each row, and for which rows global attention is computed:
 
         decided    by `given.decisions`, else by the router, in training with a share `flip` of them inverted
@@ -145,13 +149,15 @@ def decide(h: Stream, layer: Params, context: Context, given: OfLayer) -> Decide
                    draws; with a `nudge` every real row
 
     Padding is never routed, nor is any row of a pruned layer. A leak is a matter of which rows are computed, not of a
-    branch: a conditional would have the host wait for the coin, and keep both branches' residuals.
+    branch: a conditional would have the host wait for the coin, and keep both branches' residuals. `scores` are for a
+    router that sees them.
     """
     l2a = context.l2a
     able = context.real if given.pruned is None else context.real & ~given.pruned
     if given.price is not None:
         h = jax.lax.stop_gradient(h)  # a fit moves the router and asks nothing of what it reads
-    z = router.logits(h, router.signals(l2a.router_sees, context.positions, l2a.window), layer["router"])
+    seen = router.signals(l2a.router_sees, context.positions, l2a.window, l2a.sinks, scores)
+    z = router.logits(h, seen, layer["router"])
     d = given.decisions
     if d is None:
         d = routing.decide(z, l2a.temperature, l2a.threshold) if given.cut is None else z >= given.cut
@@ -188,9 +194,10 @@ def _plain(x: Stream, layer: Params, context: Context, given: OfLayer) -> tuple[
 
 def _sequential(x: Stream, layer: Params, context: Context, given: OfLayer) -> tuple[Stream, LayerRouting]:
     q, k, v = _qkv(_norm(x, layer["norm_local"], context), layer["attention_local"], context)
-    u = checkpoint_name(x + _out(context.attend.local(q, k, v), layer["attention_local"]), "residual")
+    near, scores = _local(q, k, v, context)
+    u = checkpoint_name(x + _out(near, layer["attention_local"]), "residual")
     h = _norm(u, layer["norm_global"], context)
-    decided = decide(h, layer, context, given)
+    decided = decide(h, layer, context, given, scores)
     far = _far(*_qkv(h, layer["attention_global"], context), decided, context)
     return u + _out(routing.gate(decided.gate, far), layer["attention_global"]), decided.routing
 
@@ -200,10 +207,11 @@ def _separate(x: Stream, layer: Params, context: Context, given: OfLayer) -> tup
     weights, norm = layer["attention_global"], layer["norm_global"]
     h = _norm(x, norm, context)
     q, k, v = _qkv(h, weights, context)
-    near = context.attend.local(*_qkv(_norm(x, layer["norm_local"], context), layer["attention_local"], context))
+    local = _qkv(_norm(x, layer["norm_local"], context), layer["attention_local"], context)
+    near, scores = _local(*local, context)
     if context.l2a.router_input == "post_local":
         h = _norm(x + _out(near, layer["attention_local"]), norm, context)
-    decided = decide(h, layer, context, given)
+    decided = decide(h, layer, context, given, scores)
     far = _far(q, k, v, decided, context)
     y = x + _out(routing.gate(decided.gate, far), weights)
     return y + _out(routing.gate(1 - decided.gate, near), layer["attention_local"]), decided.routing
@@ -214,15 +222,17 @@ def _shared(x: Stream, layer: Params, context: Context, given: OfLayer) -> tuple
     weights, norm = layer["attention"], layer["norm_attention"]
     h = _norm(x, norm, context)
     q, k, v = _qkv(h, weights, context)
-    near = None
-    if context.l2a.router_input == "post_local":
-        near = context.attend.local(q, k, v)
+    post_local = context.l2a.router_input == "post_local"
+    near = scores = None
+    if post_local or context.l2a.sees_scores:
+        near, scores = _local(q, k, v, context)
+    if post_local:
         h = _norm(x + _out(near, weights), norm, context)
-    decided = decide(h, layer, context, given)
-    if near is not None:
-        rows = _joined_paths(q, k, v, near, decided, context)
-    elif context.dense or given.nudge is not None:
+    decided = decide(h, layer, context, given, scores)
+    if not post_local and (context.dense or given.nudge is not None):
         rows = _dense_paths(q, k, v, decided, context)
+    elif near is not None:
+        rows = _joined_paths(q, k, v, near, decided, context)
     elif not context.train:
         rows = context.attend.mixed(q, k, v, decided.routing.decisions)  # each row's work once
     else:
@@ -231,6 +241,13 @@ def _shared(x: Stream, layer: Params, context: Context, given: OfLayer) -> tuple
         opened = jnp.repeat(given.heads, q.shape[2] // k.shape[2])[:, None]
         rows = jnp.where(opened, context.attend.full(q, k, v), rows)
     return x + _out(rows, weights), decided.routing
+
+
+def _local(q: Heads, k: Keys, v: Keys, context: Context) -> tuple[Heads, router.Scores | None]:
+    """Local attention, and what its scores say where the router sees them."""
+    if context.l2a.sees_scores:
+        return context.attend.local_with_scores(q, k, v)
+    return context.attend.local(q, k, v), None
 
 
 def _joined_paths(q: Heads, k: Keys, v: Keys, near: Heads, decided: Decided, context: Context) -> Heads:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from l2a_jax.config import L2AConfig, ModelConfig
+from l2a_jax.nn import router
 
 Tree = dict[str, Any]
 
@@ -59,7 +60,8 @@ def param_shapes(config: ModelConfig, l2a_config: L2AConfig | None = None) -> Tr
 
 def _router_shapes(config: ModelConfig, l2a_config: L2AConfig) -> Tree:
     """The leaves of one layer's router (`nn.router`)."""
-    width, seen, units = config.hidden_size, len(l2a_config.router_sees), l2a_config.router_hidden
+    width, units = config.hidden_size, l2a_config.router_hidden
+    seen = router.width(l2a_config.router_sees, config.num_heads)
     hidden = {"kernel": (width, units), "bias": (units,), "out": (units,)}
     return {"kernel": (width,), **({"signals": (seen,)} if seen else {}),
             **({"hidden": {**hidden, **({"signals": (seen, units)} if seen else {})}} if units else {})}

@@ -35,8 +35,9 @@ WIRINGS = {
     "parallel post_local, a window beyond the cache": (
         dataclasses.replace(LAYERS["parallel post_local"], window=100, sinks=0), True, "reference"),
     "shared": (LAYERS["shared"], False, "xla"),
-    "shared, a router that sees more": (
-        dataclasses.replace(LAYERS["shared"], router_sees=("position",), router_hidden=2), False, "reference"),
+    "shared, pruned, a router that sees more": (
+        dataclasses.replace(_pruned("shared", 1), router_sees=("position", "lse", "sink"), router_hidden=2), False,
+        "reference"),
     "shared, pruned": (_pruned("shared", 0), True, "reference"),
     "shared post_local, pruned": (_pruned("shared post_local", 1), False, "reference"),
 }

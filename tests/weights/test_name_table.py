@@ -15,7 +15,7 @@ LAYERS = {
     "shared": L2AConfig(),
     "parallel": L2AConfig(share_attention=False),
     "sequential": L2AConfig(share_attention=False, topology="sequential"),
-    "seeing": L2AConfig(router_sees=("position",), router_hidden=2),
+    "seeing": L2AConfig(router_sees=("position", "lse", "sink"), router_hidden=2),
 }
 
 

@@ -16,7 +16,7 @@ from l2a_jax.weights import save_pretrained
 ROUTED = {
     "shared": L2AConfig(window=8, sinks=2),
     "parallel": L2AConfig(share_attention=False, router_input="post_local", pruned_layers=(2,)),
-    "a router that sees more": L2AConfig(window=8, sinks=2, router_sees=("position",), router_hidden=2),
+    "a router that sees more": L2AConfig(window=8, sinks=2, router_sees=("position", "lse", "sink"), router_hidden=2),
     "sequential": L2AConfig(share_attention=False, topology="sequential", rope=RopeScaling("theta", 5.0), leakage=0.1),
 }
 
