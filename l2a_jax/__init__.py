@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from l2a_jax.models.params import abstract_params, add_routing, init_params
     from l2a_jax.models.transformer import Output, Qwen2, forward, hidden_states, unembed
     from l2a_jax.nn import routing
+    from l2a_jax.runs.router import train_router
     from l2a_jax.sources import Pretrained, load_pretrained
     from l2a_jax.training.regimes import count_parameters, regime_mask
     from l2a_jax.training.settings import PRESETS
@@ -36,6 +37,7 @@ _HOMES = {
     "training.settings": ("PRESETS",),
     "training.tables": ("REGIMES",),
     "training.regimes": ("count_parameters", "regime_mask"),
+    "runs.router": ("train_router",),
     "sources": ("Pretrained", "load_pretrained"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
@@ -44,7 +46,8 @@ _MODULES = {"attention": "attention", "routing": "nn.routing"}
 __all__ = [
     "MODELS", "PRESETS", "REGIMES", "Generation", "L2AConfig", "ModelConfig", "Output", "Pretrained", "Qwen2",
     "RopeScaling", "UserError", "__version__", "abstract_params", "add_routing", "attention", "count_parameters",
-    "forward", "generate", "hidden_states", "init_params", "load_pretrained", "regime_mask", "routing", "unembed",
+    "forward", "generate", "hidden_states", "init_params", "load_pretrained", "regime_mask", "routing",
+    "train_router", "unembed",
 ]
 
 

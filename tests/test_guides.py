@@ -93,9 +93,14 @@ def test_what_blocks_need_is_said_in_known_words():
         assert text(guide).count("```bash") == len(blocks(guide, "bash")), f"{guide}: a block that nothing reads"
 
 
-def test_python_blocks_run():
-    for _, code in blocks(HOUSE, "python"):
-        exec(compile(code, HOUSE, "exec"), {})
+@pytest.mark.parametrize("guide", [HOUSE, "train/README.md"])
+def test_python_blocks_run(guide, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("L2A_CACHE", str(tmp_path / "cache"))
+    found = blocks(guide, "python")
+    assert found
+    for _, code in found:
+        exec(compile(code, guide, "exec"), {})
 
 
 def test_the_first_commands_are_those_that_tests_run():
