@@ -41,6 +41,14 @@ def parse_layers(text: str, flag: str = "--prune-layers") -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
+def parse_shares(text: str, flag: str) -> tuple[float, ...]:
+    """Numbers with commas, such as "1" or "0,0.25,1". Raises UserError on anything else."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"{flag} is {text!r}; expected shares with commas, such as 0,0.25,1") from None
+
+
 def format_count(count: int) -> str:
     """12_345_678 -> `12.3M`: three digits at most, for people to read."""
     for unit, name in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):

@@ -183,6 +183,12 @@ def random(key: PRNGKeyArray, rates: Float[Array, L], batch: int, length: int) -
     return jax.random.uniform(key, (rates.shape[0], batch, length)) < rates[:, None, None]
 
 
+def frozen(key: PRNGKeyArray, rates: Float[Array, L], batch: int, length: int) -> Bool[Array, "L B T"]:
+    """Control decisions: drawn once for every layer and place of a row, and the same in every row and step."""
+    drawn = random(key, rates, 1, length)
+    return jnp.broadcast_to(drawn, (drawn.shape[0], batch, length))
+
+
 def shuffled(
     key: PRNGKeyArray, decisions: Bool[Array, "L B T"], real: Bool[Array, "B T"] | None = None
 ) -> Bool[Array, "L B T"]:

@@ -35,7 +35,8 @@ def recall_report(run: Run, state: TrainState, frozen: Tree, source_params: Tree
     baseline = jax.jit(lambda params, batch: evaluate_batch(params, batch, None, objective=plain))
 
     def model(trainable: Tree, frozen: Tree) -> Score:
-        return lambda batch, decisions: run.evaluate(trainable, frozen, batch, decisions)
+        return lambda batch, decisions: run.evaluate(
+            trainable, frozen, batch, run.forced(batch.tokens.shape) if decisions is None else decisions)
 
     trained = model(state.trainable, frozen)
     untrained = model(*run.split(source_params if plan.source_routed else

@@ -39,6 +39,7 @@ from l2a_jax.training.step import (
     TrainState,
     compute_params,
     evaluate_batch,
+    forced_decisions,
     initial_state,
     split_params,
     train_step,
@@ -98,6 +99,9 @@ def make_plan(settings: Settings, *, read: Callable = read_source, open_data: Ca
     config = presets.model_of(settings, config)
     check_objective(settings.objective, settings.regime, l2a_config)
     check_attention_layers(settings.attention_layers, settings.regime, config.num_layers)
+    if settings.forced is not None and len(settings.forced) not in (1, config.num_layers):
+        raise UserError(f"--forced has {len(settings.forced)} shares; expected one, or one for each of the "
+                        f"{config.num_layers} layers")
     limit = position_limit(config, l2a_config)
     if settings.seq_len > limit:
         raise UserError(f"--seq-len {settings.seq_len} is longer than max_positions x factor = {limit} of this model; "
@@ -171,6 +175,12 @@ class Run(NamedTuple):
         """The numbers of this run's plan: a program of other plans runs with them."""
         return dials_of(self.plan)
 
+    def forced(self, shape: tuple[int, int]) -> jax.Array | None:
+        """The decisions that this run forces on rows of [B, T]; None where its router decides."""
+        rates = self.dials.forced
+        return forced_decisions(jax.random.key(self.plan.settings.seed),
+                                None if rates is None else jnp.asarray(rates), shape)
+
 
 def dials_of(plan: RunPlan) -> Dials:
     """The numbers that a compiled step takes as arguments."""
@@ -180,7 +190,8 @@ def dials_of(plan: RunPlan) -> Dials:
     return Dials(*map(np.float32, rates), np.int32(steps), np.int32(round(s.warmup * steps)), np.float32(penalty),
                  np.int32(round(s.penalty_warmup * steps)), np.int32(max(1, round(s.penalty_ramp * steps))),
                  np.float32(s.distill_share), np.float32(s.saliency_share),
-                 None if s.target_local is None else np.float32(s.target_local))
+                 None if s.target_local is None else np.float32(s.target_local),
+                 None if s.forced is None else np.resize(np.float32(s.forced), plan.config.num_layers))
 
 
 def program_key(plan: RunPlan) -> tuple:

@@ -195,7 +195,8 @@ def fit_run(run: Run, state: TrainState, frozen: Tree, held_out: list[Batch], **
     except NonFinite as failure:
         failure.where = first_non_finite(failure.state.trainable, frozen,
                                          stacked_batch(plan.data, failure.step - 1, s.grad_accum),
-                                         jax.random.fold_in(key, failure.step - 1), run.objective)
+                                         jax.random.fold_in(key, failure.step - 1), run.objective,
+                                         run.forced((s.batch_size, s.seq_len)))
         raise
 
 
@@ -207,7 +208,7 @@ def held_out_metrics(run: Run, state: TrainState, frozen: Tree, batches: list[Ba
     nll = correct = counted = real = local = followed = 0.0
     unrouted = None
     for batch in batches:
-        result = jax.device_get(run.evaluate(state.trainable, frozen, batch, None))
+        result = jax.device_get(run.evaluate(state.trainable, frozen, batch, run.forced(batch.tokens.shape)))
         nll += float((result.nll * batch.weights).sum(dtype=np.float64))
         correct += float((result.correct * batch.weights).sum())
         counted += float(batch.weights.sum())
@@ -251,6 +252,9 @@ def _about(plan: RunPlan) -> list[str]:
                      + (f", router sees {', '.join(layer.router_sees)}" if layer.router_sees else "")
                      + (f", router of {layer.router_hidden} hidden units" if layer.router_hidden else "")
                      + (f", explore {layer.explore:g} {layer.explore_by}" if layer.explore else ""))
+    if s.forced is not None:
+        lines.append(f"decisions: forced, {', '.join(f'{share:g}' for share in s.forced)} of the tokens routed"
+                     + (" in every layer" if len(s.forced) == 1 else ", layer by layer"))
     if s.objective != NEXT_TOKEN:
         shares = {MIXED: f", {s.distill_share:g} of it the divergence",
                   SALIENCY: f", worth taken with {s.saliency_share:g} of decisions routed"}

@@ -13,10 +13,12 @@ from l2a_jax.training.loss import cross_entropy
 from l2a_jax.training.step import Objective, compute_params
 
 
-def first_non_finite(trainable: Tree, frozen: Tree, batch: Batch, key: jax.Array, objective: Objective) -> str:
+def first_non_finite(trainable: Tree, frozen: Tree, batch: Batch, key: jax.Array, objective: Objective,
+                     decisions: jax.Array | None = None) -> str:
     """One sentence: the parameter, the layer's output, or the gradient that is first not finite.
 
-    `batch` is one step's ([A, B, T]) and `key` the step's, before the micro-batch is folded in.
+    `batch` is one step's ([A, B, T]) and `key` the step's, before the micro-batch is folded in; `decisions` are forced
+    ([L, B, T]).
     """
     params = compute_params(trainable, frozen, objective.dtype)
     if spoilt := not_finite(params):
@@ -27,7 +29,7 @@ def first_non_finite(trainable: Tree, frozen: Tree, batch: Batch, key: jax.Array
         micro = jax.tree.map(lambda x: jnp.asarray(x[index]), batch)  # noqa: B023
         micro_key = jax.random.fold_in(key, index)
         options = {"positions": micro.positions, "segment_ids": micro.segment_ids, "key": micro_key, "train": True,
-                   "backend": objective.backend}
+                   "backend": objective.backend, "decisions": decisions}
         finite = probe_layers(params, micro.tokens, objective.config, objective.l2a_config,
                               probe=lambda x: jnp.isfinite(x).all(), **options)
         bad = np.flatnonzero(~np.asarray(finite))

@@ -25,8 +25,9 @@ class Dials(NamedTuple):
     """The numbers of a run that its compiled step takes as arguments, so that runs differing in nothing else share it.
 
     `lr`, `router_lr` (the router's own) and `penalty` are maxima, `distill_share` and `saliency_share` shares,
-    `target_local` is the share of decisions that `control` moves the penalty for (None: `penalty` says it); everything
-    else is a count of steps. The rates peak after `warmup` steps and fall as a cosine to 0 at `steps`.
+    `target_local` is the share of decisions that `control` moves the penalty for (None: `penalty` says it), `forced`
+    the share routed in each layer ([L]; None: the router decides); everything else is a count of steps. The rates peak
+    after `warmup` steps and fall as a cosine to 0 at `steps`.
     """
 
     lr: Any
@@ -39,6 +40,7 @@ class Dials(NamedTuple):
     distill_share: Any = 0.5
     saliency_share: Any = 0.5
     target_local: Any = None
+    forced: Any = None
 
 
 @dataclass(frozen=True)

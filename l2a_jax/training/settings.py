@@ -15,7 +15,7 @@ from typing import Annotated, Any, NamedTuple
 from l2a_jax import config, fields
 from l2a_jax.attention.backends import Backend
 from l2a_jax.config import L2AConfig, ModelConfig, RopeScaling
-from l2a_jax.data.counts import parse_count, parse_layers
+from l2a_jax.data.counts import parse_count, parse_layers, parse_shares
 from l2a_jax.data.packing import PACKINGS
 from l2a_jax.errors import UserError
 from l2a_jax.fields import DTYPE, SHARE_OF_RUN, Choice, Distinct, Filled, Mark, Range, Unit, Written, above, count
@@ -98,6 +98,10 @@ class RoutingSettings:
                             SHARE, DIAL, "share of decisions to be local at the end, in place of --penalty: lambda "
                             "is 0 in the warm-up, then moved so that the ramp leads there"] = None
     target_tokens: TargetTokens = "all"
+    forced: Annotated[tuple[Annotated[float, fields.between(0, 1, "a share of the tokens")], ...] | None,
+                      Filled("a list"), Unit("shares"), Written(parse_shares), DIAL,
+                      "share of tokens routed in each layer (one number: in all), drawn once for every place of a row, "
+                      "in place of the router's decisions; the router stays as it is"] = None
 
 
 @dataclass(frozen=True)
@@ -157,7 +161,8 @@ def compiled_in(settings: Settings) -> tuple:
     """What a step is compiled from besides shapes and layer: every setting that no mark says to be something else."""
     chosen = (getattr(settings, name) for name, hint in fields.declared(Settings).items()
               if name not in (*LAYER_FIELDS, "rope") and not {DIAL, OUTSIDE} & {*fields.said(hint, Mark)})
-    return settings.target_local is not None, *chosen  # a target is a number, but it brings its control along
+    # A target is a number, but it brings its control along; forced shares bring their decisions.
+    return settings.target_local is not None, settings.forced is not None, *chosen
 
 
 class Preset(NamedTuple):
@@ -233,6 +238,10 @@ def resolve(regime: str, given: dict[str, Any], presets: tuple[str, ...] = ()) -
         if "penalty" in given:
             raise UserError("--penalty and --target-local both say how much stays local; give one of them")
         values["penalty"] = 0.0  # a preset's; the weight is now moved
+    if values.get("forced") is not None:
+        if given.get("penalty"):
+            raise UserError("--penalty is of learned decisions, and --forced leaves none; give one of them")
+        values["penalty"] = 0.0
     return _checked(Settings(regime=regime, preset=tuple(presets), given=asked, **{**base, **values}))
 
 
@@ -243,6 +252,14 @@ def _checked(settings: Settings) -> Settings:
                         "makes none")
     if settings.target_local is not None and settings.penalty:
         raise UserError(f"--penalty is {settings.penalty:g}; expected 0 where --target-local moves the weight")
+    if settings.forced is not None:
+        why = (f"--regime {settings.regime} runs a plain model, which routes nothing"
+               if settings.regime in PLAIN_REGIMES else
+               "--target-local moves learned ones" if settings.target_local is not None else
+               f"--objective {settings.objective} teaches a router" if settings.objective != NEXT_TOKEN else
+               f"--penalty {settings.penalty:g} is of learned ones" if settings.penalty else None)
+        if why is not None:
+            raise UserError(f"--forced takes the router's decisions away, but {why}")
     if settings.echo and not settings.data:
         raise UserError("--echo repeats text of --data, and there is none; give --model and --data")
     if settings.ask and not settings.data:
@@ -322,6 +339,8 @@ def idle(settings: Settings) -> list[tuple[bool, tuple[str, ...], str]]:
         (s.target_local is None and s.regime not in PLAIN_REGIMES, ("target_tokens",), "there is no --target-local"),
         (s.penalty == 0 and s.target_local is None and s.regime not in PLAIN_REGIMES,
          ("penalty_warmup", "penalty_ramp", "cost"), "--penalty is 0"),
+        (s.forced is not None, ("router_lr", "temperature", "threshold", "leakage", "flip", "explore", "explore_by",
+                                "penalty_warmup", "penalty_ramp", "cost"), "--forced decides in the router's place"),
         (s.objective != MIXED, ("distill_share",), f"--objective is {s.objective}"),
         (s.explore == 0 and s.regime not in PLAIN_REGIMES, ("explore_by",), "--explore is 0"),
         (s.objective != SALIENCY, ("saliency_share",), f"--objective is {s.objective}"),

@@ -137,6 +137,16 @@ def _own_decisions(routed: LayerRouting, real: Bool[Array, "B T"], objective: Ob
     return own if pruned is None else own & ~pruned[:, None, None]
 
 
+_FORCED = 2**32 - 1
+"""What a run's key is folded with for decisions that are forced: the number of no step."""
+
+
+def forced_decisions(key: PRNGKeyArray, rates: Float[Array, " L"] | None, shape: tuple[int, int]
+                     ) -> Bool[Array, "L B T"] | None:
+    """The decisions that a run of this key forces on rows of [B, T]; None where its router decides."""
+    return None if rates is None else routing.frozen(jax.random.fold_in(key, _FORCED), rates, *shape)
+
+
 def train_step(
     state: TrainState,
     frozen: Tree,
@@ -170,7 +180,7 @@ def train_step(
         return params, *hidden_states(
             params, micro.tokens, objective.config, objective.l2a_config, positions=micro.positions,
             segment_ids=micro.segment_ids, backend=objective.backend, remat=objective.remat, unroll=objective.unroll,
-            **options)
+            **{"decisions": forced_decisions(key, dials.forced, micro.tokens.shape), **options})
 
     def sums_of(summed, routed, real, cost, followed, told):
         local = None

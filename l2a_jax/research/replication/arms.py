@@ -1,6 +1,8 @@
 """Arms of the study that wait for a machine, in the order of what they decide.
 
     norms      what of a ratio below 1 is adaptation to the text: the repair's norms, trained with everything routed
+    forced     does attention absorb decisions? l2a_ft under learned, frozen random and static ones, each then
+               evaluated under the others
     border     where l2a_ft breaks: learning rates at 12M tokens
     layer      settings of the sequential layer that lose benchmark points as reported
 
@@ -13,6 +15,7 @@ import itertools
 
 from l2a_jax.research.replication.builders import LONG, PAPER, make_row
 from l2a_jax.research.replication.row import BENCHMARKS, Measures, Row
+from l2a_jax.research.replication.under import static_shares
 
 NEAR = Measures(tasks=("perplexity", "needle", *BENCHMARKS))
 
@@ -28,6 +31,23 @@ def _norms() -> list[Row]:
         *(make_row(f"norms_only-t8192-e1-s{seed}", "norms", question, "0.5b", "norms_only", seed=seed, measures=far,
                    seq_len=8_192, echo=1.0, **LONG[8_192]) for seed in range(3)),
         make_row("norms_only-1.5b", "norms", question, "1.5b", "norms_only", tokens=8_000_000, measures=NEAR)]
+
+
+RATES = (0.0, 0.0001, 0.0, 0.0378, 0.006, 0.0424, 0.0091, 0.0208, 0.0003, 0.2132, 0.0123, 0.272, 0.0159, 0.1388, 0.0412,
+         0.0339, 0.3213, 0.0966, 0.0073, 0.0113, 0.1014, 0.1732, 0.1493, 0.0919)
+"""Share of tokens that the two seeds of `l2a_ft-repair` route in each layer, their mean."""
+
+
+def _forced() -> list[Row]:
+    """Absorption's decisive arm, on the layer of `l2a_ft-repair`."""
+    layer = {"topology": "parallel", "share_attention": True, "sinks": 4, "rope": "none", "leakage": 1.0, "window": 256}
+    kinds = {"learned": {"penalty": 0.3, "router_lr": 3e-4}, "frozen": {"forced": RATES},
+             "static": {"forced": static_shares(RATES)}}
+    question = "does attention absorb the decisions that it is trained under?"
+    return [make_row(f"l2a_ft-{kind}-s{seed}", "forced", question, "0.5b", "l2a_ft", seed=seed, **layer, **given,
+                     measures=Measures(tasks=("perplexity", "audit", "under", "needle"), controls=True, audit_seeds=3,
+                                       held_out=False, under=(f"l2a_ft-learned-s{seed}", RATES)))
+            for seed in (2, 3, 4) for kind, given in kinds.items()]
 
 
 def _border() -> list[Row]:
@@ -49,4 +69,4 @@ def _layer() -> list[Row]:
                             window=window, measures=measures, **PAPER) for window in (128, 512)]
 
 
-GROUPS = {"norms": _norms, "border": _border, "layer": _layer}
+GROUPS = {"norms": _norms, "forced": _forced, "border": _border, "layer": _layer}

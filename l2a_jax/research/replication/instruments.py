@@ -12,7 +12,7 @@ from l2a_jax.errors import UserError
 from l2a_jax.evaluation import perplexity
 from l2a_jax.evaluation.perplexity import Windows
 from l2a_jax.files import read_text
-from l2a_jax.research.replication import autopsy, benchmarks, damage, needles, routed_picture, routed_text
+from l2a_jax.research.replication import autopsy, benchmarks, damage, needles, routed_picture, routed_text, under
 from l2a_jax.research.replication.faulty import FAULTS
 from l2a_jax.research.replication.flips import flip_sweep
 from l2a_jax.research.replication.prunable import prunable
@@ -103,8 +103,9 @@ def _autopsy(evaluated) -> dict[str, Any]:
     session, row = evaluated.session, evaluated.row
     plan = session.plan(row)
     s, run = plan.settings, session.program(row)
-    if s.target_local is not None:
-        raise UserError(f"autopsy: --target-local moves the penalty of {row.name}; expected a row with --penalty")
+    if s.target_local is not None or s.forced is not None:
+        raise UserError(f"autopsy: {row.name} has --{'forced' if s.forced else 'target-local'}; expected a row whose "
+                        "router decides, with --penalty")
     # No arrays: they are compiled in.
     dials = Dials(*(None if number is None else number.item() for number in run.dials))
 
@@ -127,7 +128,23 @@ def _autopsy(evaluated) -> dict[str, Any]:
                            optimizer=OptimizerConfig(s.regime, s.weight_decay, s.clip), faults=faults)
 
 
+def _under(evaluated) -> dict[str, Any]:
+    """Nats under every kind of decisions, those of the row that is asked for among them."""
+    row, (windows, own) = evaluated.row, evaluated.audited()
+    if own.decisions is None or row.measures.under is None or evaluated.out is None:
+        raise UserError(f"under: {row.name} needs a layer that routes, the row whose decisions are the learned ones, "
+                        "and a folder for them")
+    learned_by, rates = row.measures.under
+    place = evaluated.out / f"{learned_by}_decisions.npz"
+    if learned_by == row.name:
+        under.keep(own.decisions, place)
+    learned = under.kept(place, own.decisions.shape, learned_by)
+    return under.under(evaluated.model, windows, own, under.choices(rates, row.settings(), learned),
+                       **evaluated.session.passes)
+
+
 INSTRUMENTS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "residual": _residual, "flips": _flips, "routed": _routed, "prunable": _prunable, "thresholds": _thresholds,
-    "picture": _picture, "autopsy": _autopsy}
+    "picture": _picture, "autopsy": _autopsy,
+    "under": _under}
 """By the name that a row's tasks use."""

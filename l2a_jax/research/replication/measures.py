@@ -15,7 +15,7 @@ import numpy as np
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import audit, collapse, controls, intervals, perplexity
 from l2a_jax.evaluation.perplexity import Scores, Windows, routing_rates, score_windows
-from l2a_jax.research.replication import benchmarks, needles
+from l2a_jax.research.replication import benchmarks, needles, under
 from l2a_jax.research.replication.instruments import INSTRUMENTS
 from l2a_jax.research.replication.row import BENCHMARKS, Row
 from l2a_jax.research.replication.session import Session, evaluation_layer
@@ -48,8 +48,14 @@ class EvaluatedRow:
 
     @cached_property
     def scores(self) -> Scores:
-        """One pass over it, as the router decides."""
-        return score_windows(self.model, self.windows, **self.session.passes)
+        """One pass over it, as the router decides, or as training forced it."""
+        return score_windows(self.model, self.windows, self.forced(self.windows), **self.session.passes)
+
+    def forced(self, windows: Windows) -> Any:
+        """The decisions of training where these were forced; None where the router decides."""
+        run = self.row.settings()
+        return None if run.forced is None else under.drawn(
+            np.resize(run.forced, self.model.config.num_layers).tolist(), run, *windows.tokens.shape)
 
     def audited(self) -> tuple[Windows, Scores]:
         """The first `audit_windows` windows, and the router's own pass over them."""
@@ -87,7 +93,7 @@ def _contexts(evaluated: EvaluatedRow) -> dict[str, Any]:
 def _needle(evaluated: EvaluatedRow) -> dict[str, Any]:
     options, prepared = evaluated.session.needles(evaluated.row)
     return needles.score(evaluated.model, prepared, options, controls=evaluated.row.measures.controls,
-                         **evaluated.session.passes)
+                         forced=evaluated.forced, **evaluated.session.passes)
 
 
 def _collapse(evaluated: EvaluatedRow) -> dict[str, Any]:

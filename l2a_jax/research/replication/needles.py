@@ -7,6 +7,7 @@ prompt and answer fill a window whose scored places are the answer's, so that de
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,13 +29,14 @@ def prepare(model: Pretrained, options: NeedleOptions) -> dict[int, Windows]:
 
 
 def score(model: Pretrained, prepared: dict[int, Windows], options: NeedleOptions, *, controls: bool = False,
-          **passes: Any) -> dict[str, Any]:
+          forced: Callable[[Windows], Any] = lambda windows: None, **passes: Any) -> dict[str, Any]:
     """By length: exact match with Wilson's interval, by depth, log-probability of the answer (nats, mean), and the bits
     by depth and seed. With `controls`, of a routed model also under random decisions at each layer's own rate, under a
-    static choice of layers of the same density, and with nothing routed."""
+    static choice of layers of the same density, and with nothing routed. `forced`: decisions of windows in place of the
+    router's (None: its own)."""
     out: dict[str, Any] = {"depths": list(options.depths), "seeds": len(options.seeds), "lengths": {}}
     for length, windows in prepared.items():
-        learned = score_windows(model, windows, label=f"needle {length}", **passes)
+        learned = score_windows(model, windows, forced(windows), label=f"needle {length}", **passes)
         entry = _entry(learned, len(options.depths))
         if learned.decisions is not None:
             rates = routing_rates(learned.decisions, windows.real)

@@ -36,7 +36,8 @@ class Measures:
     The audit scores the first `audit_windows` windows; `contexts` are further window lengths of the same text, of which
     `context_tokens` are scored; `controls` repeats the needle under random decisions and a static choice of layers.
     `held_out`: training looks at held-out text of its own sources now and then. `faults`: those of the autopsy, by name
-    (none: all of them).
+    (none: all of them). `under`: the row whose learned decisions these weights are evaluated under, and the share of
+    tokens that the other decisions route in each layer.
     """
 
     tasks: tuple[str, ...] = ("perplexity", "audit", "needle", *BENCHMARKS)
@@ -56,6 +57,7 @@ class Measures:
     task_data: str = "{data}/eval"
     held_out: bool = True
     faults: tuple[str, ...] = ()
+    under: tuple[str, tuple[float, ...]] | None = None
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,7 @@ class Row:
             **{name: (m.limit, m.task_data) for name in (*BENCHMARKS, "task_controls")},
             "thresholds": (m.text, m.context, m.audit_windows, m.needle_lengths, m.needle_depths, m.needle_seeds,
                            m.haystack),
+            "under": (m.text, m.context, m.audit_windows, m.under),
             "picture": (m.context, "beyond the window"),
             **({"autopsy": (m.text, m.context, m.audit_windows, m.faults)} if m.faults else {}),
         }

@@ -183,6 +183,7 @@ def choose(names: tuple[str, ...] = (), groups: tuple[str, ...] = ()) -> list[Ro
 
 
 def with_baselines(rows: list[Row]) -> list[Row]:
-    """The rows, with those in front that their differences are taken with."""
-    needed = {row.baseline for row in rows} - {row.name for row in rows}
+    """The rows, with those in front that their differences are taken with, or whose decisions they need."""
+    needed = {row.baseline for row in rows} | {row.measures.under[0] for row in rows if row.measures.under}
+    needed -= {row.name for row in rows}
     return [row for row in all_rows() if row.name in needed] + rows

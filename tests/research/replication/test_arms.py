@@ -7,7 +7,7 @@ import pytest
 
 from l2a_jax.research.replication import arms, report, runner, trained
 from l2a_jax.research.replication.row import BENCHMARKS
-from l2a_jax.research.replication.rows import choose
+from l2a_jax.research.replication.rows import choose, with_baselines
 from l2a_jax.training.settings import Settings
 from tests.research.replication.conftest import LAYER, QUICK
 from tests.research.replication.test_findings import RESULTS
@@ -15,23 +15,22 @@ from tests.research.replication.test_findings import RESULTS
 TINY = {name: value for name, value in LAYER.items() if name != "window"}
 
 
-def tiny(name, **given):
+def tiny(name, under=None, **given):
     """The declared row at the sizes of the tests, asked what the packaged model can answer."""
     row = choose((name,))[0]
     own = {key: value for key, value in row.given if key not in ("tokens", *TINY)}
     if "window" in own:
         own["window"] = LAYER["window"]
     measures = dataclasses.replace(QUICK, tasks=tuple(task for task in row.measures.tasks if task not in (
-        *BENCHMARKS, "contexts", "collapse")), controls=False)
+        *BENCHMARKS, "contexts", "collapse")), controls=False, under=under)
     return dataclasses.replace(row, size="0.5b", given=tuple({**own, **TINY, **given}.items()),
                                data=("notes={data}/train",), measures=measures, baseline=None)
 
 
-def test_every_arm_is_declared_in_the_order_of_what_it_decides():
+def test_arms_stand_in_the_table_and_not_yet_in_the_report(tmp_path):
     waiting = choose(groups=tuple(arms.GROUPS))
     assert {row.group for row in waiting} == set(arms.GROUPS)
-    shown = {row["name"]: row for row in report.collect(RESULTS / "rows")["rows"]}
-    assert not any("device" not in shown[row.name] for row in waiting if row.name in shown)
+    assert not {row.name for row in waiting} & {row["name"] for row in report.collect(tmp_path)["rows"]}
 
 
 def test_a_dry_run_says_what_an_arm_costs(session):
@@ -71,3 +70,34 @@ def test_twins_differ_from_the_rows_that_they_explain_in_routing_alone():
 def test_the_border_is_one_of_rates_alone(rate):
     one, other = (choose((name,))[0].settings() for name in (f"l2a_ft-12M-lr{rate}", "l2a_ft-diverse-0.5b"))
     assert dataclasses.replace(one, lr=other.lr, given=()) == dataclasses.replace(other, given=())
+
+
+def test_attention_trained_under_forced_decisions_is_evaluated_under_all_kinds(session, tmp_path):
+    rates = (0.0, 0.5, 0.25)
+    under = ("l2a_ft-learned-s2", rates)
+    rows = [tiny("l2a_ft-learned-s2", under), tiny("l2a_ft-frozen-s2", under, forced=rates)]
+    assert runner.run_rows(rows[1:], session, tmp_path) == ([], ["l2a_ft-frozen-s2"])
+    assert "l2a_ft-learned-s2_decisions.npz is missing" in runner.read_row(tmp_path / "l2a_ft-frozen-s2.json")["error"]
+    assert runner.run_rows(rows, session, tmp_path) == ([], [])
+    learned, frozen = (runner.read_row(tmp_path / f"{row.name}.json") for row in rows)
+    for found, own in ((learned, "learned"), (frozen, "frozen")):
+        result = found["evaluations"]["under"]["result"]
+        assert list(result["rows"]) == ["learned", "frozen", "static", "random", "all", "none"]
+        assert abs(result["rows"][own]["worse"]) < 1e-5 and result["own"] == pytest.approx(result["rows"][own]["nll"])
+        density = {name: row["density"] for name, row in result["rows"].items()}
+        assert density["all"] == 1 and density["none"] == 0
+        assert all(abs(density[name] - 0.25) < 0.05 for name in ("frozen", "static", "random"))
+    both = [found["evaluations"]["under"]["result"]["rows"]["learned"]["density"] for found in (learned, frozen)]
+    assert both[0] == both[1], "the decisions that the other row has left"
+    assert frozen["evaluations"]["perplexity"]["result"]["sparsity"] == pytest.approx(
+        1 - frozen["evaluations"]["under"]["result"]["rows"]["frozen"]["density"], abs=0.02)
+
+
+def test_forced_rates_are_those_that_were_learned():
+    found = [runner.read_row(RESULTS / "rows" / f"l2a_ft-repair-s{seed}.json")["evaluations"]["audit"]["result"]
+             ["rates_per_layer"] for seed in (0, 1)]
+    assert tuple(np.round(np.mean(found, axis=0), 4).tolist()) == arms.RATES
+    rows = choose(groups=("forced",))
+    assert {row.settings().forced and round(sum(row.settings().forced), 3) for row in rows} == {None, 1.796}
+    assert [row.name for row in with_baselines(choose(("l2a_ft-static-s4",)))] == [
+        "baseline-0.5b", "l2a_ft-learned-s4", "l2a_ft-static-s4"]
