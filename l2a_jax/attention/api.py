@@ -17,13 +17,15 @@ from types import ModuleType
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Int
 
 from l2a_jax import device
 from l2a_jax.attention.backends import CHOICES, check_name
-from l2a_jax.attention.reference import Heads, Ids, Keys, PerRow
+from l2a_jax.attention.reference import Heads, Ids, Keys, PerRow, Places
 from l2a_jax.errors import Unsupported
 
+AnyPlaces = Int[Array, "B Q"] | Int[Array, " Q"] | None
 log = logging.getLogger("l2a_jax.attention")
 
 # What `auto` tries, in order, by platform. The reference is last: it is exact, and needs O(T^2) memory.
@@ -34,7 +36,8 @@ AUTO = {"gpu": ("pallas", "cudnn", "xla"), "cpu": ("xla", "reference")}
 class Call:
     """What a backend needs to know to accept or decline: the operation, the shapes, and which options are in use.
 
-    The operation is a function of this module, or "decode" (`attention.decode`), of which `length` counts the slots.
+    The operation is a function of this module, or "decode" (`attention.decode`), of which `length` counts the slots;
+    else it counts the keys.
     """
 
     operation: str
@@ -47,6 +50,7 @@ class Call:
     window: int | None = None
     sinks: int = 0
     segmented: bool = False
+    placed: bool = False  # queries are a part of the tokens
 
 
 def _module(name: str) -> ModuleType:
@@ -104,83 +108,104 @@ def choose(call: Call, backend: str, platform: str) -> str:
     raise Unsupported(f"no attention backend can serve {call} on {platform}: {'; '.join(reasons)}")
 
 
-def _dispatch(operation, backend, q, k, v, *args, segment_ids, **options):
+def _dispatch(operation, backend, q, k, v, *args, segment_ids, places, **options):
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
-        raise ValueError(f"attention takes q [B,T,N,H] and k, v [B,T,K,H]; got {q.shape}, {k.shape}, {v.shape}")
-    if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
-        raise ValueError(f"q {q.shape} and k {k.shape} must agree in B, T and H, and N must be a multiple of K")
+        raise ValueError(f"attention takes q [B,Q,N,H] and k, v [B,T,K,H]; got {q.shape}, {k.shape}, {v.shape}")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
+        raise ValueError(f"q {q.shape} and k {k.shape} must agree in B and H, and N must be a multiple of K")
+    if places is None and q.shape[1] != k.shape[1]:
+        raise ValueError(f"q {q.shape} and k {k.shape} must agree in T, or places must say whose queries these are")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must have one dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
     if not q.size or not k.size:
         raise ValueError(f"attention of nothing: q is {q.shape}, k {k.shape}")
     if options.get("window", 1) < 1 or options.get("sinks", 0) < 0:
         raise ValueError(f"window must be at least 1 and sinks at least 0; got {options}")
-    for name, value in (("segment_ids", segment_ids), *(("decisions", a) for a in args)):
-        if value is not None and value.shape != q.shape[:2]:
-            raise ValueError(f"{name} is {value.shape}; expected [B, T] = {q.shape[:2]}")
-    call = Call(operation, *q.shape[:3], k.shape[2], q.shape[3], jnp.dtype(q.dtype).name, options.get("window"),
-                options.get("sinks", 0), segment_ids is not None)
+    rows, tokens = q.shape[:2], k.shape[:2]
+    for name, value, shape in (("segment_ids", segment_ids, tokens), *(("decisions", a, rows) for a in args)):
+        if value is not None and value.shape != shape:
+            raise ValueError(f"{name} is {value.shape}; expected {shape}, one for each of the "
+                             f"{'keys' if name == 'segment_ids' else 'queries'}")
+    call = Call(operation, *tokens, q.shape[2], k.shape[2], q.shape[3], jnp.dtype(q.dtype).name,
+                options.get("window"), options.get("sinks", 0), segment_ids is not None, places is not None)
     name = choose(call, backend, device.platform())
+    if places is not None:
+        options["places"] = _checked(places, rows, tokens[1])
     with jax.named_scope(f"attention_{operation}"):
         function = getattr(_module(name), operation, None) or functools.partial(_both, _module(name))
         return function(q, k, v, *args, segment_ids=segment_ids, **options)
 
 
-def _both(module, q, k, v, decisions, *, segment_ids, window, sinks):
+def _checked(places: Int[Array, "*B Q"], shape: tuple[int, int], length: int) -> Places:
+    """Places of every sequence; their order is checked where it is known."""
+    if places.shape not in (shape, shape[1:]):
+        raise ValueError(f"places is {places.shape}; expected [B, Q] = {shape} or [Q]")
+    if not isinstance(places, jax.core.Tracer):
+        known = np.asarray(places)
+        if (np.diff(known) <= 0).any() or known.min() < 0 or known.max() >= length:
+            raise ValueError(f"places must be strictly ascending numbers of the {length} tokens")
+    return jnp.broadcast_to(places, shape).astype(jnp.int32)
+
+
+def _both(module, q, k, v, decisions, *, window, sinks, **call):
     """`both` from a backend's `full` and `local`."""
-    far = module.full(q, k, v, segment_ids=segment_ids)
-    near = module.local(q, k, v, window=window, sinks=sinks, segment_ids=segment_ids)
+    far = module.full(q, k, v, **call)
+    near = module.local(q, k, v, window=window, sinks=sinks, **call)
     return jnp.where(decisions[:, :, None, None], far, near), jax.lax.stop_gradient(far - near)
 
 
 def local(q: Heads, k: Keys, v: Keys, *, window: int, sinks: int = 0, segment_ids: Ids | None = None,
-          backend: str = "auto") -> Heads:
+          places: AnyPlaces = None, backend: str = "auto") -> Heads:
     """Causal attention over `window` keys including the token itself, plus the first `sinks` keys.
 
     q, k, v: one float dtype, which is the output's too. `window`, `sinks`: keys. `segment_ids`: see `reference`.
+    `places` [B, Q] or [Q]: where queries are a part of the T tokens, the numbers of theirs, strictly ascending; None:
+    Q = T and row r is token r. Gradients of k and v are these rows' part then.
     Raises ValueError on shapes that do not fit, Unsupported where the named backend cannot serve the call.
     """
-    return _dispatch("local", backend, q, k, v, segment_ids=segment_ids, window=window, sinks=sinks)
+    return _dispatch("local", backend, q, k, v, segment_ids=segment_ids, places=places, window=window, sinks=sinks)
 
 
 def local_with_lse(q: Heads, k: Keys, v: Keys, *, window: int, sinks: int = 0, segment_ids: Ids | None = None,
-                   backend: str = "auto") -> tuple[Heads, Float[Array, "B T N"]]:
+                   places: AnyPlaces = None, backend: str = "auto") -> tuple[Heads, Float[Array, "B Q N"]]:
     """`local`, and beside it the log-sum-exp, in nats, of the scaled scores that each row and head sees; padding rows
     have any number. No gradient flows through the latter."""
-    return _dispatch("local_with_lse", backend, q, k, v, segment_ids=segment_ids, window=window, sinks=sinks)
+    return _dispatch("local_with_lse", backend, q, k, v, segment_ids=segment_ids, places=places, window=window,
+                     sinks=sinks)
 
 
 def routed(q: Heads, k: Keys, v: Keys, decisions: PerRow, *, segment_ids: Ids | None = None,
-           backend: str = "auto") -> Heads:
+           places: AnyPlaces = None, backend: str = "auto") -> Heads:
     """Full causal attention for rows whose decision is True; every other row is exactly 0, and costs nothing.
 
     Keys and values exist for every token. No gradient flows to `decisions` here (see `l2a_jax.nn.routing`).
     """
-    return _dispatch("routed", backend, q, k, v, decisions.astype(bool), segment_ids=segment_ids)
+    return _dispatch("routed", backend, q, k, v, decisions.astype(bool), segment_ids=segment_ids, places=places)
 
 
 def mixed(q: Heads, k: Keys, v: Keys, decisions: PerRow, *, window: int, sinks: int = 0, segment_ids: Ids | None = None,
-          backend: str = "auto") -> Heads:
+          places: AnyPlaces = None, backend: str = "auto") -> Heads:
     """One pass in which each row sees everything (decision True) or its window and sinks (False).
 
     For inference and frozen decisions with shared attention; learning a decision needs both outputs of a row.
     """
-    return _dispatch("mixed", backend, q, k, v, decisions.astype(bool), segment_ids=segment_ids, window=window,
-                     sinks=sinks)
+    return _dispatch("mixed", backend, q, k, v, decisions.astype(bool), segment_ids=segment_ids, places=places,
+                     window=window, sinks=sinks)
 
 
 def both(q: Heads, k: Keys, v: Keys, decisions: PerRow, *, window: int, sinks: int = 0, segment_ids: Ids | None = None,
-         backend: str = "auto") -> tuple[Heads, Heads]:
+         places: AnyPlaces = None, backend: str = "auto") -> tuple[Heads, Heads]:
     """`mixed`, and beside it what each decision changes: `full` - `local`, for every row.
 
     For learning decisions with shared attention, where a decision's gradient is <g, full - local>. Both are computed
     forward for every row; backward a row's work is done once, as in `mixed`, since the path that a row did not take
     gives nothing to q, k and v. No gradient flows through the difference.
     """
-    return _dispatch("both", backend, q, k, v, decisions.astype(bool), segment_ids=segment_ids, window=window,
-                     sinks=sinks)
+    return _dispatch("both", backend, q, k, v, decisions.astype(bool), segment_ids=segment_ids, places=places,
+                     window=window, sinks=sinks)
 
 
-def full(q: Heads, k: Keys, v: Keys, *, segment_ids: Ids | None = None, backend: str = "auto") -> Heads:
+def full(q: Heads, k: Keys, v: Keys, *, segment_ids: Ids | None = None, places: AnyPlaces = None,
+         backend: str = "auto") -> Heads:
     """Causal attention over everything in the row's own document."""
-    return _dispatch("full", backend, q, k, v, segment_ids=segment_ids)
+    return _dispatch("full", backend, q, k, v, segment_ids=segment_ids, places=places)

@@ -22,6 +22,8 @@ def why_not(call: Call) -> str | None:
         return "cuDNN has no per-token choice of keys"
     if call.operation == "local_with_lse":
         return "cuDNN keeps its log-sum-exp to itself"
+    if call.placed:
+        return "cuDNN has no queries that are a part of the tokens"
     if call.dtype not in ("bfloat16", "float16"):
         return f"cuDNN attention takes bfloat16 or float16, not {call.dtype}"
     if call.sinks:

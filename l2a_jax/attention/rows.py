@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from l2a_jax.attention.reference import real_tokens, segment_starts
+from l2a_jax.attention.reference import Places, at_places, real_tokens, segment_starts
 
 
 class Rows(NamedTuple):
@@ -35,20 +35,21 @@ def token_rows(
     *,
     window: int | None = None,
     sinks: int = 0,
-    seen: Bool[Array, "B T"] | None = None,
-    everything: Bool[Array, "B T"] | None = None,
+    seen: Bool[Array, "B Q"] | None = None,
+    everything: Bool[Array, "B Q"] | None = None,
+    places: Places | None = None,
 ) -> Rows:
-    """One row per token. `window` None: the whole document; `everything`: rows that see it all the same;
-    `seen` False (not routed) and padding: rows that see nothing."""
-    index = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
-    start = segment_starts(segment_ids, shape)
+    """One row per token of `shape` [B, T], or for those at `places`. `window` None: the whole document; `everything`:
+    rows that see it all the same; `seen` False (not routed) and padding: rows that see nothing."""
+    index = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape) if places is None else places
+    start = at_places(segment_starts(segment_ids, shape), places)
     low = start if window is None else jnp.maximum(start, index - (min(window, shape[1]) - 1))
     if everything is not None:
         low = jnp.where(everything, start, low)
     sink_high = jnp.minimum(low, start + min(sinks, shape[1]))
-    alive = jnp.ones(shape, bool) if seen is None else seen
+    alive = jnp.ones(index.shape, bool) if seen is None else seen
     if segment_ids is not None:
-        alive = alive & real_tokens(segment_ids, shape)
+        alive = alive & at_places(real_tokens(segment_ids, shape), places)
     return Rows(
         jnp.where(alive, low, 0), jnp.where(alive, index, -1),
         jnp.where(alive, start, 0), jnp.where(alive, sink_high, 0),
@@ -56,7 +57,8 @@ def token_rows(
 
 
 class Order(NamedTuple):
-    """A working order of the tokens. Row r of it is token `index[b, r]`; token t is its row `rank[b, t]`.
+    """A working order of the tokens. Row r of it is token `index[b, r]`; token t is its row `rank[b, t]`. Where queries
+    are a part of the tokens, tokens are counted among the queries.
 
     Rows that are nobody's have index -1; all rows r >= count[b] are. `first` counts the rows of the leading group (see
     `partition`).
@@ -97,9 +99,3 @@ def _invert(rank: Int[Array, "B T"], size: int | None = None) -> Int[Array, "B R
     token = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), rank.shape)
     index = jnp.full((batch, length if size is None else size), -1, jnp.int32)
     return index.at[jnp.arange(batch)[:, None], rank].set(token, mode="drop", unique_indices=True)
-
-
-def take(x: Array, index: Int[Array, "B R"]) -> Array:
-    """x[b, index[b, r]] for x [B, T, ...]."""
-    expanded = index.reshape(index.shape + (1,) * (x.ndim - 2))
-    return jnp.take_along_axis(x, expanded, axis=1, mode="clip")

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from l2a_jax.attention.decode import attend_cache
-from l2a_jax.attention.rows import take
+from l2a_jax.attention.reference import take
 from l2a_jax.config import L2AConfig, ModelConfig
 from l2a_jax.inference.cache import Cache, Layout, empty_cache, full_reads, put, ring_of, ring_reads
 from l2a_jax.models.layer import Attention, Heads, Keys, OfLayer, PerRow, block, context_of, join_projections, pruned_of

@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from l2a_jax.attention.reference import Heads, Ids, Keys, segment_starts
-from l2a_jax.attention.rows import take
+from l2a_jax.attention.reference import Heads, Ids, Keys, Places, at_places, segment_starts, take
 from l2a_jax.attention.xla import dot
 from l2a_jax.config import OF_SCORES
 from l2a_jax.nn import routing
@@ -57,19 +56,22 @@ def signals(names: tuple[str, ...], positions: Int[Array, "B T"], window: int, s
     return jax.lax.stop_gradient(jnp.concatenate([made[name] for name in names], axis=-1))
 
 
-def scores_of(q: Heads, k: Keys, lse: Float[Array, "B T N"], segment_ids: Ids | None, sinks: int) -> Scores:
+def scores_of(q: Heads, k: Keys, lse: Float[Array, "B Q N"], segment_ids: Ids | None, sinks: int,
+              places: Places | None = None) -> Scores:
     """`Scores` from a log-sum-exp: the sinks' part of it needs no more than the sinks' own scores."""
     batch, length, heads, head_dim = q.shape
-    starts, count = segment_starts(segment_ids, (batch, length)), min(sinks, length)
+    starts, count = at_places(segment_starts(segment_ids, k.shape[:2]), places), min(sinks, k.shape[1])
     first = starts[:, :, None] + jnp.arange(count)
     grouped = q.reshape(batch, length, k.shape[2], -1, head_dim)
     if segment_ids is None:
         scores = _scores("btkgh,bskh->btkgs", grouped, k[:, :count])
     else:
-        found = take(k, jnp.minimum(first, length - 1).reshape(batch, -1)).reshape(batch, length, count, *k.shape[2:])
+        found = take(k, jnp.minimum(first, k.shape[1] - 1).reshape(batch, -1))
+        found = found.reshape(batch, length, count, *k.shape[2:])
         scores = _scores("btkgh,btskh->btkgs", grouped, found)
     scores = scores.reshape(batch, length, heads, count)
-    seen = (first <= jnp.arange(length)[:, None])[:, :, None]
+    index = jnp.arange(length) if places is None else places
+    seen = (first <= index[..., None])[:, :, None]
     # A row without keys has any log-sum-exp: nothing is above 1.
     mass = jnp.sum(jnp.where(seen, jnp.exp(jnp.minimum(scores - lse[..., None], 0.0)), 0.0), axis=-1)
     return Scores(lse, mass)

@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 
 from l2a_jax import attention
+from l2a_jax.attention import reference
+from l2a_jax.sharding import stripes
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call. `packing`: None, or document lengths with 0-padding after them; `rate`: share of True decisions."""
+    """One call. `packing`: None, or document lengths with 0-padding after them; `rate`: share of True decisions.
+    `places`: whose queries there are: "random", "one", "all", or "stripes" (another shard's in each sequence)."""
 
     operation: str
     length: int = 70
@@ -28,11 +31,13 @@ class Case:
     sinks: int = 0
     packing: tuple[tuple[int, ...], ...] | None = None
     rate: float | str | None = None
+    places: str | None = None
 
     def __str__(self):
         parts = [self.operation, f"T{self.length}", f"{self.heads}-{self.kv_heads}-{self.width}"]
         parts += [f"W{self.window}"] * (self.window is not None) + [f"S{self.sinks}"] * (self.sinks > 0)
         parts += ["packed"] * (self.packing is not None) + [f"rate_{self.rate}"] * (self.rate is not None)
+        parts += [f"places_{self.places}"] * (self.places is not None)
         return "-".join(parts)
 
     def inputs(self, seed: int = 0, dtype=jnp.float32):
@@ -53,7 +58,23 @@ class Case:
             options["segment_ids"] = jnp.asarray(ids)
         if self.rate is not None:
             options["decisions"] = jnp.asarray(self._decisions(rng))
+        if self.places is not None:
+            places = self._places(rng)
+            q, cotangent = (reference.take(x, places) for x in (q, cotangent))
+            if "decisions" in options:
+                options["decisions"] = reference.take(options["decisions"], places)
+            options["places"] = places
         return q, k, v, cotangent, options
+
+    def _places(self, rng):
+        shards = {"all": 1, "one": self.length, "random": 3, "stripes": 4}[self.places]
+        of_row = range(self.batch)
+        if self.places == "stripes":
+            rows = [stripes.places(self.length, shards, row % shards) for row in of_row]
+        else:
+            count = -(-self.length // shards)
+            rows = [np.sort(rng.choice(self.length, count, replace=False)) for row in of_row]
+        return jnp.asarray(np.stack(rows), jnp.int32)
 
     def _decisions(self, rng):
         shape = (self.batch, self.length)
@@ -119,4 +140,20 @@ CASES = (
     Case("mixed", rate=0.0, window=9, sinks=2),
     Case("mixed", rate=1.0, window=9, sinks=2),
     Case("mixed", rate=0.4, window=6, sinks=3, packing=_packed, heads=7, kv_heads=1),
+)
+# Queries that are a part of the tokens.
+PLACED = (
+    Case("full", length=67, width=16, heads=2, kv_heads=1, places="random"),
+    Case("full", length=72, packing=_packed, places="stripes"),
+    Case("local", length=131, window=33, sinks=20, heads=14, kv_heads=2, places="random"),
+    Case("local", length=72, window=9, sinks=4, packing=_packed, places="random"),
+    Case("local", length=144, width=16, heads=2, kv_heads=1, window=5, sinks=1, packing=((70, 71), (20, 1, 50)),
+         places="stripes"),
+    Case("local", window=100, sinks=2, places="one"),
+    Case("routed", length=144, rate="uneven", batch=3, places="stripes"),
+    Case("routed", rate=0.4, packing=_packed, heads=7, kv_heads=1, width=16, places="random"),
+    Case("mixed", length=144, rate=0.4, window=9, sinks=4, places="stripes"),
+    Case("mixed", length=144, width=16, heads=2, kv_heads=1, rate=0.4, window=6, sinks=3,
+         packing=((70, 71), (20, 1, 50)), places="random"),
+    Case("mixed", rate=0.3, window=9, sinks=4, packing=_packed, places="all"),
 )

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES, Case, compiled, on_gpu, value_and_gradients
+from cases import CASES, PLACED, Case, compiled, on_gpu, value_and_gradients
 
 from l2a_jax.attention import reference
 from l2a_jax.attention.kernels import split
+from l2a_jax.sharding import stripes
 
 
 @pytest.fixture(autouse=True)
@@ -59,8 +60,10 @@ def assert_close(actual, expected, tolerance):
 INTERPRETED = [case for i, case in enumerate(CASES) if i not in (0, 3, 5, 6, 16, 18, 20, 21, 22)]
 SUITE = [
     *itertools.product(("xla", "cudnn"), CASES), *itertools.product(("xla_chunked",), CASES[1::4]),
-    *on_gpu(CASES),
+    *on_gpu(CASES + PLACED),
     *itertools.product(("pallas_interpret",), INTERPRETED),
+    *itertools.product(("xla",), PLACED), *itertools.product(("xla_chunked",), PLACED[1::3]),
+    *itertools.product(("pallas_interpret",), (case for case in PLACED if case.width == 16)),
 ]
 
 
@@ -75,7 +78,7 @@ def test_values_and_gradients_are_the_oracles(backend, case):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 
 
-@pytest.mark.parametrize("case", CASES[3::6], ids=str)
+@pytest.mark.parametrize("case", (*CASES[3::6], *PLACED[3::6]), ids=str)
 @pytest.mark.parametrize("backend", ("xla", "cudnn", pytest.param("pallas", marks=pytest.mark.gpu)), indirect=True)
 def test_bfloat16_stays_near_the_float32_oracle(backend, case):
     q, k, v, cotangent, options = case.inputs(dtype=jnp.bfloat16)
@@ -89,11 +92,12 @@ PROBES = (
     Case("full", length=40, batch=1), Case("local", length=40, batch=1, window=7, sinks=2),
     Case("routed", length=40, batch=1, rate=0.5), Case("mixed", length=40, batch=1, rate=0.3, window=7, sinks=2),
     Case("local", length=40, batch=1, window=7, sinks=2, packing=((13, 20),)),
+    Case("mixed", length=40, batch=1, rate=0.3, window=7, sinks=2, packing=((13, 20),), places="random"),
 )
 
 
 @pytest.mark.parametrize("backend, case", [
-    *itertools.product(("xla",), PROBES), *itertools.product(("pallas_interpret",), PROBES[4:]),
+    *itertools.product(("xla",), PROBES), *itertools.product(("pallas_interpret",), PROBES[4:5]),
     *on_gpu(PROBES),
 ], ids=str, indirect=("backend",))
 def test_a_changed_token_is_seen_exactly_where_the_mask_allows_it(backend, case):
@@ -105,10 +109,11 @@ def test_a_changed_token_is_seen_exactly_where_the_mask_allows_it(backend, case)
     before, *gradients = unless_declined(function, q, k, v, cotangent)
     after = function(q, *changed, cotangent)[0]
     moved = np.asarray(jnp.any(before != after, axis=(2, 3)))[0]
-    shape, packed = q.shape[:2], options.get("segment_ids")
-    mask = reference.causal_mask(packed, shape)
+    shape, packed, places = k.shape[:2], options.get("segment_ids"), options.get("places")
+    mask = reference.at_places(reference.causal_mask(packed, shape), places)
     if case.window is not None:
         near = reference.local_mask(packed, shape, window=case.window, sinks=case.sinks)
+        near = reference.at_places(near, places)
         mask = jnp.where(options["decisions"][:, :, None], mask, near) if case.operation == "mixed" else near
     if case.operation == "routed":
         mask = mask & options["decisions"][:, :, None]
@@ -130,7 +135,29 @@ LONG = (
     Case("mixed", length=1_100, heads=14, kv_heads=2, rate=0.2, window=200, sinks=4),
     Case("mixed", length=1_100, heads=6, kv_heads=2, width=128, rate=0.2, window=64, sinks=4,
          packing=((700, 400), (20, 1_000))),
+    Case("local", length=1_104, heads=14, kv_heads=2, window=300, sinks=4, places="stripes"),
+    Case("routed", length=1_300, heads=6, kv_heads=2, width=128, rate=0.3, packing=((700, 600), (20, 1_000)),
+         places="random"),
+    Case("mixed", length=1_104, heads=14, kv_heads=2, rate=0.2, window=64, sinks=4, packing=((700, 400), (20, 1_000)),
+         places="stripes"),
 )
+
+
+def test_rows_of_some_tokens_are_those_rows_of_all():
+    """By the oracle's own definition; and what the parts of a row's tokens give back to its keys is the whole."""
+    case = Case("mixed", length=24, width=16, rate=0.4, window=5, sinks=2, packing=((9, 12), (24,)))
+    q, k, v, cotangent, options = case.inputs()
+    whole = value_and_gradients(case, "reference", q, k, v, cotangent, options)
+    parts = []
+    for shard in range(3):
+        places = stripes.places(24, 3, shard)
+        take = lambda x, places=places: x[:, places]  # noqa: E731
+        call = options | {"decisions": take(options["decisions"]), "places": places}
+        parts.append(value_and_gradients(case, "reference", take(q), k, v, take(cotangent), call))
+        for part, all_rows in zip(parts[-1][:2], whole[:2], strict=True):
+            np.testing.assert_allclose(part, take(all_rows), rtol=1e-5, atol=1e-6)
+    for of_keys, found in zip(whole[2:], list(zip(*parts, strict=True))[2:], strict=True):
+        np.testing.assert_allclose(sum(found), of_keys, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu

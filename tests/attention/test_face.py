@@ -32,6 +32,7 @@ def test_unknown_and_unable_backends_say_why():
         (api.Call("full", 1, 8, 2, 1, 64, "float32"), "not float32"),
         (api.Call("local", 1, 8, 2, 1, 64, "bfloat16", 4, 2), "no attention sinks"),
         (api.Call("full", 1, 8, 2, 1, 64, "bfloat16", segmented=True), "packed rows"),
+        (api.Call("full", 1, 8, 2, 1, 64, "bfloat16", placed=True), "a part of the tokens"),
         (api.Call("full", 1, 8, 2, 1, 100, "bfloat16"), "head widths"),
     ):
         from l2a_jax.attention import cudnn
@@ -87,13 +88,20 @@ def test_shapes_that_do_not_fit_are_named():
     """Past the signatures, which the test run checks too, and users do not."""
     q, k, v = arrays()
     with pytest.raises(ValueError, match="must agree"):
-        api._dispatch("full", "auto", q, k[:, :3], v[:, :3], segment_ids=None)
+        api._dispatch("full", "auto", q, k[:, :3], v[:, :3], segment_ids=None, places=None)
     with pytest.raises(ValueError, match="decisions is"):
-        api._dispatch("routed", "auto", q, k, v, jnp.ones((1, 4), bool), segment_ids=None)
+        api._dispatch("routed", "auto", q, k, v, jnp.ones((1, 4), bool), segment_ids=None, places=None)
     with pytest.raises(ValueError, match="must have one dtype; got float32, bfloat16, float32"):
-        api._dispatch("full", "auto", q, k.astype(jnp.bfloat16), v, segment_ids=None)
+        api._dispatch("full", "auto", q, k.astype(jnp.bfloat16), v, segment_ids=None, places=None)
     with pytest.raises(ValueError, match="attention of nothing"):
-        api._dispatch("full", "auto", q[:, :0], k[:, :0], v[:, :0], segment_ids=None)
+        api._dispatch("full", "auto", q[:, :0], k[:, :0], v[:, :0], segment_ids=None, places=None)
+    with pytest.raises(ValueError, match="or places must say whose queries these are"):
+        api._dispatch("full", "auto", q[:, :3], k, v, segment_ids=None, places=None)
+    with pytest.raises(ValueError, match="places is"):
+        api._dispatch("full", "auto", q, k, v, segment_ids=None, places=jnp.arange(4))
+    for places in ([2, 2, 3], [-1, 0, 1], [2, 3, 5]):
+        with pytest.raises(ValueError, match="places must be strictly ascending numbers of the 5 tokens"):
+            attention.full(q[:, :3], k, v, places=jnp.asarray(places))
     with pytest.raises(ValueError, match="window must be"):
         attention.local(q, k, v, window=0)
 

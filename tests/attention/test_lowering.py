@@ -26,22 +26,29 @@ def test_every_row_of_the_table_lowers(arch, width, loop):
 
 
 @pytest.mark.parametrize("operation", ("full", "local", "routed", "mixed", "both"))
-@pytest.mark.parametrize("width", (16, 32, 128))
-def test_packed_calls_lower_at_every_width(operation, width):
-    """Groups of 7 heads, a length that is no multiple of anything, several documents, float32."""
-    shape = lambda heads: jax.ShapeDtypeStruct((2, 1_001, heads, width), jnp.float32)  # noqa: E731
-    tables = [jax.ShapeDtypeStruct((2, 1_001), dtype) for dtype in (jnp.int32, jnp.bool_)]
+@pytest.mark.parametrize("width, packed, queries", ((16, True, None), (32, True, None), (128, True, None),
+                                                    (64, True, 251), (128, False, 251)))
+def test_calls_with_tables_lower_at_every_width(operation, width, packed, queries):
+    """Groups of 7 heads, a length that is no multiple of anything, several documents, float32; all tokens' queries, or
+    some."""
+    def shape(heads, rows=1_001):
+        return jax.ShapeDtypeStruct((2, rows, heads, width), jnp.float32)
+
+    rows = queries or 1_001
+    numbers = [jax.ShapeDtypeStruct((2, size), dtype) for size, dtype in (
+        (1_001, jnp.int32), (rows, jnp.bool_), (rows, jnp.int32))]
     options = {"window": 100, "sinks": 4} if operation in ("local", "mixed", "both") else {}
 
-    def run(q, k, v, segment_ids, decisions):
+    def run(q, k, v, segment_ids, decisions, places):
         if operation in ("routed", "mixed", "both"):
             options["decisions"] = decisions
         table = blocks.table("sm_90", width, 4, "whole")
-        call = lambda *qkv: getattr(pallas, operation)(*qkv, segment_ids=segment_ids, table=table, **options)  # noqa: E731
+        options.update(segment_ids=segment_ids if packed else None, places=places if queries else None, table=table)
+        call = lambda *qkv: getattr(pallas, operation)(*qkv, **options)  # noqa: E731
         out, pull = jax.vjp(call, q, k, v)
         return pull(out)
 
-    assert len(triton_kernels(lower_for_cuda(run, shape(14), shape(2), shape(2), *tables))) >= 3
+    assert len(triton_kernels(lower_for_cuda(run, shape(14, rows), shape(2), shape(2), *numbers))) >= 3
 
 
 @pytest.mark.parametrize("arch, width, loop", ROWS)

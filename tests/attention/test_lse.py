@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Case, compiled
+from cases import PLACED, Case, compiled
 
 from l2a_jax import attention
 from l2a_jax.attention import api, reference
@@ -18,7 +18,8 @@ WIDE = Case("local", window=100)
 
 @pytest.mark.parametrize("backend, case", [
     ("reference", PACKED), ("xla", PACKED), ("xla_chunked", PACKED), ("pallas_interpret", PACKED), ("xla", WIDE),
-    *(pytest.param("pallas", case, marks=pytest.mark.gpu) for case in (PACKED, WIDE)),
+    ("xla", PLACED[3]), ("xla_chunked", PLACED[3]),
+    *(pytest.param("pallas", case, marks=pytest.mark.gpu) for case in (PACKED, WIDE, PLACED[3])),
 ], ids=str, indirect=("backend",))
 def test_the_log_sum_exp_of_what_local_attention_sees(backend, case, monkeypatch):
     if jax.default_backend() != "gpu":
@@ -31,8 +32,8 @@ def test_the_log_sum_exp_of_what_local_attention_sees(backend, case, monkeypatch
         return lse, out, *pull((cotangent, jnp.ones_like(lse)))
 
     lse, *rest = run(q, k, v)
-    mask = np.asarray(reference.local_mask(options.get("segment_ids"), q.shape[:2], window=case.window,
-                                           sinks=case.sinks))
+    mask = reference.local_mask(options.get("segment_ids"), k.shape[:2], window=case.window, sinks=case.sinks)
+    mask = np.asarray(reference.at_places(mask, options.get("places")))
     q64, k64 = (np.asarray(x, np.float64) for x in (q, np.repeat(k, q.shape[2] // k.shape[2], axis=2)))
     weights = np.exp(np.einsum("btnh,bsnh->btns", q64, k64) / case.width**0.5) * mask[:, :, None]
     alive = mask.any(-1)

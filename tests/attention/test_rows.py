@@ -42,6 +42,22 @@ def test_intervals_are_the_oracles_mask(window, sinks, segment_ids):
     np.testing.assert_array_equal(seen, mask)
 
 
+@pytest.mark.parametrize("kind, window", (("all", 3), ("routed", None), ("mixed", 3)))
+def test_row_ranges_count_the_rows_before_a_token(kind, window):
+    """Rows at places of their own: a range begins at the first row whose token is no earlier than the block's."""
+    rng = np.random.default_rng()
+    places = np.stack([np.sort(rng.choice(11, 5, replace=False)) for _ in range(3)])
+    decisions = rng.random((3, 5)) < 0.5
+    spec = Spec(kind, 11, 2, 1, 16, window, 0, False, placed=5)
+    plan = make_plan(spec, 3, jnp.asarray(decisions), None, jnp.asarray(places, jnp.int32))
+    ranges = np.asarray(row_ranges(spec, plan, 3, 4))
+    member = decisions if kind != "all" else np.ones_like(decisions)
+    for b in range(3):
+        for block, first in enumerate((0, 4, 8)):
+            assert ranges[b, block, 0] == np.sum(member[b] & (places[b] < first))
+            assert ranges[b, block, 1] == np.sum(member[b] & (places[b] < min(first + 3, 10)))
+
+
 def test_segment_ends():
     np.testing.assert_array_equal(
         segment_ends(IDS), [[3, 3, 3, 4, 9, 9, 9, 9, 9, 11, 11], [11] * 11, [2, 2] + [11] * 9])

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from l2a_jax import attention
-from l2a_jax.attention.reference import segment_starts
-from l2a_jax.attention.rows import take
+from l2a_jax.attention.reference import segment_starts, take
 from l2a_jax.config import MODELS, L2AConfig
 from l2a_jax.errors import UserError
 from l2a_jax.models import layer as layer_module

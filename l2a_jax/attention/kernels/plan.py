@@ -1,6 +1,7 @@
 """What the kernels are told about a call: static facts (`Spec`), small integer tables (`Plan`), and block sizes.
 
-All tables are O(T). Without documents and decisions there are none at all: the kernels compute their bounds.
+All tables are O(T). Without documents, decisions and places there are none at all: the kernels compute their bounds.
+Where queries are a part of the tokens, the kernels count a row's token among the queries, and read what it sees.
 """
 
 from __future__ import annotations
@@ -12,15 +13,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from l2a_jax.attention.reference import real_tokens
-from l2a_jax.attention.rows import Rows, align_groups, compact, partition, take, token_rows
+from l2a_jax.attention.reference import Places, at_places, real_tokens, take
+from l2a_jax.attention.rows import Rows, align_groups, compact, partition, token_rows
 
 ALIGN = 128  # rows; the second group of a mixed call starts at a multiple of every block of rows
 
 
 @dataclass(frozen=True)
 class Spec:
-    """The static facts of a call. `kind`: all rows as they are, only routed rows, or two groups of rows."""
+    """The static facts of a call. `kind`: all rows as they are, only routed rows, or two groups of rows. `length`
+    counts the keys, `placed` the queries where they are a part of the tokens."""
 
     kind: str  # "all", "routed" or "mixed"
     length: int
@@ -31,11 +33,17 @@ class Spec:
     sinks: int = 0
     segmented: bool = False
     interpret: bool = False  # the kernels run step by step, on any device
+    placed: int | None = None
+
+    @property
+    def queries(self) -> int:
+        """Rows of q."""
+        return self.length if self.placed is None else self.placed
 
     @property
     def rows(self) -> int:
         """Length of the working order."""
-        return self.length if self.kind != "mixed" else -(-self.length // ALIGN) * ALIGN + ALIGN
+        return self.queries if self.kind != "mixed" else -(-self.queries // ALIGN) * ALIGN + ALIGN
 
     @property
     def ordered(self) -> bool:
@@ -45,7 +53,7 @@ class Spec:
     @property
     def explicit(self) -> bool:
         """Whether a row's keys are read from a table (else they follow from its token's number)."""
-        return self.segmented or self.kind == "mixed"
+        return self.segmented or self.kind == "mixed" or self.placed is not None
 
     @property
     def bounded_below(self) -> bool:
@@ -81,14 +89,14 @@ class Block:
 class Plan(NamedTuple):
     """Integer tables; None where a number follows from the others.
 
-    `limits`: what each token sees. `index` [B, R], `rank` [B, T], `count` [B]: the working order (see `Order`).
-    `before` [B, T + 1] per group: how many of the group's rows come before a token, plus the row where the group
-    starts. `end` [B, T]: one past the last token of a token's document.
+    `limits`: what each query sees. `index` [B, R], `rank`, `count` [B]: the working order (see `Order`). `before`
+    [B, T + 1] per group: how many of the group's rows come before a token, plus the row where the group starts. `end`
+    [B, T]: one past the last token of a token's document.
     """
 
     limits: Rows | None = None
     index: Int[Array, "B R"] | None = None
-    rank: Int[Array, "B T"] | None = None
+    rank: Int[Array, "B Q"] | None = None
     count: Int[Array, B] | None = None
     before: tuple[Int[Array, "B S"], ...] | None = None
     end: Int[Array, "B T"] | None = None
@@ -100,31 +108,43 @@ class Plan(NamedTuple):
 
 
 def make_plan(
-    spec: Spec, batch: int, decisions: Bool[Array, "B T"] | None, segment_ids: Int[Array, "B T"] | None
+    spec: Spec, batch: int, decisions: Bool[Array, "B Q"] | None, segment_ids: Int[Array, "B T"] | None,
+    places: Places | None = None,
 ) -> Plan:
     """The tables of a call."""
     shape = (batch, spec.length)
     plan = Plan()
     if spec.explicit:
         everything = decisions if spec.kind == "mixed" else None
-        rows = token_rows(shape, segment_ids, window=spec.window, sinks=spec.sinks, everything=everything)
+        rows = token_rows(shape, segment_ids, window=spec.window, sinks=spec.sinks, everything=everything,
+                          places=places)
         sinks = (rows.sink_low, rows.sink_high) if spec.sinks else (None, None)
-        plan = plan._replace(limits=Rows(rows.low, rows.high if spec.segmented else None, *sinks))
+        high = rows.high if spec.segmented or places is not None else None
+        plan = plan._replace(limits=Rows(rows.low if spec.bounded_below else None, high, *sinks))
     if spec.segmented:
         plan = plan._replace(end=segment_ends(segment_ids))
     if spec.kind == "routed":
-        alive = decisions if segment_ids is None else decisions & real_tokens(segment_ids, shape)
+        alive = decisions
+        if segment_ids is not None:
+            alive = decisions & at_places(real_tokens(segment_ids, shape), places)
         order = compact(alive)
-        return plan._replace(index=order.index, rank=order.rank, count=order.count, before=(_before(alive),))
+        before = (_before(alive, spec, places),)
+        return plan._replace(index=order.index, rank=order.rank, count=order.count, before=before)
     if spec.kind == "mixed":
         order = align_groups(partition(decisions), decisions, ALIGN, spec.rows)
         start = -(-order.first // ALIGN) * ALIGN
-        before = (_before(decisions), _before(~decisions) + start[:, None])
+        before = (_before(decisions, spec, places), _before(~decisions, spec, places) + start[:, None])
         return plan._replace(index=order.index, rank=order.rank, count=order.count, before=before)
+    if places is not None:
+        plan = plan._replace(before=(_before(jnp.ones_like(places, bool), spec, places),))
     return plan
 
 
-def _before(member: Bool[Array, "B T"]) -> Int[Array, "B S"]:
+def _before(member: Bool[Array, "B Q"], spec: Spec, places: Places | None) -> Int[Array, "B S"]:
+    """How many members come before each token, and before the end."""
+    if places is not None:
+        member = jnp.zeros((member.shape[0], spec.length), bool).at[
+            jnp.arange(member.shape[0])[:, None], places].set(member, mode="drop", unique_indices=True)
     total = jnp.cumsum(member, axis=1, dtype=jnp.int32)
     return jnp.pad(total, ((0, 0), (1, 0)))
 

@@ -4,7 +4,8 @@ Inside the key kernel they would be one long program that all others wait for. H
 share and the shares are added in a fixed order, so the result is the same in every run. A chunk spans at most
 `window` tokens: then all its rows that still see sinks (from beyond their window) belong to one document. Which chunks
 of a packed row belong together is a table of (T / min(window, 64))^2 numbers: 17 MB for 131,072 tokens, but 4.3 GB at a
-window of 4.
+window of 4. Rows at places of their own may lie far apart: their chunks also end where another document's sinks come
+into sight.
 """
 
 from __future__ import annotations
@@ -19,27 +20,31 @@ from jaxtyping import Array, Float, Int
 from l2a_jax.attention.kernels import tile as t
 from l2a_jax.attention.kernels.launch import launch, pl, plt
 from l2a_jax.attention.kernels.plan import Block, Spec
-from l2a_jax.attention.kernels.tile import HeadsRef, KeysRef
-from l2a_jax.attention.reference import Heads, Keys
-from l2a_jax.attention.rows import Rows
+from l2a_jax.attention.kernels.tile import HeadsRef, KeysRef, NumbersRef
+from l2a_jax.attention.reference import Heads, Keys, take
+from l2a_jax.attention.rows import Rows, compact
 
 MAX_SINKS = 64  # more would not fit the shared memory of an sm_89 card at head width 128
 
 
 def add_sink_gradients(
     spec: Spec, block: Block, d_k: Keys, d_v: Keys, q: Heads, k: Keys, v: Keys, rows: Rows | None,
-    lse: Float[Array, "B N T"], delta: Float[Array, "B N T"], d_out: Heads,
+    lse: Float[Array, "B N Q"], delta: Float[Array, "B N Q"], d_out: Heads,
 ) -> tuple[Keys, Keys]:
-    """(dk, dv) with the sinks' share. Everything is in token order; `rows` None: they follow from row numbers."""
+    """(dk, dv) with the sinks' share. Everything is in the order of q; `rows` None: they follow from row numbers."""
     batch, chunk = q.shape[0], min(spec.window, block.rows)
-    chunks = pl.cdiv(spec.length, chunk)
+    chunks, begins = pl.cdiv(spec.queries, chunk), None
     origin = None if rows is None else _origins(rows, chunk, chunks)
+    if spec.segmented and spec.placed is not None:
+        chunk = block.rows
+        begins, origin = _chunks_of_documents(spec, rows, chunk)
+        chunks = origin.shape[1]
     share = jax.ShapeDtypeStruct((batch, chunks, spec.kv_heads, _padded(spec), spec.width), jnp.float32)
     shares = launch(
         functools.partial(_kernel, spec=spec, chunk=chunk),
         "l2a_attention_sinks", (share, share), (spec.kv_heads, chunks, batch),
         warps=block.num_warps, stages=block.num_stages, interpret=spec.interpret,
-    )(q, k, v, lse, delta, d_out, None if rows is None else (origin, rows.sink_low, rows.sink_high))
+    )(q, k, v, lse, delta, d_out, None if rows is None else (begins, origin, rows.sink_low, rows.sink_high))
     shares = [share[..., : spec.sinks, :] for share in shares]
     if origin is None or not spec.segmented:
         count = min(spec.sinks, spec.length)
@@ -71,22 +76,39 @@ def _origins(rows: Rows, chunk: int, chunks: int) -> Int[Array, "B C"]:
     return first.reshape(-1, chunks, chunk).min(-1)
 
 
+def _chunks_of_documents(spec: Spec, rows: Rows, chunk: int) -> tuple[Int[Array, "B S"], Int[Array, "B C"]]:
+    """(the first row of each chunk, and the end; the first sink that its rows see, FAR or an earlier chunk's where they
+    see none): chunks of up to `chunk` rows, all of which see the sinks of one document."""
+    count = rows.high.shape[1]
+    # A row sees sinks beside its window where the document has more tokens than that: so many documents at most.
+    chunks = min(count, pl.cdiv(count, chunk) + spec.length // (spec.window + 1))
+    latest = jax.lax.cummax(jnp.where(rows.sink_low < rows.sink_high, rows.sink_low, -1), axis=1)
+    changes = jnp.pad(latest[:, 1:] != latest[:, :-1], ((0, 0), (1, 0)))
+    begins = compact(changes | (jnp.arange(count) % chunk == 0)).index[:, :chunks]
+    begins = jnp.pad(jnp.where(begins < 0, count, begins), ((0, 0), (0, 1)), constant_values=count)
+    origin = take(latest, begins[:, 1:] - 1)
+    return begins, jnp.where(origin < 0, t.FAR, origin)
+
+
 def _kernel(
-    q_ref: HeadsRef, k_ref: KeysRef, v_ref: KeysRef, lse_ref: Float[Any, "B N T"], delta_ref: Float[Any, "B N T"],
+    q_ref: HeadsRef, k_ref: KeysRef, v_ref: KeysRef, lse_ref: NumbersRef, delta_ref: NumbersRef,
     d_out_ref: HeadsRef, tables: tuple | None, d_k_ref: Float[Any, "B C K sinks H"],
     d_v_ref: Float[Any, "B C K sinks H"], *, spec: Spec, chunk: int,
 ) -> None:
     kv_head, number, batch = (pl.program_id(i) for i in range(3))
     size = max(16, pl.next_power_of_2(chunk))  # a window below 16 leaves rows unused
-    start = number * chunk
+    begins = None if tables is None else tables[0]
+    start = number * chunk if begins is None else begins[batch, number]
     here = pl.ds(start, size)
-    inside = (jnp.arange(size) < chunk) & (start + jnp.arange(size) < spec.length)
+    inside = (jnp.arange(size) < chunk) & (start + jnp.arange(size) < spec.queries)
+    if begins is not None:
+        inside &= start + jnp.arange(size) < begins[batch, number + 1]
     padded = _padded(spec)
     if tables is None:
         first, low = jnp.int32(0), jnp.zeros((size,), jnp.int32)
         high = jnp.clip(start + jnp.arange(size) - (spec.window - 1), 0, spec.sinks)
     else:
-        origins, low_ref, high_ref = tables
+        _, origins, low_ref, high_ref = tables
         first = jnp.minimum(origins[batch, number], spec.length)
         low = plt.load(low_ref.at[batch, here], mask=inside, other=0)
         high = plt.load(high_ref.at[batch, here], mask=inside, other=0)

@@ -24,7 +24,7 @@ DEAD = 1e30
 FAR = 2**30
 
 Number = Int[Array, ""]
-HeadsRef = Float[Any, "B T N H"]
+HeadsRef = Float[Any, "B Q N H"]
 KeysRef = Float[Any, "B T K H"]
 NumbersRef = Float[Any, "B N R"]  # one for every row of the working order and query head
 Tokens = Int[Array, " rows"]
