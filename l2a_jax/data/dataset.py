@@ -17,7 +17,7 @@ from l2a_jax.data.batch import Batch
 from l2a_jax.data.echo import with_echoes
 from l2a_jax.data.encoder import Encoder, check_ids, make_encoder
 from l2a_jax.data.mixing import Mix, held_out_identities, interleave, make_mix, permutation, ranks
-from l2a_jax.data.packing import PACKINGS, Plan, best_fit, concatenate
+from l2a_jax.data.packing import PACKINGS, Plan, best_fit, concatenate, some_rows
 from l2a_jax.data.recipes import Domain, resolve
 from l2a_jax.data.store import TokenStore, largest_id
 from l2a_jax.data.tokenise import tokenised
@@ -62,6 +62,7 @@ class PackedData:
     dropped: tuple[str, ...] = ()
     echo: float = 0.0
     ask: float = 0.0
+    unique: int | None = None
 
     def batch(self, index: int) -> Batch:
         """Micro-batch `index`, int32/float32 [batch_size / process_count, seq_len]."""
@@ -153,14 +154,19 @@ class PackedData:
             store, plan = part.store, part.train
             lengths = np.diff(store.offsets)
             kept = part.train_documents
+            if self.unique is not None:
+                kept = np.unique(np.searchsorted(store.offsets, plan.starts, side="right") - 1)
             _, first = np.unique(store.identities[kept], return_index=True)
-            tokens, rows = plan.tokens, plan.row_count
+            rows = plan.row_count
+            tokens, unique = int(lengths[kept].sum()), int(lengths[kept][first].sum())
+            if self.unique is not None:  # parts of documents
+                tokens = unique = plan.tokens
             domains[part.domain.name] = {
-                "share": round(part.share, 4), "documents": int(kept.size), "tokens": int(lengths[kept].sum()),
-                "unique_tokens": int(lengths[kept][first].sum()),
+                "share": round(part.share, 4), "documents": int(kept.size), "tokens": tokens,
+                "unique_tokens": unique,
                 "longest_document": int(lengths[kept].max()),
                 "rows": rows,
-                "packing_efficiency": round(tokens / (rows * self.seq_len), 4),
+                "packing_efficiency": round(plan.tokens / (rows * self.seq_len), 4),
                 "held_out_documents": int(part.held_out_documents.size),
                 "held_out_tokens": int(lengths[part.held_out_documents].sum()),
                 "held_out_rows": part.held_out.row_count, "sources": _sources(part),
@@ -174,7 +180,7 @@ class PackedData:
             "packing_efficiency": round(packed / (total["rows"] * self.seq_len), 4),
             "tokens_per_batch": round(self.tokens_per_batch, 1), "seq_len": self.seq_len, "batch_size": self.batch_size,
             "seed": self.seed, "held_out": self.held_out_share, "echo": self.echo,
-            "ask": self.ask,
+            "ask": self.ask, **({} if self.unique is None else {"unique": self.unique}),
             "dropped_domains": list(self.dropped), "domains": domains,
             "tokenizer": self.parts[0].store.meta["key"]["tokenizer"][:_DIGITS],
             "fingerprint": self.fingerprint,
@@ -206,6 +212,7 @@ def open_data(
     end_id: int | None = None,
     echo: float = 0.0,
     ask: float = 0.0,
+    unique: int | None = None,
     vocab_size: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
@@ -222,6 +229,7 @@ def open_data(
     documents held out, by hash of their text and not by the seed. `text_field`, `join`: as in `text.record_text`; None
     keeps the recipe's, and `join=""` joins nothing. `echo`: share of the rows trained on in which earlier text is
     repeated (`data.echo`), `ask`: of those that ask about themselves (`data.asking`); never held-out ones.
+    `unique`: train on rows of so many tokens alone, over and over, whatever the seed: each domain gives its share.
 
     Raises UserError on anything wrong with the arguments or the files.
     """
@@ -253,6 +261,12 @@ def open_data(
                       for chosen in (train, held)] + [train, held])
     tokens = np.array([train.tokens for train, *_ in plans], float)
     shares = _shares(domains, tokens, by_weight=weights is not None)
+    if unique is not None:
+        if unique > tokens.sum():
+            raise UserError(f"--unique is {unique:,} tokens, and there are {int(tokens.sum()):,} to train on")
+        for plan, domain, share in zip(plans, domains, shares, strict=True):
+            plan[0] = _first_tokens(plan[0], share * unique, domain.name)
+        tokens = np.array([train.tokens for train, *_ in plans], float)
     parts = tuple(Part(domain, store, float(share), *plan)
                   for domain, store, share, plan in zip(domains, stores, shares, plans, strict=True))
 
@@ -262,13 +276,20 @@ def open_data(
         "order": ORDER, "stores": [store.folder.name for store in stores], "shares": [round(s, 12) for s in shares],
         "checksums": [store.meta["checksums"]["tokens.bin"] for store in stores], "packing": packing, "seed": seed,
         "seq_len": seq_len, "batch_size": batch_size, "held_out": held_out, **({"echo": echo} if echo else {}),
-        **({"ask": ask} if ask else {}),
+        **({"ask": ask} if ask else {}), **({} if unique is None else {"unique": unique}),
     }
     return PackedData(
         parts, make_mix(shares * rows / tokens, int(rows.sum()), seed), packing, seq_len, batch_size, seed, held_out,
         encoder, hashlib.sha256(json.dumps(order).encode()).hexdigest(), process_index, process_count, dropped, echo,
-        ask,
+        ask, unique,
     )
+
+
+def _first_tokens(plan: Plan, budget: float, name: str) -> Plan:
+    """Rows drawn from all, the same for every seed, until they hold the budget of tokens; one at least."""
+    order = permutation(0, f"unique {name}", 0, plan.row_count)
+    count = int(np.searchsorted(np.cumsum(plan.row_tokens[order]), budget)) + 1
+    return some_rows(plan, np.sort(order[:count]))
 
 
 def _plan(starts: np.ndarray, lengths: np.ndarray, seq_len: int, packing: str, key: str) -> Plan:

@@ -37,6 +37,14 @@ class Plan(NamedTuple):
         return np.diff(np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])[self.rows])
 
 
+def some_rows(plan: Plan, chosen: Int64[np.ndarray, " S"]) -> Plan:
+    """The chosen rows alone, in their order."""
+    counts = np.diff(plan.rows)[chosen]
+    rows = np.concatenate([[0], np.cumsum(counts)])
+    at = np.repeat(plan.rows[chosen] - rows[:-1], counts) + np.arange(rows[-1])
+    return Plan(plan.starts[at], plan.lengths[at], plan.ends[at], rows)
+
+
 def best_fit(starts: Int64[np.ndarray, " N"], lengths: Int64[np.ndarray, " N"], capacity: int) -> Plan:
     """Packs N documents into rows of `capacity` tokens; O(N log N), the same plan for the same input.
 

@@ -113,7 +113,7 @@ def make_plan(settings: Settings, *, read: Callable = read_source, open_data: Ca
             raise UserError(f"{source} has no tokenizer, so --data cannot be read with it")
         data = open_data(settings.data, tokenizer, seq_len=settings.seq_len, batch_size=settings.batch_size,
                          seed=settings.seed, packing=settings.packing, echo=settings.echo, ask=settings.ask,
-                         vocab_size=config.vocab_size)
+                         unique=settings.unique, vocab_size=config.vocab_size)
     else:
         reach = 0 if l2a_config is None else l2a_config.window + l2a_config.sinks
         data = RecallCorpus(settings.seq_len, settings.batch_size, settings.seed, distance=max(24, reach + 1),

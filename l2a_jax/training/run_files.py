@@ -20,7 +20,7 @@ from l2a_jax.shapes import nullable, number, require
 from l2a_jax.training.settings import Settings
 from l2a_jax.training.tables import PLAIN_REGIMES
 
-LATER = {"unroll", "flip", "echo", "ask", "attention_layers", "given", "cost", "objective", "distill_share",
+LATER = {"unroll", "flip", "echo", "ask", "unique", "attention_layers", "given", "cost", "objective", "distill_share",
          "saliency_share", "explore", "explore_by", "router_sees", "router_hidden",
          "target_local", "target_tokens", "forced"}
 """Settings that came after the first run folders: their defaults are what those runs did."""

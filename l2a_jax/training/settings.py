@@ -55,6 +55,9 @@ class DataSettings:
                     "share of the rows trained on in which earlier text is repeated"] = 0.0
     ask: Annotated[float, fields.between(0, 1, "a share of the rows"), SHARE, OUTSIDE,
                    "share of the rows trained on that ask for what was said in them"] = 0.0
+    unique: Annotated[int | None, count(), Unit("tokens"), Written(parse_count), OUTSIDE,
+                      "train on so many tokens of the text alone, over and over, such as 100k (default: all there are)"
+                      ] = None
 
 
 @dataclass(frozen=True)
@@ -262,6 +265,8 @@ def _checked(settings: Settings) -> Settings:
             raise UserError(f"--forced takes the router's decisions away, but {why}")
     if settings.echo and not settings.data:
         raise UserError("--echo repeats text of --data, and there is none; give --model and --data")
+    if settings.unique is not None and not settings.data:
+        raise UserError("--unique takes a part of the text of --data, and there is none; give --model and --data")
     if settings.ask and not settings.data:
         raise UserError("--ask puts questions into text of --data, and there is none; give --model and --data")
     if settings.rope is not None:
@@ -328,7 +333,7 @@ def idle(settings: Settings) -> list[tuple[bool, tuple[str, ...], str]]:
         (s.regime in PLAIN_REGIMES, (*LAYER_FIELDS, "router_lr", "penalty", "penalty_warmup", "penalty_ramp", "cost",
                                       "target_tokens"),
          f"--regime {s.regime} runs a plain model, which has no L2A layer"),
-        (not trained, ("steps", "tokens", "grad_accum", "echo", "ask", "lr", "weight_decay", "warmup", "clip",
+        (not trained, ("steps", "tokens", "grad_accum", "echo", "ask", "unique", "lr", "weight_decay", "warmup", "clip",
                        "master_dtype", "remat", "unroll", "save_every", "eval_every"),
          f"--regime {s.regime} trains nothing"),
         (bool(trained) and not trained & {"attention", "mlp", "embeddings"}, ("weight_decay",),

@@ -261,6 +261,22 @@ def test_the_description_is_json_and_counts(opened, write, texts):
     assert 0 <= said["tokens"] - many["unique_tokens"] <= left_over and many["tokens"] > 100 * said["tokens"]
 
 
+def test_a_part_of_the_text_over_and_over(opened, write, texts):
+    """So many tokens, each domain its share, the same ones for every seed, as often as the run lasts."""
+    a, b = write("a.jsonl", texts(300, 200, 900)), write("b.jsonl", texts(100, 200, 900, seed=1))
+    whole, part, other = (opened([f"x={a}", f"y={b}"], weights={"x": 3.0, "y": 1.0}, **options) for options in (
+        {}, {"unique": 8_000}, {"unique": 8_000, "seed": 1}))
+    said, used = part.describe(), part.usage(2_000)
+    assert 8_000 <= said["tokens"] == said["unique_tokens"] == used["unique_tokens"] < 8_000 + 2 * 128
+    assert abs(said["domains"]["x"]["tokens"] - 6_000) <= 128 and used["tokens"] > 100 * used["unique_tokens"]
+    assert said["documents"] < whole.describe()["documents"] and said["unique"] == 8_000
+    rows = [{row.tobytes() for index in range(200) for row in data.batch(index).tokens} for data in (part, other)]
+    assert rows[0] == rows[1] and len(rows[0]) == said["rows"]
+    assert len({data.fingerprint for data in (whole, part, other)}) == 3
+    held = [np.concatenate([batch.tokens for batch in data.held_out()]).sum() for data in (whole, part)]
+    assert held[0] == held[1], "what is held out stays"
+
+
 def test_a_row_as_text(opened, write, tokenizer):
     data = opened(write("a.jsonl", ["first document", "second " + "x" * 80]), held_out=0.0, batch_size=1)
     text = decode_row(data.batch(0), 0, tokenizer, characters=40)
@@ -283,6 +299,7 @@ def test_a_row_as_text(opened, write, tokenizer):
         ({"weights": {"a": 1.0}}, "names the domain 'a'; expected one of files"),
         ({"weights": {"files": -1.0}}, "the weight of 'files' is -1"),
         ({"weights": {"files": float("nan")}}, "the weight of 'files' is nan"),
+        ({"unique": 10**6}, r"--unique is 1,000,000 tokens, and there are \d+ to train on"),
         ({"weights": {"files": 0.0}}, "every domain has weight 0"),
     ],
 )

@@ -25,7 +25,7 @@ REFUSED = [
       for value in (math.nan, math.inf, -1.0)),
     ("lr", 0.0), ("lr", 1e-39), ("router_lr", 0.0), ("router_lr", -1e-4), ("clip", 0.0), ("weight_decay", 1e39),
     ("threshold", 0.0), ("threshold", 1.0), ("threshold", 1 - 1e-9), ("temperature", 0.0), ("temperature", 1e39),
-    ("echo", 1.5), ("ask", 1.5), ("flip", 1.01), ("warmup", 1.0001),
+    ("echo", 1.5), ("ask", 1.5), ("unique", 0), ("flip", 1.01), ("warmup", 1.0001),
     *((name, value) for name in ("steps", "batch_size", "grad_accum", "save_every", "eval_every", "eval_batches",
                                  "window", "seq_len") for value in (0, -1, 2**31, 2**63)),
     ("sinks", -1), ("sinks", 10**12), ("window", 2**40), ("seq_len", 1), ("seed", -1), ("seed", 2**32), ("seed", 2**64),

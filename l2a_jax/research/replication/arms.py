@@ -3,7 +3,7 @@
     norms      what of a ratio below 1 is adaptation to the text: the repair's norms, trained with everything routed
     forced     does attention absorb decisions? l2a_ft under learned, frozen random and static ones, each then
                evaluated under the others
-    border     where l2a_ft breaks: learning rates at 12M tokens
+    border     where l2a_ft breaks: learning rates at 12M tokens; and a text read again and again
     layer      settings of the sequential layer that lose benchmark points as reported
 
 The report leaves a row of these groups out until it has a file.
@@ -52,9 +52,14 @@ def _forced() -> list[Row]:
 
 def _border() -> list[Row]:
     """The paper's layer at a window of 256; 5e-5 is `l2a_ft-diverse-0.5b`."""
-    health = Measures(tasks=("perplexity", "audit", "needle", "collapse", *BENCHMARKS))
-    return [make_row(f"l2a_ft-12M-lr{rate:g}", "border", "at what learning rate does l2a_ft break?", "0.5b", "l2a_ft",
-                     lr=rate, window=256, measures=health, **PAPER) for rate in (1e-4, 3e-4, 1e-3, 3e-3)]
+    health = Measures(tasks=("perplexity", "audit", "needle", "collapse", *BENCHMARKS, "symptoms"))
+    rates = [make_row(f"l2a_ft-12M-lr{rate:g}", "border", "at what learning rate does l2a_ft break?", "0.5b", "l2a_ft",
+                      lr=rate, window=256, measures=health, **PAPER) for rate in (1e-4, 3e-4, 1e-3, 3e-3)]
+    return rates + [make_row(f"l2a_ft-{name}-lr{rate:g}", "border", "do the reported symptoms come from memorisation?",
+                             "0.5b", "l2a_ft", tokens=tokens, unique=unique, lr=rate, window=256, measures=health,
+                             **PAPER) for rate in (5e-5, 3e-4)
+                    for name, unique, tokens in (("1M-12times", 1_000_000, 12_000_000),
+                                                 ("100k-100times", 100_000, 10_000_000))]
 
 
 def _layer() -> list[Row]:

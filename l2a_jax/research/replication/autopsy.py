@@ -85,8 +85,8 @@ def autopsy(plain: Pretrained, data: TrainingData, asked: Examination, *, object
     verdict and generated text, and `symptoms`.
     """
     layer = objective.l2a_config
-    baseline = _examine(plain, asked, objective.backend)
-    examine = functools.partial(_examine, asked=asked, backend=objective.backend, reference=baseline["perplexity"])
+    baseline = examine_model(plain, asked, objective.backend)
+    examine = functools.partial(examine_model, asked=asked, backend=objective.backend, reference=baseline["perplexity"])
     routed = plain._replace(l2a_config=layer, params=add_routing(plain.params, plain.config, layer))
     rows = [{"fault": "plain model", "meaning": "before anything", **baseline},
             {"fault": "untrained", "meaning": "the routed model before training", **examine(routed)}]
@@ -101,6 +101,20 @@ def autopsy(plain: Pretrained, data: TrainingData, asked: Examination, *, object
             "text": asked.windows.about, "rules": [rule._asdict() for rule in SYMPTOMS]}
 
 
+def symptoms_of(model: Pretrained, plain: Pretrained, asked: Examination, records: Sequence[Mapping[str, Any]],
+                backend: str = "auto") -> dict[str, Any]:
+    """The same of an ordinary run, by what it recorded of its steps: measures and symptoms, without texts."""
+    reference = result(score_windows(plain, asked.windows, backend=backend, batch_tokens=asked.batch_tokens),
+                       asked.windows)["perplexity"]
+    loss, sparsity = (np.array([record.get(name, np.nan) for record in records], float)
+                      for name in ("loss", "sparsity"))
+    trace = Trace(model.params, None, loss, sparsity, np.isfinite(loss), 0.0)
+    found = examine_model(model, asked, backend, reference, trace)
+    left_out = ("generation", "updates_lost", "loss_curve", "sparsity_curve")
+    return {**{name: value for name, value in found.items() if name not in left_out},
+            "rules": [rule._asdict() for rule in SYMPTOMS]}
+
+
 def format_autopsy(report: Mapping[str, Any]) -> str:
     """A Markdown table: measures, then which symptoms each row shows (- : not measured)."""
     names = list(dict.fromkeys(rule.verdict for rule in SYMPTOMS))
@@ -113,9 +127,10 @@ def format_autopsy(report: Mapping[str, Any]) -> str:
           *(shown[row["symptoms"][name]] for name in names)] for row in report["rows"]])[:-1])
 
 
-def _examine(model: Pretrained, asked: Examination, backend: str, reference: float | None = None,
+def examine_model(model: Pretrained, asked: Examination, backend: str, reference: float | None = None,
              trace: Trace | None = None) -> dict[str, Any]:
-    """Everything that is measured of one model, with what its training logged (`trace`)."""
+    """Everything that is measured of one model, with what its training logged (`trace`). `reference`: the plain
+    model's perplexity (None: this is the plain model)."""
     windows, prompts, stops = asked.windows, asked.prompts, asked.stop_tokens
     records = [] if trace is None else [{"loss": loss} for loss in trace.loss]
     report = collapse.collapse(model, windows, prompts=prompts, stop_tokens=stops, records=records,

@@ -108,6 +108,23 @@ def _autopsy(evaluated) -> dict[str, Any]:
                         "router decides, with --penalty")
     # No arrays: they are compiled in.
     dials = Dials(*(None if number is None else number.item() for number in run.dials))
+    names = row.measures.faults
+    if unknown := set(names) - {fault.name for fault in FAULTS}:
+        raise UserError(f"autopsy: there is no fault {', '.join(sorted(unknown))}")
+    faults = [fault for fault in FAULTS if fault.name in names or not names]
+    return autopsy.autopsy(evaluated.plain, plan.data, _examination(evaluated), objective=run.objective, dials=dials,
+                           optimizer=OptimizerConfig(s.regime, s.weight_decay, s.clip), faults=faults)
+
+
+def _symptoms(evaluated) -> dict[str, Any]:
+    """Which of the reported symptoms the row itself shows."""
+    return autopsy.symptoms_of(evaluated.model, evaluated.plain, _examination(evaluated), evaluated.records,
+                               evaluated.session.backend)
+
+
+def _examination(evaluated) -> autopsy.Examination:
+    """What the autopsy asks of every model, on the row's text, benchmarks and needles."""
+    session, row = evaluated.session, evaluated.row
 
     def extra(model) -> dict[str, float]:
         scores = {name: benchmarks.score(model, session.benchmark(row, name), session.backend)
@@ -118,14 +135,8 @@ def _autopsy(evaluated) -> dict[str, Any]:
                 "needle": needles.score(model, prepared, options, **session.passes)["exact_match"]}
 
     prompts, stops = evaluated.prompts()
-    names = row.measures.faults
-    if unknown := set(names) - {fault.name for fault in FAULTS}:
-        raise UserError(f"autopsy: there is no fault {', '.join(sorted(unknown))}")
-    faults = [fault for fault in FAULTS if fault.name in names or not names]
-    asked = autopsy.Examination(evaluated.audited()[0], prompts, extra, stops, seed=s.seed,
-                                batch_tokens=session.passes["batch_tokens"])
-    return autopsy.autopsy(evaluated.plain, plan.data, asked, objective=run.objective, dials=dials,
-                           optimizer=OptimizerConfig(s.regime, s.weight_decay, s.clip), faults=faults)
+    return autopsy.Examination(evaluated.audited()[0], prompts, extra, stops, seed=row.settings().seed,
+                               batch_tokens=session.passes["batch_tokens"])
 
 
 def _under(evaluated) -> dict[str, Any]:
@@ -146,5 +157,5 @@ def _under(evaluated) -> dict[str, Any]:
 INSTRUMENTS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "residual": _residual, "flips": _flips, "routed": _routed, "prunable": _prunable, "thresholds": _thresholds,
     "picture": _picture, "autopsy": _autopsy,
-    "under": _under}
+    "under": _under, "symptoms": _symptoms}
 """By the name that a row's tasks use."""

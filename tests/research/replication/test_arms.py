@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from l2a_jax.research.replication import arms, report, runner, trained
+from l2a_jax.research.replication import arms, autopsy, report, runner, trained
 from l2a_jax.research.replication.row import BENCHMARKS
 from l2a_jax.research.replication.rows import choose, with_baselines
 from l2a_jax.training.settings import Settings
@@ -101,3 +101,25 @@ def test_forced_rates_are_those_that_were_learned():
     assert {row.settings().forced and round(sum(row.settings().forced), 3) for row in rows} == {None, 1.796}
     assert [row.name for row in with_baselines(choose(("l2a_ft-static-s4",)))] == [
         "baseline-0.5b", "l2a_ft-learned-s4", "l2a_ft-static-s4"]
+
+
+def test_a_text_read_again_and_again_is_asked_for_the_reported_symptoms(session, tmp_path, monkeypatch):
+    monkeypatch.setattr("l2a_jax.research.replication.benchmarks.score", lambda *given: {"acc": 0.9, "n": 100})
+    monkeypatch.setattr(session, "benchmark", lambda row, name: None)
+    row = tiny("l2a_ft-1M-12times-lr0.0003", unique=600)
+    row = dataclasses.replace(row, measures=dataclasses.replace(row.measures, tasks=("symptoms",)))
+    assert runner.run_rows([row], session, tmp_path) == ([], [])
+    found = runner.read_row(tmp_path / f"{row.name}.json")
+    used, result = found["training"]["data_used"], found["evaluations"]["symptoms"]["result"]
+    assert used["unique_tokens"] < 800 < used["tokens"] and used["domains"]["notes"]["epochs"] >= 2
+    assert set(result["symptoms"]) == {rule.verdict for rule in autopsy.SYMPTOMS} and None not in (
+        result["symptoms"].values())
+    assert result["logged_loss"] == pytest.approx(found["training"]["curve"][-1]["loss"], rel=0.3)
+    assert result["symptoms"]["tasks above chance"] and not result["symptoms"]["zero training loss"]
+    assert "generation" not in result
+
+
+def test_a_text_read_again_and_again_is_declared_with_its_epochs():
+    rows = [row.settings() for row in choose(groups=("border",)) if row.settings().unique]
+    assert {(run.unique, run.tokens // run.unique, run.lr) for run in rows} == {
+        (1_000_000, 12, 5e-5), (1_000_000, 12, 3e-4), (100_000, 100, 5e-5), (100_000, 100, 3e-4)}
