@@ -25,22 +25,32 @@ def runs():
     return {name: read_results(LONG / name / "eval.json") for name in ("plain", "far", "strict")}
 
 
+def ruler_of(found, lengths=LENGTHS, items=25):
+    """RULER's mean in percent at each length, each over as many prompts of all tasks."""
+    cells = {row["length"]: row for row in found["tasks"]["ruler"]["overall"] if row["control"] in ("plain", "learned")}
+    assert [cells[length]["n"] for length in lengths] == [11 * items] * len(lengths)
+    return [100 * cells[length]["score"] for length in lengths]
+
+
+def reach_of(found):
+    """What the learned decisions have: percent local, and the share kept."""
+    learned = found["tasks"]["reach"]["rows"]["learned"]
+    return [100 * (1 - learned["density"]), learned["kept"]]
+
+
 def test_the_page_says_what_was_measured(section, runs):
     tasks = {name: run["tasks"] for name, run in runs.items()}
     reach = {name: tasks[name]["reach"]["rows"]["learned"] for name in ("far", "strict")}
-    table, *points = re.split(r"^- ", section, flags=re.M)
-    expected = [1_024, 4, 12, 32_768, 11, 25]
-    told = {}
-    for name, found in tasks.items():
-        ruler = {row["length"]: row for row in found["ruler"]["overall"] if row["control"] in ("plain", "learned")}
-        told[name] = [100 * ruler[length]["score"] for length in LENGTHS]
-        assert [ruler[length]["n"] for length in LENGTHS] == [11 * 25] * 4
-        told[name].append(100 * found["gsm8k"]["scores"]["exact_match,strict-match"]["value"])
-    expected += [32_768, *LENGTHS]
-    expected += [1, *told["plain"]]
+    table, *points = re.split(r"^- ", section.partition("**What training changes**")[0], flags=re.M)
+    larger = read_results(LONG / "plain-1.5b/eval.json")
+
+    def told(found):
+        return [*ruler_of(found), 100 * found["tasks"]["gsm8k"]["scores"]["exact_match,strict-match"]["value"]]
+
+    expected = [1_024, 4, 12, 32_768, 11, 25, 32_768, *LENGTHS, 1, *told(runs["plain"])]
     for name, penalty in (("far", 0.5), ("strict", 0.3)):
-        expected += [penalty, 100 * (1 - reach[name]["density"]), reach[name]["kept"], *told[name]]
-    check(table.replace("GSM8K", ""), *expected)
+        expected += [penalty, *reach_of(runs[name]), *told(runs[name])]
+    check(table.replace("GSM8K", ""), *expected, 1, *told(larger))
 
     rows = {row["run"]: row for row in make_table(list(runs.items()), ("plain", runs["plain"]))["rows"]}
     lost = {name: [100 * one for one in _difference(tasks[name]["ruler"], tasks["plain"]["ruler"])]
@@ -48,14 +58,41 @@ def test_the_page_says_what_was_measured(section, runs):
     check(points[0], reach["strict"]["kept"], *reach["strict"]["kept_95"], *lost["strict"], 32_768, *lost["far"])
     gsm8k = rows["far"]["gsm8k"]["difference"]
     check(points[1].replace("GSM8K", ""), 100 * gsm8k["value"], *(100 * one for one in gsm8k["interval"]))
-    rivals = {row["name"]: row for row in json.loads((LONG / "far/rivals.json").read_text())["rows"]}
-    layers = sorted(100 * rivals[name]["ruler_mean"] for name in ("ranked", "searched", "alternating"))
-    low, high = rivals["heads"]["ruler_behind_95"]
-    assert low < 0 < high
-    check(points[2], 32_768, 8_192, 5, *(rivals[name]["kept"] for name in (
-        "learned", "heads", "ranked", "searched", "random", "alternating")), 100 * rivals["heads"]["ruler_mean"],
-        100 * rivals["learned"]["ruler_mean"], layers[0], layers[-1], 4, 8_192,
-        -100 * rivals["heads"]["ruler_behind"], 0)
+    controls = {row["control"]: row for row in
+                read_results(LONG / "far-controls/eval.json")["tasks"]["ruler"]["overall"]}
+    assert {row["length"] for row in controls.values()} == {8_192} and {row["n"] for row in controls.values()} == {110}
+    check(points[2], 8_192, 10, *(100 * controls[name]["score"] for name in (
+        "learned", "all", "static", "random", "shuffled", "none")))
+
+    rivals = {(round(100 * (1 - row["target"])), row["name"]): row
+              for row in json.loads((LONG / "strict/rivals.json").read_text())["rows"] if not row["own"]}
+    expected = [8_192]
+    for local in (80, 90, 95):
+        expected.append(local)
+        for name in ("learned", "heads", "searched", "ranked", "random"):
+            row = rivals[local, name]
+            assert abs(100 * (1 - row["density"]) - local) < 1.5
+            expected += [row["kept"], 100 * row["ruler_mean"]]
+    heads = rivals[90, "heads"]
+    behind = [-100 * one for one in (heads["ruler_behind"], *reversed(heads["ruler_behind_95"]))]
+    check(points[3], *expected, 90, *behind, 5, 4, 8_192)
+
+
+def test_the_page_says_what_training_changed(section):
+    text = section.partition("**What training changes**")[2]
+    runs = {name: read_results(LONG.parent / "router" / name / "eval.json")
+            for name in ("plain", "target", "ask", "ask-distill", "ask-32k", "ask-hidden")}
+    short, long = 8_192, 32_768
+    expected = [93, 12, 8, long, short, long, 1, *ruler_of(runs["plain"], (short, long), 8)]
+    for name in ("target", "ask", "ask-distill", "ask-32k", "ask-hidden"):
+        expected += [long] if name == "ask-32k" else [64] if name == "ask-hidden" else []
+        expected += [*reach_of(runs[name]), *ruler_of(runs[name], (short, long), 8)]
+    tracking = [next(100 * cell["score"] for cell in runs[name]["tasks"]["ruler"]["cells"]
+                     if (cell["task"], cell["length"]) == ("vt", long)) for name in ("plain", "target", "ask")]
+    lost = [ruler_of(runs["plain"], (long,), 8)[0] - ruler_of(run, (long,), 8)[0]
+            for name, run in runs.items() if name != "plain"]
+    assert min(lost) > 10
+    check(text.replace("1.4M", ""), *expected, long, *tracking, 10, long)
 
 
 def _difference(mine, base):
