@@ -7,7 +7,7 @@ from typing import Any
 
 MOST = 4
 """Files and settings that are named; the others are counted."""
-_SETTINGS = ("packing", "seq_len", "batch_size", "seed", "held_out", "echo", "ask", "unique")
+_SETTINGS = ("packing", "seq_len", "batch_size", "seed", "held_out", "echo", "ask", "unique", "curriculum")
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

@@ -117,6 +117,8 @@ def summarise(
             "asked": s.target_local, "tokens": s.target_tokens, "training": float(state.control.average),
             "held_out": held_out.get("held_out_local"), "weight": weights[-1] if weights else None,
             "greatest_weight": max(weights, default=None)}
+        if "held_out_local_by_length" in held_out:
+            summary["target"]["held_out_by_length"] = held_out["held_out_local_by_length"]
     if "held_out_loss" in held_out:
         with np.errstate(over="ignore"):
             summary["held_out_perplexity"] = float(np.exp(held_out["held_out_loss"]))
@@ -153,6 +155,8 @@ def told_target(target: dict[str, Any]) -> str:
     reached = abs(target[rows] - target["asked"]) <= WITHIN
     missed = "" if reached else " (MISSED: train longer, or ask for another share)"
     counted = "" if target["tokens"] == "all" else " beyond the window"
+    by_length = ", ".join(f"{share:.1%} in rows of {int(length):,}" for length, share in
+                          target.get("held_out_by_length", {}).items() if share is not None)
     return (f"target: {target['asked']:.1%} of decisions{counted} local; {target[rows]:.1%} are on "
-            f"{rows.replace('_', '-')} rows{missed}; lambda ended at {target['weight']:.3g}, its greatest was "
-            f"{target['greatest_weight']:.3g}")
+            f"{rows.replace('_', '-')} rows{missed}{f' ({by_length})' if by_length else ''}; lambda ended at "
+            f"{target['weight']:.3g}, its greatest was {target['greatest_weight']:.3g}")

@@ -23,6 +23,7 @@ from l2a_jax.attention import api as attention
 from l2a_jax.config import MODELS, L2AConfig, ModelConfig, position_limit
 from l2a_jax.data.batch import Batch, TrainingData
 from l2a_jax.data.changes import difference
+from l2a_jax.data.curriculum import Curriculum, make_curriculum
 from l2a_jax.data.dataset import open_data
 from l2a_jax.data.recall import RecallCorpus
 from l2a_jax.errors import UserError
@@ -103,22 +104,32 @@ def make_plan(settings: Settings, *, read: Callable = read_source, open_data: Ca
         raise UserError(f"--forced has {len(settings.forced)} shares; expected one, or one for each of the "
                         f"{config.num_layers} layers")
     limit = position_limit(config, l2a_config)
-    if settings.seq_len > limit:
-        raise UserError(f"--seq-len {settings.seq_len} is longer than max_positions x factor = {limit} of this model; "
-                        "shorten it or choose a larger --rope factor")
-    memory.check_batch(settings.batch_size, settings.seq_len, config.hidden_size * dtype.itemsize,
-                       grad_accum=settings.grad_accum, eval_batches=0 if settings.data else settings.eval_batches)
-    if settings.data:
-        if tokenizer is None:
-            raise UserError(f"{source} has no tokenizer, so --data cannot be read with it")
-        data = open_data(settings.data, tokenizer, seq_len=settings.seq_len, batch_size=settings.batch_size,
-                         seed=settings.seed, packing=settings.packing, echo=settings.echo, ask=settings.ask,
-                         unique=settings.unique, vocab_size=config.vocab_size)
-    else:
+
+    def rows_of(seq_len: int, batch_size: int) -> TrainingData:
+        if seq_len > limit:
+            named = "--seq-len" if seq_len == settings.seq_len else "--curriculum"
+            raise UserError(f"{named} {seq_len} is longer than max_positions x factor = {limit} of this model; "
+                            "shorten it or choose a larger --rope factor")
+        memory.check_batch(batch_size, seq_len, config.hidden_size * dtype.itemsize,
+                           grad_accum=settings.grad_accum, eval_batches=0 if settings.data else settings.eval_batches)
+        if settings.data:
+            if tokenizer is None:
+                raise UserError(f"{source} has no tokenizer, so --data cannot be read with it")
+            return open_data(settings.data, tokenizer, seq_len=seq_len, batch_size=batch_size,
+                             seed=settings.seed, packing=settings.packing, echo=settings.echo, ask=settings.ask,
+                             unique=settings.unique, vocab_size=config.vocab_size)
         reach = 0 if l2a_config is None else l2a_config.window + l2a_config.sinks
-        data = RecallCorpus(settings.seq_len, settings.batch_size, settings.seed, distance=max(24, reach + 1),
+        return RecallCorpus(seq_len, batch_size, settings.seed, distance=max(24, reach + 1),
                             emphasis=RECALL_EMPHASIS if settings.regime == "pretrain" else 1.0)
-    steps = presets.steps_of(settings, data.tokens_per_batch)
+
+    if settings.curriculum is None:
+        data = rows_of(settings.seq_len, settings.batch_size)
+        steps = presets.steps_of(settings, data.tokens_per_batch)
+    else:
+        data = make_curriculum(settings.curriculum, rows_of, settings.seq_len, settings.batch_size,
+                               settings.grad_accum)
+        steps = presets.steps_of(settings, data.tokens_per_batch)
+        data = data.over(steps)
     return RunPlan(settings, source, config, l2a_config, source_layer is not None, data, tokenizer, steps, dtype)
 
 
@@ -218,15 +229,30 @@ def compile_run(plan: RunPlan) -> Run:
         compute_params(trainable, frozen, plan.dtype), batch, decisions, objective=objective))
     if not jax.tree.leaves(trainable):
         return Run(plan, objective, mask, optimizer, like, None, evaluate, memory.tree_bytes(frozen))
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((s.grad_accum, *x.shape), x.dtype), plan.data.batch(0))
     step = jax.jit(functools.partial(train_step, objective=objective, optimizer=rule), donate_argnums=0)
     log.info("compiling a step ...")
     started = time.perf_counter()
-    compiled = step.lower(like, frozen, batch, jax.eval_shape(jax.random.key, 0), dials_of(plan)).compile()
-    need = memory.check_fits(compiled, like, frozen)
+    compiled = {batch.tokens.shape: step.lower(like, frozen, batch, jax.eval_shape(jax.random.key, 0),
+                                               dials_of(plan)).compile() for batch in _batches(plan)}
+    need = max(memory.check_fits(program, like, frozen) for program in compiled.values())
     log.info("compiled a step in %.1f s; it needs %.2f GB of %.1f GB", time.perf_counter() - started, need / 1e9,
              device.memory_bytes() / 1e9)
-    return Run(plan, objective, mask, optimizer, like, compiled, evaluate, need)
+    return Run(plan, objective, mask, optimizer, like, _by_shape(compiled), evaluate, need)
+
+
+def _batches(plan: RunPlan) -> list[Batch]:
+    """The shapes of what steps read: of every stage where there are some."""
+    stages = ([(stage.data, stage.accumulate) for stage in plan.data.stages] if isinstance(plan.data, Curriculum)
+              else [(plan.data, plan.settings.grad_accum)])
+    return [jax.tree.map(lambda x, count=count: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), data.batch(0))
+            for data, count in stages]
+
+
+def _by_shape(compiled: dict[tuple[int, ...], Callable]) -> Callable[..., tuple[TrainState, dict]]:
+    """The program of a step: the only one, or that of the batch's shape."""
+    if len(compiled) == 1:
+        return next(iter(compiled.values()))
+    return lambda state, frozen, batch, key, dials: compiled[batch.tokens.shape](state, frozen, batch, key, dials)
 
 
 def load_tree(plan: RunPlan) -> tuple[Tree, Tree | None, str]:

@@ -22,8 +22,9 @@ import numpy as np
 
 from l2a_jax import device
 from l2a_jax.commands import spelled
-from l2a_jax.data.batch import Batch, decode_row
+from l2a_jax.data.batch import Batch, TrainingData, decode_row
 from l2a_jax.data.counts import format_count
+from l2a_jax.data.curriculum import Curriculum
 from l2a_jax.data.tokenise import cache_folder
 from l2a_jax.errors import Missing, UserError
 from l2a_jax.files import check_file, check_writable, owned, write_json
@@ -170,8 +171,10 @@ def _fit_and_score(run: Run, run_dir: pathlib.Path, state: TrainState, frozen: T
                 raise UserError(f"{failure}; {failure.where}. That update was withheld; {last}") from failure
 
     log.info("scoring held-out text ...")
-    summary = folder.summarise(run, run_dir, state, held_out_metrics(run, state, frozen, held_out),
-                               time.perf_counter() - began)
+    scored = held_out_metrics(run, state, frozen, held_out)
+    if state.control is not None:
+        scored |= held_out_target(run, state, frozen)
+    summary = folder.summarise(run, run_dir, state, scored, time.perf_counter() - began)
     if plan.is_demo:
         summary["recall"] = recall_report(run, state, frozen, source_params, held_out)
     write_json(run_dir / "summary.json", summary)
@@ -227,6 +230,24 @@ def held_out_metrics(run: Run, state: TrainState, frozen: Tree, batches: list[Ba
     return out
 
 
+TARGET_BATCHES = 32
+"""Held-out batches, at least, in which a target's share is counted: in two the rows' own chance is most of a point."""
+
+
+def held_out_target(run: Run, state: TrainState, frozen: Tree) -> dict[str, Any]:
+    """The share of local decisions that a target asked for, on enough held-out rows to tell a point; of a curriculum at
+    each of its lengths too."""
+    data, count = run.plan.data, max(run.plan.settings.eval_batches, TARGET_BATCHES)
+
+    def local(data: TrainingData) -> float | None:
+        return held_out_metrics(run, state, frozen, list(data.held_out(count))).get("held_out_local")
+
+    found = {"held_out_local": local(data)}
+    if isinstance(data, Curriculum):
+        found["held_out_local_by_length"] = {str(stage.seq_len): local(stage.data) for stage in data.stages}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def _announce(plan: RunPlan) -> None:
     if plan.is_demo:
         log.info("embedded demo: a tiny model and the synthetic recall corpus; for a real Qwen2.5 give --model (a hub "
@@ -260,16 +281,20 @@ def _about(plan: RunPlan) -> list[str]:
                   SALIENCY: f", worth taken with {s.saliency_share:g} of decisions routed"}
         lines.append(f"objective: {s.objective}{shares.get(s.objective, '')}")
     each = f", {tokens / trained:.3g} for each trained parameter" if trained else ""
-    return [*lines, f"steps: {plan.steps} of {s.grad_accum} x {s.batch_size} x {s.seq_len} tokens, {tokens:,} in all"
-                    f"{each}; seed {s.seed}"]
+    shape = f"{s.grad_accum} x {s.batch_size} x {s.seq_len}"
+    if isinstance(plan.data, Curriculum):
+        shape = ", then ".join(f"{stage.accumulate} x {stage.data.batch_size} x {stage.seq_len} up to step {stage.end}"
+                               for stage in plan.data.stages)
+    return [*lines, f"steps: {plan.steps} of {shape} tokens, {tokens:,} in all{each}; seed {s.seed}"]
 
 
 def _about_data(plan: RunPlan) -> list[str]:
     """What there is to read, and how much of it this run would."""
-    data = plan.data.describe()
-    if not hasattr(plan.data, "usage"):
+    source = plan.data.base if isinstance(plan.data, Curriculum) else plan.data
+    data = source.describe()
+    if not hasattr(source, "usage"):
         return [f"data: {data['name']}, made as it is read"]
-    used = plan.data.usage(plan.steps * plan.settings.grad_accum)["domains"]
+    used = source.usage(plan.steps * plan.settings.grad_accum)["domains"]
     return [f"data: {name}, {entry['documents']:,} documents of {format_count(entry['tokens'])} tokens in "
             f"{entry['rows']:,} rows ({entry['packing_efficiency']:.0%} full), {entry['held_out_documents']:,} more "
             f"held out; this run reads {format_count(used[name]['tokens'])}, {used[name]['epochs']:.2f} epochs"

@@ -23,6 +23,7 @@ import numpy as np
 
 from l2a_jax import device
 from l2a_jax.data.batch import Batch, TrainingData
+from l2a_jax.data.curriculum import Curriculum
 from l2a_jax.files import native
 from l2a_jax.progress import progress
 from l2a_jax.training.checkpoints import BEST, LATEST
@@ -123,7 +124,11 @@ class Schedule:
 
 
 def stacked_batch(data: TrainingData, step: int, accumulate: int) -> Batch:
-    """The micro-batches of a step (0-based) as one Batch of [A, B, T]: the data position is the step alone."""
+    """The micro-batches of a step (0-based) as one Batch of [A, B, T]: the data position is the step alone. A stage of
+    a curriculum has a number of its own."""
+    if isinstance(data, Curriculum):
+        stage = data.at(step)
+        data, accumulate = stage.data, stage.accumulate
     return jax.tree.map(lambda *parts: np.stack(parts), *(data.batch(step * accumulate + a)
                                                           for a in range(accumulate)))
 

@@ -16,6 +16,7 @@ from l2a_jax import config, fields
 from l2a_jax.attention.backends import Backend
 from l2a_jax.config import L2AConfig, ModelConfig, RopeScaling
 from l2a_jax.data.counts import parse_count, parse_layers, parse_shares
+from l2a_jax.data.curriculum import parse_curriculum
 from l2a_jax.data.packing import PACKINGS
 from l2a_jax.errors import UserError
 from l2a_jax.fields import DTYPE, SHARE_OF_RUN, Choice, Distinct, Filled, Mark, Range, Unit, Written, above, count
@@ -50,6 +51,9 @@ class DataSettings:
     seq_len: Annotated[int, fields.length(2), Unit("tokens"), "tokens a row"] = 2_048
     batch_size: Annotated[int, count(), Unit("rows"), "rows a micro-batch"] = 4
     grad_accum: Annotated[int, count(), Unit("batches"), "micro-batches a step"] = 1
+    curriculum: Annotated[str | None, Filled(), Unit("stages"),
+                          "rows of other lengths, as shares of the run with as many tokens a step, such as "
+                          "2048:0.3,8192:0.5,32768:0.2; held-out rows stay those of --seq-len"] = None
     packing: Annotated[str, Choice(*PACKINGS), "documents that never see each other, or one long text"] = "best_fit"
     echo: Annotated[float, fields.between(0, 1, "a share of the rows"), SHARE, OUTSIDE,
                     "share of the rows trained on in which earlier text is repeated"] = 0.0
@@ -271,6 +275,8 @@ def _checked(settings: Settings) -> Settings:
         raise UserError("--ask puts questions into text of --data, and there is none; give --model and --data")
     if settings.rope is not None:
         parse_rope(settings.rope)
+    if settings.curriculum is not None:
+        parse_curriculum(settings.curriculum)
     return settings
 
 
@@ -333,8 +339,8 @@ def idle(settings: Settings) -> list[tuple[bool, tuple[str, ...], str]]:
         (s.regime in PLAIN_REGIMES, (*LAYER_FIELDS, "router_lr", "penalty", "penalty_warmup", "penalty_ramp", "cost",
                                       "target_tokens"),
          f"--regime {s.regime} runs a plain model, which has no L2A layer"),
-        (not trained, ("steps", "tokens", "grad_accum", "echo", "ask", "unique", "lr", "weight_decay", "warmup", "clip",
-                       "master_dtype", "remat", "unroll", "save_every", "eval_every"),
+        (not trained, ("steps", "tokens", "grad_accum", "curriculum", "echo", "ask", "unique", "lr", "weight_decay",
+                       "warmup", "clip", "master_dtype", "remat", "unroll", "save_every", "eval_every"),
          f"--regime {s.regime} trains nothing"),
         (bool(trained) and not trained & {"attention", "mlp", "embeddings"}, ("weight_decay",),
          f"decay is of matrices, and --regime {s.regime} trains the router and norms alone"),

@@ -103,7 +103,7 @@ def test_a_target_takes_the_place_of_a_presets_penalty_and_is_not_for_a_plain_mo
         presets.resolve("baseline", {"target_local": 0.9})
 
 
-GIVEN = {"target_local": 0.8, "steps": 100, "seq_len": 112, "batch_size": 8, "eval_every": 100, "eval_batches": 16,
+GIVEN = {"target_local": 0.8, "steps": 100, "seq_len": 112, "batch_size": 8, "eval_every": 100, "eval_batches": 32,
          "save_every": 20}
 
 
