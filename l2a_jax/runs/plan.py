@@ -105,7 +105,7 @@ def make_plan(settings: Settings, *, read: Callable = read_source, open_data: Ca
                         f"{config.num_layers} layers")
     limit = position_limit(config, l2a_config)
 
-    def rows_of(seq_len: int, batch_size: int) -> TrainingData:
+    def rows_of(seq_len: int, batch_size: int) -> Any:
         if seq_len > limit:
             named = "--seq-len" if seq_len == settings.seq_len else "--curriculum"
             raise UserError(f"{named} {seq_len} is longer than max_positions x factor = {limit} of this model; "

@@ -184,14 +184,21 @@ REPAIR: dict[str, Any] = {
     "topology": "parallel", "share_attention": True, "sinks": 4, "window": 256, "rope": "none", "leakage": 1.0,
     "penalty": 0.3, "penalty_warmup": 0.05, "penalty_ramp": 0.45, "lr": 5e-5, "router_lr": 3e-4, "weight_decay": 0.0,
 }
+REPAIR_FAR: dict[str, Any] = {
+    **REPAIR, "window": 1_024, "penalty": 0.5, "seq_len": 8_192, "batch_size": 1, "grad_accum": 1, "flip": 0.3,
+    "echo": 1.0,
+}
+# Run folders name these: a name stays, and a preset that is renewed leaves what it was under another name.
 PRESETS: dict[str, Preset] = {
     "paper": Preset("the authors' release: L2A's own layer and schedule (lambda is greatest at the last step)", {
         "topology": "sequential", "share_attention": False, "sinks": 0, "rope": "theta:5", "leakage": 0.1,
         "penalty": 1.31e-3, "penalty_warmup": 209 / 3973, "penalty_ramp": 1 - 209 / 3973, "lr": 5e-5}),
     "repair": Preset("keeps the model intact at the start, and its sinks; both paths are computed", REPAIR),
-    "repair-far": Preset("repair for long texts: the needle kept to 32,768 tokens with nine tenths local", {
-        **REPAIR, "window": 1_024, "penalty": 0.5, "seq_len": 8_192, "batch_size": 1, "grad_accum": 1, "flip": 0.3,
-        "echo": 1.0}),
+    "repair-2025": Preset("repair as the study's rows began with it", REPAIR),
+    "repair-far": Preset("repair for long texts: the needle kept to 32,768 tokens with nine tenths local", REPAIR_FAR),
+    "repair-target": Preset("repair-far with a target in place of its penalty: nine tenths of the decisions local that "
+                            "change anything, whatever the row's length", {
+        **REPAIR_FAR, "penalty": 0.0, "target_local": 0.9, "target_tokens": "beyond"}),
     **{f"{size}-24gb": Preset(f"Qwen2.5-{size.upper()} on one card of 24 GB, 8,192 tokens a step", {
         "model": f"Qwen/Qwen2.5-{size.upper()}", "tokens": tokens, "seq_len": 2_048, "batch_size": 4 // accumulated,
         "grad_accum": accumulated, **remat})
@@ -212,8 +219,10 @@ DEMO_PRETRAIN = {
 }
 
 
-def resolve(regime: str, given: dict[str, Any], presets: tuple[str, ...] = ()) -> Settings:
-    """All settings of a run from its regime, its named presets and the flags that were `given`.
+def resolve(regime: str, given: dict[str, Any], presets: tuple[str, ...] = (),
+            begins: Mapping[str, str] = REGIME_PRESET) -> Settings:
+    """All settings of a run from its regime, its named presets and the flags that were `given`. `begins`: the preset
+    that each regime begins with.
 
     Raises UserError on an unknown regime or preset, and where a model comes without data or data without a model:
     there is no default text that would silently decide a result.
@@ -223,9 +232,10 @@ def resolve(regime: str, given: dict[str, Any], presets: tuple[str, ...] = ()) -
     if unknown:
         raise UserError(f"--preset is {unknown[0]!r}; expected one of {', '.join(PRESETS)}")
     values: dict[str, Any] = {}
-    for name in presets:
-        values |= PRESETS[name].values
-    values |= given
+    for priced in (*(PRESETS[name].values for name in presets), given):
+        if "penalty" in priced and "target_local" not in given:
+            values.pop("target_local", None)  # an earlier preset's: the later one says how much stays local
+        values |= priced
     asked = tuple(sorted(values))
     values["data"] = tuple(values.get("data") or ())
     if values.get("model") is None and not values["data"]:
@@ -236,7 +246,7 @@ def resolve(regime: str, given: dict[str, Any], presets: tuple[str, ...] = ()) -
     elif not values["data"]:
         raise UserError("--model was given without --data; name the text to train on (wikitext, diverse, or files)")
     else:
-        base = PRESETS[REGIME_PRESET[regime]].values if regime in REGIME_PRESET else {}
+        base = PRESETS[begins[regime]].values if regime in begins else {}
     if "tokens" in given and "steps" in given:
         raise UserError("--steps and --tokens both say how long to train; give one of them")
     if "tokens" in given:

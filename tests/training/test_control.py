@@ -103,6 +103,17 @@ def test_a_target_takes_the_place_of_a_presets_penalty_and_is_not_for_a_plain_mo
         presets.resolve("baseline", {"target_local": 0.9})
 
 
+def test_a_preset_with_a_target_yields_to_whoever_prices_routing_after_it():
+    given = {"model": "x", "data": ("y",)}
+    target = presets.resolve("router_strict", given, ("repair-target",))
+    assert (target.target_local, target.target_tokens, target.penalty, target.seq_len) == (0.9, "beyond", 0, 8_192)
+    for settings in (presets.resolve("router_strict", {**given, "penalty": 0.4}, ("repair-target",)),
+                     presets.resolve("router_strict", given, ("repair-target", "repair-far"))):
+        assert settings.target_local is None and settings.penalty in (0.4, 0.5)
+    again = presets.resolve("router_strict", {**given, "target_local": 0.8}, ("repair-target", "repair-far"))
+    assert again.target_local == 0.8 and again.penalty == 0
+
+
 GIVEN = {"target_local": 0.8, "steps": 100, "seq_len": 112, "batch_size": 8, "eval_every": 100, "eval_batches": 32,
          "save_every": 20}
 

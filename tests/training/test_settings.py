@@ -127,6 +127,12 @@ def test_a_run_from_a_routed_source_records_the_layer_that_it_uses(given, named,
     assert make_plan(again, read=lambda source: (plan.config, PARALLEL, None)).l2a_config == plan.l2a_config
 
 
+def test_names_of_presets_stay():
+    """Run folders name them."""
+    assert {"paper", "repair", "repair-2025", "repair-far", "repair-target", "0.5b-24gb", "1.5b-24gb",
+            "3b-24gb"} <= {*presets.PRESETS}
+
+
 def test_wiring_is_the_sources_and_who_asked_is_named():
     given = {"data": ("x",), "model": "RUN"}
     with pytest.raises(UserError, match=r"^--topology is parallel by --preset repair, but RUN was trained with seq"):

@@ -17,7 +17,8 @@ from typing import Any
 from l2a_jax.data.counts import format_count
 from l2a_jax.training import settings as presets
 from l2a_jax.training.run_files import LATER
-from l2a_jax.training.settings import Settings
+from l2a_jax.training.settings import PRESETS, Settings
+from l2a_jax.training.tables import FIRST_PRESET, REGIME_PRESET
 
 WIKITEXT, DIVERSE = ("wikitext={data}/train",), ("diverse={data}/train",)
 TEST, VALID = "{data}/eval/wikitext2_test.raw.txt", "{data}/eval/wikitext2_valid.raw.txt"
@@ -81,12 +82,16 @@ class Row:
     def settings(self, model: str = "MODEL", data_dir: str = "DATA") -> Settings:
         """The very settings of `train/run.py`; UserError where they contradict."""
         data = tuple(entry.replace("{data}", data_dir) for entry in self.data)
-        return presets.resolve(self.regime, {**dict(self.given), "model": model, "data": data})
+        return presets.resolve(self.regime, {**dict(self.given), "model": model, "data": data},
+                               begins=FIRST_PRESET)
 
     def flags(self, model: str = "MODEL", data_dir: str = "DATA", run_dir: str | None = None) -> list[str]:
         """The arguments of `train/run.py` that train this row."""
         out = ["--regime", self.regime, "--model", model, "--data",
                *(entry.replace("{data}", data_dir) for entry in self.data)]
+        first = FIRST_PRESET.get(self.regime)
+        if first is not None and PRESETS[first].values != PRESETS[REGIME_PRESET[self.regime]].values:
+            out += ["--preset", first]
         for name, value in self.given:
             flag = name.replace("_", "-")
             if isinstance(value, bool):

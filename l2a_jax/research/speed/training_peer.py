@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from l2a_jax.config import MODELS, ModelConfig
 from l2a_jax.research.speed.timing import torch_ms
-from l2a_jax.training.tables import PLAIN_REGIMES, REGIME_PRESET
+from l2a_jax.training.tables import FIRST_PRESET, PLAIN_REGIMES
 
 
 def _model(config: ModelConfig, window: int, length: int, wiring: str | None):
@@ -116,7 +116,7 @@ def measure(case, repeats: int = 5, each: int = 4) -> dict:
         raise RuntimeError("PyTorch sees no CUDA device")
     config = MODELS[case.model]
     plain = case.regime in PLAIN_REGIMES
-    wiring = None if plain else "shared" if REGIME_PRESET[case.regime] == "repair" else "sequential"
+    wiring = None if plain else "shared" if FIRST_PRESET[case.regime] == "repair-2025" else "sequential"
     torch._dynamo.reset()
     torch.cuda.reset_peak_memory_stats()
     model = _model(config, case.window, case.length, wiring).to("cuda", torch.bfloat16)

@@ -30,7 +30,7 @@ from l2a_jax.training.optimizer import Dials, OptimizerConfig, make_optimizer
 from l2a_jax.training.regimes import regime_mask
 from l2a_jax.training.settings import layer_of, resolve
 from l2a_jax.training.step import Objective, initial_state, split_params, train_step
-from l2a_jax.training.tables import PLAIN_REGIMES, REGIME_PRESET
+from l2a_jax.training.tables import FIRST_PRESET, PLAIN_REGIMES
 
 log = logging.getLogger("l2a_jax.speed")
 
@@ -76,8 +76,8 @@ class Step:
 
     def __init__(self, case: StepCase):
         self.case = case
-        settings = replace(resolve(case.regime, {"model": "none", "data": ("none",), "window": case.window}),
-                           backend=case.backend)
+        settings = replace(resolve(case.regime, {"model": "none", "data": ("none",), "window": case.window},
+                                   begins=FIRST_PRESET), backend=case.backend)
         self.config: ModelConfig = MODELS[case.model]
         layer = layer_of(settings)
         if layer is not None and case.routed < 1:
@@ -132,7 +132,7 @@ def step_teraflops(case: StepCase, config: ModelConfig) -> float:
     plain = case.regime in PLAIN_REGIMES
     c = config
     attention = c.hidden_size * c.head_dim * 2 * (c.num_heads + c.num_kv_heads)
-    sets = 1 if plain or REGIME_PRESET[case.regime] == "repair" else 2
+    sets = 1 if plain or FIRST_PRESET[case.regime] == "repair-2025" else 2
     mlp, head = 3 * c.hidden_size * c.intermediate_size, c.hidden_size * c.vocab_size
     weights = c.num_layers * (sets * attention + mlp) + head
     few = case.regime in ("router_strict", "router_only", "norms_only")

@@ -122,6 +122,16 @@ def test_the_preset_that_keeps_the_needle_is_the_row_that_was_run():
     assert dataclasses.replace(preset, preset=(), given=()) == dataclasses.replace(row, preset=(), given=())
 
 
+def test_a_renewed_preset_changes_no_row_that_was_run(monkeypatch):
+    row = choose(("repair-t8192-w1024-p0.5-f0.3-e1",))[0]
+    before, flags = row.settings(), row.flags()
+    monkeypatch.setitem(presets.PRESETS, "repair", presets.PRESETS["repair"]._replace(values={"window": 3}))
+    assert row.settings() == before
+    named = row.flags()
+    at = named.index("--preset")
+    assert named[at + 1] == "repair-2025" and named[:at] + named[at + 2 :] == flags
+
+
 def test_choosing():
     assert [row.name for row in choose(("baseline-0.5b",))] == ["baseline-0.5b"]
     assert len(choose(groups=("damage", "absorption"))) == 20 and len(choose()) == len(all_rows())
