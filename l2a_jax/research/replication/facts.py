@@ -15,6 +15,9 @@ from l2a_jax.evaluation import intervals
 from l2a_jax.research.replication.row import BENCHMARKS, Row
 from l2a_jax.research.replication.row_file import read_row
 
+ASKED_LATER = ("all_routed", "reach", "ruler", "symptoms", "under")
+"""What only the rows of later arms are asked: there in the facts of those alone."""
+
 
 def load(folder: Path, rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     """The files of those `rows` that have one and whose training is the declared one, by name."""
@@ -82,6 +85,7 @@ def facts(found: dict[str, Any] | None, row: Row, base: dict[str, Any] | None) -
         "perplexity_ratio": ratio, "contexts": _contexts(found, base), "audit": _audit(audit, ratio),
         "needle": _needle(needle, result(base, "needle")), "verdict": collapse.get("verdict"),
         "benchmarks": {task: _benchmark(found, base, task) for task in BENCHMARKS},
+        **{task: one for task in ASKED_LATER if (one := result(found, task)) is not None},
         "absorption": result(found, "absorption"), "task_controls": result(found, "task_controls"),
     }
 

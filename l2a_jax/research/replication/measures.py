@@ -15,7 +15,7 @@ import numpy as np
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import audit, collapse, controls, intervals, perplexity
 from l2a_jax.evaluation.perplexity import Scores, Windows, routing_rates, score_windows
-from l2a_jax.research.replication import benchmarks, needles, under
+from l2a_jax.research.replication import benchmarks, far, needles, under
 from l2a_jax.research.replication.instruments import INSTRUMENTS
 from l2a_jax.research.replication.row import BENCHMARKS, Row
 from l2a_jax.research.replication.session import Session, evaluation_layer
@@ -142,7 +142,8 @@ def _benchmark(name: str) -> Callable[[EvaluatedRow], dict[str, Any]]:
 
 TASKS: dict[str, Callable[[EvaluatedRow], dict[str, Any]]] = {
     "perplexity": _perplexity, "audit": _audit, "contexts": _contexts, "needle": _needle, "absorption": _absorption,
-    "collapse": _collapse, "task_controls": _task_controls, **{name: _benchmark(name) for name in BENCHMARKS},
+    "collapse": _collapse, "task_controls": _task_controls, "reach": far.reach, "ruler": far.long_tasks,
+    "all_routed": far.all_routed, **{name: _benchmark(name) for name in BENCHMARKS},
 }
 
 

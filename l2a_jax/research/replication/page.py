@@ -7,7 +7,7 @@ from typing import Any
 
 from l2a_jax.data.counts import format_count
 from l2a_jax.evaluation import table
-from l2a_jax.research.replication import autopsy, damage, flips, prunable, routed_text
+from l2a_jax.research.replication import arms, autopsy, damage, flips, prunable, routed_text
 from l2a_jax.research.tables import grid
 from l2a_jax.training.settings import Settings
 
@@ -48,7 +48,8 @@ def markdown(made: dict[str, Any], figures: dict[str, str]) -> str:
         *_thresholds(made["instruments"]["thresholds"]), *picture("layers"), *picture("picture"),
         *_found(made, "routed"), *_found(made, "prunable"),
         "## 5. Absorption", "", *_rows(group_of(rows, "absorption"), _ABSORPTION),
-        "## 6. Speed and memory as run", "", SPEED, "", *_speed(run), "## 7. What is in the JSON alone", "", ELSEWHERE]
+        *_arms(rows), "## 6. Speed and memory as run", "", SPEED, "", *_speed(run),
+        "## 7. What is in the JSON alone", "", ELSEWHERE]
     return "\n".join(lines) + "\n"
 
 
@@ -209,6 +210,56 @@ _FRONTIER = {"trained on": _trained_on, "window": lambda row: str(row["settings"
 
 def _absorbed(when, key):
     return lambda row: "-" if row["absorption"] is None else _number(row["absorption"][when][key], "{:.3f}")
+
+
+def _all_routed(row) -> str:
+    """With everything routed, by context: the same weights' perplexity, and what the router's decisions cost beside."""
+    found = row.get("all_routed")
+    return "-" if found is None else "<br>".join(
+        f"{int(context):,}: {one['perplexity']:.2f}, {one['routing_costs']:+.3f}"
+        for context, one in found["contexts"].items())
+
+
+def _reach(row) -> str:
+    learned = row.get("reach", {}).get("rows", {}).get("learned", {})
+    if learned.get("kept") is None:
+        return "-"
+    low, high = learned["kept_95"]
+    return f"{learned['kept']:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _ruler(row) -> str:
+    own = [one for one in row.get("ruler", {}).get("overall", []) if one["control"] in ("plain", "learned")]
+    return "<br>".join(f"{one['length']:,}: {one['score']:.1%}" for one in own) or "-"
+
+
+def _symptoms(row) -> str:
+    """Of the reported symptoms, which the row shows."""
+    found = row.get("symptoms")
+    return "-" if found is None else ", ".join(name for name, shown in found["symptoms"].items() if shown) or "none"
+
+
+def _under(row) -> str:
+    """Nats a token under each kind of decisions."""
+    return "<br>".join(f"{name} {one['nll']:.4f}" for name, one in row.get("under", {}).get("rows", {}).items()) or "-"
+
+
+_ARM = {"trained": lambda row: _count(row.get("trained_parameters")), **_QUALITY,
+        "all routed: perplexity, cost in nats": _all_routed, "HellaSwag": _points("hellaswag"),
+        "PIQA": _points("piqa"), "ARC-C": _points("arc_challenge"), "needle": _needle,
+        "kept beyond the window": _reach, "RULER": _ruler, "last loss": lambda row: _number(
+            row.get("loss_last_5_percent"), "{:.3f}"), "symptoms": _symptoms, "nats under decisions": _under}
+"""Columns of the later arms; a group shows those that any of its rows was asked."""
+
+
+def _arms(rows) -> list[str]:
+    """A table for each later arm that was run."""
+    lines = []
+    for group in arms.GROUPS:
+        some = group_of(rows, group)
+        columns = {name: show for name, show in _ARM.items() if any(show(row) != "-" for row in some)}
+        lines += ["### " + some[0]["question"], "", *_rows(some, columns)] if some else []
+    return ["## Later arms", "", *lines] if lines else []
 
 
 _ABSORPTION = {"local": _QUALITY["local"], "perplexity": _QUALITY["perplexity"],

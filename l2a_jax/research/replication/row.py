@@ -32,13 +32,14 @@ _SPELLED = {"tokens": lambda n: format_count(n) if _exact(n) else str(n)}
 @dataclass(frozen=True)
 class Measures:
     """What a trained row is asked. `tasks`: perplexity, audit, contexts, needle, absorption, collapse, benchmarks,
-    task_controls, or instruments by name. Lengths are tokens; None: all there is.
+    task_controls, reach, ruler, all_routed, or instruments by name. Lengths are tokens; None: all there is.
 
     The audit scores the first `audit_windows` windows; `contexts` are further window lengths of the same text, of which
     `context_tokens` are scored; `controls` repeats the needle under random decisions and a static choice of layers.
     `held_out`: training looks at held-out text of its own sources now and then. `faults`: those of the autopsy, by name
     (none: all of them). `under`: the row whose learned decisions these weights are evaluated under, and the share of
-    tokens that the other decisions route in each layer.
+    tokens that the other decisions route in each layer. `far_context`: windows of reach; RULER is asked
+    `ruler_items` prompts a task and length. `all_routed` asks all of this row again with everything routed.
     """
 
     tasks: tuple[str, ...] = ("perplexity", "audit", "needle", *BENCHMARKS)
@@ -59,6 +60,9 @@ class Measures:
     held_out: bool = True
     faults: tuple[str, ...] = ()
     under: tuple[str, tuple[float, ...]] | None = None
+    far_context: int = 32_768
+    ruler_lengths: tuple[int, ...] = (4_096, 8_192, 16_384, 32_768)
+    ruler_items: int = 25
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,12 @@ class Row:
             lines.append(_evaluation([*source, "--tasks", "needle", "--needle-lengths",
                                       ",".join(map(str, m.needle_lengths)), "--needle-depths", m.needle_depths,
                                       "--needle-seeds", m.needle_seeds, "--haystack", m.haystack], data_dir))
+        if "reach" in m.tasks:
+            lines.append(_evaluation([*source, "--tasks", "reach", "--text", m.text, "--context", m.far_context,
+                                      "--audit-seeds", m.audit_seeds], data_dir))
+        if "ruler" in m.tasks:
+            lines.append(_evaluation([*source, "--tasks", "ruler", "--lengths", ",".join(map(str, m.ruler_lengths)),
+                                      "--ruler-items", m.ruler_items, "--haystack", m.haystack], data_dir))
         tasks = [name for name in m.tasks if name in BENCHMARKS]
         if tasks:
             lines.append(_evaluation([*source, "--tasks", ",".join(tasks), "--task-data", m.task_data,
@@ -152,6 +162,10 @@ class Row:
             **{name: (m.limit, m.task_data) for name in (*BENCHMARKS, "task_controls")},
             "thresholds": (m.text, m.context, m.audit_windows, m.needle_lengths, m.needle_depths, m.needle_seeds,
                            m.haystack),
+            "reach": (m.text, m.far_context, m.audit_seeds),
+            "ruler": (m.ruler_lengths, m.ruler_items, m.haystack),
+            "all_routed": (*text, m.contexts, m.context_tokens, m.needle_lengths, m.needle_depths, m.needle_seeds,
+                           m.haystack, m.limit, m.task_data, sorted({"contexts", "needle", *BENCHMARKS} & {*m.tasks})),
             "under": (m.text, m.context, m.audit_windows, m.under),
             "picture": (m.context, "beyond the window"),
             **({"autopsy": (m.text, m.context, m.audit_windows, m.faults)} if m.faults else {}),

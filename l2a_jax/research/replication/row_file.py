@@ -32,6 +32,12 @@ RESULTS: dict[str, Any] = {
                                                                            "worse_95": INTERVAL})},
     "needle": {**_NEEDLE, "lengths": each({**_NEEDLE, "by_depth": some(share), "log_probability": float,
                                            "controls?": each({"exact_match": share}), "sparsity?": share})},
+    "reach": {"rows": each({"beyond": float, "kept?": float, "kept_95?": INTERVAL})},
+    "ruler": {"overall": some({"length": at_least(1), "control": str, "score": share, "score_95": INTERVAL})},
+    "all_routed": {"contexts": each({"perplexity": float, "routing_costs": float, "routing_costs_95": INTERVAL}),
+                   "needle?": each(share), "benchmarks": each({"acc": share, "routing_gains": float})},
+    "symptoms": {"symptoms": each(nullable(bool))},
+    "under": {"rows": each({"nll": float, "worse": float}), "own": float},
     "collapse": {"verdict": str}, "residual": {"relative_l2": some(float)},
     **dict.fromkeys(("hellaswag", "piqa", "arc_challenge"), _BENCHMARK),
 }

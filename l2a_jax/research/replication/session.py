@@ -58,14 +58,14 @@ class Session:
 
     def base(self, size: str) -> Pretrained:
         """The plain model, loaded once."""
-        return self._once(("base", size), lambda: load_pretrained(self.source(size), self.dtype))
+        return self.once(("base", size), lambda: load_pretrained(self.source(size), self.dtype))
 
     def plan(self, row: Row) -> RunPlan:
         """The row's plan, reading nothing twice."""
-        return self._once(("plan", row.name, row.training_hash), lambda: make_plan(
+        return self.once(("plan", row.name, row.training_hash), lambda: make_plan(
             row.settings(self.source(row.size), self.data_dir),
-            read=lambda source: self._once(("read", source), lambda: read_source(source)),
-            open_data=lambda spec, tokenizer, **options: self._once(
+            read=lambda source: self.once(("read", source), lambda: read_source(source)),
+            open_data=lambda spec, tokenizer, **options: self.once(
                 ("data", spec, id(tokenizer), tuple(sorted(options.items()))),
                 lambda: open_data(spec, tokenizer, **options))))
 
@@ -105,8 +105,8 @@ class Session:
             return texts.tokenise(text, tokenizer, config.vocab_size), {
                 "name": text.name, "rule": text.rule, "files": text.files}
 
-        ids, about = self._once(("text", row.size, path), tokens)
-        return self._once(("windows", row.size, path, context, limit),
+        ids, about = self.once(("text", row.size, path), tokens)
+        return self.once(("windows", row.size, path, context, limit),
                           lambda: perplexity.text_windows(ids, context, context, about, limit))
 
     def needles(self, row: Row) -> tuple[Any, dict[int, Windows]]:
@@ -119,12 +119,12 @@ class Session:
                                            "seeds": m.needle_seeds, "haystack": (self.place(m.haystack),)}, empty)
             return options, needles.prepare(empty, options)
 
-        return self._once(("needle", row.size, m.needle_lengths, m.needle_depths, m.needle_seeds, m.haystack), make)
+        return self.once(("needle", row.size, m.needle_lengths, m.needle_depths, m.needle_seeds, m.haystack), make)
 
     def benchmark(self, row: Row, name: str) -> benchmarks.Prepared:
         """A benchmark's items for the row's model."""
         m = row.measures
-        return self._once(("benchmark", row.size, name, m.task_data, m.limit), lambda: benchmarks.prepare(
+        return self.once(("benchmark", row.size, name, m.task_data, m.limit), lambda: benchmarks.prepare(
             self._weightless(row), name, self.place(m.task_data), m.limit))
 
     def _weightless(self, row: Row) -> Pretrained:
@@ -132,7 +132,8 @@ class Session:
         plan = self.plan(row)
         return Pretrained(plan.config, None, {}, plan.tokenizer, "")
 
-    def _once(self, key: tuple, make: Callable[[], Any]) -> Any:
+    def once(self, key: tuple, make: Callable[[], Any]) -> Any:
+        """What `make` makes, kept for every row of this process."""
         if key not in self._kept:
             self._kept[key] = make()
         return self._kept[key]

@@ -5,12 +5,16 @@ import dataclasses
 import numpy as np
 import pytest
 
+from l2a_jax.evaluation.perplexity import score_windows
+from l2a_jax.files import write_json
 from l2a_jax.research.replication import arms, autopsy, report, runner, trained
+from l2a_jax.research.replication.measures import EvaluatedRow
 from l2a_jax.research.replication.row import BENCHMARKS
 from l2a_jax.research.replication.rows import choose, with_baselines
 from l2a_jax.training.settings import Settings
 from tests.research.replication.conftest import LAYER, QUICK
 from tests.research.replication.test_findings import RESULTS
+from tests.research.replication.test_report import fabricate
 
 TINY = {name: value for name, value in LAYER.items() if name != "window"}
 
@@ -123,3 +127,68 @@ def test_a_text_read_again_and_again_is_declared_with_its_epochs():
     rows = [row.settings() for row in choose(groups=("border",)) if row.settings().unique]
     assert {(run.unique, run.tokens // run.unique, run.lr) for run in rows} == {
         (1_000_000, 12, 5e-5), (1_000_000, 12, 3e-4), (100_000, 100, 5e-5), (100_000, 100, 3e-4)}
+
+
+def test_a_row_is_asked_beyond_its_windows_and_with_everything_routed(session, tmp_path, monkeypatch):
+    asked = []
+
+    def task(work):
+        asked.append((work.options.lengths, work.options.ruler_items, work.prepared))
+        scored = {"length": 64, "control": "learned", "score": 0.5, "n": 4}
+        return {"cells": [{**scored, "written": ["text"]}], "overall": [{**scored, "score_95": [0.1, 0.9]}]}
+
+    monkeypatch.setattr("l2a_jax.evaluation.ruler.prepare", lambda name, options, model: options.needle["haystack"])
+    monkeypatch.setattr("l2a_jax.evaluation.ruler.task", task)
+    row = tiny("router_only-diverse-0.5b-s1")
+    measures = dataclasses.replace(row.measures, tasks=("reach", "ruler", "needle", "all_routed"), far_context=128,
+                                   ruler_lengths=(64,), ruler_items=4)
+    row = dataclasses.replace(row, measures=measures)
+    assert runner.run_rows([row], session, tmp_path) == ([], [])
+    found = {name: entry["result"] for name, entry in
+             runner.read_row(tmp_path / f"{row.name}.json")["evaluations"].items()}
+    assert asked == [((64,), 4, ("recall",))] and found["ruler"]["cells"] == [
+        {"length": 64, "control": "learned", "score": 0.5, "n": 4}]
+    rows = found["reach"]["rows"]
+    assert {"all", "none", "learned"} <= set(rows) and found["reach"]["window"] == LAYER["window"]
+    again = found["all_routed"]["contexts"]["128"]
+    params = trained.load_masters(session, row, tmp_path / f"{row.name}.npz")
+    evaluated = EvaluatedRow(session, row, params, [])
+    everything = np.ones((3, *evaluated.windows.tokens.shape), bool)
+    forced = score_windows(evaluated.model, evaluated.windows, everything, **session.passes)
+    assert np.log(again["perplexity"]) == pytest.approx(forced.nll.sum() / forced.tokens.sum(), rel=1e-5)
+    assert again["routing_costs"] == pytest.approx((evaluated.scores.nll - forced.nll).sum() / forced.tokens.sum(),
+                                                   abs=1e-5)
+    assert set(found["all_routed"]["needle"]) == {"64"} and not found["all_routed"]["benchmarks"]
+
+
+def test_rows_of_the_main_table_are_asked_anew_beside_a_plain_model_that_is_asked_the_same():
+    rows = choose(groups=("far",))
+    assert {row.regime for row in rows} == {"baseline", "router_only", "router_strict", "l2a_ft", "full_ft"}
+    for row in rows:
+        assert {"reach", "ruler"} <= set(row.measures.tasks)
+        assert row.baseline in (None, f"baseline-far-{row.size}")
+    one, other = (choose((name,))[0] for name in ("l2a_ft-diverse-1.5b-s1", "l2a_ft-diverse-1.5b"))
+    assert one.training_hash != other.training_hash == dataclasses.replace(
+        one, given=tuple({**dict(one.given), "seed": 0}.items())).training_hash
+
+
+def test_an_arm_that_was_run_has_its_table(tmp_path):
+    found = {
+        "reach": {"rows": {"learned": {"beyond": 3.0, "kept": 0.75, "kept_95": [0.7, 0.8]}}},
+        "ruler": {"overall": [{"length": 4_096, "control": "learned", "score": 0.25, "score_95": [0.1, 0.4]}]},
+        "all_routed": {"contexts": {"2048": {"perplexity": 30.0, "routing_costs": 0.02,
+                                             "routing_costs_95": [0.01, 0.03]}}, "benchmarks": {}},
+        "symptoms": {"symptoms": {"text loops": True, "needle lost": None}},
+        "under": {"own": 2.0, "rows": {"learned": {"nll": 2.0, "worse": 0.0}, "none": {"nll": 2.5, "worse": 0.5}}}}
+    for name in ("baseline-far-0.5b", "router_only-diverse-0.5b-s1"):
+        row = choose((name,))[0]
+        evaluations = {task: {"hash": "", "seconds": 1.0, "result": result} for task, result in found.items()}
+        file = fabricate(row)
+        write_json(tmp_path / f"{name}.json", {**file, "evaluations": {
+            **file["evaluations"], **(evaluations if row.baseline else {})}})
+    report.write(tmp_path, tmp_path)
+    text = (tmp_path / "replication.md").read_text()
+    line = next(line for line in text.splitlines() if line.startswith("| router_only-diverse-0.5b-s1"))
+    assert ("| 2,048: 30.00, +0.020 |" in line and "| 0.750 [0.700, 0.800] | 4,096: 25.0% |" in line
+            and "| text loops | learned 2.0000<br>none 2.5000 |" in line)
+    assert "## Later arms" in text and "2 of 137 declared rows were run" in text
