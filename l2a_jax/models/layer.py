@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from l2a_jax import attention
-from l2a_jax.attention.reference import Heads, Ids, Keys, PerRow
+from l2a_jax.attention.reference import Heads, Ids, Keys, PerRow, Places
 from l2a_jax.config import L2AConfig, ModelConfig, rope_of
 from l2a_jax.nn import router, routing
 from l2a_jax.nn.layers import Params, gated_mlp, joined, linear, rms_norm
@@ -31,6 +31,7 @@ from l2a_jax.nn.rope import Table, rope_table, split_heads
 
 QKV = ("q", "k", "v")
 Stream = Float[Array, "B T D"]
+Seen = Float[Array, "B S K H"]  # keys or values of all tokens that those of a call look at
 
 
 class LayerRouting(NamedTuple):
@@ -51,29 +52,37 @@ class Attention:
     backend: str
 
     def full(self, q: Heads, k: Keys, v: Keys) -> Heads:
-        return attention.full(q, k, v, **self._call())
+        return attention.full(q, k, v, **self._call(q))
 
     def local(self, q: Heads, k: Keys, v: Keys) -> Heads:
-        return attention.local(q, k, v, **self._windowed())
+        return attention.local(q, k, v, **self._windowed(q))
 
     def local_with_scores(self, q: Heads, k: Keys, v: Keys) -> tuple[Heads, router.Scores]:
-        rows, lse = attention.local_with_lse(q, k, v, **self._windowed())
-        return rows, router.scores_of(q, k, lse, self.segment_ids, self.l2a.sinks)
+        rows, lse = attention.local_with_lse(q, k, v, **self._windowed(q))
+        return rows, router.scores_of(q, k, lse, self.segment_ids, self.l2a.sinks, self.places(q))
 
     def routed(self, q: Heads, k: Keys, v: Keys, decisions: PerRow) -> Heads:
-        return attention.routed(q, k, v, decisions, **self._call())
+        return attention.routed(q, k, v, decisions, **self._call(q))
 
     def mixed(self, q: Heads, k: Keys, v: Keys, decisions: PerRow) -> Heads:
-        return attention.mixed(q, k, v, decisions, **self._windowed())
+        return attention.mixed(q, k, v, decisions, **self._windowed(q))
 
     def both(self, q: Heads, k: Keys, v: Keys, decisions: PerRow) -> tuple[Heads, Heads]:
-        return attention.both(q, k, v, decisions, **self._windowed())
+        return attention.both(q, k, v, decisions, **self._windowed(q))
 
-    def _call(self) -> dict[str, Any]:
-        return {"segment_ids": self.segment_ids, "backend": self.backend}
+    def keys(self, k: Keys, v: Keys) -> tuple[Seen, Seen]:
+        """The keys and values that queries look at, from those of a call's tokens."""
+        return k, v
 
-    def _windowed(self) -> dict[str, Any]:
-        return {"window": self.l2a.window, "sinks": self.l2a.sinks, **self._call()}
+    def places(self, q: Heads) -> Places | None:
+        """Whose queries a call's are, where they are a part of the tokens (see `l2a_jax.attention`)."""
+        return None
+
+    def _call(self, q: Heads) -> dict[str, Any]:
+        return {"segment_ids": self.segment_ids, "places": self.places(q), "backend": self.backend}
+
+    def _windowed(self, q: Heads) -> dict[str, Any]:
+        return {"window": self.l2a.window, "sinks": self.l2a.sinks, **self._call(q)}
 
 
 class Context(NamedTuple):
@@ -278,14 +287,15 @@ def join_projections(layer: Params) -> dict[str, Any]:
             for name, part in layer.items()}
 
 
-def _qkv(h: Stream, params: Params, context: Context) -> tuple[Heads, Keys, Keys]:
+def _qkv(h: Stream, params: Params, context: Context) -> tuple[Heads, Seen, Seen]:
     """q and k (rotated) and v from one matrix product: k and v alone are too narrow for the matrix units, and their
     gradients would each write a whole [B, T, D]."""
     heads, kv_heads = context.config.num_heads, context.config.num_kv_heads
     together = params["qkv"] if "qkv" in params else joined(params, QKV)
     shape = (heads + 2 * kv_heads, context.config.head_dim)
     product = linear(h, together).reshape(*h.shape[:2], *shape)
-    return checkpoint_name(split_heads(product, together["bias"].reshape(shape), context.rope, kv_heads), "qkv")
+    q, k, v = checkpoint_name(split_heads(product, together["bias"].reshape(shape), context.rope, kv_heads), "qkv")
+    return q, *context.attend.keys(k, v)
 
 
 def _out(rows: Heads, params: Params) -> Stream:

@@ -27,10 +27,16 @@ _KERNELS = {"l2a_attention_forward": "forward", "l2a_attention_backward_q": "bac
             "l2a_attention_backward_kv": "backward_kv", "l2a_attention_sinks": "sinks"}
 
 
-def lower_for_cuda(function, *shapes, arch: str = "sm_90"):
-    """`function` lowered for CUDA on a machine without it. From jax 0.11 on, Pallas asks which card it is for."""
+def mesh_of(arch: str, **axes: int):
+    """A mesh of cards that are not there."""
     card = jax.sharding.AbstractDevice(DEVICES[arch], 1, "gpu")
-    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=card)
+    return jax.sharding.AbstractMesh(tuple(axes.values()), tuple(axes), abstract_device=card,
+                                     axis_types=(jax.sharding.AxisType.Auto,) * len(axes))
+
+
+def lower_for_cuda(function, *shapes, arch: str = "sm_90", mesh=None):
+    """`function` lowered for CUDA on a machine without it. From jax 0.11 on, Pallas asks which card it is for."""
+    mesh = mesh_of(arch, x=1) if mesh is None else mesh
     with jax.sharding.use_abstract_mesh(mesh) if jax.__version_info__ >= (0, 11) else contextlib.nullcontext():
         return jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",))
 
