@@ -99,7 +99,7 @@ def _far() -> list[Row]:
                           measures=routed, **far),
                  make_row(f"router_strict-far-{size}", "far", question, size, "router_strict", tokens=tokens,
                           measures=routed, **{**far, "penalty": 0.3})]
-        rows += [make_row(f"{regime}-diverse-{size}-s1", "far", question, size, regime, tokens=tokens, seed=1,
+        rows += [make_row(f"{regime}-diverse-{size}-s2", "far", question, size, regime, tokens=tokens, seed=2,
                           window=256, measures=routed, **PAPER)
                  for regime in ("router_only", "l2a_ft", "full_ft")]
     return [dataclasses.replace(row, baseline=row.baseline and f"baseline-far-{row.size}") for row in rows]

@@ -139,7 +139,7 @@ def test_a_row_is_asked_beyond_its_windows_and_with_everything_routed(session, t
 
     monkeypatch.setattr("l2a_jax.evaluation.ruler.prepare", lambda name, options, model: options.needle["haystack"])
     monkeypatch.setattr("l2a_jax.evaluation.ruler.task", task)
-    row = tiny("router_only-diverse-0.5b-s1")
+    row = tiny("router_only-diverse-0.5b-s2")
     measures = dataclasses.replace(row.measures, tasks=("reach", "ruler", "needle", "all_routed"), far_context=128,
                                    ruler_lengths=(64,), ruler_items=4)
     row = dataclasses.replace(row, measures=measures)
@@ -167,7 +167,7 @@ def test_rows_of_the_main_table_are_asked_anew_beside_a_plain_model_that_is_aske
     for row in rows:
         assert {"reach", "ruler"} <= set(row.measures.tasks)
         assert row.baseline in (None, f"baseline-far-{row.size}")
-    one, other = (choose((name,))[0] for name in ("l2a_ft-diverse-1.5b-s1", "l2a_ft-diverse-1.5b"))
+    one, other = (choose((name,))[0] for name in ("l2a_ft-diverse-1.5b-s2", "l2a_ft-diverse-1.5b"))
     assert one.training_hash != other.training_hash == dataclasses.replace(
         one, given=tuple({**dict(one.given), "seed": 0}.items())).training_hash
 
@@ -180,7 +180,7 @@ def test_an_arm_that_was_run_has_its_table(tmp_path):
                                              "routing_costs_95": [0.01, 0.03]}}, "benchmarks": {}},
         "symptoms": {"symptoms": {"text loops": True, "needle lost": None}},
         "under": {"own": 2.0, "rows": {"learned": {"nll": 2.0, "worse": 0.0}, "none": {"nll": 2.5, "worse": 0.5}}}}
-    for name in ("baseline-far-0.5b", "router_only-diverse-0.5b-s1"):
+    for name in ("baseline-far-0.5b", "router_only-diverse-0.5b-s2"):
         row = choose((name,))[0]
         evaluations = {task: {"hash": "", "seconds": 1.0, "result": result} for task, result in found.items()}
         file = fabricate(row)
@@ -188,7 +188,7 @@ def test_an_arm_that_was_run_has_its_table(tmp_path):
             **file["evaluations"], **(evaluations if row.baseline else {})}})
     report.write(tmp_path, tmp_path)
     text = (tmp_path / "replication.md").read_text()
-    line = next(line for line in text.splitlines() if line.startswith("| router_only-diverse-0.5b-s1"))
+    line = next(line for line in text.splitlines() if line.startswith("| router_only-diverse-0.5b-s2"))
     assert ("| 2,048: 30.00, +0.020 |" in line and "| 0.750 [0.700, 0.800] | 4,096: 25.0% |" in line
             and "| text loops | learned 2.0000<br>none 2.5000 |" in line)
     assert "## Later arms" in text and "2 of 137 declared rows were run" in text
