@@ -7,11 +7,14 @@ the padding is never seen by a real token and is overwritten as the row grows.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from l2a_jax.attention.decode import attend_cache
@@ -23,10 +26,13 @@ from l2a_jax.models.params import Tree
 from l2a_jax.models.transformer import unembed
 from l2a_jax.nn.layers import joined, rms_norm
 from l2a_jax.nn.router import Scores, scores_over
+from l2a_jax.sharding import stripes
+from l2a_jax.sharding.attention import Striped
+from l2a_jax.sharding.stripes import CONTEXT
 
 
-class _Recorder(Attention):
-    """The attention of one layer of a prefill, which remembers the keys and values of both paths."""
+class _Recording:
+    """Beside an attention of one layer of a prefill: remembers the keys and values of both paths."""
 
     near = every = None
 
@@ -51,20 +57,51 @@ class _Recorder(Attention):
         return super().mixed(q, k, v, decisions)
 
 
+class _Recorder(_Recording, Attention):
+    """Over a whole prompt."""
+
+
+class _StripedRecorder(_Recording, Striped):
+    """Over one shard's tokens of it; the keys and values are those of all."""
+
+
+Prefilled = tuple[Float[Array, "B V"], Cache, Bool[Array, "L B T"] | None]
+
+
 def prefill(
     params: Tree, tokens: Int[Array, "B T"], lengths: Int[Array, B], config: ModelConfig, l2a_config: L2AConfig | None,
     layout: Layout, *,
     decisions: Bool[Array, "L B T"] | None = None, pruned: Bool[Array, " L"] | None = None,
-    heads: Bool[Array, "L K"] | None = None, backend: str = "auto",
-) -> tuple[Float[Array, "B V"], Cache, Bool[Array, "L B T"] | None]:
+    heads: Bool[Array, "L K"] | None = None, backend: str = "auto", mesh: Mesh | None = None,
+) -> Prefilled:
     """Logits after the last token of each row (of `lengths[b]` tokens, then padding), the cache, and the decisions.
 
     `decisions`, `pruned` and `heads` are those of `hidden_states`; padding is never routed. Memory is O(T): the caches
-    are filled layer by layer.
+    are filled layer by layer. `mesh`: its axis "context", whose devices divide T, deals the tokens; every device holds
+    the weights, and in the end the whole cache. ValueError where they do not divide T.
     """
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    part = functools.partial(_prefill, config=config, l2a_config=l2a_config, layout=layout, backend=backend,
+                             shards=stripes.shards_of(mesh))
+    if mesh is not None:
+        part = jax.shard_map(part, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+    return part(params, tokens, lengths, decisions, pruned, heads)
+
+
+def _prefill(
+    params: Tree, tokens: Int[Array, "B T"], lengths: Int[Array, B], decisions: Bool[Array, "L B T"] | None,
+    pruned: Bool[Array, " L"] | None, heads: Bool[Array, "L K"] | None, *, config: ModelConfig,
+    l2a_config: L2AConfig | None, layout: Layout, backend: str, shards: int,
+) -> Prefilled:
+    """`prefill` of one of `shards` devices, each with its part of the tokens."""
+    whole = tokens.shape
+    index, recorder = jnp.arange(whole[1], dtype=jnp.int32), _Recorder(l2a_config, None, backend)
+    if shards > 1:
+        recorder = _StripedRecorder(l2a_config, None, backend, CONTEXT)
+        tokens, index = stripes.dealt(tokens, CONTEXT), stripes.dealt(index[None], CONTEXT)[0]
+        if decisions is not None:
+            decisions = jax.vmap(lambda rows: stripes.dealt(rows, CONTEXT))(decisions)
+    positions = jnp.broadcast_to(index, tokens.shape)
     real = positions < lengths[:, None]
-    recorder = _Recorder(l2a_config, None, backend)
     context = context_of(config, l2a_config, positions, real, recorder)
     x = params["embed"]["embedding"][tokens]
     pruned = pruned_of(config, l2a_config) if pruned is None else pruned
@@ -84,7 +121,13 @@ def prefill(
     cache = empty_cache(config, layout, tokens.shape[0], x.dtype)
     inputs = (params["layers"], OfLayer(decisions, None, pruned, heads), _scanned(layout.full), _scanned(layout.ring))
     (x, cache), decided = jax.lax.scan(step, (x, cache), inputs)
-    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
+    if shards > 1:  # whoever has a row's last token gives it to all
+        mine = (positions == lengths[:, None] - 1)[:, :, None]
+        last = jax.lax.psum(jnp.sum(jnp.where(mine, x, 0), axis=1, keepdims=True), CONTEXT)
+        if decided is not None:
+            decided = jax.vmap(lambda rows: stripes.joined(rows, CONTEXT))(decided)
+    else:
+        last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
     return _logits(params, last, config), cache, decided
 
 

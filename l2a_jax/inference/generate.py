@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from l2a_jax import fields
@@ -25,6 +26,7 @@ from l2a_jax.inference.options import Sampling
 from l2a_jax.inference.sampling import sample
 from l2a_jax.models.params import Tree, check_layers
 from l2a_jax.models.transformer import check_heads, check_tokens
+from l2a_jax.sharding.stripes import shards_of
 
 STOP_SLOTS = 4  # stop tokens are padded to a multiple of this, so that their number is no new shape
 
@@ -56,6 +58,7 @@ class Options(NamedTuple):
     sampled: bool
     nucleus: bool
     backend: str
+    mesh: Mesh | None = None
 
 
 class Settings(NamedTuple):
@@ -96,6 +99,7 @@ def generate(
     heads: Bool[Any, "L K"] | None = None,
     room: int | None = None,
     backend: str = "auto",
+    mesh: Mesh | None = None,
 ) -> Generation:
     """Continue each prompt (a list of token ids) by up to `max_new_tokens`, or up to the first of `stop_tokens`.
 
@@ -103,13 +107,17 @@ def generate(
     `decisions` override the router by position. [L, B, T], T being the longest prompt, in the prompts; after them it
     decides itself. [L, B, S], S being T plus `max_new_tokens`, in everything. `heads` are those of `hidden_states`.
     `room` (at least `max_new_tokens`): what to compile for; calls of different `max_new_tokens` then share a program.
+    `mesh`: the devices of its axis "context" share the work of the prompts; each holds the weights, and the cache of
+    all, and each decodes.
     Raises UserError on an empty batch or prompt, a token outside the vocabulary, a text longer than the rotary
     embedding is meant for, or settings that make no sense.
     """
     tokens, lengths, options, settings = request(
         config, l2a_config, prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, key=key,
         stop_tokens=stop_tokens, decisions=decisions, heads=heads, room=room, backend=backend,
-        params=params)
+        params=params, mesh=mesh)
+    if mesh is not None:
+        params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
     out = _generate(params, tokens, lengths, settings, options, bucket(room or max_new_tokens, 16))
     whole = int(lengths.max()) + max_new_tokens
     return out._replace(
@@ -121,7 +129,7 @@ def request(
     config: ModelConfig, l2a_config: L2AConfig | None, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
     temperature: float = 0.0, top_p: float = 1.0, key: PRNGKeyArray | None = None, stop_tokens: Sequence[int] = (),
     decisions: Bool[Any, "L B T"] | Bool[Any, "L B S"] | None = None, heads: Bool[Any, "L K"] | None = None,
-    room: int | None = None, backend: str = "auto", params: Tree | None = None,
+    room: int | None = None, backend: str = "auto", params: Tree | None = None, mesh: Mesh | None = None,
 ) -> tuple[Int[Array, "B T"], Int[Array, B], Options, Settings]:
     """The padded prompts, their lengths, and the two halves of the options, checked as `generate` says."""
     if len(prompts) == 0:
@@ -142,7 +150,9 @@ def request(
     if longest + max_new_tokens - 1 > limit:  # the last token is never fed
         raise UserError(f"a prompt of {longest} tokens and {max_new_tokens} new ones are longer than max_positions x "
                         f"factor = {limit}; shorten them or choose a larger RoPE factor")
-    tokens = np.zeros((len(prompts), min(bucket(longest, 32), limit)), np.int32)
+    shards = shards_of(mesh)
+    width = -(-min(bucket(longest, 32), limit) // shards) * shards
+    tokens = np.zeros((len(prompts), width), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     tokens = jnp.asarray(tokens)
@@ -162,7 +172,8 @@ def request(
     stop_tokens = [stop for stop in stop_tokens if 0 <= stop < config.vocab_size]  # no other can ever be chosen
     stops = np.full((-(-max(len(stop_tokens), 1) // STOP_SLOTS) * STOP_SLOTS,), -1, np.int32)
     stops[: len(stop_tokens)] = stop_tokens
-    options = Options(config, l2a_config, layout_of(config, l2a_config, slots), temperature > 0, top_p < 1, backend)
+    options = Options(config, l2a_config, layout_of(config, l2a_config, slots), temperature > 0, top_p < 1, backend,
+                      mesh)
     settings = Settings(jnp.int32(max_new_tokens), jnp.float32(temperature), jnp.float32(top_p),
                         key if temperature > 0 else None, jnp.asarray(stops), decisions,
                         None if heads is None else jnp.asarray(heads))
@@ -188,7 +199,7 @@ def start(params: Tree, tokens: Int[Array, "B T"], lengths: Int[Array, B], setti
     batch, width = tokens.shape
     forced = None if settings.decisions is None else settings.decisions[:, :, :width]
     logits, cache, decided = prefill(params, tokens, lengths, options.config, options.l2a_config, options.layout,
-                                     decisions=forced, heads=settings.heads, backend=options.backend)
+                                     decisions=forced, heads=settings.heads, backend=options.backend, mesh=options.mesh)
     if decided is not None:
         decided = jnp.pad(decided, ((0, 0), (0, 0), (0, options.layout.slots - width)))
     zeros = jnp.zeros((batch,), jnp.int32)

@@ -11,10 +11,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Int, Shaped
 
+CONTEXT = "context"
 LARGEST = 256
 """Tokens of a stripe, at most. A power of two, so that stripes are whole blocks of the kernels."""
+
+
+def shards_of(mesh: Mesh | None) -> int:
+    """Devices over which the tokens of a row are dealt; without a mesh, one. ValueError where it has no such axis."""
+    if mesh is not None and CONTEXT not in mesh.shape:
+        raise ValueError(f"the mesh has the axes {tuple(mesh.shape)}; expected one that is called {CONTEXT!r}")
+    return 1 if mesh is None else mesh.shape[CONTEXT]
 
 
 def stripe(length: int, shards: int) -> int:

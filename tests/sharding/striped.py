@@ -115,6 +115,37 @@ def layers(name) -> float:
     return apart(over_shards(part, *given).compile()(*given), wanted)
 
 
+def prompts() -> dict:
+    """Prompts of uneven lengths, read over shards: how far logits and caches are apart, where rows have keys; whether
+    the decisions are the same, and the texts."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import Mesh
+
+    from l2a_jax.inference.cache import layout_of
+    from l2a_jax.inference.forward import prefill
+    from l2a_jax.inference.generate import generate
+    from tests.models.cases import CONFIG, LAYERS, make_params, make_tokens
+
+    mesh = Mesh(np.asarray(jax.devices()), ("context",))
+    tokens, lengths, layer = make_tokens(length=LENGTH), jnp.asarray([LENGTH, 17]), LAYERS["parallel"]
+    params, layout = make_params(layer), layout_of(CONFIG, layer, LENGTH + 8)
+    run = jax.jit(lambda *given, mesh: prefill(*given, CONFIG, layer, layout, backend="xla", mesh=mesh),
+                  static_argnames="mesh")
+    (logits, cache, decided), (*wanted, decisions) = (run(params, tokens, lengths, mesh=over) for over in (mesh, None))
+    filled = jnp.arange(layout.slots) < lengths[:, None]
+    filled = filled[None, :, :, None, None]
+    full = [jax.tree.map(lambda x: jnp.where(filled, x, 0), of.full) for of in (cache, wanted[1])]
+
+    layer = LAYERS["shared"]
+    params, asked = make_params(layer), [tokens[0, :30].tolist(), tokens[1, :9].tolist()]
+    one, other = (generate(params, CONFIG, layer, asked, max_new_tokens=4, mesh=over) for over in (mesh, None))
+    return {"logits": apart(logits, wanted[0]), "full": apart(*full), "ring": apart(cache.ring, wanted[1].ring),
+            "same": bool((decided == decisions).all() and (one.tokens == other.tokens).all()
+                         and (one.decisions == other.decisions).all())}
+
+
 def imbalance() -> float:
     """Of 48 tokens routed in two of three layers, in the last of which one shard has all."""
     import jax.numpy as jnp
@@ -131,7 +162,8 @@ def imbalance() -> float:
 
 def main(file: str) -> None:
     found = {"operations": {name: operations(packing) for name, packing in PACKINGS.items()},
-             "layers": {name: layers(name) for name in LAYERS}, "imbalance": imbalance()}
+             "layers": {name: layers(name) for name in LAYERS}, "prompts": prompts(),
+             "imbalance": imbalance()}
     Path(file).write_text(json.dumps(found))
 
 

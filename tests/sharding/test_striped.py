@@ -42,6 +42,11 @@ def test_shards_compute_the_layers_of_one_device(found, layer):
     assert found["layers"][layer] < 1e-6
 
 
+def test_a_prompt_that_shards_read_is_the_prompt_that_one_device_reads(found):
+    told = found["prompts"]
+    assert max(told["full"], told["ring"]) < 1e-6 and told["logits"] < 3e-6 and told["same"], told
+
+
 def test_the_imbalance_of_routed_rows_is_what_all_wait_for(found):
     """In one layer all shards have as many; in another one has all, as many times the mean as there are shards."""
     rows = 48 * 2 / SHARDS
