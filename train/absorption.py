@@ -1,6 +1,6 @@
 """Routing absorption: `python train/absorption.py --experiment NAME... [--preset tiny|gpu|paper]`.
 
-NAME is all, or one or more of soft_gate, hard_topk, distill, stochastic, swap, closed_loop, mechanism; or
+NAME is all, or one or more of soft_gate, hard_topk, distill, stochastic, swap, closed_loop, mechanism, sign, sweep; or
 `--experiment l2a_audit RUN [OTHER_RUN]` for a trained L2A model. Without --data the synthetic recall corpus is used.
 Run it again with the same flags to continue; `--time-limit` stops it cleanly (exit status 75) with all work saved.
 """
@@ -59,10 +59,12 @@ def idle(options: AbsorptionOptions) -> list[tuple[bool, tuple[str, ...], str]]:
     """Where a flag changes nothing, as rules for `commands.say_idle`."""
     return [
         (not options.data, ("tokenizer", "held_out", "cache_dir"), "it is of --data, and there is none"),
-        (_audits(options), ("preset", "time_limit", "train_only", "attention", "untied", *(
+        (_audits(options), ("preset", "time_limit", "train_only", "dry_run", "attention", "untied", *(
             name for name in FLAGS if name not in ("eval_batches", "seeds", "seq_len", "batch_size"))),
          "l2a_audit trains nothing"),
-        (options.benchmark, ("experiment", "data", "time_limit", "train_only", "eval_batches", "save_every", "seeds"),
+        (options.dry_run, ("time_limit", "train_only"), "--dry-run runs nothing"),
+        (options.benchmark, ("experiment", "data", "time_limit", "train_only", "dry_run", "eval_batches", "save_every",
+                             "seeds"),
          "--benchmark measures speed alone"),
     ]
 
@@ -111,6 +113,9 @@ def absorption(arguments: list[str] | None) -> int:
     check_file(run_dir / "evaluations.json", "--run-dir")
     corpus = suite.make_corpus(preset, options.data, options.tokenizer, options.held_out, options.cache_dir)
     lab = Lab(preset, corpus, run_dir, after(began, options.time_limit), backend)
+    if options.dry_run:
+        print(suite.dry_run(names, lab))
+        return 0
     try:
         if options.train_only:
             lab.train_unclaimed(suite.arms_of(names, lab))

@@ -25,13 +25,15 @@ from l2a_jax.training.step import TrainState
 
 
 class ArmNumbers(NamedTuple):
-    """An arm's traced side: the model's numbers, and per leaf (broadcast) what is trained and what decays, 0 or 1."""
+    """An arm's traced side: the model's numbers, and per leaf (broadcast) what is trained and what decays, 0 or 1, and
+    its learning rate as a multiple of the recipe's."""
 
     model: small_model.Numbers
     gate_std: Float[Array, ""]
     balance: Float[Array, ""]
     trained: Tree
     decayed: Tree
+    pace: Tree
 
 
 class Program(NamedTuple):
@@ -73,7 +75,9 @@ def arm_numbers(arm: Arm, config: TransformerConfig, recipe: Recipe, top_k: int)
         numbers, np.float32(config.gate_std if arm.gate_std is None else arm.gate_std),
         np.float32(recipe.balance if arm.routing == "learned" else 0.0),
         map_with_path(functools.partial(per_leaf, gate_trained), shapes),
-        map_with_path(functools.partial(per_leaf, decaying), shapes))
+        map_with_path(functools.partial(per_leaf, decaying), shapes),
+        map_with_path(lambda path, shape: np.full((1,) * len(shape), arm.gate_rate if path.startswith("layers/gate")
+                                                  else arm.rate, np.float32), shapes))
 
 
 def member_axis(arms: Sequence[ArmNumbers], seeds: int) -> ArmNumbers:
@@ -130,8 +134,8 @@ def update(step: Int[Array, ""], params: Tree, adam: Any, gradients: Tree, numbe
     updates, adam = optax.scale_by_adam(recipe.beta1, recipe.beta2).update(gradients, adam)
     rate = learning_rate(step, recipe)
     params = jax.tree.map(
-        lambda p, u, trained, decayed: p - rate * (u * trained + recipe.weight_decay * decayed * p),
-        params, updates, numbers.trained, numbers.decayed)
+        lambda p, u, trained, decayed, pace: p - rate * pace * (u * trained + recipe.weight_decay * decayed * p),
+        params, updates, numbers.trained, numbers.decayed, numbers.pace)
     return params, adam, norm
 
 

@@ -39,6 +39,17 @@ def pair(name: str, **fields) -> tuple[Arm, Arm]:
             dataclasses.replace(soft_random, name=f"{name}_random", **fields))
 
 
+def sweep() -> dict[tuple[float, float], tuple[Arm, Arm]]:
+    """(learned, frozen random) by the rates of the model and of the gate; a frozen gate has none."""
+    def paced(arm: Arm, rate: float, gate: float) -> Arm:
+        standard = rate == gate == 1
+        return arm if standard else dataclasses.replace(arm, name=f"{arm.name}_{rate:g}_{gate:g}", rate=rate,
+                                                        gate_rate=gate)
+
+    return {(rate, gate): (paced(soft_learned, rate, gate), paced(soft_random, rate, 1.0))
+            for rate in (0.3, 1.0, 3.0) for gate in (0.1, 1.0, 10.0)}
+
+
 def experts() -> tuple[Arm, Arm, Arm]:
     """The same model with its feed-forward layers divided among experts: learned, frozen random and hash routing."""
     return tuple(Arm(f"experts_{kind}", DENSE, routing=kind) for kind in ("learned", "random", "hash"))

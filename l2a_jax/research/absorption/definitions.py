@@ -125,9 +125,19 @@ class Arm:
     """Layers whose Q, K and V stay as they were drawn."""
     routing: Annotated[str, Choice(*ROUTING)] = "none"
     """Of a mixture of experts in place of the feed-forward layer."""
+    rate: Annotated[float, above(0)] = 1.0
+    """Of all but the gate, times the recipe's learning rate."""
+    gate_rate: Annotated[float, above(0)] = 1.0
+    """Of the gate, times the recipe's learning rate."""
 
     def __post_init__(self):
         fields.check(self, spell=lambda name: f"{name} of the arm {self.name!r}")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides its weights: no name, and no rates where they are those of the first arms."""
+        found = dataclasses.asdict(dataclasses.replace(self, name=""))
+        return {name: value for name, value in found.items() if name not in ("rate", "gate_rate") or value != 1}
 
     def model(self, config: TransformerConfig, experts: int) -> TransformerConfig:
         """The arm's model: `config` with the arm's own gate width and experts."""
@@ -194,6 +204,8 @@ PRESETS = {
     "paper": SuiteConfig(_PAPER, Recipe(), seeds=(42, 123, 456), top_k=64, top_ks=_TOP_KS, gate_widths=_WIDTHS,
                          experts=8, eval_batches=200, scan=100, save_every=2_500),
 }
+PRESETS |= {f"paper-{steps}": dataclasses.replace(PRESETS["paper"], recipe=Recipe(steps=steps, warmup=max(
+    200, steps // 50))) for steps in (3_000, 10_000, 20_000)}  # the paper's setting, but for its length
 
 
 FLAGS: dict[str, tuple[type, str]] = {

@@ -301,5 +301,32 @@ def mechanism(lab: Lab) -> Report:
                    for w in sorted(widths)])
 
 
-EXPERIMENTS = {experiment.__name__: experiment
-               for experiment in (soft_gate, hard_topk, distill, stochastic, swap, closed_loop, mechanism)}
+def sign(lab: Lab) -> Report:
+    """The main result alone, so that it can be trained for long: is a learned gate better than a random one?"""
+    rows = [(arms.dense, "37.32"), (arms.soft_learned, "48.73 ± 0.60"), (arms.soft_random, "49.83 ± 0.04")]
+    lab.prepare([arm for arm, _ in rows])
+    nats = {arm: lab.nll(arm, arms.native(arm)) for arm, _ in rows}
+    table = Table("Held-out perplexity", {arm.name: {"perplexity": Cell(perplexity(nats[arm]), reported)}
+                                          for arm, reported in rows})
+    return Report("sign", "Learned against frozen random gates", [table],
+                  [bars("Soft gates", "held-out perplexity", table, "perplexity")],
+                  [_gap("learned - frozen random", nats[arms.soft_learned] - nats[arms.soft_random])])
+
+
+def sweep(lab: Lab) -> Report:
+    """Learned against frozen random gates over the rates of the model and of the gate: does the sign hang on them?"""
+    pairs, base = arms.sweep(), lab.recipe.learning_rate
+    lab.prepare(list(dict.fromkeys(itertools.chain.from_iterable(pairs.values()))))
+    table = Table("Learned against frozen random, by learning rates")
+    panel = Panel("Gap by the gate's rate", "random - learned, nats", "gate's rate / model's")
+    for (rate, gate), pair in pairs.items():
+        learned, random = (lab.nll(arm, arms.native(arm)) for arm in pair)
+        table.rows[f"model {rate * base:.3g}, gate {gate * base:.3g}"] = {
+            "learned": Cell(perplexity(learned)), "frozen random": Cell(perplexity(random)),
+            "random - learned, nats": Cell(random - learned, digits=4)}
+        panel.add(f"model {rate * base:.3g}", gate / rate, random - learned)
+    return Report("sweep", "Learning rates of the model and of the gate", [table], [panel])
+
+
+EXPERIMENTS = {experiment.__name__: experiment for experiment in (
+    soft_gate, hard_topk, distill, stochastic, swap, closed_loop, mechanism, sign, sweep)}

@@ -70,7 +70,7 @@ class Lab:
     def key(self, arm: Arm) -> str:
         """A hash of all that determines an arm's weights; its name is not part of it."""
         k = self.preset.top_k if arm.attention.select != "none" else None
-        return digest(FORMAT, dataclasses.replace(arm, name=""), self.model(arm), self.recipe, self.preset.seeds, k,
+        return digest(FORMAT, arm.identity, self.model(arm), self.recipe, self.preset.seeds, k,
                       self.corpus.fingerprint)
 
     def model(self, arm: Arm) -> TransformerConfig:
@@ -116,6 +116,10 @@ class Lab:
         """Trained parameters, [seeds, ...]."""
         self.prepare([arm])
         return self._params[self.key(arm)]
+
+    def is_trained(self, arm: Arm) -> bool:
+        """Whether the run folder holds the arm's weights."""
+        return self._weights(arm) is not None
 
     def metrics(self, arm: Arm) -> list[dict[str, Any]]:
         """Training metrics of an arm, one record for each dispatch. UserError where its file is damaged."""

@@ -39,6 +39,7 @@ class AbsorptionOptions(TextOptions):
     run_dir: Annotated[Path | None, "trained arms and scores (default: runs/absorption-PRESET)"] = None
     out: Annotated[Path | None, "reports (default: RUN_DIR/results)"] = None
     time_limit: Annotated[float | None, at_least(0), Unit("seconds"), "stop cleanly after so long"] = None
+    dry_run: Annotated[bool, "say which arms would be trained, and on how many tokens, and stop"] = False
     train_only: Annotated[bool, "train the arms that no other process is training, and stop: one for each GPU, with "
                           "one --run-dir; then the same command without it"] = False
     attention: Annotated[str, Choice("auto", "xla", "cudnn"), "of dense arms"] = "auto"

@@ -94,6 +94,19 @@ def arms_of(names: Sequence[str], lab: Lab) -> list[Arm]:
     return list(found.values())
 
 
+def dry_run(names: Sequence[str], lab: Lab) -> str:
+    """The arms that experiments need, their tokens over all seeds, and the sum of what is not trained yet."""
+    recipe, seeds = lab.recipe, len(lab.preset.seeds)
+    tokens, lines, left = recipe.steps * recipe.batch_size * recipe.seq_len * seeds, [], 0
+    for arm in arms_of(names, lab):
+        trained = lab.is_trained(arm)
+        left += not trained
+        lines.append(f"{arm.name}: {recipe.steps:,} steps of {recipe.batch_size} x {recipe.seq_len} tokens, {seeds} "
+                     f"seeds, learning rate {arm.rate * recipe.learning_rate:.3g}, of the gate "
+                     f"{arm.gate_rate * recipe.learning_rate:.3g}; " + ("trained" if trained else f"{tokens:,} tokens"))
+    return "\n".join([*lines, f"in all {left} arms to train, {left * tokens:,} tokens"])
+
+
 def check_names(names: Sequence[str]) -> list[str]:
     """`all` and experiments by name, in the order in which they share the most. UserError for unknown ones."""
     known = [*EXPERIMENTS]

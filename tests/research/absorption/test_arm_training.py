@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from l2a_jax.models.params import map_with_path
 from l2a_jax.research.absorption import arm_training, arms
 from l2a_jax.research.absorption.definitions import Arm
 from tests.research.absorption import cases
@@ -114,7 +117,7 @@ def test_the_update_is_optax_adamw_with_clipping():
     params, gradients = ({name: rng.normal(size=shape).astype(np.float32) for name, shape in (("a", (3, 4)), ("b", 5))}
                          for _ in range(2))
     numbers = arm_training.arm_numbers(arms.soft_learned, cases.CONFIG, cases.RECIPE, 3)
-    numbers = numbers._replace(trained={"a": 1.0, "b": 1.0}, decayed={"a": 1.0, "b": 1.0})
+    numbers = numbers._replace(trained={"a": 1.0, "b": 1.0}, decayed={"a": 1.0, "b": 1.0}, pace={"a": 1.0, "b": 1.0})
     r = cases.RECIPE
     chain = optax.chain(optax.clip_by_global_norm(r.clip),
                         optax.adamw(lambda count: arm_training.learning_rate(count, r), r.beta1, r.beta2,
@@ -132,6 +135,21 @@ def test_the_update_is_optax_adamw_with_clipping():
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(norm, optax.tree.norm(gradients), rtol=1e-6)
+
+
+def test_the_gate_and_the_model_have_rates_of_their_own():
+    """A step from zero moments moves a leaf by its rate: twice as far at twice the rate."""
+    config, recipe = cases.CONFIG, dataclasses.replace(cases.RECIPE, weight_decay=0.0)
+    params = cases.params()
+    gradients = jax.tree.map(jnp.ones_like, params)
+    moved = []
+    for arm in (arms.soft_learned, dataclasses.replace(arms.soft_learned, rate=2.0, gate_rate=0.5)):
+        numbers = arm_training.arm_numbers(arm, config, recipe, 3)
+        adam = optax.scale_by_adam().init(params)
+        after, _, _ = arm_training.update(jnp.asarray(1), params, adam, gradients, numbers, recipe)
+        moved.append(map_with_path(lambda path, a, b: float(jnp.abs(a - b).max()), after, params))
+    map_with_path(lambda path, one, other: np.testing.assert_allclose(
+        other / one, 0.5 if path.startswith("layers/gate") else 2.0, rtol=1e-3), *moved)
 
 
 def test_learning_rate_rises_and_falls_to_zero():

@@ -101,7 +101,8 @@ def test_processes_share_the_arms_of_a_folder(corpus, tmp_path):
     assert trained == [arm.name for arm in wanted[1:]]
     assert len(list((tmp_path / "arms").glob("*/weights.safetensors"))) == 12
     everything = suite.arms_of(list(EXPERIMENTS), lab)
-    assert len(everything) == 12 + 3 + 10 + 3  # closed_loop's own; mechanism's five pairs (no widths here); experts
+    # closed_loop's own; mechanism's five pairs (no widths here); experts; sweep's learned and random ones
+    assert len(everything) == 12 + 3 + 10 + 3 + 8 + 2
 
 
 def test_names_carry_what_determines_the_weights(corpus, tmp_path):
@@ -189,6 +190,26 @@ def test_flags_without_effect_are_said(flags, idle, caplog):
 def test_an_arm_that_cannot_be(change, said):
     with pytest.raises(UserError, match=said):
         Arm("a", **change)
+
+
+def test_a_dry_run_says_which_arms_and_how_many_tokens(tmp_path, capsys):
+    flags = ["--experiment", "sign", "sweep", "--steps", "5", "--lr", "0.01", "--run-dir", str(tmp_path / "run")]
+    assert main([*flags, "--dry-run"]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    tokens = 5 * 8 * 64 * 2
+    assert len(lines) == 13 and lines[0] == (
+        f"dense: 5 steps of 8 x 64 tokens, 2 seeds, learning rate 0.01, of the gate 0.01; {tokens:,} tokens")
+    assert any(line.startswith("soft_learned_0.3_10: ") and "rate 0.003, of the gate 0.1;" in line for line in lines)
+    assert last == f"in all 13 arms to train, {13 * tokens:,} tokens" and not (tmp_path / "run").exists()
+
+
+def test_longer_presets_are_the_papers_but_for_their_length():
+    paper = PRESETS["paper"]
+    for steps in (3_000, 10_000, 20_000):
+        preset = PRESETS[f"paper-{steps}"]
+        same = dataclasses.replace(preset.recipe, steps=paper.recipe.steps, warmup=paper.recipe.warmup)
+        assert dataclasses.replace(preset, recipe=same) == paper and preset.recipe.steps == steps
+    assert (paper.recipe.batch_size, paper.recipe.dtype, paper.model.dropout) == (16, "float32", 0.1)
 
 
 def test_the_command_stops_at_its_time_limit(tmp_path, capsys):
