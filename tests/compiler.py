@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from importlib.metadata import version
 
 # XLA writes a CPU kernel of each fusion through passes that take most of a compilation; this leaves them out. A flag
@@ -17,3 +19,16 @@ def flags(quick: bool) -> dict[str, str]:
     """XLA_FLAGS with QUICK or without it; it is read once, when a process first compiles."""
     rest = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if flag != QUICK]
     return {"XLA_FLAGS": " ".join([*rest, QUICK] if quick and QUICK else rest)}
+
+
+@contextlib.contextmanager
+def well() -> Iterator[None]:
+    """Here programs run long enough to be compiled well."""
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)

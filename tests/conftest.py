@@ -32,10 +32,8 @@ if jax.default_backend() == "cpu":
 @pytest.fixture
 def optimised():
     """For a test whose programs run long enough to be compiled well."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    with compiler.well():
+        yield
 
 
 def _lacking(marker: str) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import struct
 
 import jax
 import jax.numpy as jnp
@@ -15,21 +14,8 @@ from test_backends import assert_close, few_programs  # noqa: F401  (a fixture)
 
 from l2a_jax import device
 from l2a_jax.attention import pallas, reference
-from l2a_jax.attention.kernels import blocks, split, tile
+from l2a_jax.attention.kernels import blocks, split
 from l2a_jax.attention.kernels.plan import Block, Spec, make_plan
-from l2a_jax.research.speed.compiled import example, lower_for_cuda, triton_kernels
-
-
-@pytest.mark.parametrize("width", blocks.WIDTHS)
-@pytest.mark.parametrize("loop", blocks.LOOPS)
-def test_every_score_goes_through_the_fused_exponent(loop, width):
-    function, shapes = example(loop, width, "sm_90")
-    assembly = f"fma.rn.f32 $0, $1, 0f{struct.pack('>f', width**-0.5 * tile.LOG2_E).hex()}, $2; ex2.approx.ftz.f32"
-    for kernel in triton_kernels(lower_for_cuda(function, *shapes)):
-        lines = [line for line in kernel["code"].splitlines() if "elementwise_inline_asm" in line]
-        assert all(assembly in line for line in lines)
-        assert bool(lines) == (kernel["name"] != "l2a_attention_join")
-
 
 SHIFTED = (
     Case("full", length=67, width=16, heads=2, kv_heads=1), Case("full", length=131, width=32),

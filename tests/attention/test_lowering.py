@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import importlib.util
+import struct
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from l2a_jax.attention import pallas
-from l2a_jax.attention.kernels import blocks
+from l2a_jax.attention.kernels import blocks, tile
 from l2a_jax.attention.kernels.backward_kv import parts_of
 from l2a_jax.attention.kernels.plan import Block, Spec
 from l2a_jax.attention.kernels.sinks import MAX_SINKS
 from l2a_jax.research.speed.compiled import example, lower_for_cuda, report, triton_kernels
 
 ROWS = [(arch, width, loop) for arch in blocks.SHARED_MEMORY for width in (64, 128) for loop in blocks.LOOPS]
+NARROW = [("sm_90", width, loop) for width in blocks.WIDTHS if width < 64 for loop in blocks.LOOPS]
 
 
-@pytest.mark.parametrize("arch, width, loop", ROWS)
-def test_every_row_of_the_table_lowers(arch, width, loop):
+@pytest.mark.parametrize("arch, width, loop", [*ROWS, *NARROW])
+def test_every_row_of_the_table_lowers_and_every_score_goes_through_the_fused_exponent(arch, width, loop):
     function, shapes = example(loop, width, arch)
     kernels = triton_kernels(lower_for_cuda(function, *shapes, arch=arch))  # parsed again, and so verified
     assert len(kernels) == {"routed": 5, "whole": 3}.get(loop, 4)  # a join; no sinks
+    assembly = f"fma.rn.f32 $0, $1, 0f{struct.pack('>f', width**-0.5 * tile.LOG2_E).hex()}, $2; ex2.approx.ftz.f32"
+    for kernel in kernels:
+        lines = [line for line in kernel["code"].splitlines() if "elementwise_inline_asm" in line]
+        assert all(assembly in line for line in lines)
+        assert bool(lines) == (kernel["name"] != "l2a_attention_join")
 
 
 @pytest.mark.parametrize("operation", ("full", "local", "routed", "mixed", "both"))

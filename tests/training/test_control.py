@@ -12,10 +12,12 @@ import pytest
 from l2a_jax.errors import UserError
 from l2a_jax.nn import routing
 from l2a_jax.runs import folder
+from l2a_jax.runs.plan import RunPlan
 from l2a_jax.runs.train import resume, train
 from l2a_jax.training import control
 from l2a_jax.training import settings as presets
 from l2a_jax.training.optimizer import Dials
+from tests import compiler
 from tests.models.cases import CONFIG, hidden, make_params
 from tests.training.test_step import LAYER, OBJECTIVE, make_batch, read_beyond, set_up
 
@@ -118,10 +120,19 @@ GIVEN = {"target_local": 0.8, "steps": 100, "seq_len": 112, "batch_size": 8, "ev
          "save_every": 20}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def without_its_report():
+    """The demo's report compiles three programs more, and says nothing of a target."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunPlan, "is_demo", False)
+        yield
+
+
 @pytest.fixture(scope="module")
 def reached(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("target") / "run"
-    return run_dir, train(presets.resolve("router_strict", GIVEN), run_dir)
+    with compiler.well():
+        return run_dir, train(presets.resolve("router_strict", GIVEN), run_dir)
 
 
 def records(run_dir):
@@ -141,7 +152,7 @@ def test_a_run_reaches_its_target_on_held_out_rows_and_says_so(reached):
     assert [record["local"] for record in found] == pytest.approx([record["sparsity"] for record in found])
 
 
-def test_a_run_resumed_in_the_middle_of_control_is_the_unbroken_one(reached, tmp_path, monkeypatch, caplog):
+def test_a_run_resumed_in_the_middle_of_control_is_the_unbroken_one(reached, tmp_path, monkeypatch, caplog, optimised):
     """Stopped after 25 steps: the ramp is not over, and the weight is moving."""
     from l2a_jax.runs import train as runs
 
