@@ -103,20 +103,25 @@ def test_the_teacher_is_the_model_with_everything_routed():
     np.testing.assert_allclose(everything_routed(params, batch, CONFIG, LAYER)[real], routed[real], atol=2e-5)
 
 
-def whole_loss(params, batch, part, penalty):
-    """The objective of a step over all its micro-batches, from full logits."""
-    real, nll, kl, squares = batch.segment_ids != 0, 0.0, 0.0, 0.0
+@jax.jit
+@jax.value_and_grad
+def whole_loss(kernel, params, batch, part, penalty):
+    """The objective of a step over all its micro-batches, from full logits, and its gradient for the router."""
+    params = {**params, "layers": {**params["layers"], "router": {"kernel": kernel}}}
     forced = jnp.ones((CONFIG.num_layers, *batch.tokens.shape[1:]), bool)
-    for index in range(batch.tokens.shape[0]):
-        micro = jax.tree.map(lambda x: x[index], batch)  # noqa: B023
+
+    def one(micro):
         call = functools.partial(hidden_states, params, micro.tokens, CONFIG, LAYER, segment_ids=micro.segment_ids)
         (student, routed), (teacher, _) = call(train=True), call(decisions=forced)
         loss, (_, divergence) = literal(params, student, jax.lax.stop_gradient(teacher), micro.targets, micro.weights,
                                         jnp.zeros(micro.weights.shape), CONFIG)
-        nll, kl = nll + loss, kl + jnp.sum(real[index] * divergence)
-        squares += jnp.sum(jnp.where(real[index], routed.probabilities**2, 0.0))
-    return ((1 - part) * nll / batch.weights.sum() + part * kl / real.sum()
-            + penalty * squares / (CONFIG.num_layers * real.sum()))
+        real = micro.segment_ids != 0
+        return loss, jnp.sum(real * divergence), jnp.sum(jnp.where(real, routed.probabilities**2, 0.0))
+
+    nll, kl, squares = (sums.sum() for sums in jax.lax.map(one, batch))
+    real = (batch.segment_ids != 0).sum()
+    return ((1 - part) * nll / batch.weights.sum() + part * kl / real
+            + penalty * squares / (CONFIG.num_layers * real))
 
 
 @pytest.mark.parametrize(("minimised", "part"), [("distill", 1.0), ("mixed", 0.3)])
@@ -128,9 +133,7 @@ def test_a_step_takes_the_gradient_of_what_it_says(minimised, part, unroll, rema
     batch = make_batch(3)
     state = state._replace(step=jnp.asarray(1, jnp.int32))  # where the penalty has its full weight
     _, metrics = step(state, frozen, batch, jax.random.key(0))
-    value, wanted = jax.jit(jax.value_and_grad(
-        lambda kernel: whole_loss({**params, "layers": {**params["layers"], "router": {"kernel": kernel}}}, batch,
-                                  part, 0.5)))(params["layers"]["router"]["kernel"])
+    value, wanted = whole_loss(params["layers"]["router"]["kernel"], params, batch, part, 0.5)
     assert float(metrics["grad_norm"]) == pytest.approx(float(jnp.linalg.norm(wanted)), rel=1e-3)
     assert float(metrics["kl"]) > 0 and float(metrics["loss"]) > 0
     total = (1 - part) * metrics["loss"] + part * metrics["kl"] + 0.5 * metrics["penalty"]

@@ -26,29 +26,33 @@ NAMES = ("shared", "shared post_local")
 def literal(kernel, params, batch, layer, share, weight, key):
     """A step's fit in two passes: worth by moving the gate of every decision, then the loss of the logits."""
     params = {**params, "layers": {**params["layers"], "router": {"kernel": kernel}}}
-    real, layers = batch.segment_ids != 0, CONFIG.num_layers
-    price = weight * batch.weights.sum() / (layers * real.sum())
-    loss, weights = 0.0, 0.0
-    for index in range(batch.tokens.shape[0]):
-        micro = jax.tree.map(lambda x: x[index], batch)  # noqa: B023
-        decisions = routing.random(jax.random.fold_in(key, index), [share] * layers, *micro.tokens.shape)
+    layers = CONFIG.num_layers
+    price = weight * batch.weights.sum() / (layers * (batch.segment_ids != 0).sum())
 
+    def one(given):
+        index, micro = given
+        decisions = routing.random(jax.random.fold_in(key, index), [share] * layers, *micro.tokens.shape)
         call = functools.partial(hidden_states, tokens=micro.tokens, config=CONFIG, l2a_config=layer,
                                  segment_ids=micro.segment_ids, decisions=decisions)
 
         def nll(nudge):
-            hidden, _ = call(jax.lax.stop_gradient(params), nudge=nudge)  # noqa: B023
+            hidden, _ = call(jax.lax.stop_gradient(params), nudge=nudge)
             log_p = jax.nn.log_softmax(unembed(params, hidden, CONFIG))
-            picked = jnp.take_along_axis(log_p, micro.targets[..., None], axis=-1)[..., 0]  # noqa: B023
-            return -jnp.sum(micro.weights * picked)  # noqa: B023
+            picked = jnp.take_along_axis(log_p, micro.targets[..., None], axis=-1)[..., 0]
+            return -jnp.sum(micro.weights * picked)
 
         gain = jnp.clip(-jax.grad(nll)(jnp.zeros(decisions.shape)) - price, -1, 1)
         _, routed = call(params)  # with decisions given, no router hears of another
         margin = routed.logits / layer.temperature - np.log(layer.threshold / (1 - layer.threshold))
-        each = jnp.abs(gain) * jnp.log1p(jnp.exp(-jnp.sign(gain) * margin))
-        loss += jnp.sum(jnp.where(real[index], each, 0.0))
-        weights += jnp.sum(jnp.where(real[index], jnp.abs(gain), 0.0))
-    return loss / jax.lax.stop_gradient(weights)
+        each, real = jnp.abs(gain) * jnp.log1p(jnp.exp(-jnp.sign(gain) * margin)), micro.segment_ids != 0
+        return jnp.sum(jnp.where(real, each, 0.0)), jnp.sum(jnp.where(real, jnp.abs(gain), 0.0))
+
+    losses, weights = jax.lax.map(one, (jnp.arange(len(batch.tokens)), batch))
+    return losses.sum() / jax.lax.stop_gradient(weights.sum())
+
+
+# One compilation a layer and share.
+_literal = jax.jit(jax.value_and_grad(literal), static_argnames=("layer", "share"))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -62,8 +66,8 @@ def test_a_step_takes_the_gradient_of_the_fit(name, share, unroll, remat):
     batch, key = make_batch(3), jax.random.key(7)
     state = state._replace(step=jnp.asarray(1, jnp.int32))  # where the price has its full weight
     updated, metrics = step(state, frozen, batch, key)
-    value, wanted = jax.jit(jax.value_and_grad(literal), static_argnums=(3, 4, 5))(
-        params["layers"]["router"]["kernel"], params, batch, layer, share, 0.5, jax.random.fold_in(key, 1))
+    value, wanted = _literal(params["layers"]["router"]["kernel"], params, batch, layer=layer, share=share, weight=0.5,
+                             key=jax.random.fold_in(key, 1))
     assert float(metrics["saliency"]) == pytest.approx(float(value), rel=1e-4)
     assert float(metrics["grad_norm"]) == pytest.approx(float(jnp.linalg.norm(wanted)), rel=1e-3)
     # The first update of Adam goes against the sign of each gradient.

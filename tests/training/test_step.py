@@ -80,13 +80,14 @@ def test_accumulated_gradients_are_those_of_all_tokens_at_once(cost, monkeypatch
         assert 0 < (costs[real] == 0).sum() < real.sum() and costs.max() > 2
 
     def whole(params):
-        nll = squares = 0.0
-        for index in range(3):
-            micro = jax.tree.map(lambda x: x[index], batch)  # noqa: B023
+        def one(given):
+            micro, costs = given
             hidden, routed = hidden_states(params, micro.tokens, CONFIG, LAYER, segment_ids=micro.segment_ids,
                                            train=True)
-            nll += cross_entropy(params, hidden, micro.targets, micro.weights, CONFIG).nll
-            squares += jnp.sum(jnp.where(real[index], costs[index] * routed.probabilities**2, 0.0))
+            nll = cross_entropy(params, hidden, micro.targets, micro.weights, CONFIG).nll
+            return nll, jnp.sum(jnp.where(micro.segment_ids != 0, costs * routed.probabilities**2, 0.0))
+
+        nll, squares = (sums.sum() for sums in jax.lax.map(one, (batch, costs)))
         return nll / batch.weights.sum() + 0.5 * squares / (CONFIG.num_layers * real.sum())
 
     # At step 1 of a ramp of 1 the penalty has its full weight.
