@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from l2a_jax import attention
-from l2a_jax.attention import reference
+from l2a_jax.attention import reference, xla
+from l2a_jax.attention.kernels import split
 from l2a_jax.sharding import stripes
 
 
@@ -96,17 +97,33 @@ def on_gpu(cases) -> list:
     return [pytest.param("pallas", case, marks=pytest.mark.gpu, id=f"pallas-{case}") for case in cases]
 
 
+# On a CPU each program runs once or twice: compiling it well would take most of the suite's time.
+_QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+@functools.partial(jax.jit, static_argnames=("operation", "backend", "numbers", "patched"),
+                   compiler_options=_QUICK if jax.default_backend() == "cpu" else None)
+def _run(q, k, v, cotangent, arrays, *, operation, backend, numbers, patched):
+    """One program for all cases of one shape. `patched` is what tests change in the modules it is traced from."""
+    call = functools.partial(getattr(attention, operation), backend=backend, **dict(numbers), **arrays)
+    out, pull = jax.vjp(call, q, k, v)
+    return (out, *pull(cotangent))
+
+
 def compiled(case: Case, backend: str, options):
     """f(q, k, v, cotangent) = (out, dq, dk, dv) of one backend."""
-    # On a CPU each program runs once or twice: compiling it well would take most of the suite's time.
-    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    arrays = {name: value for name, value in options.items() if isinstance(value, jax.Array)}
+    numbers = tuple((name, value) for name, value in options.items() if name not in arrays)
+    patched = xla.PLAIN_LENGTH, xla.CHUNK, split.PROGRAMS
+    return lambda *inputs: _run(*inputs, arrays, operation=case.operation, backend=backend, numbers=numbers,
+                                patched=patched)
 
-    @functools.partial(jax.jit, compiler_options=quick if jax.default_backend() == "cpu" else None)
-    def run(q, k, v, cotangent):
-        out, pull = jax.vjp(lambda q, k, v: case.call(backend, q, k, v, options), q, k, v)
-        return (out, *pull(cotangent))
 
-    return run
+@functools.cache
+def oracle(case: Case):
+    """The reference's answer to a case's own inputs."""
+    *inputs, options = case.inputs()
+    return value_and_gradients(case, "reference", *inputs, options)
 
 
 def value_and_gradients(case: Case, backend: str, q, k, v, cotangent, options):
