@@ -19,7 +19,7 @@ def make_parser() -> flags.Parser:
     parser = flags.make_parser(__doc__, Settings, required=False, epilog=describe())
     run = parser.add_argument_group("the run itself")
     run.add_argument("--resume", action=commands.Parsed, parse=commands.path, metavar="RUN_DIR",
-                     help="continue this run, bit for bit, with its own settings")
+                     help="continue this run, bit for bit, with its own settings (but for --mesh)")
     run.add_argument("--run-dir", action=commands.Parsed, parse=commands.path,
                      help="new folder for the run (default: runs/REGIME-TIME)")
     run.add_argument("--dry-run", action="store_true", help="say what would be trained, and stop")
@@ -56,10 +56,11 @@ def train(arguments: list[str] | None) -> None:
     run_dir = given.pop("run_dir", None)
     if "resume" in given:
         folder = given.pop("resume")
+        mesh = given.pop("mesh", None)
         if given or run_dir is not None:
             raise UserError(f"--resume continues a run with its own settings, so it takes no "
                             f"{', '.join(map(flag, given)) or '--run-dir'}; start a new run to change them")
-        resume(folder)
+        resume(folder, mesh)
         return
     if "regime" not in given:
         parser.error("--regime is needed (or --resume RUN_DIR)")

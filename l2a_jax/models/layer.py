@@ -28,6 +28,7 @@ from l2a_jax.config import L2AConfig, ModelConfig, rope_of
 from l2a_jax.nn import router, routing
 from l2a_jax.nn.layers import Params, gated_mlp, joined, linear, rms_norm
 from l2a_jax.nn.rope import Table, rope_table, split_heads
+from l2a_jax.nn.shard import ALONE, Shard
 
 QKV = ("q", "k", "v")
 Stream = Float[Array, "B T D"]
@@ -95,6 +96,7 @@ class Context(NamedTuple):
     real: PerRow
     attend: Attention
     train: bool = False
+    shard: Shard = ALONE
 
     @property
     def dense(self) -> bool:
@@ -127,9 +129,10 @@ class Decided(NamedTuple):
 
 
 def context_of(config: ModelConfig, l2a: L2AConfig | None, positions: Int[Array, "B T"], real: PerRow,
-               attend: Attention, train: bool = False) -> Context:
+               attend: Attention, train: bool = False, shard: Shard = ALONE) -> Context:
     """The context of a call; both paths share one table of rotations."""
-    return Context(config, l2a, rope_table(positions, config, rope_of(config, l2a)), positions, real, attend, train)
+    table = rope_table(positions, config, rope_of(config, l2a))
+    return Context(config, l2a, table, positions, real, attend, train, shard)
 
 
 def pruned_of(config: ModelConfig, l2a: L2AConfig | None) -> Bool[Array, " L"] | None:
@@ -171,7 +174,8 @@ def decide(h: Stream, layer: Params, context: Context, given: OfLayer, scores: r
     if d is None:
         d = routing.decide(z, l2a.temperature, l2a.threshold) if given.cut is None else z >= given.cut
     if context.train and l2a.flip:
-        d = routing.flipped(jax.random.fold_in(given.key, 1), d, l2a.flip)  # another draw than the leak's
+        # Another draw than the leak's.
+        d = routing.flipped(jax.random.fold_in(given.key, 1), d, l2a.flip, context.shard)
     # Kept whatever is rematerialised: a logit computed again rounds otherwise, and a token that so crossed the
     # threshold would give the backward pass other rows than those whose log-sum-exps the forward pass left.
     d = checkpoint_name(d & able, "decisions")
@@ -189,7 +193,8 @@ def decide(h: Stream, layer: Params, context: Context, given: OfLayer, scores: r
     if 0 < l2a.leakage < 1:
         computed = d | (jax.random.bernoulli(given.key, l2a.leakage) & able)
     if l2a.explore:
-        drawn, counts = routing.explored(jax.random.fold_in(given.key, 2), p, able & ~d, l2a.explore, l2a.explore_by)
+        drawn, counts = routing.explored(jax.random.fold_in(given.key, 2), p, able & ~d, l2a.explore, l2a.explore_by,
+                                         context.shard)
         computed = checkpoint_name(d | drawn, "decisions")  # a chance computed again might draw another row
         return Decided(routed, computed, routing.straight_through(d, p, computed, counts))
     return Decided(routed, computed, routing.straight_through(d, p, computed))

@@ -14,12 +14,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from l2a_jax.attention.reference import real_tokens, segment_starts
+from l2a_jax.attention.reference import real_tokens
 from l2a_jax.config import L2AConfig, ModelConfig, position_limit
 from l2a_jax.errors import UserError
 from l2a_jax.models.layer import Attention, LayerRouting, OfLayer, block, context_of, join_projections, pruned_of
 from l2a_jax.models.params import Tree, check_layers, init_params, output_matrix
 from l2a_jax.nn.layers import rms_norm
+from l2a_jax.nn.shard import ALONE, Shard
 
 
 class Output(NamedTuple):
@@ -41,7 +42,7 @@ def hidden_states(
     price: Float[Array, "L B T"] | None = None,
     key: PRNGKeyArray | None = None,
     train: bool = False, backend: str = "auto", remat: Callable | bool = False, unroll: bool = False,
-    attend: Attention | None = None,
+    attend: Attention | None = None, shard: Shard = ALONE,
 ) -> tuple[Float[Array, "B T D"], LayerRouting | None]:
     """The normed output of the last layer, and the routing of every layer ([L, B, T] each; None for a plain model).
 
@@ -58,13 +59,14 @@ def hidden_states(
     needed where 0 < leakage < 1, 0 < flip or 0 < explore. `remat`: recompute each layer, all but its decisions, in the
     backward pass; a checkpoint policy says what else to keep. `unroll`: a program without a loop over layers, which
     compiles longer and keeps what the backward pass needs where it was made, in place of stacking it. `attend`:
-    attention functions to use in place of those of `backend`. The compute dtype is the embedding's.
+    attention functions to use in place of those of `backend`. `shard`: what this device holds where several compute the
+    call; the tokens are then its part, and so are all arrays beside them. The compute dtype is the embedding's.
 
     Raises UserError on tokens outside the vocabulary (where values are known), or a sequence longer than the rotary
     embedding is meant for; ValueError on shapes that do not fit.
     """
     options = _Pass(positions, segment_ids, decisions, pruned, heads, cut, nudge, price, key, train, backend,
-                    remat, unroll, attend)
+                    remat, unroll, attend, shard)
     x, routing, _ = _run(params, tokens, config, l2a_config, options)
     return rms_norm(x, params["norm_final"], config.rms_norm_eps), routing
 
@@ -106,6 +108,7 @@ class _Pass(NamedTuple):
     remat: Callable | bool = False
     unroll: bool = False
     attend: Attention | None = None
+    shard: Shard = ALONE
 
 
 def _run(
@@ -114,17 +117,16 @@ def _run(
 ) -> tuple[Float[Array, "B T D"], LayerRouting | None, Any]:
     """The residual stream after the last layer, the routing, and what `probe` saw."""
     _check(params, tokens, config, l2a_config, options)
-    ids, positions = options.segment_ids, options.positions
+    ids, positions, shard = options.segment_ids, options.positions, options.shard
     if positions is None:
-        index = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        positions = index if ids is None else index - segment_starts(ids, tokens.shape)
+        positions = shard.positions(ids, tokens.shape)
     context = context_of(config, l2a_config, positions, real_tokens(ids, tokens.shape),
-                         options.attend or Attention(l2a_config, ids, options.backend),
-                         options.train and options.decisions is None)
+                         options.attend or shard.attention(Attention(l2a_config, ids, options.backend)),
+                         options.train and options.decisions is None, shard)
 
     def one(x, inputs):
         layer, given = inputs
-        x, routing = block(x, layer, context, given)
+        x, routing = block(x, shard.gathered(layer), context, given)
         return x, (routing, None if probe is None else probe(x))
 
     if options.remat:
@@ -142,8 +144,10 @@ def _run(
                     options.price)
     x = params["embed"]["embedding"][tokens]
     start = None if probe is None else probe(x)
-    # Without a loop: one concatenation for all layers, and one slice of its gradient, in place of one a layer.
-    stack = join_projections(params["layers"]) if options.unroll else params["layers"]
+    # Without a loop: one concatenation for all layers, and one slice of its gradient, in place of one a layer. Not of
+    # what a device holds of each: that would have to be sorted after it is gathered.
+    join = options.unroll and shard is ALONE
+    stack = join_projections(params["layers"]) if join else params["layers"]
     x, (routing, probed) = jax.lax.scan(one, x, (stack, given),
                                         unroll=config.num_layers if options.unroll else 1)
     if probe is not None:

@@ -6,6 +6,7 @@ p = sigmoid(z / temperature), d = 1[z >= temperature * logit(threshold)]. Everyt
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from l2a_jax.attention.reference import segment_starts
+from l2a_jax.nn.shard import ALONE, Shard
 
 
 def router_logits(h: Float[Array, "B T D"], kernel: Float[Array, D]) -> Float[Array, "B T"]:
@@ -27,13 +29,13 @@ def decide(z: Float[Array, "*S"], temperature: float, threshold: float) -> Bool[
     return z >= temperature * math.log(threshold / (1 - threshold))
 
 
-def flipped(key: PRNGKeyArray, d: Bool[Array, "*S"], share: Any) -> Bool[Array, "*S"]:
+def flipped(key: PRNGKeyArray, d: Bool[Array, "*S"], share: Any, shard: Shard = ALONE) -> Bool[Array, "*S"]:
     """Decisions of which each is inverted with probability `share`, independently: routing noise."""
-    return d ^ jax.random.bernoulli(key, share, d.shape)
+    return d ^ shard.drawn(functools.partial(jax.random.bernoulli, key, share), d.shape)
 
 
 def explored(key: PRNGKeyArray, p: Float[Array, "B T"], able: Bool[Array, "B T"], share: float,
-             by: str) -> tuple[Bool[Array, "B T"], Float[Array, "B T"]]:
+             by: str, shard: Shard = ALONE) -> tuple[Bool[Array, "B T"], Float[Array, "B T"]]:
     """Which of the `able` rows are drawn, about `share` of them, and what each then counts for: 1 / its chance.
 
     `by` "uniform": every chance is `share`. "unsure": chances go as the sigmoid's slope p (1 - p), so that every row
@@ -43,8 +45,9 @@ def explored(key: PRNGKeyArray, p: Float[Array, "B T"], able: Bool[Array, "B T"]
     chance = jnp.full(p.shape, share, p.dtype)
     if by == "unsure":
         slope = jnp.where(able, p * (1 - p), 0.0)
-        chance = jnp.minimum(1.0, share * jnp.sum(able) * slope / jnp.maximum(jnp.sum(slope), 1e-30))
-    drawn = able & (jax.random.uniform(key, p.shape) < chance)
+        chance = jnp.minimum(1.0, share * shard.total(jnp.sum(able)) * slope
+                             / jnp.maximum(shard.total(jnp.sum(slope)), 1e-30))
+    drawn = able & (shard.drawn(functools.partial(jax.random.uniform, key), p.shape) < chance)
     return drawn, jnp.where(drawn, 1 / jnp.maximum(chance, 1e-30), 1.0)
 
 

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from l2a_jax import device
 from l2a_jax.attention import api as attention
@@ -28,6 +30,9 @@ from l2a_jax.data.dataset import open_data
 from l2a_jax.data.recall import RecallCorpus
 from l2a_jax.errors import UserError
 from l2a_jax.models.params import Tree, abstract_params, add_routing, init_params
+from l2a_jax.sharding import leaves
+from l2a_jax.sharding import mesh as meshes
+from l2a_jax.sharding.axes import Axes, parse
 from l2a_jax.sources import TINY, load_pretrained, read_config, recall_tokenizer, source_tokenizer
 from l2a_jax.training import memory
 from l2a_jax.training import settings as presets
@@ -68,6 +73,11 @@ class RunPlan(NamedTuple):
     def is_demo(self) -> bool:
         return not self.settings.data
 
+    @property
+    def axes(self) -> Axes | None:
+        """Of the mesh; None where the run has one device."""
+        return None if self.settings.mesh is None else parse(self.settings.mesh)
+
 
 def read_source(source: str) -> tuple[ModelConfig, L2AConfig | None, Any]:
     """A source's configurations and tokenizer, without its tensors."""
@@ -104,13 +114,15 @@ def make_plan(settings: Settings, *, read: Callable = read_source, open_data: Ca
         raise UserError(f"--forced has {len(settings.forced)} shares; expected one, or one for each of the "
                         f"{config.num_layers} layers")
     limit = position_limit(config, l2a_config)
+    axes = Axes() if settings.mesh is None else parse(settings.mesh)
 
     def rows_of(seq_len: int, batch_size: int) -> Any:
         if seq_len > limit:
             named = "--seq-len" if seq_len == settings.seq_len else "--curriculum"
             raise UserError(f"{named} {seq_len} is longer than max_positions x factor = {limit} of this model; "
                             "shorten it or choose a larger --rope factor")
-        memory.check_batch(batch_size, seq_len, config.hidden_size * dtype.itemsize,
+        meshes.check(axes, batch_size=batch_size, seq_len=seq_len)
+        memory.check_batch(batch_size // axes.data, seq_len, config.hidden_size * dtype.itemsize,
                            grad_accum=settings.grad_accum, eval_batches=0 if settings.data else settings.eval_batches)
         if settings.data:
             if tokenizer is None:
@@ -171,7 +183,19 @@ class Run(NamedTuple):
 
     def split(self, params: Tree) -> tuple[Tree, Tree]:
         """(trained leaves, frozen leaves) of a whole tree, as the step takes them."""
-        return split_params(params, self.mask, self.objective.unroll)
+        mesh, unroll = self.objective.mesh, self.objective.unroll
+        if mesh is None:
+            return split_params(params, self.mask, unroll)
+        return leaves.put(split_params(leaves.put(params, mesh), self.mask, unroll), mesh)
+
+    def start(self, trainable: Tree) -> TrainState:
+        """Step 0 from the trained leaves."""
+        s, mesh = self.plan.settings, self.objective.mesh
+        begin = functools.partial(initial_state, optimizer=self.optimizer, master_dtype=jnp.dtype(s.master_dtype),
+                                  controlled=s.target_local is not None)
+        if mesh is not None:
+            begin = jax.jit(begin, out_shardings=leaves.shardings(self.like, mesh))
+        return begin(trainable)
 
     @property
     def step(self) -> Callable[[TrainState, Tree, Batch, jax.Array], tuple[TrainState, dict]] | None:
@@ -214,9 +238,10 @@ def program_key(plan: RunPlan) -> tuple:
 def compile_run(plan: RunPlan) -> Run:
     """Compile a step from shapes alone and refuse a run that cannot fit (UserError with the estimate)."""
     s = plan.settings
+    mesh = None if plan.axes is None else meshes.make(plan.axes)
     objective = Objective(plan.config, plan.l2a_config, dtype=plan.dtype, backend=s.backend,
-                          remat=memory.checkpoint_policy(s.remat), unroll=_unrolls(s), cost=s.cost,
-                          minimised=s.objective, target_tokens=s.target_tokens)
+                          remat=memory.checkpoint_policy(s.remat, mesh is not None), unroll=_unrolls(s), cost=s.cost,
+                          minimised=s.objective, target_tokens=s.target_tokens, mesh=mesh)
     rule = OptimizerConfig(s.regime, s.weight_decay, s.clip, attention_layers=s.attention_layers,
                            momentum_dtype=None if s.master_dtype == "float32" else jnp.dtype(s.master_dtype))
     optimizer = make_optimizer(rule, dials_of(plan))
@@ -225,27 +250,32 @@ def compile_run(plan: RunPlan) -> Run:
     trainable, frozen = jax.eval_shape(lambda params: split_params(params, mask, objective.unroll), abstract)
     like = jax.eval_shape(lambda t: initial_state(t, optimizer, jnp.dtype(s.master_dtype),
                                                      s.target_local is not None), trainable)
+    if mesh is not None:
+        like, frozen = (leaves.described(tree, mesh) for tree in (like, frozen))
+        _say_whole(like, frozen, mesh.size)
     evaluate = jax.jit(lambda trainable, frozen, batch, decisions: evaluate_batch(
         compute_params(trainable, frozen, plan.dtype), batch, decisions, objective=objective))
     if not jax.tree.leaves(trainable):
         return Run(plan, objective, mask, optimizer, like, None, evaluate, memory.tree_bytes(frozen))
-    step = jax.jit(functools.partial(train_step, objective=objective, optimizer=rule), donate_argnums=0)
+    dealt = {} if mesh is None else {"out_shardings": (leaves.shardings(like, mesh), NamedSharding(mesh, P()))}
+    step = jax.jit(functools.partial(train_step, objective=objective, optimizer=rule), donate_argnums=0, **dealt)
     log.info("compiling a step ...")
     started = time.perf_counter()
     compiled = {batch.tokens.shape: step.lower(like, frozen, batch, jax.eval_shape(jax.random.key, 0),
-                                               dials_of(plan)).compile() for batch in _batches(plan)}
+                                               dials_of(plan)).compile() for batch in _batches(plan, mesh)}
     need = max(memory.check_fits(program, like, frozen) for program in compiled.values())
-    log.info("compiled a step in %.1f s; it needs %.2f GB of %.1f GB", time.perf_counter() - started, need / 1e9,
-             device.memory_bytes() / 1e9)
+    log.info("compiled a step in %.1f s; it needs %.2f GB of %.1f GB%s", time.perf_counter() - started, need / 1e9,
+             device.memory_bytes() / 1e9, "" if mesh is None else " on each device")
     return Run(plan, objective, mask, optimizer, like, _by_shape(compiled), evaluate, need)
 
 
-def _batches(plan: RunPlan) -> list[Batch]:
+def _batches(plan: RunPlan, mesh: Mesh | None) -> list[Batch]:
     """The shapes of what steps read: of every stage where there are some."""
+    rows = None if mesh is None else NamedSharding(mesh, meshes.STACKED)
     stages = ([(stage.data, stage.accumulate) for stage in plan.data.stages] if isinstance(plan.data, Curriculum)
               else [(plan.data, plan.settings.grad_accum)])
-    return [jax.tree.map(lambda x, count=count: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), data.batch(0))
-            for data, count in stages]
+    return [jax.tree.map(lambda x, count=count: jax.ShapeDtypeStruct((count, *x.shape), x.dtype, sharding=rows),
+                         data.batch(0)) for data, count in stages]
 
 
 def _by_shape(compiled: dict[tuple[int, ...], Callable]) -> Callable[..., tuple[TrainState, dict]]:
@@ -253,6 +283,14 @@ def _by_shape(compiled: dict[tuple[int, ...], Callable]) -> Callable[..., tuple[
     if len(compiled) == 1:
         return next(iter(compiled.values()))
     return lambda state, frozen, batch, key, dials: compiled[batch.tokens.shape](state, frozen, batch, key, dials)
+
+
+def _say_whole(like: TrainState, frozen: Tree, shards: int) -> None:
+    """Say how much cannot be dealt: of a leaf none of whose dimensions the devices divide, each holds all."""
+    whole = leaves.whole_bytes((like, frozen), shards)
+    if whole:
+        log.info("of %.3f MB of weights and optimizer each of %d devices holds all: they divide none of their "
+                 "dimensions", whole / 1e6, shards)
 
 
 def load_tree(plan: RunPlan) -> tuple[Tree, Tree | None, str]:

@@ -7,6 +7,7 @@ data that is not the same.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import pathlib
@@ -17,7 +18,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from l2a_jax import device
@@ -39,7 +39,7 @@ from l2a_jax.training.loop import NonFinite, Schedule, Stopped, StopRequest, fit
 from l2a_jax.training.regimes import count_parameters, regime_mask
 from l2a_jax.training.run_files import RunConfig, read_run
 from l2a_jax.training.settings import Settings
-from l2a_jax.training.step import TrainState, initial_state, target_tokens
+from l2a_jax.training.step import TrainState, target_tokens
 from l2a_jax.training.tables import MIXED, NEXT_TOKEN, SALIENCY
 
 log = logging.getLogger("l2a_jax")
@@ -53,11 +53,17 @@ def train(settings: Settings, run_dir: pathlib.Path) -> dict[str, Any]:
         return _carry_out(plan, run_dir, stop)
 
 
-def resume(run_dir: pathlib.Path) -> dict[str, Any]:
-    """Continue the run in `run_dir` from its newest checkpoint, bit for bit as if it had never stopped."""
+def resume(run_dir: pathlib.Path, mesh: str | None = None) -> dict[str, Any]:
+    """Continue the run in `run_dir` from its newest checkpoint, bit for bit as if it had never stopped; over another
+    `mesh` than it began on (None: that one) up to the order of sums."""
     if not (run_dir / "config.json").exists():
         raise UserError(f"--resume {run_dir}: there is no config.json; expected the folder of an earlier run")
     recorded = read_run(run_dir).whole()
+    if mesh is not None:
+        if mesh != recorded.settings.mesh:
+            log.warning("the run began on %s and goes on on %s: sums are taken in another order, so its numbers will "
+                        "not be the same to the last bit", recorded.settings.mesh or "one device", mesh)
+        recorded = recorded._replace(settings=dataclasses.replace(recorded.settings, mesh=mesh))
     unchanged = f"the run is as it was; {_continue(run_dir)}"
     with _stoppable(run_dir, unchanged) as stop, owned(run_dir, "--resume"):
         plan = plan_of(recorded, f"--resume {run_dir}")
@@ -93,8 +99,7 @@ def _carry_out(plan: RunPlan, run_dir: pathlib.Path, stop: StopRequest, recorded
     else:
         if recorded is not None:  # stopped before the first checkpoint: the start is exact too
             log.warning("there is no checkpoint: the run begins again from its start")
-        state = initial_state(trainable, run.optimizer, jnp.dtype(plan.settings.master_dtype),
-                              plan.settings.target_local is not None)
+        state = run.start(trainable)
     return _fit_and_score(run, run_dir, state, frozen, source_params, stop)
 
 
@@ -140,7 +145,8 @@ def dry_run(settings: Settings) -> str:
     """
     plan = make_plan(settings)
     run = compile_run(plan)
-    lines = [*_about(plan), *_about_data(plan), f"memory: {run.memory_bytes / 1e9:.2f} GB for a step"]
+    lines = [*_about(plan), *_about_data(plan), f"memory: {run.memory_bytes / 1e9:.2f} GB for a step"
+             + ("" if plan.axes is None else f" on each of {plan.axes.devices} devices")]
     kept = "" if plan.is_demo else f"; the tokens of the data are kept in {cache_folder()}"
     lines += [f"written: no run folder{kept}", "first row:",
               decode_row(plan.data.batch(0), 0, plan.tokenizer, documents=2)]
@@ -265,6 +271,9 @@ def _about(plan: RunPlan) -> list[str]:
     tokens = round(plan.steps * s.grad_accum * plan.data.tokens_per_batch)
     lines = [f"regime: {s.regime} trains {trained:,} of {total:,} parameters of {plan.source or 'a fresh model'}, in "
              f"{plan.dtype.name} on {device.kind()}"]
+    if plan.axes is not None:
+        lines.append(f"mesh: {plan.axes}; weights, gradients and optimizer are dealt over all {plan.axes.devices} "
+                     "devices")
     if layer is not None:
         sets = "one attention set" if layer.share_attention else "two attention sets"
         lines.append(f"layer: {layer.topology}, {sets}, window {layer.window}, sinks {layer.sinks}, rope "

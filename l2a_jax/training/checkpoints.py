@@ -105,7 +105,8 @@ class Checkpoints:
         return {**found, "step": int(folder.name)}
 
     def load(self, kind: str, like: TrainState) -> TrainState:
-        """The newest state of this kind, in the structure of `like` (arrays or shapes). UserError where it differs."""
+        """The newest state of this kind, in the structure of `like` (arrays or shapes), and dealt over devices as that
+        is, however it was when it was written. UserError where it differs."""
         step, parts = self._load(kind, {"trainable": like.trainable, "optimizer": _numbered(like.optimizer),
                                         **_control(like)}, None)
         leaves = [parts["optimizer"][name] for name in sorted(parts["optimizer"])]
@@ -120,7 +121,8 @@ class Checkpoints:
 
     def _load(self, kind, parts, step):
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), parts)
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=getattr(x, "sharding", None) or device), parts)
         folder = self.folder(kind, step)
         checked = self._check_sums(kind, folder, parts)
         try:

@@ -23,6 +23,7 @@ from l2a_jax.config import L2AConfig, ModelConfig, rope_of
 from l2a_jax.data.batch import Batch
 from l2a_jax.models.params import Tree, output_matrix
 from l2a_jax.models.transformer import hidden_states
+from l2a_jax.nn.shard import ALONE, Shard
 from l2a_jax.training.loss import CHUNK, chunked, correctness, logit_of, logits_dtype_of, make_logits, softmax
 
 
@@ -42,13 +43,13 @@ class Distilled(NamedTuple):
 
 
 def everything_routed(params: Tree, batch: Batch, config: ModelConfig, l2a_config: L2AConfig, *, backend: str = "auto",
-                      unroll: bool = False) -> Float[Array, "B T D"]:
+                      unroll: bool = False, shard: Shard = ALONE) -> Float[Array, "B T D"]:
     """The teacher's hidden states, without gradient: the plain model on the routed model's own weights (shared layer),
     which costs full attention once and decides nothing."""
     layers = {name: part for name, part in params["layers"].items() if name != "router"}
     plain = dataclasses.replace(config, rope=rope_of(config, l2a_config))
     hidden, _ = hidden_states({**params, "layers": layers}, batch.tokens, plain, positions=batch.positions,
-                              segment_ids=batch.segment_ids, backend=backend, unroll=unroll)
+                              segment_ids=batch.segment_ids, backend=backend, unroll=unroll, shard=shard)
     return jax.lax.stop_gradient(hidden)
 
 

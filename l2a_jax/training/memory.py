@@ -22,24 +22,36 @@ from l2a_jax.models.params import Tree
 from l2a_jax.training.tables import KEPT, Remat
 
 
-def checkpoint_policy(mode: str) -> Callable | bool:
+def checkpoint_policy(mode: str, sharded: bool = False) -> Callable | bool:
     """The `remat` argument of `hidden_states`: a policy, True (keep nothing) or False (no rematerialisation).
 
-    Raises UserError on an unknown mode.
+    Where weights are `sharded`, they are gathered again in the backward pass in every mode: what was kept of them would
+    be the whole model on every device. Raises UserError on an unknown mode.
     """
     check_value(mode, Remat, "--remat")
     if mode == "none":
-        return False
+        return _all_but_weights if sharded else False
     return jax.checkpoint_policies.save_only_these_names(*KEPT[mode]) if KEPT[mode] else True
 
 
+def _all_but_weights(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Neither what is gathered nor what is joined of it (q, k and v); nothing else of a layer is worth as much."""
+    return primitive.name not in ("all_gather", "concatenate")
+
+
 def tree_bytes(tree: Any) -> int:
-    """Bytes of all leaves; shapes suffice."""
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    """Bytes that a device holds of all leaves; shapes suffice."""
+
+    def held(leaf):
+        sharding = getattr(leaf, "sharding", None)
+        return leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+
+    return sum(math.prod(held(leaf)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def step_bytes(compiled: Any) -> int:
-    """Peak bytes of a compiled step: arguments, temporaries and the outputs that do not reuse an argument."""
+    """Peak bytes of a compiled step, on each device: arguments, temporaries and the outputs that do not reuse an
+    argument."""
     analysis = compiled.memory_analysis()
     return (analysis.argument_size_in_bytes + analysis.temp_size_in_bytes + analysis.output_size_in_bytes
             - analysis.alias_size_in_bytes)

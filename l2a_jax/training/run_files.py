@@ -22,7 +22,7 @@ from l2a_jax.training.tables import PLAIN_REGIMES
 
 LATER = {"unroll", "flip", "echo", "ask", "unique", "attention_layers", "given", "cost", "objective", "distill_share",
          "saliency_share", "explore", "explore_by", "router_sees", "router_hidden",
-         "target_local", "target_tokens", "forced", "curriculum"}
+         "target_local", "target_tokens", "forced", "curriculum", "mesh"}
 """Settings that came after the first run folders: their defaults are what those runs did."""
 CONFIG = {
     "settings": dict, "model_source": nullable(str), "source_hash": str, "model_config": dict, "l2a_config?": dict,

@@ -20,6 +20,7 @@ from l2a_jax.data.curriculum import parse_curriculum
 from l2a_jax.data.packing import PACKINGS
 from l2a_jax.errors import UserError
 from l2a_jax.fields import DTYPE, SHARE_OF_RUN, Choice, Distinct, Filled, Mark, Range, Unit, Written, above, count
+from l2a_jax.sharding import axes
 from l2a_jax.training.tables import (
     MIXED,
     NEXT_TOKEN,
@@ -139,6 +140,9 @@ class ComputeSettings:
     remat: Remat = "elementwise"
     unroll: Annotated[bool | None, "a program without a loop over layers: slower to compile, faster on a GPU "
                                    "(default: on a GPU, unless --remat is layer)"] = None
+    mesh: Annotated[str | None, Written(axes.written), Unit("axes"),
+                    "devices over which rows (data) and the tokens of a row (context) are dealt, such as "
+                    "data=2,context=4 (default: one device)"] = None
     deterministic: Annotated[bool, "bit for bit the same on a GPU too, resumed or not; slower"] = False
 
 

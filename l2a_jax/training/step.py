@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from l2a_jax.attention.reference import real_tokens
@@ -22,6 +24,10 @@ from l2a_jax.models.layer import LayerRouting, pruned_of
 from l2a_jax.models.params import Tree, by_layer, map_with_path, param_dtype, stacked
 from l2a_jax.models.transformer import hidden_states
 from l2a_jax.nn import routing
+from l2a_jax.nn.shard import ALONE, Shard
+from l2a_jax.sharding import leaves
+from l2a_jax.sharding.dealt import dealt
+from l2a_jax.sharding.mesh import ROWS, STACKED
 from l2a_jax.training import control
 from l2a_jax.training.control import Control
 from l2a_jax.training.distill import distillation, everything_routed
@@ -45,7 +51,8 @@ class TrainState(NamedTuple):
 
 class Objective(NamedTuple):
     """The loss that a step is compiled for. `remat` and `unroll` are those of `hidden_states`, `cost` and
-    `target_tokens` are those of the settings, `minimised` is their objective."""
+    `target_tokens` are those of the settings, `minimised` is their objective. `mesh`: the devices over which it is
+    dealt (None: one device)."""
 
     config: ModelConfig
     l2a_config: L2AConfig | None
@@ -56,6 +63,7 @@ class Objective(NamedTuple):
     cost: str = "tokens"
     minimised: str = NEXT_TOKEN
     target_tokens: str = "all"
+    mesh: Mesh | None = None
 
 
 def initial_state(trainable: Tree, optimizer: optax.GradientTransformation, master_dtype: Any,
@@ -147,6 +155,28 @@ def forced_decisions(key: PRNGKeyArray, rates: Float[Array, " L"] | None, shape:
     return None if rates is None else routing.frozen(jax.random.fold_in(key, _FORCED), rates, *shape)
 
 
+class _Micro(NamedTuple):
+    """A micro-batch or, with a leading A, all of a step: its rows, its real tokens, what the penalty counts of each,
+    and those that a target follows."""
+
+    batch: Batch
+    real: Bool[Array, "*A B T"]
+    cost: Float[Array, "*A B T"] | None
+    followed: Bool[Array, "*A B T"] | None
+
+
+class _Numbers(NamedTuple):
+    """Of a whole step: the penalty's weight, the sum of all targets' weights, the number of real tokens, the run's key,
+    the step's, and the dials."""
+
+    weight: Float[Array, ""]
+    counted: Float[Array, ""]
+    total: Int[Array, ""]
+    key: PRNGKeyArray
+    step_key: PRNGKeyArray
+    dials: Dials
+
+
 def train_step(
     state: TrainState,
     frozen: Tree,
@@ -172,70 +202,9 @@ def train_step(
         weight = control.penalty_weight(state.control, state.step, dials)
     followed = None if state.control is None else target_tokens(batch, objective)
     step_key = jax.random.fold_in(key, state.step)
-    layers = objective.config.num_layers
     cost = token_cost(batch, objective)
-
-    def forward(trainable, micro, **options):
-        params = compute_params(trainable, frozen, objective.dtype)
-        return params, *hidden_states(
-            params, micro.tokens, objective.config, objective.l2a_config, positions=micro.positions,
-            segment_ids=micro.segment_ids, backend=objective.backend, remat=objective.remat, unroll=objective.unroll,
-            **{"decisions": forced_decisions(key, dials.forced, micro.tokens.shape), **options})
-
-    def sums_of(summed, routed, real, cost, followed, told):
-        local = None
-        if followed is not None:
-            local = jnp.sum(~_own_decisions(routed, real, objective) & followed) / layers
-        share = jnp.sum(real) / total  # a micro-batch's part of the mean over all real tokens
-        penalty = routing.penalty(routed.probabilities, real, cost) * share
-        return _Sums(summed.nll, summed.correct, penalty, routing.sparsity(routed.decisions, real) * share,
-                     routing.entropy(routed.probabilities, real) * share, told, local)
-
-    def loss(trainable, micro, real, cost, followed, micro_key):
-        params, hidden, routed = forward(trainable, micro, key=micro_key, train=True)
-        told = {}
-        if objective.minimised == NEXT_TOKEN:
-            summed = cross_entropy(params, hidden, micro.targets, micro.weights, objective.config)
-            minimised = summed.nll / counted
-        else:
-            teacher = everything_routed(params, micro, objective.config, objective.l2a_config,
-                                        backend=objective.backend, unroll=objective.unroll)
-            part = 1.0 if objective.minimised == DISTILL else dials.distill_share
-            found = distillation(params, hidden, teacher, micro.targets, (1 - part) / counted * micro.weights,
-                                 part / total * real, objective.config)
-            minimised, told = found.loss, {"kl": jnp.sum(real * found.kl) / total}
-            summed = TokenLoss(jnp.sum(micro.weights * found.nll), jnp.sum(micro.weights * found.correct))
-        if routed is None:
-            nothing = jnp.zeros(layers)
-            return minimised, _Sums(summed.nll, summed.correct, jnp.zeros(()), nothing, nothing, told, None)
-        sums = sums_of(summed, routed, real, cost, followed, told)
-        return minimised + weight * sums.penalty, jax.lax.stop_gradient(sums)
-
-    def saliency(trainable, micro, real, cost, followed, micro_key):
-        price = weight * counted / (layers * total) * (jnp.ones(real.shape) if cost is None else cost)
-        decisions = routing.random(micro_key, jnp.full(layers, dials.saliency_share), *real.shape)
-        gradients, found = fit_to_worth(forward, trainable, micro, real, decisions, price, objective.config,
-                                        objective.l2a_config)
-        return gradients, sums_of(found.next_token, found.routed, real, cost, followed,
-                                  {"saliency": found.loss, "weights": found.weights})
-
-    of_micro_batch = saliency if objective.minimised == SALIENCY else jax.grad(loss, has_aux=True)
-
-    def accumulate(carry, inputs):
-        micro, real, cost, followed, index = inputs
-        gradients, sums = of_micro_batch(state.trainable, micro, real, cost, followed,
-                                         jax.random.fold_in(step_key, index))
-        return jax.tree.map(jnp.add, carry, (widened(gradients), sums)), None
-
-    nothing = _Sums(*(jnp.zeros(()),) * 3, *(jnp.zeros(layers),) * 2,
-                    {name: jnp.zeros(()) for name in _TOLD[objective.minimised]},
-                    None if followed is None else jnp.zeros(()))
-    zeros = jax.tree.map(jnp.zeros_like, widened(state.trainable)), nothing
-    inputs = (batch, real, cost, followed, jnp.arange(batch.tokens.shape[0]))
-    if batch.tokens.shape[0] == 1:  # no second copy of the gradients where there is nothing to add
-        (gradients, sums), _ = accumulate(zeros, jax.tree.map(lambda x: x[0], inputs))
-    else:
-        (gradients, sums), _ = jax.lax.scan(accumulate, zeros, inputs)
+    gradients, sums = _summed(state.trainable, frozen, _Micro(batch, real, cost, followed),
+                              _Numbers(weight, counted, total, key, step_key, dials), objective)
 
     told = dict(sums.told)
     if objective.minimised == SALIENCY:
@@ -267,6 +236,99 @@ def train_step(
     return state, metrics
 
 
+def _summed(trainable: Tree, frozen: Tree, micros: _Micro, numbers: _Numbers, objective: Objective
+            ) -> tuple[Tree, _Sums]:
+    """The gradients of a step in `trainable`, and its sums; over a mesh, each device's and then all devices'."""
+    mesh = objective.mesh
+    if mesh is None:
+        return _summed_here(trainable, frozen, micros, numbers, objective, ALONE)
+    shard = dealt(mesh, objective.config, objective.l2a_config)
+    masters, base = leaves.specs(trainable, mesh.size), leaves.specs(frozen, mesh.size)
+
+    def on_device(*given):
+        gradients, sums = _summed_here(*given, objective, shard)
+        return leaves.summed(gradients, masters), shard.total(sums)
+
+    return jax.shard_map(on_device, mesh=mesh, in_specs=(masters, base, STACKED, P()), out_specs=(masters, P()),
+                         check_vma=False)(trainable, frozen, micros, numbers)
+
+
+def _summed_here(trainable: Tree, frozen: Tree, micros: _Micro, numbers: _Numbers, objective: Objective,
+                 shard: Shard) -> tuple[Tree, _Sums]:
+    """`_summed` of the tokens that `shard` holds."""
+    weight, counted, total, key, step_key, dials = numbers
+    layers = objective.config.num_layers
+
+    def forced(shape):
+        if dials.forced is None:
+            return None
+        return shard.drawn(lambda whole: forced_decisions(key, dials.forced, whole[1:]), (layers, *shape))
+
+    def forward(trainable, micro, **options):
+        params = shard.ends(compute_params(trainable, frozen, objective.dtype))
+        return params, *hidden_states(
+            params, micro.tokens, objective.config, objective.l2a_config, positions=micro.positions,
+            segment_ids=micro.segment_ids, backend=objective.backend, remat=objective.remat, unroll=objective.unroll,
+            shard=shard, **{"decisions": forced(micro.tokens.shape), **options})
+
+    def sums_of(summed, routed, real, cost, followed, told):
+        local = None
+        if followed is not None:
+            local = jnp.sum(~_own_decisions(routed, real, objective) & followed) / layers
+        share = jnp.sum(real) / total  # a micro-batch's part of the mean over all real tokens
+        penalty = routing.penalty(routed.probabilities, real, cost) * share
+        return _Sums(summed.nll, summed.correct, penalty, routing.sparsity(routed.decisions, real) * share,
+                     routing.entropy(routed.probabilities, real) * share, told, local)
+
+    def loss(trainable, micro, real, cost, followed, micro_key):
+        params, hidden, routed = forward(trainable, micro, key=micro_key, train=True)
+        told = {}
+        if objective.minimised == NEXT_TOKEN:
+            summed = cross_entropy(params, hidden, micro.targets, micro.weights, objective.config)
+            minimised = summed.nll / counted
+        else:
+            teacher = everything_routed(params, micro, objective.config, objective.l2a_config,
+                                        backend=objective.backend, unroll=objective.unroll, shard=shard)
+            part = 1.0 if objective.minimised == DISTILL else dials.distill_share
+            found = distillation(params, hidden, teacher, micro.targets, (1 - part) / counted * micro.weights,
+                                 part / total * real, objective.config)
+            minimised, told = found.loss, {"kl": jnp.sum(real * found.kl) / total}
+            summed = TokenLoss(jnp.sum(micro.weights * found.nll), jnp.sum(micro.weights * found.correct))
+        if routed is None:
+            nothing = jnp.zeros(layers)
+            return minimised, _Sums(summed.nll, summed.correct, jnp.zeros(()), nothing, nothing, told, None)
+        sums = sums_of(summed, routed, real, cost, followed, told)
+        return minimised + weight * sums.penalty, jax.lax.stop_gradient(sums)
+
+    def saliency(trainable, micro, real, cost, followed, micro_key):
+        price = weight * counted / (layers * total) * (jnp.ones(real.shape) if cost is None else cost)
+        decisions = shard.drawn(lambda shape: routing.random(micro_key, jnp.full(layers, dials.saliency_share),
+                                                             *shape[1:]), (layers, *real.shape))
+        gradients, found = fit_to_worth(forward, trainable, micro, real, decisions, price, objective.config,
+                                        objective.l2a_config)
+        return gradients, sums_of(found.next_token, found.routed, real, cost, followed,
+                                  {"saliency": found.loss, "weights": found.weights})
+
+    of_micro_batch = saliency if objective.minimised == SALIENCY else jax.grad(loss, has_aux=True)
+
+    def accumulate(carry, inputs):
+        micro, index = inputs
+        gradients, sums = of_micro_batch(trainable, *jax.tree.map(shard.tokens, micro),
+                                         jax.random.fold_in(step_key, index))
+        return jax.tree.map(jnp.add, carry, (widened(gradients), sums)), None
+
+    nothing = _Sums(*(jnp.zeros(()),) * 3, *(jnp.zeros(layers),) * 2,
+                    {name: jnp.zeros(()) for name in _TOLD[objective.minimised]},
+                    None if micros.followed is None else jnp.zeros(()))
+    zeros = jax.tree.map(jnp.zeros_like, widened(trainable)), nothing
+    inputs = (micros, jnp.arange(len(micros.real)))
+    if len(micros.real) == 1:  # no second copy of the gradients where there is nothing to add
+        found, _ = accumulate(zeros, jax.tree.map(lambda x: x[0], inputs))
+    else:
+        found, _ = jax.lax.scan(accumulate, zeros, inputs)
+    return found
+
+
 class Evaluation(NamedTuple):
     """A held-out batch: per token the nats and whether the top token was right; routing as the model decided."""
 
@@ -279,9 +341,23 @@ class Evaluation(NamedTuple):
 def evaluate_batch(params: Tree, batch: Batch, decisions: Bool[Array, "L B T"] | None, *,
                    objective: Objective) -> Evaluation:
     """Score one batch under the router's own decisions, or under `decisions`."""
+    mesh = objective.mesh
+    if mesh is None:
+        return _scored(params, batch, decisions, objective, ALONE)
+    shard = dealt(mesh, objective.config, objective.l2a_config)
+    return jax.shard_map(lambda *given: _scored(*given, objective, shard), mesh=mesh,
+                         in_specs=(leaves.specs(params, mesh.size), ROWS, STACKED),
+                         out_specs=Evaluation(ROWS, ROWS, ROWS, STACKED), check_vma=False)(params, batch, decisions)
+
+
+def _scored(params: Tree, batch: Batch, decisions: Bool[Array, "L B T"] | None, objective: Objective, shard: Shard
+            ) -> Evaluation:
+    """The rows that `shard` has a part of, whole."""
+    params, (batch, decisions) = shard.ends(params), jax.tree.map(shard.tokens, (batch, decisions))
     real = real_tokens(batch.segment_ids, batch.tokens.shape)
     hidden, routed = hidden_states(params, batch.tokens, objective.config, objective.l2a_config,
                                    positions=batch.positions, segment_ids=batch.segment_ids, decisions=decisions,
-                                   backend=objective.backend)
+                                   backend=objective.backend, shard=shard)
     nll, correct = token_nll(params, hidden, batch.targets, objective.config)
-    return Evaluation(nll, correct, real, None if routed is None else routed.decisions)
+    found = Evaluation(nll, correct, real, None if routed is None else routed.decisions)
+    return jax.tree.map(shard.joined, found)

@@ -28,7 +28,7 @@ from l2a_jax.research.replication.session import Session
 from l2a_jax.runs.train import fit_run
 from l2a_jax.training.loop import NonFinite
 from l2a_jax.training.regimes import count_parameters, partition, regime_mask
-from l2a_jax.training.step import compute_params, initial_state
+from l2a_jax.training.step import compute_params
 
 log = logging.getLogger("l2a_jax.research.replication")
 CURVE = 100
@@ -65,7 +65,7 @@ def train_row(session: Session, row: Row) -> Trained:
     seconds["compile"] = time.perf_counter() - clock
     trainable, frozen = run.split(start_params(session, row))
     s = plan.settings
-    state = initial_state(trainable, run.optimizer, jnp.dtype(s.master_dtype), s.target_local is not None)
+    state = run.start(trainable)
     held_out = list(plan.data.held_out(s.eval_batches)) if row.measures.held_out else []
     records: list[dict[str, Any]] = []
     failed = None

@@ -1,0 +1,84 @@
+"""What a device holds of a call that a mesh computes: rows over "data", tokens over "context", leaves over both.
+
+    jax.shard_map(computes, ...)     one program on every device, over what it holds
+      Dealt.tokens                   its part of the rows that it was given
+      Dealt.ends, Dealt.gathered     weights whole: outside the layers at once, inside layer by layer
+      Dealt.attention                its queries against the keys of all
+
+What is summed is summed over what a device holds and then over devices (`total`). What is drawn is drawn for all tokens
+on every device, which takes its part: draws do not depend on the mesh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from jaxtyping import Array, Int, Shaped
+
+from l2a_jax.attention.reference import Ids
+from l2a_jax.config import L2AConfig, ModelConfig
+from l2a_jax.errors import Unsupported
+from l2a_jax.models.layer import Attention
+from l2a_jax.models.params import Tree, by_path, map_with_path, param_shapes
+from l2a_jax.nn.shard import Shard
+from l2a_jax.sharding import leaves, stripes
+from l2a_jax.sharding.axes import Axes
+from l2a_jax.sharding.mesh import CONTEXT, DATA, NAMES
+
+
+@dataclass(frozen=True)
+class Dealt(Shard):
+    """One device's part, inside `shard_map`. `dimensions`: that of each leaf of the model that is dealt, by its path;
+    within one layer for those of layers."""
+
+    axes: Axes
+    dimensions: dict[str, int | None]
+
+    def ends(self, params: Tree) -> Tree:
+        return map_with_path(lambda path, part: part if path.startswith("layers/") else self._whole(path, part), params)
+
+    def gathered(self, layer: Tree) -> Tree:
+        return map_with_path(lambda path, part: self._whole(f"layers/{path}", part), layer)
+
+    def _whole(self, path: str, part: Array) -> Array:
+        return leaves.gathered(part, self.dimensions[path])
+
+    def drawn(self, draw: Callable[[tuple[int, ...]], Array], shape: tuple[int, ...]) -> Shaped[Array, "*A B T"]:
+        *front, rows, length = shape
+        whole = draw((*front, rows * self.axes.data, length * self.axes.context))
+        mine = jax.lax.dynamic_slice_in_dim(whole, jax.lax.axis_index(DATA) * rows, rows, axis=-2)
+        return self.tokens(mine)
+
+    def total(self, found: Any) -> Any:
+        return jax.lax.psum(found, NAMES)
+
+    def tokens(self, x: Shaped[Array, "*A B T"]) -> Shaped[Array, "*A B t"]:
+        if self.axes.context == 1:
+            return x
+        return stripes.dealt(x.reshape(-1, x.shape[-1]), CONTEXT).reshape(*x.shape[:-1], -1)
+
+    def joined(self, x: Shaped[Array, "*A B t"]) -> Shaped[Array, "*A B T"]:
+        if self.axes.context == 1:
+            return x
+        return stripes.joined(x.reshape(-1, x.shape[-1]), CONTEXT).reshape(*x.shape[:-1], -1)
+
+    def positions(self, segment_ids: Ids | None, shape: tuple[int, int]) -> Int[Array, "B t"]:
+        ids = None if segment_ids is None else self.joined(segment_ids)
+        return self.tokens(super().positions(ids, (shape[0], shape[1] * self.axes.context)))
+
+    def attention(self, plain: Attention) -> Attention:
+        if self.axes.context == 1:
+            return plain
+        raise Unsupported("attention over the axis context")
+
+
+def dealt(mesh: Mesh, config: ModelConfig, l2a: L2AConfig | None) -> Dealt:
+    """What a device of `mesh` holds of a model."""
+    shapes = by_path(param_shapes(config, l2a))
+    found = {path: leaves.dimension(shape, mesh.size, path.startswith("layers/")) for path, shape in shapes.items()}
+    return Dealt(Axes(**mesh.shape), {path: None if at is None else at - path.startswith("layers/")
+                                      for path, at in found.items()})

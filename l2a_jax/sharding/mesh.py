@@ -1,0 +1,37 @@
+"""The mesh of a run: its devices, and what they have to divide."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from l2a_jax.errors import Unsupported, UserError
+from l2a_jax.sharding.axes import Axes
+
+NAMES = Axes._fields
+"""Leaves are dealt over both axes together, rows over the first and tokens over the second."""
+DATA, CONTEXT = NAMES
+ROWS, STACKED = P(DATA), P(None, DATA)
+"""How [B, ...] and [A, B, ...] or [L, B, ...] come to a device: its rows, whole."""
+
+
+def check(axes: Axes, *, batch_size: int, seq_len: int) -> None:
+    """UserError where there are not as many devices, or where they cannot be given equal parts of a micro-batch."""
+    have = len(jax.devices())
+    if axes.devices > have:
+        raise UserError(f"--mesh {axes} takes {axes.devices} devices; this machine has {have}")
+    if axes.context > 1:
+        raise Unsupported(f"--mesh {axes}: the tokens of a row cannot be dealt over devices yet; expected data=N")
+    if batch_size % axes.data:
+        raise UserError(f"--mesh {axes} deals rows over {axes.data} devices; expected a --batch-size that {axes.data} "
+                        f"divides, and it is {batch_size}")
+    if seq_len % axes.context:
+        raise UserError(f"--mesh {axes} deals the tokens of a row over {axes.context} devices; expected a --seq-len "
+                        f"that {axes.context} divides, and it is {seq_len}")
+
+
+def make(axes: Axes) -> Mesh:
+    """The first devices of this machine as a mesh."""
+    return Mesh(np.asarray(jax.devices()[: axes.devices]).reshape(axes), NAMES)

@@ -1,0 +1,191 @@
+"""Training steps over 8 made-up devices against one device's, in a process of their own.
+
+`python -m tests.sharding.steps FILE` writes what it found as JSON. One process for all: it has as many devices as it
+began with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+DEVICES = 8
+EPSILON = 1e-3
+"""AdamW's: at its usual 1e-8 a gradient that is nearly zero, and only rounded otherwise, would move its weight
+otherwise."""
+STEPS = 20
+
+
+class Case(NamedTuple):
+    """A training run: its regime, wiring (`tests.models.cases`), what else of layer and step is other than usual, and
+    the meshes under which it is compared with one device."""
+
+    regime: str
+    layer: str | None
+    meshes: tuple[str, ...]
+    of_layer: Mapping[str, Any] = MappingProxyType({})
+    of_step: Mapping[str, Any] = MappingProxyType({})
+    length: int = 24
+    router: float = 1.0
+
+
+ODD = 23
+CASES = {
+    "everything trained": Case("full_ft", "shared", ("data=8",), {"leakage": 0.1, "flip": 0.1}, {"backend": "xla"},
+                               length=ODD),
+    "sequential": Case("l2a_ft", "sequential sinks", ("data=4",), {"leakage": 0.1}, {"remat": "elementwise",
+                                                                                   "unroll": True}),
+    "two sets": Case("l2a_paper", "parallel post_local", ("data=8",), {"leakage": 1.0}, {"remat": "layer"}),
+    "router and norms": Case("router_only", "shared", ("data=8",), {"leakage": 0.0, "explore": 0.3,
+                                                                    "explore_by": "unsure"}),
+    "everything routed": Case("router_strict", "shared", ("data=8",), {"router_hidden": 3, "threshold": 0.001},
+                              {"cost": "keys"}, router=0),
+    "nothing routed": Case("l2a_ft", "shared", ("data=2",), {"leakage": 0.0, "threshold": 0.999}, router=0),
+    "worth": Case("router_strict", "shared", ("data=8",), {}, {"minimised": "saliency"}),
+    "divergence": Case("router_strict", "shared", ("data=8",), {"leakage": 1.0}, {"minimised": "mixed"}),
+    "plain": Case("pretrain", None, ("data=8",), {}, {"untied": True}),
+}
+
+
+def make_batch(seed, length):
+    """Two micro-batches of eight rows: documents that end anywhere, padding, targets that do not count."""
+    import numpy as np
+
+    from l2a_jax.data.batch import Batch
+    from tests.models.cases import CONFIG
+
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, CONFIG.vocab_size, (2, DEVICES, length), np.int32)
+    ids = np.sort(rng.integers(1, 4, tokens.shape, np.int32))
+    ids[:, ::3, -rng.integers(1, 9):] = 0
+    weights = ((ids != 0) & (rng.random(ids.shape) < 0.8)).astype(np.float32)
+    return Batch(tokens, np.roll(tokens, -1, axis=-1), weights, ids, None)
+
+
+def set_up(case, mesh):
+    """The jitted step of a case, its state, its frozen leaves, and its numbers; over `mesh`, or on one device."""
+    import jax
+    import jax.numpy as jnp
+
+    from l2a_jax.models.params import map_with_path
+    from l2a_jax.sharding import leaves
+    from l2a_jax.training.memory import checkpoint_policy
+    from l2a_jax.training.optimizer import Dials, OptimizerConfig, make_optimizer
+    from l2a_jax.training.regimes import regime_mask
+    from l2a_jax.training.step import Objective, initial_state, split_params, train_step
+    from tests.models.cases import CONFIG, LAYERS, UNTIED, make_params
+
+    step = dict(case.of_step)
+    config = UNTIED if step.pop("untied", False) else CONFIG
+    layer = None if case.layer is None else dataclasses.replace(LAYERS[case.layer], temperature=1.0, **case.of_layer)
+    objective = Objective(config, layer, remat=checkpoint_policy(step.pop("remat", "none"), mesh is not None),
+                          unroll=step.pop("unroll", False), backend=step.pop("backend", "reference"), mesh=mesh, **step)
+    params = map_with_path(lambda path, leaf: leaf * case.router if "router" in path else leaf,
+                           make_params(layer, config))
+    rule, dials = OptimizerConfig(case.regime, epsilon=EPSILON), Dials(1e-3, 1e-3, STEPS, penalty=0.1)
+    trainable, frozen = split_params(params, regime_mask(params, case.regime), objective.unroll)
+    state = initial_state(trainable, make_optimizer(rule, dials), jnp.float32)
+    step = functools.partial(train_step, objective=objective, optimizer=rule)
+    if mesh is None:
+        return jax.jit(step), state, frozen, dials
+    state, frozen = leaves.put(state, mesh), leaves.put(frozen, mesh)
+    return jax.jit(step, out_shardings=(leaves.shardings(state, mesh), None)), state, frozen, dials
+
+
+def trained(case, mesh):
+    """The loss and the share of local decisions of each step, the first moments after the first step, which are its
+    gradients, and the state after the last."""
+    import jax
+    import numpy as np
+
+    step, state, frozen, dials = set_up(case, mesh)
+    told, gradients = [], None
+    for index in range(STEPS):
+        state, metrics = step(state, frozen, make_batch(index, case.length), jax.random.key(7), dials)
+        told.append([float(metrics["loss"]), float(metrics.get("sparsity", 0.5))])
+        if gradients is None:
+            gradients = {path: np.asarray(leaf) for path, leaf in first_moments(state.optimizer).items()}
+    return told, gradients, state
+
+
+def first_moments(optimizer) -> dict[str, Any]:
+    """Of AdamW, by path; after the first step a tenth of the gradient."""
+    import jax
+
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(optimizer)
+            if ".mu" in jax.tree_util.keystr(path)}
+
+
+def apart(found, wanted) -> float:
+    """How far two leaves are apart, as a share of the norm of one."""
+    import numpy as np
+
+    found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
+    return float(np.linalg.norm(found - wanted) / max(np.linalg.norm(wanted), 1e-30))
+
+
+def compared(case) -> dict[str, Any]:
+    """Of each mesh: how far what it trains is from what one device does, and in how many parts each leaf lies."""
+    import jax
+    import numpy as np
+
+    from l2a_jax.models.params import by_path
+    from l2a_jax.sharding import mesh as meshes
+    from l2a_jax.sharding.axes import parse
+
+    wanted, gradients, one = trained(case, None)
+    report = {"local": [local for _, local in wanted]}
+    for axes in case.meshes:
+        mesh = meshes.make(parse(axes))
+        told, found, state = trained(case, mesh)
+        pairs = {path: (leaf, by_path(one.trainable)[path]) for path, leaf in by_path(state.trainable).items()}
+        moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]
+        report[axes] = {
+            "told": float(np.max(np.abs(np.array(told) - wanted))),
+            "gradients": {path: apart(found[path], leaf) for path, leaf in gradients.items()},
+            "gradient": apart(*(np.concatenate([leaf.ravel() for leaf in of.values()]) for of in (found, gradients))),
+            "parameters": {path: apart(*pair) for path, pair in pairs.items()},
+            "parts": {path: _parts(leaf) for path, (leaf, _) in pairs.items()},
+            "parts of moments": [_parts(leaf) for leaf in moments],
+        }
+    return report
+
+
+def _parts(leaf) -> int:
+    return leaf.size // leaf.addressable_shards[0].data.size
+
+
+def program() -> dict[str, Any]:
+    """What the compiled step of a deep, wide model holds and moves, whose layers are nearly all of it."""
+    import jax
+
+    from l2a_jax.config import ModelConfig
+    from l2a_jax.sharding import mesh as meshes
+    from l2a_jax.sharding.axes import parse
+    from tests.models import cases
+
+    cases.CONFIG = ModelConfig(61, 256, 1_024, 8, 4, 2, 64, rope_theta=10_000.0, max_positions=128)
+    step, state, frozen, dials = set_up(Case("full_ft", "shared", ()), meshes.make(parse("data=8")))
+    compiled = step.lower(state, frozen, make_batch(0, 24), jax.random.key(0), dials).compile()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    names = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+    return {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
+            "model": sum(leaf.nbytes for leaf in jax.tree.leaves(state.trainable)),
+            "collectives": [name for name in names if f" {name}(" in text or f" {name}-start(" in text]}
+
+
+def main(file: str) -> None:
+    found = {name: compared(case) for name, case in CASES.items()}
+    Path(file).write_text(json.dumps({"cases": found, "program": program()}))
+
+
+if __name__ == "__main__":
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
+    main(*sys.argv[1:])
