@@ -31,7 +31,7 @@ def check(options: SpeedOptions, given: list[str]) -> str | None:
     commands.say_idle(given, [
         (mode != "inference", ("model",), "it is of --inference"),
         (mode in ("profile", "compile"), ("only",), f"--{mode} has no cases to choose from"),
-        (mode in ("windows", "blocks", "shares", "large", "profile", "compile"), ("no_torch",),
+        (mode in ("windows", "blocks", "shares", "large", "scaling", "profile", "compile"), ("no_torch",),
          f"--{mode} leaves PyTorch out anyway"),
         (mode == "profile", ("out",), "--profile writes no file")])
     if options.out is not None and mode != "profile":
@@ -64,6 +64,10 @@ def measure(arguments: list[str] | None) -> None:
         from l2a_jax.research.speed import training_steps
 
         training_steps.main(training_steps.large_cases(), only, out, "speed_training_large", with_torch=False)
+    elif mode == "scaling":
+        from l2a_jax.research.speed import scaling
+
+        scaling.main(only, out)
     elif mode == "profile":
         # Kernels that are launched as one graph do not say where they come from.
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="

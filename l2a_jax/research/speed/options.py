@@ -19,6 +19,7 @@ class OtherTables:
     shares: Annotated[bool, "how many programs share a block of keys in the backward pass"] = False
     training: Annotated[bool, "whole training steps"] = False
     large: Annotated[bool, "steps of the larger models; cap the memory with XLA_PYTHON_CLIENT_MEM_FRACTION"] = False
+    scaling: Annotated[bool, "training steps over meshes of 1, 2, 4 and 8 devices, as many as there are"] = False
     profile: Annotated[str | None, Choice(*REGIMES), Unit("regime"), "the kernels of one training step"] = None
     inference: Annotated[bool, "prefill and decode steps, beside transformers"] = False
     compile: Annotated[bool, "registers, spills and shared memory of every kernel for sm_89 and sm_90, without a GPU"

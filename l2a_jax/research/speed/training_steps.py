@@ -18,6 +18,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from l2a_jax.config import MODELS, ModelConfig
 from l2a_jax.data.batch import Batch
@@ -25,6 +26,9 @@ from l2a_jax.models.params import abstract_params, init_params
 from l2a_jax.research import tables
 from l2a_jax.research.speed import training_peer
 from l2a_jax.research.speed.timing import matmul_ceiling, median_ms
+from l2a_jax.sharding import leaves
+from l2a_jax.sharding.axes import Axes
+from l2a_jax.sharding.mesh import STACKED, make
 from l2a_jax.training.memory import checkpoint_policy, step_bytes
 from l2a_jax.training.optimizer import Dials, OptimizerConfig, make_optimizer
 from l2a_jax.training.regimes import regime_mask
@@ -49,12 +53,15 @@ class StepCase:
     routed: float = 1.0
     unroll: bool = True
     backend: str = "auto"
+    axes: Axes | None = None  # of a mesh; None: one device, no mesh
 
     @property
     def name(self) -> str:
         """Model, regime, size, and what differs from the defaults."""
         routed = "" if self.regime in PLAIN_REGIMES else f", from {self.routed:.0%} routed"
-        return f"{self.model} {self.regime} {self.batch} x {self.length:,} W={self.window}{routed}, remat {self.remat}"
+        mesh = "" if self.axes is None else f", {self.axes}"
+        return (f"{self.model} {self.regime} {self.batch} x {self.length:,} W={self.window}{routed}, remat {self.remat}"
+                f"{mesh}")
 
 
 def standard_cases() -> list[StepCase]:
@@ -87,8 +94,9 @@ class Step:
         self.layer = layer
         rule, dials = OptimizerConfig(case.regime), Dials(settings.lr, settings.router_lr or settings.lr, 1_000, 50,
                                                           settings.penalty, penalty_ramp=1_000)
+        mesh = None if case.axes is None else make(case.axes)
         objective = Objective(self.config, layer, dtype=jnp.bfloat16, backend=case.backend,
-                              remat=checkpoint_policy(case.remat), unroll=case.unroll)
+                              remat=checkpoint_policy(case.remat, mesh is not None), unroll=case.unroll, mesh=mesh)
         abstract = abstract_params(self.config, layer, jnp.bfloat16)
         mask = regime_mask(abstract, case.regime)
         params = jax.jit(lambda key: init_params(self.config, key, layer, jnp.bfloat16))(jax.random.key(0))
@@ -96,14 +104,23 @@ class Step:
             kernel = params["layers"]["router"]["kernel"]
             params["layers"]["router"]["kernel"] = jax.random.normal(jax.random.key(1), kernel.shape) * (
                 self.config.hidden_size**-0.5)
-        trainable, self.frozen = split_params(params, mask, case.unroll)
+        begin = functools.partial(initial_state, optimizer=make_optimizer(rule, dials), master_dtype=jnp.float32)
+        self.batch, dealt = _batch(case, self.config), {}
+        if mesh is None:
+            trainable, self.frozen = split_params(params, mask, case.unroll)
+        else:
+            params = leaves.put(params, mesh)
+            trainable, self.frozen = leaves.put(split_params(params, mask, case.unroll), mesh)
+            of_state = leaves.shardings(jax.eval_shape(begin, trainable), mesh)
+            begin, dealt = jax.jit(begin, out_shardings=of_state), {
+                "out_shardings": (of_state, NamedSharding(mesh, PartitionSpec()))}
+            self.batch = jax.device_put(self.batch, NamedSharding(mesh, STACKED))
         del params
-        self.state = initial_state(trainable, make_optimizer(rule, dials), jnp.float32)
+        self.state = begin(trainable)
         del trainable
-        self.batch = _batch(case, self.config)
         self.key = jax.random.key(2)
         step = jax.jit(functools.partial(train_step, dials=dials, objective=objective, optimizer=rule),
-                       donate_argnums=0)
+                       donate_argnums=0, **dealt)
         began = time.perf_counter()
         self.compiled = step.lower(self.state, self.frozen, self.batch, self.key).compile()
         self.compile_seconds = time.perf_counter() - began
