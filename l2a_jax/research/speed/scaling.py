@@ -16,7 +16,6 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from l2a_jax import device
 from l2a_jax.research import tables
 from l2a_jax.research.speed.timing import median_ms
 from l2a_jax.research.speed.training_steps import Step, StepCase
@@ -66,7 +65,7 @@ def lines() -> list[Line]:
 
 def meshes(line: Line) -> list[Axes | None]:
     """No mesh, and those that the devices at hand allow."""
-    return [None, *(Axes(**{line.axis: count}) for count in COUNTS if count <= device.count())]
+    return [None, *(Axes(**{line.axis: count}) for count in COUNTS if count <= len(jax.devices()))]
 
 
 def measure(case: StepCase, steps: int) -> dict:
@@ -81,8 +80,11 @@ def measure(case: StepCase, steps: int) -> dict:
 
 
 def compared(rows: list[dict]) -> list[dict]:
-    """Each row with its speed beside that of one device without a mesh (the first row), per device."""
-    alone = rows[0]
+    """Each row beside that of one device without a mesh: the share of as many times its speed as there are devices, and
+    the drift where both had the same rows. None where that one could not be measured."""
+    alone = next((row for row in rows if row["mesh"] is None), None)
+    if alone is None:
+        return [{**row, "of_linear": None, "drift": None} for row in rows]
     return [{**row, "of_linear": row["tokens_per_second"] / (alone["tokens_per_second"] * row["devices"]),
              "drift": None if row["rows"] != alone["rows"] else max(
                  abs(a / b - 1) for a, b in zip(row["losses"], alone["losses"], strict=True))} for row in rows]
@@ -90,8 +92,11 @@ def compared(rows: list[dict]) -> list[dict]:
 
 def markdown(result: dict) -> str:
     """The lines as one table."""
+    def told(value, spelling):
+        return "-" if value is None else format(value, spelling)
+
     rows = [[name, row["mesh"] or "none", f"{row['ms']:.1f}", f"{row['tokens_per_second'] / 1e3:.1f}K",
-             f"{row['of_linear']:.2f}", f"{row['memory_gb']:.2f}", "-" if row["drift"] is None else f"{row['drift']:.0e}"]
+             told(row["of_linear"], ".2f"), f"{row['memory_gb']:.2f}", told(row["drift"], ".0e")]
             for name, found in result["lines"].items() for row in found]
     return "\n".join([
         "# Training steps over several devices", "",

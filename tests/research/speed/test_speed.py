@@ -12,6 +12,7 @@ from l2a_jax.attention.kernels import blocks
 from l2a_jax.attention.kernels.backward_kv import parts_of
 from l2a_jax.research.speed import attention_calls as speed
 from l2a_jax.research.speed import block_sizes as speed_blocks
+from l2a_jax.research.speed import scaling
 from l2a_jax.research.speed import shares as speed_shares
 from l2a_jax.research.speed.cases import SpeedCase
 
@@ -90,3 +91,28 @@ def test_as_many_programs_share_keys_as_measured_well():
         losses[row["case"]] = row["ms"][speed_shares.PARTS.index(parts)] / min(row["ms"]) - 1
     assert len(losses) == 76
     assert max(losses.values()) < 0.2 and sum(losses.values()) / len(losses) < 0.02, losses
+
+
+def test_scaling_is_told_beside_one_device_without_a_mesh():
+    def row(mesh, devices, rows, speed, losses):
+        return {"mesh": mesh, "devices": devices, "rows": rows, "ms": 1.0, "tokens_per_second": speed, "memory_gb": 2.0,
+                "compile_seconds": 1.0, "losses": losses}
+
+    found = scaling.compared([row(None, 1, 4, 1_000.0, [2.0, 4.0]), row("context=2", 2, 4, 1_500.0, [2.0, 4.1]),
+                              row("data=4", 4, 16, 3_800.0, [1.0, 1.0])])
+    assert [one["of_linear"] for one in found] == [1.0, 0.75, 0.95]
+    assert found[0]["drift"] == 0 and found[1]["drift"] == pytest.approx(0.025) and found[2]["drift"] is None
+    text = scaling.markdown({"lines": {"a step": found, "another": scaling.compared([row("data=2", 2, 8, 1.0, [1.0])])},
+                             "failed": {"x": "no room"}, "date": "2026-11-28", "device": "a GPU", "versions": {},
+                             "command": ["speed.py"]})
+    assert "| a step | context=2 | 1.0 | 1.5K | 0.75 | 2.00 | 2e-02 |" in text
+    assert "| another | data=2 | 1.0 | 0.0K | - | 2.00 | - |" in text and "- not measured, x: no room" in text
+
+
+def test_lines_of_scaling_grow_along_their_axis():
+    for line in scaling.lines():
+        many = scaling.Axes(**{line.axis: 4})
+        assert line.case(None).axes is None and line.case(None).batch == line.rows
+        assert line.case(many).batch == line.rows * many.data and line.case(many).length % many.context == 0
+    names = [line.name for line in scaling.lines()]
+    assert len(set(names)) == len(names)
