@@ -12,13 +12,14 @@ window of 1,024, stripes of 256 and 8 shards. That is left out. A shared set has
 anyway; sinks are not among the neighbours; and keys that no longer stand in true order, once for each stripe, would be
 a second contract of the kernels, for a few hundredths of the time of a layer with two sets.
 
-Routed rows are not dealt anew where `routed_imbalance` says that one shard has more than another. What it costs to
-leave them: (imbalance - 1) x the time of the mean shard's routed rows; imbalance is large where few rows are routed,
-whose time is short. What dealing would cost: an exchange of the surplus rows' queries and one of their outputs, each
-way, in every layer, which all shards wait for; since shapes are static, room for the largest surplus that is to be
-moved (a quarter of the 16,384 rows of a shard is 7 MB in 0.5B, in each of four buffers); and a second launch for the
-rows that came. Narrower stripes even out runs of routed tokens
-for nothing.
+Routed rows are not dealt anew where `routed_imbalance` says that one shard has more than another; narrower stripes even
+out runs of routed tokens for nothing. What it costs: imbalance - 1 of the time of the mean shard's routed rows, forward
+and backward. What dealing would cost: if the m-th routed row of a stripe goes to the m-th next shard, a pair of shards
+has at most t / C rows of t for each other, so static buffers are exact; but they hold all t rows. Queries, outputs and
+the gradients of both go through them, in every layer, while all wait: of 16,384 tokens a shard 4 x 29 MB in 0.5B, 4 x
+117 MB in 7B, as many bytes as K and V with their gradients. Over NVLink, at 131,072 tokens, that is about the time of
+one row in a hundred: it would pay where the routed share x (imbalance - 1) is above 1 %, and be lost elsewhere; a
+branch would have to keep the residuals of both ways.
 """
 
 from __future__ import annotations

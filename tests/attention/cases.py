@@ -160,7 +160,7 @@ CASES = (
 )
 # Queries that are a part of the tokens.
 PLACED = (
-    Case("full", length=67, width=16, heads=2, kv_heads=1, places="random"),
+    Case("full", length=67, heads=2, kv_heads=1, places="random"),
     Case("full", length=72, packing=_packed, places="stripes"),
     Case("local", length=131, window=33, sinks=20, heads=14, kv_heads=2, places="random"),
     Case("local", length=72, window=9, sinks=4, packing=_packed, places="random"),
