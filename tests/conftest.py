@@ -50,7 +50,13 @@ def _lacking(marker: str) -> str | None:
     return None
 
 
+# Files with tests of half a minute: they begin first, so that at the end no worker is left alone with one.
+LONG = ("frozen/test_frozen.py", "training/test_demo.py", "training/test_resume.py", "training/test_control.py",
+        "tests/test_guides.py")
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not item.path.as_posix().endswith(LONG))
     for item in items:
         for marker in item.iter_markers():
             reason = _lacking(marker.name)
