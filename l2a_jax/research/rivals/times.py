@@ -12,7 +12,8 @@ from jaxtyping import Bool, Int32
 from l2a_jax.evaluation.controls import random_decisions
 from l2a_jax.inference.cache import layout_of
 from l2a_jax.inference.forward import decode_params
-from l2a_jax.inference.generate import Options, Settings, State, advance, bucket, start
+from l2a_jax.inference.generate import Options, State, advance, bucket, start
+from l2a_jax.research.speed.inference_steps import greedy
 from l2a_jax.research.speed.timing import median_ms
 from l2a_jax.sources import Pretrained
 
@@ -50,6 +51,4 @@ class Times:
         length = self._tokens.shape[1]
         after = random_decisions(0, decisions.mean(axis=(1, 2)), 1, self._room - length)
         every = jnp.asarray(np.concatenate([decisions, after], axis=2))
-        settings = Settings(jnp.int32(STEPS), jnp.float32(0), jnp.float32(1), None, jnp.full((4,), -1, jnp.int32),
-                            every)
-        return self._params, self._tokens, jnp.full((1,), length, jnp.int32), settings
+        return self._params, self._tokens, jnp.full((1,), length, jnp.int32), greedy(STEPS, every)

@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool
 
 from l2a_jax.config import MODELS, L2AConfig, ModelConfig
 from l2a_jax.inference.cache import cache_bytes, empty_cache, layout_of
@@ -61,6 +62,11 @@ def measure(case: InferenceCase, params, config: ModelConfig, layer: L2AConfig |
     return _measure_decode(case, params, config, layer, backend, repeats, steps)
 
 
+def greedy(steps: int, decisions: Bool[Array, "L B S"] | None) -> Settings:
+    """So many steps to the likeliest token, under these decisions; no token ends them."""
+    return Settings(jnp.int32(steps), jnp.float32(0), jnp.float32(1), None, jnp.full((4,), -1, jnp.int32), decisions)
+
+
 def _decisions(case, config, layer, length):
     if layer is None:
         return None
@@ -83,8 +89,7 @@ def _measure_decode(case, params, config, layer, backend, repeats, steps):
     dtype = params["embed"]["embedding"].dtype
     room = case.tokens + steps
     options = Options(config, layer, layout_of(config, layer, room), False, False, backend)
-    settings = Settings(jnp.int32(steps), jnp.float32(0), jnp.float32(1), None, jnp.full((4,), -1, jnp.int32),
-                        _decisions(case, config, layer, room))
+    settings = greedy(steps, _decisions(case, config, layer, room))
     zeros = jnp.zeros((case.batch,), jnp.int32)
 
     def fresh():
