@@ -28,7 +28,7 @@ from l2a_jax.nn.layers import joined, rms_norm
 from l2a_jax.nn.router import Scores, scores_over
 from l2a_jax.sharding import stripes
 from l2a_jax.sharding.attention import Striped
-from l2a_jax.sharding.stripes import CONTEXT
+from l2a_jax.sharding.mesh import CONTEXT
 
 
 class _Recording:

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, Shaped
 
-CONTEXT = "context"
+from l2a_jax.sharding.mesh import CONTEXT
+
 LARGEST = 256
 """Tokens of a stripe, at most. A power of two, so that stripes are whole blocks of the kernels."""
 

@@ -24,6 +24,12 @@ def test_shards_that_do_not_divide_the_tokens_are_refused():
         stripes.stripe(10, 4)
 
 
+def test_a_mesh_without_the_axis_is_refused():
+    assert stripes.shards_of(None) == 1
+    with pytest.raises(ValueError, match="expected one that is called 'context'"):
+        stripes.shards_of(jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("data",)))
+
+
 def test_what_is_dealt_is_joined_in_true_order():
     """`vmap` names an axis as well as a mesh does."""
     whole = jax.random.normal(jax.random.key(0), (2, 24, 3))
