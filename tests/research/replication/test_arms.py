@@ -192,3 +192,11 @@ def test_an_arm_that_was_run_has_its_table(tmp_path):
     assert ("| 2,048: 30.00, +0.020 |" in line and "| 0.750 [0.700, 0.800] | 4,096: 25.0% |" in line
             and "| text loops | learned 2.0000<br>none 2.5000 |" in line)
     assert "## Later arms" in text and "2 of 137 declared rows were run" in text
+
+
+def test_the_guide_says_what_each_arm_trains():
+    guide = (RESULTS.parents[1] / "train" / "README.md").read_text()
+    for name in arms.GROUPS:
+        rows = choose(groups=(name,))
+        tokens = sum(row.settings().tokens for row in rows if row.regime != "baseline")
+        assert f"| `{name}` | {len(rows)} | {tokens // 10**6}M |" in guide, (name, len(rows), tokens)

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from l2a_jax.evaluation import table
+from l2a_jax.evaluation import intervals, table
 from tests.research.replication.test_findings import ALLOWED, RESULTS, accounted, check, limits, percent, ratio, reached
 
 SEEDS = ("", "-s1", "-s2")
@@ -49,9 +49,15 @@ def test_verdicts(parts, rows):
     assert {round(100 * row["sparsity"]) for row in pair} == {88, 89}
     gap, both, _, sinks = accounted(rows, "none", 1)
     told = [rows[f"l2a_ft-repair-s{seed}"]["absorption"] for seed in (0, 1)]
-    check(parts["Verdicts"], pair[0]["tokens_per_trained_parameter"], *(row["loss_last_5_percent"] for row in pair),
-          100 * min(row["sparsity"] for row in pair), *map(ratio, pair), both, gap, 4, sinks,
-          *(one[when]["random_worse"] for one in told for when in ("after", "before")))
+    fast, layers = rows["l2a_ft-1.3M-lr0.0003"], [rows[f"damage-{cell}-none-w256-l1"] for cell in ("par-k4", "seq-k4")]
+    static = [rows[f"{name}-s{seed}"]["audit"]["worse"]["static"] for seed in (0, 1)
+              for name in ("l2a_ft-repair", "repair-w256-p0.3")]
+    assert "at 3e-4:" in parts["Verdicts"] and fast["settings"]["lr"] == 3e-4
+    check(parts["Verdicts"].replace("3e-4", ""), pair[0]["tokens_per_trained_parameter"],
+          *(row["loss_last_5_percent"] for row in pair), 100 * min(row["sparsity"] for row in pair),
+          *map(ratio, pair), fast["tokens_seen"] / 1e6, 100 * fast["sparsity"], ratio(fast), percent(fast), both, gap,
+          4, sinks, *map(percent, layers),
+          *(one[when]["random_worse"] for one in told for when in ("after", "before")), *static)
 
 
 def test_reported_and_measured(parts, rows):
@@ -71,7 +77,9 @@ def test_reported_and_measured(parts, rows):
                 theirs, base = reported(size, regime)
                 points = rows[f"router_only-diverse-{size}"]["benchmarks"][task]["difference"]["points"]
                 expected += [100 * (getattr(theirs, task) - getattr(base, task)), points]
-    check(parts["Reported and measured"], *expected, ratio(rows["router_only-diverse-0.5b"]), expected[0])
+    share, row = reported("0.5b", "router_only")[1].hellaswag, rows["router_only-diverse-0.5b"]
+    check(parts["Reported and measured"], *expected, ratio(row), expected[0], 500,
+          196 * math.sqrt(share * (1 - share) / 500), *(row["benchmarks"][task]["n"] for task in ALLOWED))
 
 
 def test_what_routing_costs(parts, rows):
@@ -89,7 +97,9 @@ def test_the_needle(parts, rows):
     def of(row, length, control):
         return 100 * row["needle"]["lengths"][length]["controls"][control]
 
-    expected = [256, 1, 2_048, percent(large, "2048"), *(of(large, "2048", name) for name in (
+    assert all(row["needle"]["lengths"][length]["n"] == 40 for row, length in (
+        (large, "2048"), *((row, length) for row in seeds for length in ("8192", "32768"))))
+    expected = [40, 20, 256, 1, 2_048, percent(large, "2048"), *(of(large, "2048", name) for name in (
         "static", "random", "none")), 1_024, 0.5]
     for length in ("8192", "32768"):
         assert {percent(row, length) for row in seeds} == {100}
@@ -97,6 +107,9 @@ def test_the_needle(parts, rows):
         rest = [{of(row, length, name) for row in seeds} for name in ("random", "none")]
         assert all(len(one) == 1 for one in rest)
         expected += [int(length), 100, min(static), max(static), *(one.pop() for one in rest)]
+    (whole, _), (_, most) = (intervals.share(round(found * 40 / 100), 40) for found in (100, max(static)))
+    assert whole < most, "their intervals overlap"
+    expected += [40, 100, max(static)]
     for length in ("8192", "32768"):
         asked = [row["needle"]["lengths"][length] for row in rows.values()
                  if row["group"] == "frontier" and row["needle"] and length in row["needle"]["lengths"]]
