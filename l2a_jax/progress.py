@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,9 @@ def progress(label: str, total: int | None, *, start: int = 0,
     `start`: what was done before, which says nothing of the time that is left. A job that takes less than `least`
     seconds is not spoken of.
     """
+    if not logging.getLogger("l2a_jax").isEnabledFor(logging.WARNING):  # another process tells of the job
+        yield lambda done, note: None
+        return
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn

@@ -14,6 +14,7 @@ from l2a_jax.fields import flag
 
 def make_parser() -> flags.Parser:
     """Every setting as a flag; those left out keep the preset's value."""
+    from l2a_jax.sharding import cluster
     from l2a_jax.training.settings import Settings
 
     parser = flags.make_parser(__doc__, Settings, required=False, epilog=describe())
@@ -22,6 +23,9 @@ def make_parser() -> flags.Parser:
                      help="continue this run, bit for bit, with its own settings (but for --mesh)")
     run.add_argument("--run-dir", action=commands.Parsed, parse=commands.path,
                      help="new folder for the run (default: runs/REGIME-TIME)")
+    run.add_argument("--distributed", action=commands.Parsed, parse=cluster.parse,
+                     help="one of several processes: auto, or HOST:PORT,INDEX,COUNT (where process 0 listens, this "
+                          "process's number from 0, and how many there are); --mesh is over the devices of all")
     run.add_argument("--dry-run", action="store_true", help="say what would be trained, and stop")
     return parser
 
@@ -51,8 +55,11 @@ def train(arguments: list[str] | None) -> None:
     from l2a_jax.errors import UserError
     from l2a_jax.runs import folder as run_folder
     from l2a_jax.runs.train import dry_run, resume, train
+    from l2a_jax.sharding import processes
     from l2a_jax.training import settings as presets
 
+    if "distributed" in given:
+        processes.join(given.pop("distributed"))
     run_dir = given.pop("run_dir", None)
     if "resume" in given:
         folder = given.pop("resume")
@@ -68,7 +75,9 @@ def train(arguments: list[str] | None) -> None:
     settings = presets.resolve(regime, given, names)
     commands.say_idle(given, presets.idle(settings))
     if dry:
-        print(dry_run(settings))
+        told = dry_run(settings)
+        if processes.first():
+            print(told)
         return
     train(settings, run_dir or run_folder.default_run_dir(regime))
 

@@ -46,6 +46,11 @@ class TrainingData(Protocol):
         """The held-out documents in a fixed order, at most `batches` batches of the same shapes; may be empty."""
         ...
 
+    def of_process(self, index: int, count: int) -> TrainingData:
+        """The same data, of whose micro-batches (not held-out ones) the `index`-th of `count` equal shares of rows is
+        read: a process's."""
+        ...
+
     def describe(self) -> dict[str, Any]:
         """Documents, tokens, unique tokens, domains with their shares, packing efficiency; plain JSON values."""
         ...

@@ -95,6 +95,11 @@ class Curriculum:
         """Held-out batches of the run's own row length."""
         return self.base.held_out(batches)
 
+    def of_process(self, index: int, count: int) -> Curriculum:
+        """This, of whose micro-batches the `index`-th of `count` equal shares of rows is read."""
+        return dataclasses.replace(self, stages=tuple(dataclasses.replace(
+            stage, data=stage.data.of_process(index, count)) for stage in self.stages))
+
     def describe(self) -> dict[str, Any]:
         """What a summary says about the data."""
         return {**self.base.describe(), "fingerprint": self.fingerprint,

@@ -72,6 +72,10 @@ class PackedData:
             batch = with_echoes(batch, rows, self.echo, self.seed)
         return with_questions(batch, rows, self.ask, self.seed, self.encoder.encode) if self.ask else batch
 
+    def of_process(self, index: int, count: int) -> PackedData:
+        """This data, of whose micro-batches the `index`-th of `count` equal shares of rows is read."""
+        return replace(self, process_index=index, process_count=count)
+
     def held_out(self, batches: int | None = None, domain: str | None = None) -> Iterator[Batch]:
         """The held-out documents once, in the domains' shares as long as they last, at most `batches` batches.
 

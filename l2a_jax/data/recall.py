@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -70,6 +70,8 @@ class RecallCorpus:
     distance: int = 24
     facts: int = 4
     emphasis: float = 1.0
+    process_index: int = 0
+    process_count: int = 1
 
     def __post_init__(self):
         needed = 2 * self.distance + 16 * self.facts
@@ -89,8 +91,15 @@ class RecallCorpus:
         return self.batch_size * self.seq_len
 
     def batch(self, index: int) -> Batch:
-        """Micro-batch `index` of the training split."""
-        return self._rows(np.random.default_rng((self.seed, 0, index)))
+        """Micro-batch `index` of the training split, this process's rows of it."""
+        batch = self._rows(np.random.default_rng((self.seed, 0, index)))
+        size = self.batch_size // self.process_count
+        mine = slice(self.process_index * size, (self.process_index + 1) * size)
+        return Batch(*(None if field is None else field[mine] for field in batch))
+
+    def of_process(self, index: int, count: int) -> RecallCorpus:
+        """This corpus, of whose micro-batches the `index`-th of `count` equal shares of rows is read."""
+        return replace(self, process_index=index, process_count=count)
 
     def held_out(self, batches: int | None = None) -> Iterator[Batch]:
         """The first `batches` batches (8 unless told) of the held-out split: the same for every seed of training."""

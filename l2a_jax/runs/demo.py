@@ -28,7 +28,7 @@ Score = Callable[[Batch, Any], Evaluation]
 def recall_report(run: Run, state: TrainState, frozen: Tree, source_params: Tree, held_out: list[Batch]) -> dict:
     """The report of a demo run that has ended."""
     plan = run.plan
-    plain = run.objective._replace(l2a_config=None)
+    plain = run.objective._replace(l2a_config=None, mesh=None)  # its weights were never dealt
     if plan.l2a_config is None:
         rows = score(lambda batch, _: run.evaluate(state.trainable, frozen, batch, None), held_out)[0]
         return {"rows": {"this model (full attention)": rows}}

@@ -30,7 +30,7 @@ from l2a_jax.data.dataset import open_data
 from l2a_jax.data.recall import RecallCorpus
 from l2a_jax.errors import UserError
 from l2a_jax.models.params import Tree, abstract_params, add_routing, init_params
-from l2a_jax.sharding import leaves
+from l2a_jax.sharding import leaves, processes
 from l2a_jax.sharding import mesh as meshes
 from l2a_jax.sharding.axes import Axes, parse
 from l2a_jax.sources import TINY, load_pretrained, read_config, recall_tokenizer, source_tokenizer
@@ -115,6 +115,7 @@ def make_plan(settings: Settings, *, read: Callable = read_source, open_data: Ca
                         f"{config.num_layers} layers")
     limit = position_limit(config, l2a_config)
     axes = Axes() if settings.mesh is None else parse(settings.mesh)
+    processes.check(axes)
 
     def rows_of(seq_len: int, batch_size: int) -> Any:
         if seq_len > limit:
@@ -253,8 +254,9 @@ def compile_run(plan: RunPlan) -> Run:
     if mesh is not None:
         like, frozen = (leaves.described(tree, mesh) for tree in (like, frozen))
         _say_whole(like, frozen, mesh.size)
+    read = {} if mesh is None else {"out_shardings": NamedSharding(mesh, P())}  # by every process
     evaluate = jax.jit(lambda trainable, frozen, batch, decisions: evaluate_batch(
-        compute_params(trainable, frozen, plan.dtype), batch, decisions, objective=objective))
+        compute_params(trainable, frozen, plan.dtype), batch, decisions, objective=objective), **read)
     if not jax.tree.leaves(trainable):
         return Run(plan, objective, mask, optimizer, like, None, evaluate, memory.tree_bytes(frozen))
     dealt = {} if mesh is None else {"out_shardings": (leaves.shardings(like, mesh), NamedSharding(mesh, P()))}

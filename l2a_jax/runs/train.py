@@ -14,7 +14,7 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -31,13 +31,14 @@ from l2a_jax.files import check_file, check_writable, owned, write_json
 from l2a_jax.models.params import Tree, abstract_params
 from l2a_jax.runs import folder
 from l2a_jax.runs.demo import recall_report
-from l2a_jax.runs.plan import Run, RunPlan, compile_run, load_tree, make_plan, plan_of
+from l2a_jax.runs.plan import Run, RunPlan, compile_run, load_tree, make_plan, plan_of, set_deterministic
+from l2a_jax.sharding import processes
 from l2a_jax.training import metrics
 from l2a_jax.training.checkpoints import BEST, LATEST, Checkpoints
 from l2a_jax.training.diagnose import first_non_finite
 from l2a_jax.training.loop import NonFinite, Schedule, Stopped, StopRequest, fit, stacked_batch
 from l2a_jax.training.regimes import count_parameters, regime_mask
-from l2a_jax.training.run_files import RunConfig, read_run
+from l2a_jax.training.run_files import RunConfig, read_run, read_summary
 from l2a_jax.training.settings import Settings
 from l2a_jax.training.step import TrainState, target_tokens
 from l2a_jax.training.tables import MIXED, NEXT_TOKEN, SALIENCY
@@ -46,9 +47,13 @@ log = logging.getLogger("l2a_jax")
 
 
 def train(settings: Settings, run_dir: pathlib.Path) -> dict[str, Any]:
-    """Train as `settings` say into the new folder `run_dir`; returns the summary that `summary.json` holds."""
-    with _stoppable(run_dir, "nothing has been trained, so nothing is kept") as stop, folder.new(run_dir):
-        plan = make_plan(settings)
+    """Train as `settings` say into the new folder `run_dir`, that of process 0 where there are several; returns the
+    summary that `summary.json` holds."""
+    run_dir = _shared(run_dir, settings)
+    with (_stoppable(run_dir, "nothing has been trained, so nothing is kept") as stop,
+          _by_first(folder.new(run_dir), run_dir)):
+        with processes.first_before_others():
+            plan = make_plan(settings)
         _announce(plan)
         return _carry_out(plan, run_dir, stop)
 
@@ -64,37 +69,43 @@ def resume(run_dir: pathlib.Path, mesh: str | None = None) -> dict[str, Any]:
             log.warning("the run began on %s and goes on on %s: sums are taken in another order, so its numbers will "
                         "not be the same to the last bit", recorded.settings.mesh or "one device", mesh)
         recorded = recorded._replace(settings=dataclasses.replace(recorded.settings, mesh=mesh))
+    run_dir = _shared(run_dir, recorded.settings)
     unchanged = f"the run is as it was; {_continue(run_dir)}"
-    with _stoppable(run_dir, unchanged) as stop, owned(run_dir, "--resume"):
-        plan = plan_of(recorded, f"--resume {run_dir}")
+    with _stoppable(run_dir, unchanged) as stop, _by_first(owned(run_dir, "--resume"), run_dir):
+        with processes.first_before_others():
+            plan = plan_of(recorded, f"--resume {run_dir}")
         _announce(plan)
         _check_machine(plan, recorded, f"--resume {run_dir}")
         checkpoints = Checkpoints(run_dir)
-        check_writable(run_dir, "--resume")
-        for kind in (LATEST, BEST):  # damage, and what cannot be written, are said before compiling
-            checkpoints.sweep(kind)
-            checkpoints.metadata(kind)
-        check_file(run_dir / "metrics.jsonl", "--resume")
+        with processes.together():
+            check_writable(run_dir, "--resume")
+            for kind in (LATEST, BEST):  # damage, and what cannot be written, are said before compiling
+                checkpoints.sweep(kind)
+                checkpoints.metadata(kind)
+            check_file(run_dir / "metrics.jsonl", "--resume")
         return _carry_out(plan, run_dir, stop, recorded)
 
 
 def _carry_out(plan: RunPlan, run_dir: pathlib.Path, stop: StopRequest, recorded: RunConfig | None = None) -> dict:
     """Compile, load, train and score: a new run, or the one that was `recorded`, from its newest checkpoint."""
     stop.at_once = False  # from here on JAX works, which must not be torn down in the middle
-    run = compile_run(plan)
-    stop.check()
-    params, source_params, source = load_tree(plan)
-    stop.check()
-    if recorded is None:
-        folder.write_config(run_dir, plan, source)
-    elif source != recorded.source_hash:
+    with processes.together():
+        run = compile_run(plan)
+        stop.check()
+    with processes.together():
+        params, source_params, source = load_tree(plan)
+        stop.check()
+        if recorded is None and processes.first():
+            folder.write_config(run_dir, plan, source)
+    if recorded is not None and source != recorded.source_hash:
         raise UserError(f"--resume {run_dir}: the weights of {plan.source} have changed since the run began "
                         f"(hash {source[:12]}, not {recorded.source_hash[:12]})")
     trainable, frozen = run.split(params)
     del params  # an unrolled step has copies of the frozen leaves
     checkpoints = Checkpoints(run_dir)
     if recorded is not None and checkpoints.steps(LATEST):
-        state = checkpoints.load(LATEST, run.like)
+        with processes.together():
+            state = checkpoints.load(LATEST, run.like)
         log.info("resuming after step %d of %d", int(state.step), plan.steps)
     else:
         if recorded is not None:  # stopped before the first checkpoint: the start is exact too
@@ -114,6 +125,29 @@ def _check_machine(plan: RunPlan, recorded: RunConfig, what: str) -> None:
     if began and began != kind:
         log.warning("the run began on %s and goes on on %s: its numbers will not be the same to the last bit", began,
                     kind)
+
+
+def _shared(run_dir: pathlib.Path, settings: Settings) -> pathlib.Path:
+    """The run folder of process 0, for every process; from here on each knows the devices of all."""
+    if settings.deterministic:
+        set_deterministic()
+    processes.meet()
+    told = processes.of_first(lambda: str(run_dir.absolute()))
+    return run_dir if processes.first() else pathlib.Path(told)
+
+
+@contextlib.contextmanager
+def _by_first(owning: contextlib.AbstractContextManager, run_dir: pathlib.Path) -> Iterator[None]:
+    """A block in which process 0 is `owning` the run folder; UserError where another does not find it there."""
+    with contextlib.ExitStack() as held:
+        with processes.together():
+            if processes.first():
+                held.enter_context(owning)
+        with processes.together():
+            if not run_dir.is_dir():
+                raise UserError(f"this process does not find the run folder {run_dir}; expected one that all processes "
+                                "of a run share")
+        yield
 
 
 @contextlib.contextmanager
@@ -163,13 +197,9 @@ def _fit_and_score(run: Run, run_dir: pathlib.Path, state: TrainState, frozen: T
     best = (checkpoints.metadata(BEST) or {}).get("best", float("inf"))
     began = time.perf_counter()
     if run.step is not None:
-        with contextlib.closing(metrics.MetricsLog(run_dir / "metrics.jsonl", int(state.step))) as records:
-            missing = metrics.missing_steps(records.kept, int(state.step))
-            if missing is not None:
-                log.warning("%s: %s; what the summary says of losses and speeds is of the others",
-                            run_dir / "metrics.jsonl", missing)
+        with _recording(run_dir, int(state.step)) as record:
             try:
-                state = fit_run(run, state, frozen, held_out, record=records.write, save=checkpoints.save, best=best,
+                state = fit_run(run, state, frozen, held_out, record=record, save=checkpoints.save, best=best,
                                 stop=stop)
             except NonFinite as failure:
                 last = (f"the last good checkpoint is {checkpoints.folder(LATEST)}" if checkpoints.steps(LATEST)
@@ -180,25 +210,42 @@ def _fit_and_score(run: Run, run_dir: pathlib.Path, state: TrainState, frozen: T
     scored = held_out_metrics(run, state, frozen, held_out)
     if state.control is not None:
         scored |= held_out_target(run, state, frozen)
-    summary = folder.summarise(run, run_dir, state, scored, time.perf_counter() - began)
-    if plan.is_demo:
-        summary["recall"] = recall_report(run, state, frozen, source_params, held_out)
-    write_json(run_dir / "summary.json", summary)
-    if run.step is not None:
-        try:
-            folder.draw_curves(run_dir, run)
-        except Missing as lacking:
-            log.warning("no curves.png: %s", lacking)
-    folder.print_summary(run_dir, summary)
-    return summary
+    report = {"recall": recall_report(run, state, frozen, source_params, held_out)} if plan.is_demo else {}
+    summary = {}
+    with processes.together():
+        if processes.first():
+            summary = folder.summarise(run, run_dir, state, scored, time.perf_counter() - began) | report
+            write_json(run_dir / "summary.json", summary)
+            if run.step is not None:
+                try:
+                    folder.draw_curves(run_dir, run)
+                except Missing as lacking:
+                    log.warning("no curves.png: %s", lacking)
+            folder.print_summary(run_dir, summary)
+    return summary or read_summary(run_dir)
+
+
+@contextlib.contextmanager
+def _recording(run_dir: pathlib.Path, step: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """What writes the record of a step, after those up to `step`; process 0 alone writes."""
+    if not processes.first():
+        yield lambda record: None
+        return
+    with contextlib.closing(metrics.MetricsLog(run_dir / "metrics.jsonl", step)) as records:
+        missing = metrics.missing_steps(records.kept, step)
+        if missing is not None:
+            log.warning("%s: %s; what the summary says of losses and speeds is of the others",
+                        run_dir / "metrics.jsonl", missing)
+        yield records.write
 
 
 def fit_run(run: Run, state: TrainState, frozen: Tree, held_out: list[Batch], **kept: Any) -> TrainState:
     """`loop.fit` of a run (`kept`: what it is told besides); a NonFinite that it raises says `where`."""
-    plan, s = run.plan, run.plan.settings
+    plan, s, mesh = run.plan, run.plan.settings, run.objective.mesh
     key = jax.random.key(s.seed)
     try:
-        return fit(state, lambda state, batch: run.step(state, frozen, batch, key), plan.data,
+        return fit(state, lambda state, batch: run.step(state, frozen, processes.placed(batch, mesh), key),
+                   plan.data.of_process(*processes.share_of(mesh)),
                    Schedule(plan.steps, s.grad_accum, s.save_every, s.eval_every),
                    evaluate=lambda state: held_out_metrics(run, state, frozen, held_out), **kept)
     except NonFinite as failure:

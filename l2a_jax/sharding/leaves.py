@@ -50,7 +50,14 @@ def described(tree: Any, mesh: Mesh) -> Any:
 
 def put(tree: Any, mesh: Mesh) -> Any:
     """The arrays of `tree`, each dealt over the devices."""
-    return jax.device_put(tree, shardings(tree, mesh))
+    return jax.tree.map(_put, tree, shardings(tree, mesh))
+
+
+def _put(leaf: Any, sharding: NamedSharding) -> Array:
+    if sharding.is_fully_addressable or not getattr(leaf, "is_fully_addressable", True):
+        return jax.device_put(leaf, sharding)
+    # Every process has the leaf: `device_put` would send it to the others, to compare.
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
 
 
 def whole_bytes(tree: Any, shards: int) -> int:

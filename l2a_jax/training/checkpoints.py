@@ -23,6 +23,7 @@ from l2a_jax.errors import UserError
 from l2a_jax.files import parse_json, reading, sha256, write_json
 from l2a_jax.models.params import Tree
 from l2a_jax.shapes import each, require
+from l2a_jax.sharding import processes
 from l2a_jax.training.control import Control
 from l2a_jax.training.step import TrainState
 
@@ -37,7 +38,8 @@ _PARTIAL = ".partial"
 class Checkpoints:
     """The `checkpoints/` folder of a run: `latest/STEP`, two of them, and `best/STEP`, one.
 
-    Only whoever owns the run may `save`; reading changes nothing. `step` None is the newest of its kind.
+    Only whoever owns the run may `save`; reading changes nothing. `step` None is the newest of its kind. Several
+    processes of one run save and load together: each the arrays that it holds, and process 0 what else there is.
     """
 
     def __init__(self, run_dir: pathlib.Path):
@@ -74,23 +76,34 @@ class Checkpoints:
             return
         partial = folder / _PARTIAL
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.sweep(kind)
-            self._drop(kind, max(1, KEPT[kind] - 1))
+            with processes.together():
+                folder.mkdir(parents=True, exist_ok=True)
+                self.sweep(kind)
+                self._drop(kind, max(1, KEPT[kind] - 1))
             parts = {"trainable": state.trainable, "optimizer": _numbered(state.optimizer), **_control(state)}
             ocp.save_checkpointables(partial / str(step), parts, custom_metadata={**metadata, "checksums": SUMS})
-            write_json(partial / str(step) / SUMS, {"step": step, "sha256": _sums(partial / str(step))})
-            (partial / str(step)).rename(folder / str(step))
+            with processes.together():
+                self._finish(partial / str(step), folder / str(step))
         except Exception as error:  # Orbax raises many kinds for one fact: the system refuses
             kept = "; ".join(str(self.root / kind / str(step)) for step in self.steps(kind)) or "none"
             raise UserError(f"the checkpoint {folder / str(step)} cannot be written: {_reason(error)} (whole ones "
                             f"there: {kept})") from error
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        self._drop(kind, KEPT[kind])
+            if processes.first():
+                shutil.rmtree(partial, ignore_errors=True)
+        with processes.together():
+            self._drop(kind, KEPT[kind])
+
+    def _finish(self, written: pathlib.Path, whole: pathlib.Path) -> None:
+        """Give a checkpoint that all have written its sums and its name."""
+        if processes.first():
+            write_json(written / SUMS, {"step": int(whole.name), "sha256": _sums(written)})
+            written.rename(whole)
 
     def sweep(self, kind: str) -> None:
         """Remove what killed processes did not finish; for whoever owns the run."""
+        if not processes.first():
+            return
         for left in (self.root / kind).glob("*"):
             if not left.name.isdecimal():
                 shutil.rmtree(left, ignore_errors=True)
@@ -124,7 +137,7 @@ class Checkpoints:
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(
             x.shape, x.dtype, sharding=getattr(x, "sharding", None) or device), parts)
         folder = self.folder(kind, step)
-        checked = self._check_sums(kind, folder, parts)
+        checked = processes.of_first(lambda: self._check_sums(kind, folder, parts))
         try:
             return int(folder.name), ocp.load_checkpointables(folder, abstract)
         except Exception as error:  # Orbax raises many kinds, and words, for the one fact that the files do not fit
@@ -185,6 +198,8 @@ class Checkpoints:
         return UserError(f"the checkpoint {folder} is damaged: {what}; {advice}")
 
     def _drop(self, kind: str, kept: int) -> None:
+        if not processes.first():
+            return
         for step in self.steps(kind)[:-kept]:
             # Under another name first: a folder with a step's name is a whole checkpoint.
             gone = self.root / kind / f".{step}{_PARTIAL}"

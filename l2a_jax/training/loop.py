@@ -26,6 +26,7 @@ from l2a_jax.data.batch import Batch, TrainingData
 from l2a_jax.data.curriculum import Curriculum
 from l2a_jax.files import native
 from l2a_jax.progress import progress
+from l2a_jax.sharding import processes
 from l2a_jax.training.checkpoints import BEST, LATEST
 from l2a_jax.training.metrics import told
 from l2a_jax.training.step import TrainState
@@ -184,7 +185,7 @@ def fit(
             flush({})
             pending = (step, metrics)
             last = step == schedule.steps
-            stopping = stop.signal_number is not None
+            stopping = processes.stopping(step, stop.signal_number)
             if step % schedule.eval_every == 0 or last:
                 held_out = {}
                 if bool(metrics["healthy"]):
@@ -199,10 +200,10 @@ def fit(
                 elif loss < best:
                     best = loss
                     keep(BEST)
-            if step % schedule.save_every == 0 or last or stopping:
+            if step % schedule.save_every == 0 or last or stopping is not None:
                 flush({})
                 keep(LATEST)
                 clock = time.perf_counter()
-            if stopping and not last:
-                raise Stopped(step, stop.signal_number)
+            if stopping is not None and not last:
+                raise Stopped(step, stopping)
     return state
