@@ -8,9 +8,9 @@ axis, in the dtype of the keys, and leaves each shard its tokens' part.
 Bytes. K and V are the narrow part of a layer: of 131,072 tokens over 8 shards a device receives 59 MB a layer and
 direction in Qwen2.5-0.5B, 235 MB in 7B, of which one layer's weights are 466 MB, gathered too. A window needs only the
 ceil((W - 1) / stripe) stripes before each of a shard's own, against all other shards' in a full gather: 4 to 7 at a
-window of 1,024, stripes of 256 and 8 shards. That is left out. A shared set has gathered its keys for the global path
-anyway; sinks are not among the neighbours; and keys that no longer stand in true order, once for each stripe, would be
-a second contract of the kernels, for a few hundredths of the time of a layer with two sets.
+window of 1,024, stripes of 256 and 8 shards. That is left out: a shared set has gathered its keys for the global path
+anyway, sinks are not among the neighbours, and what remains, the local one of two sets without sinks, would save at
+most half of such a layer's exchange, a few hundredths of its time, and hold each key once for each stripe that sees it.
 
 Routed rows are not dealt anew where `routed_imbalance` says that one shard has more than another; narrower stripes even
 out runs of routed tokens for nothing. What it costs: imbalance - 1 of the time of the mean shard's routed rows, forward
