@@ -32,6 +32,10 @@ def layer_of(config: ModelConfig, own: L2AConfig | None, given: dict[str, Any], 
              prune: tuple[int, ...], source: str) -> tuple[ModelConfig, L2AConfig | None]:
     """The configurations to evaluate with. UserError where the flags contradict the source or each other."""
     fields.check_given(given, presets.LayerSettings)
+    run = run_source(locate(source)) if own is not None and route == "learned" else None
+    if run is not None and read_run(run.folder).settings.forced is not None:
+        log.warning("%s was trained under forced decisions, which its router did not make; it is scored under its "
+                    "router's (the study scores under those of training)", source)
     if own is None and set(given) <= {"rope"}:
         if route != "learned" or prune:
             raise UserError(f"{source} is a plain model, which has nothing to route or prune; give --window (and "

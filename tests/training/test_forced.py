@@ -2,6 +2,7 @@
 model."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +10,17 @@ import numpy as np
 import pytest
 
 from l2a_jax.errors import UserError
+from l2a_jax.evaluation import subject
 from l2a_jax.models.transformer import hidden_states
 from l2a_jax.nn import routing
 from l2a_jax.runs.plan import make_plan
+from l2a_jax.sources import read_config
 from l2a_jax.training import settings as presets
 from l2a_jax.training.loss import cross_entropy
 from l2a_jax.training.optimizer import OptimizerConfig, make_optimizer
 from l2a_jax.training.regimes import partition, regime_mask
 from l2a_jax.training.step import Objective, compute_params, forced_decisions, initial_state, train_step
+from tests.frozen.test_old_folders import FOLDERS
 from tests.models.cases import CONFIG, LAYERS, make_params
 from tests.training.test_step import DIALS, make_batch
 
@@ -77,6 +81,17 @@ def test_decisions_are_drawn_once_for_every_place():
 def test_what_forced_decisions_leave_no_room_for(regime, given, message):
     with pytest.raises(UserError, match=message):
         presets.resolve(regime, {"forced": (1.0,), **given})
+
+
+def test_a_forced_run_says_that_it_is_scored_under_its_routers_decisions(tmp_path, caplog):
+    config = json.loads((FOLDERS / "router_only" / "config.json").read_text())
+    for forced, said in ((None, 0), ([0.5], 1)):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "settings": {**config["settings"],
+                                                                                 "forced": forced}}))
+        caplog.clear()
+        model, layer = read_config(str(tmp_path))
+        subject.layer_of(model, layer, {}, "learned", (), str(tmp_path))
+        assert caplog.text.count("was trained under forced decisions") == said
 
 
 def test_one_share_or_one_for_each_layer():

@@ -107,10 +107,13 @@ class Row:
         return [*out, *(() if run_dir is None else ("--run-dir", run_dir))]
 
     def commands(self, model: str = "MODEL", data_dir: str = "DATA") -> list[str]:
-        """The commands that repeat this row one by one: training, then evaluation."""
+        """The commands that repeat this row one by one: training, then evaluation. Decisions that training forced are
+        evaluated by the study alone."""
         m, run_dir = self.measures, f"runs/{self.name}"
         lines = [] if self.regime == "baseline" else [
             f"python train/run.py {shlex.join(self.flags(model, data_dir, run_dir))}"]
+        if dict(self.given).get("forced") is not None:
+            return lines
         source = [model, "--out", run_dir] if self.regime == "baseline" else [run_dir]
         own = [name for name in m.tasks if name in ("perplexity", "collapse")]
         if own:

@@ -103,6 +103,7 @@ def test_forced_rates_are_those_that_were_learned():
     assert tuple(np.round(np.mean(found, axis=0), 4).tolist()) == arms.RATES
     rows = choose(groups=("forced",))
     assert {row.settings().forced and round(sum(row.settings().forced), 3) for row in rows} == {None, 1.796}
+    assert all(len(row.commands()) == 1 + 2 * (row.settings().forced is None) for row in rows), "scored by the study"
     assert [row.name for row in with_baselines(choose(("l2a_ft-static-s4",)))] == [
         "baseline-0.5b", "l2a_ft-learned-s4", "l2a_ft-static-s4"]
 
