@@ -24,15 +24,17 @@ def reach(evaluated) -> dict[str, Any]:
 
 
 def long_tasks(evaluated) -> dict[str, Any]:
-    """`--tasks ruler`, without what was written."""
+    """`--tasks ruler`, without what was written, and without this machine's paths."""
     session, m, model = evaluated.session, evaluated.row.measures, evaluated.model
     options = Options(evaluated.row.name, ("ruler",), lengths=m.ruler_lengths, ruler_items=m.ruler_items,
                       needle={"haystack": (session.place(m.haystack),)}, backend=session.backend)
     prepared = session.once(("ruler", evaluated.row.size, m.ruler_lengths, m.ruler_items, m.haystack),
                             lambda: ruler.prepare("ruler", options, model))
-    found = ruler.task(Work("ruler", options, model, model, None, prepared, session.passes, lambda: None, Path()))
+    found = ruler.task(Work("ruler", options, model, model, None, prepared, session.passes, lambda: None,
+                            Path(f"{evaluated.row.name}.json")))
     cells = [{name: value for name, value in cell.items() if name != "written"} for cell in found["cells"]]
-    return {**found, "cells": cells}
+    haystack = {**found["made_of"]["haystack"], "name": m.haystack}
+    return {**found, "cells": cells, "made_of": {**found["made_of"], "haystack": haystack}}
 
 
 def all_routed(evaluated) -> dict[str, Any]:

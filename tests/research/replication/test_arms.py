@@ -8,6 +8,7 @@ import pytest
 from l2a_jax.evaluation.perplexity import score_windows
 from l2a_jax.files import write_json
 from l2a_jax.research.replication import arms, autopsy, report, runner, trained
+from l2a_jax.research.replication.builders import LAYERS
 from l2a_jax.research.replication.measures import EvaluatedRow
 from l2a_jax.research.replication.row import BENCHMARKS
 from l2a_jax.research.replication.rows import choose, with_baselines
@@ -101,6 +102,7 @@ def test_forced_rates_are_those_that_were_learned():
     found = [runner.read_row(RESULTS / "rows" / f"l2a_ft-repair-s{seed}.json")["evaluations"]["audit"]["result"]
              ["rates_per_layer"] for seed in (0, 1)]
     assert tuple(np.round(np.mean(found, axis=0), 4).tolist()) == arms.RATES
+    assert len(arms.RATES) == LAYERS["0.5b"]
     rows = choose(groups=("forced",))
     assert {row.settings().forced and round(sum(row.settings().forced), 3) for row in rows} == {None, 1.796}
     assert all(len(row.commands()) == 1 + 2 * (row.settings().forced is None) for row in rows), "scored by the study"
@@ -135,8 +137,10 @@ def test_a_row_is_asked_beyond_its_windows_and_with_everything_routed(session, t
 
     def task(work):
         asked.append((work.options.lengths, work.options.ruler_items, work.prepared))
+        assert work.path.with_name("samples") and not work.options.log_samples
         scored = {"length": 64, "control": "learned", "score": 0.5, "n": 4}
-        return {"cells": [{**scored, "written": ["text"]}], "overall": [{**scored, "score_95": [0.1, 0.9]}]}
+        return {"cells": [{**scored, "written": ["text"]}], "overall": [{**scored, "score_95": [0.1, 0.9]}],
+                "made_of": {"haystack": {"name": "/a/path", "tokens": 5}, "words": "some"}}
 
     monkeypatch.setattr("l2a_jax.evaluation.ruler.prepare", lambda name, options, model: options.needle["haystack"])
     monkeypatch.setattr("l2a_jax.evaluation.ruler.task", task)
@@ -149,6 +153,7 @@ def test_a_row_is_asked_beyond_its_windows_and_with_everything_routed(session, t
              runner.read_row(tmp_path / f"{row.name}.json")["evaluations"].items()}
     assert asked == [((64,), 4, ("recall",))] and found["ruler"]["cells"] == [
         {"length": 64, "control": "learned", "score": 0.5, "n": 4}]
+    assert found["ruler"]["made_of"]["haystack"] == {"name": "recall", "tokens": 5}, "not this machine's"
     rows = found["reach"]["rows"]
     assert {"all", "none", "learned"} <= set(rows) and found["reach"]["window"] == LAYER["window"]
     again = found["all_routed"]["contexts"]["128"]
