@@ -54,7 +54,8 @@ def train(arguments: list[str] | None) -> None:
 
     from l2a_jax.errors import UserError
     from l2a_jax.runs import folder as run_folder
-    from l2a_jax.runs.train import dry_run, resume, train
+    from l2a_jax.runs.about import dry_run
+    from l2a_jax.runs.train import resume, train
     from l2a_jax.sharding import processes
     from l2a_jax.training import settings as presets
 

@@ -36,6 +36,7 @@ from l2a_jax.sharding.axes import Axes, parse
 from l2a_jax.sources import TINY, load_pretrained, read_config, recall_tokenizer, source_tokenizer
 from l2a_jax.training import memory
 from l2a_jax.training import settings as presets
+from l2a_jax.training.estimate import Held, held
 from l2a_jax.training.optimizer import Dials, OptimizerConfig, make_optimizer
 from l2a_jax.training.regimes import regime_mask
 from l2a_jax.training.run_files import RunConfig
@@ -84,11 +85,13 @@ def read_source(source: str) -> tuple[ModelConfig, L2AConfig | None, Any]:
     return *read_config(source), source_tokenizer(source)
 
 
-def make_plan(settings: Settings, *, read: Callable = read_source, open_data: Callable = open_data) -> RunPlan:
+def make_plan(settings: Settings, *, read: Callable = read_source, open_data: Callable = open_data,
+              present: bool = True) -> RunPlan:
     """Resolve a run's source, layer and data. UserError where anything does not fit. No run folder is
     made, but text that is read for the first time is tokenised, and its tokens are kept.
 
-    `read` and `open_data` do the reading; a study of many runs passes ones that remember.
+    `read` and `open_data` do the reading; a study of many runs passes ones that remember. `present`: the devices of
+    the mesh have to be there.
     """
     if settings.deterministic:
         set_deterministic()
@@ -115,7 +118,9 @@ def make_plan(settings: Settings, *, read: Callable = read_source, open_data: Ca
                         f"{config.num_layers} layers")
     limit = position_limit(config, l2a_config)
     axes = Axes() if settings.mesh is None else parse(settings.mesh)
-    processes.check(axes)
+    if present:
+        meshes.check_present(axes)
+        processes.check(axes)
 
     def rows_of(seq_len: int, batch_size: int) -> Any:
         if seq_len > limit:
@@ -236,28 +241,52 @@ def program_key(plan: RunPlan) -> tuple:
     return plan.config, plan.l2a_config, presets.compiled_in(resolved)
 
 
-def compile_run(plan: RunPlan) -> Run:
-    """Compile a step from shapes alone and refuse a run that cannot fit (UserError with the estimate)."""
+class _Parts(NamedTuple):
+    """What a plan's settings make of its model: what is trained and how, and the shapes of a training state and of the
+    frozen leaves."""
+
+    rule: OptimizerConfig
+    optimizer: optax.GradientTransformation
+    mask: Tree
+    like: TrainState
+    frozen: Tree
+
+
+def _parts(plan: RunPlan) -> _Parts:
     s = plan.settings
-    mesh = None if plan.axes is None else meshes.make(plan.axes)
-    objective = Objective(plan.config, plan.l2a_config, dtype=plan.dtype, backend=s.backend,
-                          remat=memory.checkpoint_policy(s.remat, mesh is not None), unroll=_unrolls(s), cost=s.cost,
-                          minimised=s.objective, target_tokens=s.target_tokens, mesh=mesh)
     rule = OptimizerConfig(s.regime, s.weight_decay, s.clip, attention_layers=s.attention_layers,
                            momentum_dtype=None if s.master_dtype == "float32" else jnp.dtype(s.master_dtype))
     optimizer = make_optimizer(rule, dials_of(plan))
     abstract = abstract_params(plan.config, plan.l2a_config, plan.dtype)
     mask = regime_mask(abstract, s.regime)
-    trainable, frozen = jax.eval_shape(lambda params: split_params(params, mask, objective.unroll), abstract)
+    trainable, frozen = jax.eval_shape(lambda params: split_params(params, mask, _unrolls(s)), abstract)
     like = jax.eval_shape(lambda t: initial_state(t, optimizer, jnp.dtype(s.master_dtype),
                                                      s.target_local is not None), trainable)
+    return _Parts(rule, optimizer, mask, like, frozen)
+
+
+def estimate(plan: RunPlan) -> Held:
+    """What a step holds on each device of the plan's mesh, by shapes alone."""
+    s, parts = plan.settings, _parts(plan)
+    return held(parts.like, parts.frozen, plan.config, plan.l2a_config, axes=plan.axes or Axes(), rows=s.batch_size,
+                seq_len=s.seq_len, remat=s.remat, dtype=plan.dtype, accumulate=s.grad_accum)
+
+
+def compile_run(plan: RunPlan, refuse: bool = True) -> Run:
+    """Compile a step from shapes alone and `refuse` a run that cannot fit (UserError with the estimate)."""
+    s = plan.settings
+    mesh = None if plan.axes is None else meshes.make(plan.axes)
+    objective = Objective(plan.config, plan.l2a_config, dtype=plan.dtype, backend=s.backend,
+                          remat=memory.checkpoint_policy(s.remat, mesh is not None), unroll=_unrolls(s), cost=s.cost,
+                          minimised=s.objective, target_tokens=s.target_tokens, mesh=mesh)
+    rule, optimizer, mask, like, frozen = _parts(plan)
     if mesh is not None:
         like, frozen = (leaves.described(tree, mesh) for tree in (like, frozen))
         _say_whole(like, frozen, mesh.size)
     read = {} if mesh is None else {"out_shardings": NamedSharding(mesh, P())}  # by every process
     evaluate = jax.jit(lambda trainable, frozen, batch, decisions: evaluate_batch(
         compute_params(trainable, frozen, plan.dtype), batch, decisions, objective=objective), **read)
-    if not jax.tree.leaves(trainable):
+    if not jax.tree.leaves(like.trainable):
         return Run(plan, objective, mask, optimizer, like, None, evaluate, memory.tree_bytes(frozen))
     dealt = {} if mesh is None else {"out_shardings": (leaves.shardings(like, mesh), NamedSharding(mesh, P()))}
     step = jax.jit(functools.partial(train_step, objective=objective, optimizer=rule), donate_argnums=0, **dealt)
@@ -265,7 +294,9 @@ def compile_run(plan: RunPlan) -> Run:
     started = time.perf_counter()
     compiled = {batch.tokens.shape: step.lower(like, frozen, batch, jax.eval_shape(jax.random.key, 0),
                                                dials_of(plan)).compile() for batch in _batches(plan, mesh)}
-    need = max(memory.check_fits(program, like, frozen) for program in compiled.values())
+    need = max(map(memory.step_bytes, compiled.values()))
+    if refuse:
+        memory.check_fits(need, like, frozen)
     log.info("compiled a step in %.1f s; it needs %.2f GB of %.1f GB%s", time.perf_counter() - started, need / 1e9,
              device.memory_bytes() / 1e9, "" if mesh is None else " on each device")
     return Run(plan, objective, mask, optimizer, like, _by_shape(compiled), evaluate, need)

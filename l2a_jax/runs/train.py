@@ -22,14 +22,13 @@ import numpy as np
 
 from l2a_jax import device
 from l2a_jax.commands import spelled
-from l2a_jax.data.batch import Batch, TrainingData, decode_row
-from l2a_jax.data.counts import format_count
+from l2a_jax.data.batch import Batch, TrainingData
 from l2a_jax.data.curriculum import Curriculum
-from l2a_jax.data.tokenise import cache_folder
 from l2a_jax.errors import Missing, UserError
 from l2a_jax.files import check_file, check_writable, owned, write_json
-from l2a_jax.models.params import Tree, abstract_params
+from l2a_jax.models.params import Tree
 from l2a_jax.runs import folder
+from l2a_jax.runs.about import announce
 from l2a_jax.runs.demo import recall_report
 from l2a_jax.runs.plan import Run, RunPlan, compile_run, load_tree, make_plan, plan_of, set_deterministic
 from l2a_jax.sharding import processes
@@ -37,11 +36,9 @@ from l2a_jax.training import metrics
 from l2a_jax.training.checkpoints import BEST, LATEST, Checkpoints
 from l2a_jax.training.diagnose import first_non_finite
 from l2a_jax.training.loop import NonFinite, Schedule, Stopped, StopRequest, fit, stacked_batch
-from l2a_jax.training.regimes import count_parameters, regime_mask
 from l2a_jax.training.run_files import RunConfig, read_run, read_summary
 from l2a_jax.training.settings import Settings
 from l2a_jax.training.step import TrainState, target_tokens
-from l2a_jax.training.tables import MIXED, NEXT_TOKEN, SALIENCY
 
 log = logging.getLogger("l2a_jax")
 
@@ -54,7 +51,7 @@ def train(settings: Settings, run_dir: pathlib.Path) -> dict[str, Any]:
           _by_first(folder.new(run_dir), run_dir)):
         with processes.first_before_others():
             plan = make_plan(settings)
-        _announce(plan)
+        announce(plan)
         return _carry_out(plan, run_dir, stop)
 
 
@@ -74,7 +71,7 @@ def resume(run_dir: pathlib.Path, mesh: str | None = None) -> dict[str, Any]:
     with _stoppable(run_dir, unchanged) as stop, _by_first(owned(run_dir, "--resume"), run_dir):
         with processes.first_before_others():
             plan = plan_of(recorded, f"--resume {run_dir}")
-        _announce(plan)
+        announce(plan)
         _check_machine(plan, recorded, f"--resume {run_dir}")
         checkpoints = Checkpoints(run_dir)
         with processes.together():
@@ -170,21 +167,6 @@ def _stoppable(run_dir: pathlib.Path, before: str) -> Iterator[StopRequest]:
 
 def _continue(run_dir: pathlib.Path) -> str:
     return f"continue with: {spelled('train/run.py')} --resume {run_dir}"
-
-
-def dry_run(settings: Settings) -> str:
-    """What a run would train, in a dozen lines: regime, layer, steps, data, memory, and how one packed row begins.
-
-    Makes no run folder. Data that is read for the first time is tokenised, and kept for the training to come.
-    """
-    plan = make_plan(settings)
-    run = compile_run(plan)
-    lines = [*_about(plan), *_about_data(plan), f"memory: {run.memory_bytes / 1e9:.2f} GB for a step"
-             + ("" if plan.axes is None else f" on each of {plan.axes.devices} devices")]
-    kept = "" if plan.is_demo else f"; the tokens of the data are kept in {cache_folder()}"
-    lines += [f"written: no run folder{kept}", "first row:",
-              decode_row(plan.data.batch(0), 0, plan.tokenizer, documents=2)]
-    return "\n".join(lines)
 
 
 def _fit_and_score(run: Run, run_dir: pathlib.Path, state: TrainState, frozen: Tree, source_params: Tree | None,
@@ -299,59 +281,3 @@ def held_out_target(run: Run, state: TrainState, frozen: Tree) -> dict[str, Any]
     if isinstance(data, Curriculum):
         found["held_out_local_by_length"] = {str(stage.seq_len): local(stage.data) for stage in data.stages}
     return {name: value for name, value in found.items() if value is not None}
-
-
-def _announce(plan: RunPlan) -> None:
-    if plan.is_demo:
-        log.info("embedded demo: a tiny model and the synthetic recall corpus; for a real Qwen2.5 give --model (a hub "
-                 "id, folder or .gguf) and --data")
-    for line in _about(plan):
-        log.info("%s", line)
-
-
-def _about(plan: RunPlan) -> list[str]:
-    """What is trained, in words: regime, layer, steps."""
-    s, layer = plan.settings, plan.l2a_config
-    abstract = abstract_params(plan.config, layer)
-    total = count_parameters(abstract)
-    trained = count_parameters(abstract, regime_mask(abstract, s.regime), s.attention_layers)
-    tokens = round(plan.steps * s.grad_accum * plan.data.tokens_per_batch)
-    lines = [f"regime: {s.regime} trains {trained:,} of {total:,} parameters of {plan.source or 'a fresh model'}, in "
-             f"{plan.dtype.name} on {device.kind()}"]
-    if plan.axes is not None:
-        lines.append(f"mesh: {plan.axes}; weights, gradients and optimizer are dealt over all {plan.axes.devices} "
-                     "devices")
-    if layer is not None:
-        sets = "one attention set" if layer.share_attention else "two attention sets"
-        lines.append(f"layer: {layer.topology}, {sets}, window {layer.window}, sinks {layer.sinks}, rope "
-                     f"{s.rope or 'that of the model'}, temperature {layer.temperature:g}, threshold "
-                     f"{layer.threshold:g}, leakage {layer.leakage:g}"
-                     + (f", router sees {', '.join(layer.router_sees)}" if layer.router_sees else "")
-                     + (f", router of {layer.router_hidden} hidden units" if layer.router_hidden else "")
-                     + (f", explore {layer.explore:g} {layer.explore_by}" if layer.explore else ""))
-    if s.forced is not None:
-        lines.append(f"decisions: forced, {', '.join(f'{share:g}' for share in s.forced)} of the tokens routed"
-                     + (" in every layer" if len(s.forced) == 1 else ", layer by layer"))
-    if s.objective != NEXT_TOKEN:
-        shares = {MIXED: f", {s.distill_share:g} of it the divergence",
-                  SALIENCY: f", worth taken with {s.saliency_share:g} of decisions routed"}
-        lines.append(f"objective: {s.objective}{shares.get(s.objective, '')}")
-    each = f", {tokens / trained:.3g} for each trained parameter" if trained else ""
-    shape = f"{s.grad_accum} x {s.batch_size} x {s.seq_len}"
-    if isinstance(plan.data, Curriculum):
-        shape = ", then ".join(f"{stage.accumulate} x {stage.data.batch_size} x {stage.seq_len} up to step {stage.end}"
-                               for stage in plan.data.stages)
-    return [*lines, f"steps: {plan.steps} of {shape} tokens, {tokens:,} in all{each}; seed {s.seed}"]
-
-
-def _about_data(plan: RunPlan) -> list[str]:
-    """What there is to read, and how much of it this run would."""
-    source = plan.data.base if isinstance(plan.data, Curriculum) else plan.data
-    data = source.describe()
-    if not hasattr(source, "usage"):
-        return [f"data: {data['name']}, made as it is read"]
-    used = source.usage(plan.steps * plan.settings.grad_accum)["domains"]
-    return [f"data: {name}, {entry['documents']:,} documents of {format_count(entry['tokens'])} tokens in "
-            f"{entry['rows']:,} rows ({entry['packing_efficiency']:.0%} full), {entry['held_out_documents']:,} more "
-            f"held out; this run reads {format_count(used[name]['tokens'])}, {used[name]['epochs']:.2f} epochs"
-            for name, entry in data["domains"].items()]

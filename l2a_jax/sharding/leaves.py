@@ -60,6 +60,12 @@ def _put(leaf: Any, sharding: NamedSharding) -> Array:
     return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
 
 
+def held_bytes(tree: Any, shards: int) -> int:
+    """Bytes that each of so many devices holds of all leaves; shapes suffice."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize // (shards if len(spec) else 1)
+               for leaf, spec in zip(jax.tree.leaves(tree), jax.tree.leaves(specs(tree, shards)), strict=True))
+
+
 def whole_bytes(tree: Any, shards: int) -> int:
     """Bytes of those leaves that every device holds whole, because nothing of their shape can be divided."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize

@@ -7,6 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from l2a_jax import device
 from l2a_jax.errors import Unsupported, UserError
 from l2a_jax.sharding.axes import Axes
 
@@ -18,10 +19,7 @@ ROWS, STACKED = P(DATA), P(None, DATA)
 
 
 def check(axes: Axes, *, batch_size: int, seq_len: int) -> None:
-    """UserError where there are not as many devices, or where they cannot be given equal parts of a micro-batch."""
-    have = len(jax.devices())
-    if axes.devices > have:
-        raise UserError(f"--mesh {axes} takes {axes.devices} devices; this machine has {have}")
+    """UserError where the devices cannot be given equal parts of a micro-batch."""
     if axes.context > 1:
         raise Unsupported(f"--mesh {axes}: the tokens of a row cannot be dealt over devices yet; expected data=N")
     if batch_size % axes.data:
@@ -30,6 +28,21 @@ def check(axes: Axes, *, batch_size: int, seq_len: int) -> None:
     if seq_len % axes.context:
         raise UserError(f"--mesh {axes} deals the tokens of a row over {axes.context} devices; expected a --seq-len "
                         f"that {axes.context} divides, and it is {seq_len}")
+
+
+def check_present(axes: Axes) -> None:
+    """UserError where there are not as many devices."""
+    have = len(jax.devices())
+    if axes.devices > have:
+        raise UserError(f"--mesh {axes} takes {axes.devices} devices; this machine has {have}")
+
+
+def make_up(axes: Axes) -> bool:
+    """Whether as many devices as the mesh takes were made up: a CPU can pass for several, until it is first used."""
+    if device.in_use():
+        return False
+    jax.config.update("jax_num_cpu_devices", axes.devices)
+    return device.platform() == "cpu"
 
 
 def make(axes: Axes) -> Mesh:

@@ -76,15 +76,18 @@ def check_batch(batch_size: int, seq_len: int, token_bytes: int, *, grad_accum: 
                             "expected fewer")
 
 
-def check_fits(compiled: Any, state: Any, frozen: Tree) -> int:
-    """The estimate in bytes; UserError with its parts where it exceeds the device."""
-    need, have = step_bytes(compiled), device.memory_bytes()
+def check_fits(need: int, state: Any, frozen: Tree) -> None:
+    """UserError with its parts where a compiled step needs more than the device has."""
+    masters, optimizer, base = (tree_bytes(part) / 1e9 for part in (state.trainable, state.optimizer, frozen))
+    rest = need / 1e9 - masters - optimizer - base
+    refuse(need, f"frozen weights {base:.1f}, trained masters {masters:.1f}, optimizer {optimizer:.1f}, gradients and "
+                 f"activations {rest:.1f}")
+
+
+def refuse(need: int, parts: str) -> None:
+    """UserError where a step's bytes on a device, with their `parts` in words, are more than it has."""
+    have = device.memory_bytes()
     if need > have:
-        masters, optimizer, base = (tree_bytes(part) / 1e9 for part in (state.trainable, state.optimizer, frozen))
-        rest = need / 1e9 - masters - optimizer - base
-        raise UserError(
-            f"this run needs about {need / 1e9:.1f} GB and the device has {have / 1e9:.1f} GB: frozen weights "
-            f"{base:.1f}, trained masters {masters:.1f}, optimizer {optimizer:.1f}, gradients and activations "
-            f"{rest:.1f}. Ways out: a smaller --batch-size (with --grad-accum), a shorter --seq-len, "
-            "--remat layer, --master-dtype bfloat16, or a regime that trains less")
-    return need
+        raise UserError(f"this run needs about {need / 1e9:.1f} GB and the device has {have / 1e9:.1f} GB: {parts}. "
+                        "Ways out: a smaller --batch-size (with --grad-accum), a shorter --seq-len, --remat layer, "
+                        "--master-dtype bfloat16, a regime that trains less, or more devices (--mesh)")

@@ -168,16 +168,19 @@ def program() -> dict[str, Any]:
 
     from l2a_jax.config import ModelConfig
     from l2a_jax.sharding import mesh as meshes
-    from l2a_jax.sharding.axes import parse
+    from l2a_jax.sharding.axes import Axes, parse
+    from l2a_jax.training.estimate import held
     from tests.models import cases
 
     cases.CONFIG = ModelConfig(61, 256, 1_024, 8, 4, 2, 64, rope_theta=10_000.0, max_positions=128)
     step, state, frozen, dials = set_up(Case("full_ft", "shared", ()), meshes.make(parse("data=8")))
     compiled = step.lower(state, frozen, make_batch(0, 24), jax.random.key(0), dials).compile()
     memory, text = compiled.memory_analysis(), compiled.as_text()
+    reckoned = held(state, frozen, cases.CONFIG, cases.LAYERS["shared"], axes=Axes(DEVICES), rows=DEVICES, seq_len=24,
+                    remat="none", dtype="float32", accumulate=2)
     names = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
     return {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
-            "model": sum(leaf.nbytes for leaf in jax.tree.leaves(state.trainable)),
+            "estimated": reckoned._asdict(), "model": sum(leaf.nbytes for leaf in jax.tree.leaves(state.trainable)),
             "collectives": [name for name in names if f" {name}(" in text or f" {name}-start(" in text]}
 
 

@@ -55,3 +55,12 @@ def test_no_device_ever_holds_the_model(found):
     assert told["arguments"] < 3.05 * told["model"] / DEVICES
     assert told["temporaries"] < told["model"] / 3
     assert told["collectives"] == ["all-gather", "reduce-scatter", "all-reduce"]
+
+
+def test_shapes_alone_tell_what_a_device_holds(found):
+    """What is stored exactly; what lives for a while on the high side."""
+    told = found["program"]
+    held = told["estimated"]
+    stored = held["frozen"] + held["masters"] + held["optimizer"]
+    assert abs(stored / told["arguments"] - 1) < 0.02
+    assert told["temporaries"] < sum(held.values()) - stored < 4 * told["temporaries"]

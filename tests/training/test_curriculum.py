@@ -11,6 +11,7 @@ from l2a_jax.data.curriculum import make_curriculum, parse_curriculum
 from l2a_jax.data.recall import RecallCorpus
 from l2a_jax.errors import UserError
 from l2a_jax.runs import train as runs
+from l2a_jax.runs.about import dry_run
 from l2a_jax.training import settings as presets
 from l2a_jax.training.loop import stacked_batch
 
@@ -88,5 +89,4 @@ def test_a_run_stopped_in_its_second_stage_goes_on_as_if_it_never_had(tmp_path, 
 
 def test_a_row_longer_than_the_model_is_trained_for_is_refused():
     with pytest.raises(UserError, match=r"^--curriculum 2048 is longer than max_positions x factor = 1024"):
-        runs.dry_run(presets.resolve("router_strict", {**GIVEN, "curriculum": "2048:1", "batch_size": 16,
-                                                       "seq_len": 128}))
+        dry_run(presets.resolve("router_strict", {**GIVEN, "curriculum": "2048:1", "batch_size": 16, "seq_len": 128}))
