@@ -7,18 +7,20 @@ import os
 from collections.abc import Iterator
 from importlib.metadata import version
 
-# XLA writes a CPU kernel of each fusion through passes that take most of a compilation; this leaves them out. A flag
-# that XLA does not know ends the process, and jaxlib 0.12 does not know this one.
-QUICK = "--xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""
+_OLD = version("jaxlib").startswith("0.10.")
+# One module for all kernels of a program: to split them over threads costs more than it gains where every core has
+# tests of its own. XLA writes a kernel of each fusion through passes that take most of a compilation; the second flag
+# leaves them out. A flag that XLA does not know ends the process, and jaxlib 0.12 does not know that one.
+QUICK = ("--xla_cpu_parallel_codegen_split_count=1", *(["--xla_cpu_use_fusion_emitters=false"] if _OLD else []))
 
 # Options of a program that is read after it was compiled: its fusions are those that users get.
-AS_USERS = {"xla_cpu_use_fusion_emitters": True} if QUICK else {}
+AS_USERS = {"xla_cpu_use_fusion_emitters": True} if _OLD else {}
 
 
 def flags(quick: bool) -> dict[str, str]:
     """XLA_FLAGS with QUICK or without it; it is read once, when a process first compiles."""
-    rest = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if flag != QUICK]
-    return {"XLA_FLAGS": " ".join([*rest, QUICK] if quick and QUICK else rest)}
+    rest = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if flag not in QUICK]
+    return {"XLA_FLAGS": " ".join([*rest, *QUICK] if quick else rest)}
 
 
 @contextlib.contextmanager
