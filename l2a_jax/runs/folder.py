@@ -26,6 +26,7 @@ from l2a_jax.training import metrics
 from l2a_jax.training.checkpoints import BEST, Checkpoints
 from l2a_jax.training.optimizer import learning_rate
 from l2a_jax.training.regimes import count_parameters
+from l2a_jax.training.run_files import CALIBRATED
 from l2a_jax.training.step import TrainState
 
 if TYPE_CHECKING:
@@ -83,6 +84,12 @@ def write_config(run_dir: pathlib.Path, plan: RunPlan, source: str) -> None:
         "started": here.pop("date"),
         **here,
     })
+
+
+def write_calibration(run_dir: pathlib.Path, threshold: float) -> None:
+    """Say in `config.json` what the threshold of the trained model is."""
+    path = run_dir / "config.json"
+    files.write_json(path, {**files.read_json(path), CALIBRATED: threshold})
 
 
 def summarise(
@@ -152,6 +159,9 @@ def print_summary(run_dir: pathlib.Path, summary: dict[str, Any]) -> None:
 def told_target(target: dict[str, Any]) -> str:
     """What control came to, in one line: by held-out rows, or where there are none by the last training steps."""
     rows = "training" if target["held_out"] is None else "held_out"
+    moved = target.get("calibrated")
+    if moved is not None:
+        target = {**target, "training": moved["after"]}
     reached = abs(target[rows] - target["asked"]) <= WITHIN
     missed = "" if reached else " (MISSED: train longer, or ask for another share)"
     counted = "" if target["tokens"] == "all" else " beyond the window"
@@ -159,4 +169,6 @@ def told_target(target: dict[str, Any]) -> str:
                           target.get("held_out_by_length", {}).items() if share is not None)
     return (f"target: {target['asked']:.1%} of decisions{counted} local; {target[rows]:.1%} are on "
             f"{rows.replace('_', '-')} rows{missed}{f' ({by_length})' if by_length else ''}; lambda ended at "
-            f"{target['weight']:.3g}, its greatest was {target['greatest_weight']:.3g}")
+            f"{target['weight']:.3g}, its greatest was {target['greatest_weight']:.3g}"
+            + (f"; on training rows {moved['before']:.1%} were local before the threshold moved to "
+               f"{moved['threshold']:.3g}, {moved['after']:.1%} after" if moved else ""))

@@ -161,11 +161,11 @@ def plan_of(recorded: RunConfig, what: str) -> RunPlan:
     if plan.data.fingerprint != recorded.data_fingerprint:
         raise UserError(f"{what}: the data is not what the run began with: "
                         f"{difference(recorded.data, plan.data.describe())}")
-    for now, then in ((plan.config, recorded.model_config), (plan.l2a_config, recorded.l2a_config)):
+    for now, then in ((plan.config, recorded.model_config), (plan.l2a_config, recorded.trained_layer)):
         if now != then:
             raise UserError(f"{what}: {recorded.path} records another model than its settings and source give now: "
                             f"{then} is not {now}")
-    return plan
+    return plan._replace(l2a_config=recorded.l2a_config)
 
 
 def _unrolls(settings: Settings) -> bool:
@@ -283,9 +283,7 @@ def compile_run(plan: RunPlan, refuse: bool = True) -> Run:
     if mesh is not None:
         like, frozen = (leaves.described(tree, mesh) for tree in (like, frozen))
         _say_whole(like, frozen, mesh.size)
-    read = {} if mesh is None else {"out_shardings": NamedSharding(mesh, P())}  # by every process
-    evaluate = jax.jit(lambda trainable, frozen, batch, decisions: evaluate_batch(
-        compute_params(trainable, frozen, plan.dtype), batch, decisions, objective=objective), **read)
+    evaluate = _evaluation(objective)
     if not jax.tree.leaves(like.trainable):
         return Run(plan, objective, mask, optimizer, like, None, evaluate, memory.tree_bytes(frozen))
     dealt = {} if mesh is None else {"out_shardings": (leaves.shardings(like, mesh), NamedSharding(mesh, P()))}
@@ -324,6 +322,26 @@ def _say_whole(like: TrainState, frozen: Tree, shards: int) -> None:
     if whole:
         log.info("of %.3f MB of weights and optimizer each of %d devices holds all: they divide none of their "
                  "dimensions", whole / 1e6, shards)
+
+
+def _evaluation(objective: Objective) -> Callable[[Tree, Tree, Batch, Any], Any]:
+    return jax.jit(lambda trainable, frozen, batch, decisions: evaluate_batch(
+        compute_params(trainable, frozen, objective.dtype), batch, decisions, objective=objective),
+        **read_by_all(objective.mesh))
+
+
+def read_by_all(mesh: Mesh | None) -> dict[str, Any]:
+    """Options of `jax.jit` for what every process reads."""
+    return {} if mesh is None else {"out_shardings": NamedSharding(mesh, P())}
+
+
+def with_threshold(run: Run, threshold: float) -> Run:
+    """The run, trained, with another threshold: what it is scored by."""
+    if threshold == run.plan.l2a_config.threshold:
+        return run
+    layer = dataclasses.replace(run.plan.l2a_config, threshold=threshold)
+    objective = run.objective._replace(l2a_config=layer)
+    return run._replace(plan=run.plan._replace(l2a_config=layer), objective=objective, evaluate=_evaluation(objective))
 
 
 def load_tree(plan: RunPlan) -> tuple[Tree, Tree | None, str]:

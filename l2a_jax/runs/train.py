@@ -29,6 +29,7 @@ from l2a_jax.files import check_file, check_writable, owned, write_json
 from l2a_jax.models.params import Tree
 from l2a_jax.runs import folder
 from l2a_jax.runs.about import announce
+from l2a_jax.runs.calibrate import batches_of, calibrate
 from l2a_jax.runs.demo import recall_report
 from l2a_jax.runs.plan import Run, RunPlan, compile_run, load_tree, make_plan, plan_of, set_deterministic
 from l2a_jax.sharding import processes
@@ -70,7 +71,7 @@ def resume(run_dir: pathlib.Path, mesh: str | None = None) -> dict[str, Any]:
     unchanged = f"the run is as it was; {_continue(run_dir)}"
     with _stoppable(run_dir, unchanged) as stop, _by_first(owned(run_dir, "--resume"), run_dir):
         with processes.first_before_others():
-            plan = plan_of(recorded, f"--resume {run_dir}")
+            plan = plan_of(recorded, f"--resume {run_dir}")._replace(l2a_config=recorded.trained_layer)
         announce(plan)
         _check_machine(plan, recorded, f"--resume {run_dir}")
         checkpoints = Checkpoints(run_dir)
@@ -188,6 +189,12 @@ def _fit_and_score(run: Run, run_dir: pathlib.Path, state: TrainState, frozen: T
                         else "no checkpoint was due yet")
                 raise UserError(f"{failure}; {failure.where}. That update was withheld; {last}") from failure
 
+    calibration = None
+    if state.control is not None:
+        run, calibration = calibrate(run, state, frozen)
+        with processes.together():
+            if calibration is not None and processes.first():
+                folder.write_calibration(run_dir, calibration.threshold)
     log.info("scoring held-out text ...")
     scored = held_out_metrics(run, state, frozen, held_out)
     if state.control is not None:
@@ -197,6 +204,8 @@ def _fit_and_score(run: Run, run_dir: pathlib.Path, state: TrainState, frozen: T
     with processes.together():
         if processes.first():
             summary = folder.summarise(run, run_dir, state, scored, time.perf_counter() - began) | report
+            if calibration is not None:
+                summary["target"]["calibrated"] = calibration._asdict()
             write_json(run_dir / "summary.json", summary)
             if run.step is not None:
                 try:
@@ -265,17 +274,14 @@ def held_out_metrics(run: Run, state: TrainState, frozen: Tree, batches: list[Ba
     return out
 
 
-TARGET_BATCHES = 32
-"""Held-out batches, at least, in which a target's share is counted: in two the rows' own chance is most of a point."""
-
-
 def held_out_target(run: Run, state: TrainState, frozen: Tree) -> dict[str, Any]:
     """The share of local decisions that a target asked for, on enough held-out rows to tell a point; of a curriculum at
     each of its lengths too."""
-    data, count = run.plan.data, max(run.plan.settings.eval_batches, TARGET_BATCHES)
+    data, asked = run.plan.data, run.plan.settings.eval_batches
 
     def local(data: TrainingData) -> float | None:
-        return held_out_metrics(run, state, frozen, list(data.held_out(count))).get("held_out_local")
+        rows = list(data.held_out(max(asked, batches_of(data))))
+        return held_out_metrics(run, state, frozen, rows).get("held_out_local")
 
     found = {"held_out_local": local(data)}
     if isinstance(data, Curriculum):

@@ -24,9 +24,11 @@ LATER = {"unroll", "flip", "echo", "ask", "unique", "attention_layers", "given",
          "saliency_share", "explore", "explore_by", "router_sees", "router_hidden",
          "target_local", "target_tokens", "forced", "curriculum", "mesh"}
 """Settings that came after the first run folders: their defaults are what those runs did."""
+CALIBRATED = "calibrated_threshold"
 CONFIG = {
     "settings": dict, "model_source": nullable(str), "source_hash": str, "model_config": dict, "l2a_config?": dict,
     "data?": dict, "data_fingerprint?": str, "data_source?": [str], "dtype?": str, "device?": str, "steps?": int,
+    f"{CALIBRATED}?": number,
 }
 SUMMARY = {f"{name}?": number for name in (
     "trained_parameters", "tokens_seen", "tokens_per_trained_parameter", "steps", "loss_last_5_percent",
@@ -35,7 +37,8 @@ SUMMARY = {f"{name}?": number for name in (
 
 class RunConfig(NamedTuple):
     """A run as its `config.json` records it. `missing`: the settings that it does not name, which have their defaults;
-    what other keys it lacks is None."""
+    what other keys it lacks is None. `l2a_config` is the layer of the trained model, `trained_layer` that of its
+    training: a run with a target moves the threshold at its end."""
 
     path: Path
     settings: Settings
@@ -44,6 +47,7 @@ class RunConfig(NamedTuple):
     source_hash: str
     model_config: ModelConfig
     l2a_config: L2AConfig | None
+    trained_layer: L2AConfig | None
     data: dict[str, Any]
     data_fingerprint: str | None
     data_source: tuple[str, ...] | None
@@ -82,7 +86,9 @@ def read_run(run_dir: Path) -> RunConfig:
         _check_types(found.get(key) or {}, kind, f"{path}: {key}")
     try:
         model = model_config_from_dict(found["model_config"])
-        layer = l2a_config_from_dict(found.get("l2a_config"))
+        layer = trained = l2a_config_from_dict(found.get("l2a_config"))
+        if layer is not None and CALIBRATED in found:
+            layer = dataclasses.replace(layer, threshold=found[CALIBRATED])
     except ValueError as error:
         raise UserError(f"{path} does not describe a model: {error}") from error
     if (layer is None) != (settings.regime in PLAIN_REGIMES):
@@ -90,6 +96,7 @@ def read_run(run_dir: Path) -> RunConfig:
                         f"{settings.regime!r}, which {'trains an' if layer is None else 'has no'} L2A layer")
     entries = found.get("data_source")
     return RunConfig(path, settings, missing, found["model_source"], found["source_hash"], model, layer,
+                     trained,
                      found.get("data") or {}, found.get("data_fingerprint"),
                      None if entries is None else tuple(entries), found.get("dtype"), found.get("device"),
                      found.get("steps"))

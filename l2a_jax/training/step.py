@@ -338,26 +338,27 @@ class Evaluation(NamedTuple):
     decisions: Bool[Array, "L B T"] | None
 
 
-def evaluate_batch(params: Tree, batch: Batch, decisions: Bool[Array, "L B T"] | None, *,
-                   objective: Objective) -> Evaluation:
-    """Score one batch under the router's own decisions, or under `decisions`."""
+def evaluate_batch(params: Tree, batch: Batch, decisions: Bool[Array, "L B T"] | None,
+                   cut: Float[Array, " L"] | None = None, *, objective: Objective) -> Evaluation:
+    """Score one batch under the router's own decisions, or under `decisions`; `cut` is that of `hidden_states`."""
     mesh = objective.mesh
     if mesh is None:
-        return _scored(params, batch, decisions, objective, ALONE)
+        return _scored(params, batch, decisions, cut, objective, ALONE)
     shard = dealt(mesh, objective.config, objective.l2a_config)
-    return jax.shard_map(lambda *given: _scored(*given, objective, shard), mesh=mesh,
-                         in_specs=(leaves.specs(params, mesh.size), ROWS, STACKED),
-                         out_specs=Evaluation(ROWS, ROWS, ROWS, STACKED), check_vma=False)(params, batch, decisions)
+    on_device = jax.shard_map(lambda *given: _scored(*given, objective, shard), mesh=mesh,
+                              in_specs=(leaves.specs(params, mesh.size), ROWS, STACKED, P()),
+                              out_specs=Evaluation(ROWS, ROWS, ROWS, STACKED), check_vma=False)
+    return on_device(params, batch, decisions, cut)
 
 
-def _scored(params: Tree, batch: Batch, decisions: Bool[Array, "L B T"] | None, objective: Objective, shard: Shard
-            ) -> Evaluation:
+def _scored(params: Tree, batch: Batch, decisions: Bool[Array, "L B T"] | None, cut: Float[Array, " L"] | None,
+            objective: Objective, shard: Shard) -> Evaluation:
     """The rows that `shard` has a part of, whole."""
     params, (batch, decisions) = shard.ends(params), jax.tree.map(shard.tokens, (batch, decisions))
     real = real_tokens(batch.segment_ids, batch.tokens.shape)
     hidden, routed = hidden_states(params, batch.tokens, objective.config, objective.l2a_config,
                                    positions=batch.positions, segment_ids=batch.segment_ids, decisions=decisions,
-                                   backend=objective.backend, shard=shard)
+                                   cut=cut, backend=objective.backend, shard=shard)
     nll, correct = token_nll(params, hidden, batch.targets, objective.config)
     found = Evaluation(nll, correct, real, None if routed is None else routed.decisions)
     return jax.tree.map(shard.joined, found)

@@ -11,12 +11,14 @@ import pytest
 
 from l2a_jax.errors import UserError
 from l2a_jax.nn import routing
-from l2a_jax.runs import folder
+from l2a_jax.runs import calibrate, folder
 from l2a_jax.runs.plan import RunPlan
 from l2a_jax.runs.train import resume, train
+from l2a_jax.sources import load_pretrained
 from l2a_jax.training import control
 from l2a_jax.training import settings as presets
 from l2a_jax.training.optimizer import Dials
+from l2a_jax.training.run_files import read_run
 from tests import compiler
 from tests.models.cases import CONFIG, hidden, make_params
 from tests.training.test_step import LAYER, OBJECTIVE, make_batch, read_beyond, set_up
@@ -61,6 +63,20 @@ def test_a_target_out_of_reach_winds_nothing_up():
 def test_a_step_in_which_no_token_counts_moves_nothing():
     state = control.Control(*map(jnp.float32, (-1.0, 0.7, 0.5)))
     assert control.updated(state, jnp.float32(jnp.nan), jnp.int32(100), DIALS) == state
+
+
+@pytest.mark.parametrize(("start", "target"), [(0.895, 0.9), (0.7, 0.95), (0.97, 0.5)])
+def test_the_threshold_moves_until_the_share_is_met(start, target):
+    """A share that rises with the threshold by the spread of the margins, in steps of one token in ten thousand."""
+    margins = np.random.default_rng(0).logistic(-np.log(start / (1 - start)), 1.5, 10_000)
+    moved, found = calibrate.meet(lambda x: float(np.mean(margins < x)), float(np.mean(margins < 0)), target)
+    assert abs(found - target) <= calibrate.NEAR and found == np.mean(margins < moved)
+
+
+def test_a_share_that_cannot_be_met_is_left_where_it_is_nearest():
+    tried = []
+    found = calibrate.meet(lambda x: tried.append(x) or float(x > 1), 0.0, 0.4)
+    assert found == (0.0, 0.0) and len(tried) == calibrate.TRIES and all(abs(x) < calibrate.FARTHEST for x in tried)
 
 
 @pytest.mark.parametrize("tokens", ["all", "beyond"])
@@ -146,6 +162,10 @@ def test_a_run_reaches_its_target_on_held_out_rows_and_says_so(reached):
     target, found = summary["target"], records(run_dir)
     assert abs(target["held_out"] - 0.8) <= folder.WITHIN and target["held_out"] == pytest.approx(
         summary["held_out_sparsity"])
+    moved = target["calibrated"]
+    assert abs(moved["after"] - 0.8) <= calibrate.NEAR or moved["after"] == moved["before"]
+    assert load_pretrained(run_dir).l2a_config.threshold == moved["threshold"] == read_run(run_dir).l2a_config.threshold
+    assert read_run(run_dir).trained_layer.threshold == 0.5
     assert "MISSED" not in folder.told_target(target) and "MISSED" in folder.told_target({**target, "asked": 0.5})
     assert all({"local", "target", "penalty_weight"} <= set(record) for record in found)
     assert found[-1]["penalty_weight"] == target["weight"] and found[-1]["target"] == pytest.approx(0.8)
@@ -174,3 +194,4 @@ def test_a_run_resumed_in_the_middle_of_control_is_the_unbroken_one(reached, tmp
     with caplog.at_level(logging.INFO, "l2a_jax"):
         resume(run_dir)
     assert "resuming after step" in caplog.text and records(run_dir) == records(whole)
+    assert read_run(run_dir).l2a_config == read_run(whole).l2a_config
