@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from l2a_jax.attention.reference import segment_starts
 
@@ -44,6 +44,11 @@ class Shard:
         """This device's part ([..., B, T] of `shape`) of what `draw` makes at random for all tokens of a call: what is
         drawn for a token does not depend on which device holds it."""
         return draw(shape)
+
+    def imbalance(self, decisions: Bool[Array, "L B t"]) -> Float[Array, ""] | None:
+        """This device's part of a sum over all, which says how unevenly routed rows lie on them
+        (`sharding.attention.routed_imbalance`); None where there are no others."""
+        return None
 
     def total(self, found: Any) -> Any:
         """The sum over all devices of what each found of its tokens."""

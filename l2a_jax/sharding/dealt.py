@@ -17,15 +17,15 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from l2a_jax.attention.reference import Ids
 from l2a_jax.config import L2AConfig, ModelConfig
-from l2a_jax.errors import Unsupported
 from l2a_jax.models.layer import Attention
 from l2a_jax.models.params import Tree, by_path, map_with_path, param_shapes
 from l2a_jax.nn.shard import Shard
 from l2a_jax.sharding import leaves, stripes
+from l2a_jax.sharding.attention import routed_imbalance, striped
 from l2a_jax.sharding.axes import Axes
 from l2a_jax.sharding.mesh import CONTEXT, DATA, NAMES
 
@@ -71,9 +71,10 @@ class Dealt(Shard):
         return self.tokens(super().positions(ids, (shape[0], shape[1] * self.axes.context)))
 
     def attention(self, plain: Attention) -> Attention:
-        if self.axes.context == 1:
-            return plain
-        raise Unsupported("attention over the axis context")
+        return plain if self.axes.context == 1 else striped(plain, CONTEXT)
+
+    def imbalance(self, decisions: Bool[Array, "L B t"]) -> Float[Array, ""]:
+        return routed_imbalance(decisions, NAMES) / self.axes.devices
 
 
 def dealt(mesh: Mesh, config: ModelConfig, l2a: L2AConfig | None) -> Dealt:

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from l2a_jax import device
-from l2a_jax.errors import Unsupported, UserError
+from l2a_jax.errors import UserError
 from l2a_jax.sharding.axes import Axes
 
 NAMES = Axes._fields
@@ -20,8 +20,6 @@ ROWS, STACKED = P(DATA), P(None, DATA)
 
 def check(axes: Axes, *, batch_size: int, seq_len: int) -> None:
     """UserError where the devices cannot be given equal parts of a micro-batch."""
-    if axes.context > 1:
-        raise Unsupported(f"--mesh {axes}: the tokens of a row cannot be dealt over devices yet; expected data=N")
     if batch_size % axes.data:
         raise UserError(f"--mesh {axes} deals rows over {axes.data} devices; expected a --batch-size that {axes.data} "
                         f"divides, and it is {batch_size}")

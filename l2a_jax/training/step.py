@@ -101,8 +101,8 @@ _TOLD = {NEXT_TOKEN: (), DISTILL: ("kl",), MIXED: ("kl",), SALIENCY: ("saliency"
 
 class _Sums(NamedTuple):
     """Sums over real tokens that a step reports as means; routing's are per layer. `told`: what the objective has to
-    tell besides, by the name it is reported under; `local`: of decisions that a target follows (None: there is none).
-    """
+    tell besides, by the name it is reported under; `local`: of decisions that a target follows (None: there is none);
+    `imbalance`: of each micro-batch's routed rows over the devices of a mesh (None: there is no mesh)."""
 
     nll: Array
     correct: Array
@@ -111,6 +111,7 @@ class _Sums(NamedTuple):
     entropy: Array
     told: dict[str, Array]
     local: Array | None
+    imbalance: Array | None
 
 
 def token_cost(batch: Batch, objective: Objective) -> Float[Array, "*A B T"] | None:
@@ -231,6 +232,8 @@ def train_step(
     if objective.l2a_config is not None:
         metrics |= {"sparsity": jnp.mean(sums.unrouted), "sparsity_per_layer": sums.unrouted,
                     "router_entropy": jnp.mean(sums.entropy), "penalty": sums.penalty, "penalty_weight": weight}
+        if sums.imbalance is not None:
+            metrics["routed_imbalance"] = sums.imbalance / len(real)
         if "router" in gradients.get("layers", {}):
             metrics["router_grad_norm"] = optax.tree.norm(gradients["layers"]["router"])
     return state, metrics
@@ -278,7 +281,8 @@ def _summed_here(trainable: Tree, frozen: Tree, micros: _Micro, numbers: _Number
         share = jnp.sum(real) / total  # a micro-batch's part of the mean over all real tokens
         penalty = routing.penalty(routed.probabilities, real, cost) * share
         return _Sums(summed.nll, summed.correct, penalty, routing.sparsity(routed.decisions, real) * share,
-                     routing.entropy(routed.probabilities, real) * share, told, local)
+                     routing.entropy(routed.probabilities, real) * share, told, local,
+                     shard.imbalance(routed.decisions))
 
     def loss(trainable, micro, real, cost, followed, micro_key):
         params, hidden, routed = forward(trainable, micro, key=micro_key, train=True)
@@ -296,7 +300,7 @@ def _summed_here(trainable: Tree, frozen: Tree, micros: _Micro, numbers: _Number
             summed = TokenLoss(jnp.sum(micro.weights * found.nll), jnp.sum(micro.weights * found.correct))
         if routed is None:
             nothing = jnp.zeros(layers)
-            return minimised, _Sums(summed.nll, summed.correct, jnp.zeros(()), nothing, nothing, told, None)
+            return minimised, _Sums(summed.nll, summed.correct, jnp.zeros(()), nothing, nothing, told, None, None)
         sums = sums_of(summed, routed, real, cost, followed, told)
         return minimised + weight * sums.penalty, jax.lax.stop_gradient(sums)
 
@@ -319,7 +323,8 @@ def _summed_here(trainable: Tree, frozen: Tree, micros: _Micro, numbers: _Number
 
     nothing = _Sums(*(jnp.zeros(()),) * 3, *(jnp.zeros(layers),) * 2,
                     {name: jnp.zeros(()) for name in _TOLD[objective.minimised]},
-                    None if micros.followed is None else jnp.zeros(()))
+                    None if micros.followed is None else jnp.zeros(()),
+                    None if shard is ALONE or objective.l2a_config is None else jnp.zeros(()))
     zeros = jax.tree.map(jnp.zeros_like, widened(trainable)), nothing
     inputs = (micros, jnp.arange(len(micros.real)))
     if len(micros.real) == 1:  # no second copy of the gradients where there is nothing to add

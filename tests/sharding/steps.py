@@ -10,7 +10,10 @@ import dataclasses
 import functools
 import json
 import os
+import re
+import shutil
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -24,33 +27,35 @@ STEPS = 20
 
 
 class Case(NamedTuple):
-    """A training run: its regime, wiring (`tests.models.cases`), what else of layer and step is other than usual, and
-    the meshes under which it is compared with one device."""
+    """A training run: its regime, wiring (`tests.models.cases`), the meshes under which it is compared with one device,
+    and what of layer, step and numbers is other than usual. `router` scales the router's weights."""
 
     regime: str
     layer: str | None
     meshes: tuple[str, ...]
     of_layer: Mapping[str, Any] = MappingProxyType({})
     of_step: Mapping[str, Any] = MappingProxyType({})
+    of_dials: Mapping[str, Any] = MappingProxyType({})
     length: int = 24
     router: float = 1.0
 
 
 ODD = 23
 CASES = {
-    "everything trained": Case("full_ft", "shared", ("data=8",), {"leakage": 0.1, "flip": 0.1}, {"backend": "xla"},
-                               length=ODD),
-    "sequential": Case("l2a_ft", "sequential sinks", ("data=4",), {"leakage": 0.1}, {"remat": "elementwise",
-                                                                                   "unroll": True}),
-    "two sets": Case("l2a_paper", "parallel post_local", ("data=8",), {"leakage": 1.0}, {"remat": "layer"}),
-    "router and norms": Case("router_only", "shared", ("data=8",), {"leakage": 0.0, "explore": 0.3,
-                                                                    "explore_by": "unsure"}),
-    "everything routed": Case("router_strict", "shared", ("data=8",), {"router_hidden": 3, "threshold": 0.001},
-                              {"cost": "keys"}, router=0),
-    "nothing routed": Case("l2a_ft", "shared", ("data=2",), {"leakage": 0.0, "threshold": 0.999}, router=0),
-    "worth": Case("router_strict", "shared", ("data=8",), {}, {"minimised": "saliency"}),
-    "divergence": Case("router_strict", "shared", ("data=8",), {"leakage": 1.0}, {"minimised": "mixed"}),
-    "plain": Case("pretrain", None, ("data=8",), {}, {"untied": True}),
+    "everything trained": Case("full_ft", "shared", ("data=8", "context=8", "data=2,context=4", "data=4,context=2"),
+                               {"leakage": 0.1, "flip": 0.1}),
+    "sequential": Case("l2a_ft", "sequential sinks", ("data=2,context=4",), {"leakage": 0.1},
+                       {"remat": "elementwise", "unroll": True, "backend": "xla"}),
+    "two sets": Case("l2a_paper", "parallel post_local", ("data=4,context=2",), {"leakage": 1.0}, {"remat": "layer"}),
+    "router and norms": Case("router_only", "shared", ("context=8",), {"leakage": 0.0, "explore": 0.3,
+                                                                       "explore_by": "unsure"}),
+    "everything routed": Case("router_strict", "shared", ("data=4,context=2",),
+                              {"router_hidden": 3, "threshold": 0.001}, {"cost": "keys"}, router=0),
+    "nothing routed": Case("l2a_ft", "shared", ("context=4",), {"leakage": 0.0, "threshold": 0.999}, router=0),
+    "forced": Case("l2a_ft", "shared", ("data=2,context=4",), of_dials={"forced": (0.0, 0.5, 1.0)}),
+    "worth": Case("router_strict", "shared", ("data=2,context=4",), {}, {"minimised": "saliency"}),
+    "divergence": Case("router_strict", "shared", ("data=4,context=2",), {"leakage": 1.0}, {"minimised": "mixed"}),
+    "plain": Case("pretrain", None, ("data=8",), {}, {"untied": True}, length=ODD),
 }
 
 
@@ -89,7 +94,8 @@ def set_up(case, mesh):
                           unroll=step.pop("unroll", False), backend=step.pop("backend", "reference"), mesh=mesh, **step)
     params = map_with_path(lambda path, leaf: leaf * case.router if "router" in path else leaf,
                            make_params(layer, config))
-    rule, dials = OptimizerConfig(case.regime, epsilon=EPSILON), Dials(1e-3, 1e-3, STEPS, penalty=0.1)
+    given = jax.tree.map(jnp.float32, dict(case.of_dials), is_leaf=lambda x: isinstance(x, tuple))
+    rule, dials = OptimizerConfig(case.regime, epsilon=EPSILON), Dials(1e-3, 1e-3, STEPS, penalty=0.1, **given)
     trainable, frozen = split_params(params, regime_mask(params, case.regime), objective.unroll)
     state = initial_state(trainable, make_optimizer(rule, dials), jnp.float32)
     step = functools.partial(train_step, objective=objective, optimizer=rule)
@@ -167,26 +173,118 @@ def program() -> dict[str, Any]:
     import jax
 
     from l2a_jax.config import ModelConfig
+    from l2a_jax.models.params import by_path
     from l2a_jax.sharding import mesh as meshes
-    from l2a_jax.sharding.axes import Axes, parse
+    from l2a_jax.sharding.axes import Axes
     from l2a_jax.training.estimate import held
     from tests.models import cases
 
     cases.CONFIG = ModelConfig(61, 256, 1_024, 8, 4, 2, 64, rope_theta=10_000.0, max_positions=128)
-    step, state, frozen, dials = set_up(Case("full_ft", "shared", ()), meshes.make(parse("data=8")))
+    axes = Axes(2, 4)
+    step, state, frozen, dials = set_up(Case("full_ft", "shared", ()), meshes.make(axes))
     compiled = step.lower(state, frozen, make_batch(0, 24), jax.random.key(0), dials).compile()
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    reckoned = held(state, frozen, cases.CONFIG, cases.LAYERS["shared"], axes=Axes(DEVICES), rows=DEVICES, seq_len=24,
+    reckoned = held(state, frozen, cases.CONFIG, cases.LAYERS["shared"], axes=axes, rows=DEVICES, seq_len=24,
                     remat="none", dtype="float32", accumulate=2)
-    names = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+    moved = re.findall(r"= (\w+)\[([\d,]*)\]\S* (all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute)",
+                       text)
     return {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
             "estimated": reckoned._asdict(), "model": sum(leaf.nbytes for leaf in jax.tree.leaves(state.trainable)),
-            "collectives": [name for name in names if f" {name}(" in text or f" {name}-start(" in text]}
+            "shapes": {path: leaf.shape for path, leaf in by_path(state.trainable).items()},
+            "moved": sorted({(name, dtype, tuple(map(int, filter(None, shape.split(",")))))
+                             for dtype, shape, name in moved})}
+
+
+def scored() -> dict[str, Any]:
+    """Held-out rows over a mesh and on one device, and the tokens whose nats change with one token of one row."""
+    import jax
+    import numpy as np
+
+    from l2a_jax.sharding import mesh as meshes
+    from l2a_jax.sharding.axes import parse
+    from l2a_jax.training.step import Objective, evaluate_batch
+    from tests.models.cases import CONFIG, LAYERS, make_params
+
+    batch, layer = jax.tree.map(lambda x: x[0], make_batch(0, 24)), LAYERS["parallel"]
+    row, token = 1, 9
+    other = batch._replace(tokens=batch.tokens.copy())
+    other.tokens[row, token] += 1
+    found = []
+    for mesh in (None, meshes.make(parse("data=2,context=4"))):
+        score = jax.jit(functools.partial(evaluate_batch, objective=Objective(CONFIG, layer, mesh=mesh)))
+        found.append(jax.device_get([score(make_params(layer), rows, None) for rows in (batch, other)]))
+    (one, _), (many, moved) = found
+    return {"nll": apart(many.nll, one.nll), "same": bool((many.decisions == one.decisions).all()
+                                                          and (many.real == one.real).all()),
+            "moved": np.argwhere(many.nll != moved.nll).tolist(), "at": (row, token),
+            "document": np.flatnonzero(batch.segment_ids[row] == batch.segment_ids[row, token]).tolist()}
+
+
+def restored() -> dict[str, list]:
+    """A state written over one mesh, read onto others and onto one device: whether every bit is there, and in how many
+    parts it lies."""
+    import jax
+    import numpy as np
+
+    from l2a_jax.sharding import leaves
+    from l2a_jax.sharding import mesh as meshes
+    from l2a_jax.sharding.axes import parse
+    from l2a_jax.training.checkpoints import LATEST, Checkpoints
+
+    case, found = CASES["sequential"], {}
+    _, state, _, _ = set_up(case, meshes.make(parse("data=8")))
+    plain = jax.eval_shape(lambda: jax.tree.map(np.asarray, jax.device_get(state)))
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints = Checkpoints(Path(folder))
+        checkpoints.save(LATEST, state, {})
+        for axes in ("data=2,context=4", "data=1", None):
+            like = plain if axes is None else leaves.described(plain, meshes.make(parse(axes)))
+            again = checkpoints.load(LATEST, like)
+            same = jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), again, state)
+            parts = {_parts(leaf) for leaf in jax.tree.leaves(again.trainable)}
+            found[str(axes)] = [all(jax.tree.leaves(same)), *parts]
+    return found
+
+
+def resumed() -> dict[str, Any]:
+    """A run over a mesh, and from its middle on over another one."""
+    from l2a_jax.runs.train import resume, train
+    from l2a_jax.training.settings import resolve
+
+    given = {"steps": 4, "save_every": 2, "batch_size": 2, "eval_batches": 1, "mesh": "data=2,context=4"}
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        train(resolve("pretrain", given), run)
+        before = _losses(run)
+        shutil.rmtree(run / "checkpoints" / "latest" / "4")
+        resume(run, "data=1")
+        return {"before": before, "after": _losses(run),
+                "recorded": json.loads((run / "config.json").read_text())["settings"]["mesh"]}
+
+
+def refused() -> dict[str, str]:
+    """What is said of meshes that do not fit, before anything is compiled."""
+    from l2a_jax.errors import UserError
+    from l2a_jax.runs.plan import make_plan
+    from l2a_jax.training.settings import resolve
+
+    found = {}
+    for axes in ("data=16", "data=3", "context=5"):
+        try:
+            make_plan(resolve("router_only", {"mesh": axes, "batch_size": 16}))
+        except UserError as error:
+            found[axes] = str(error)
+    return found
+
+
+def _losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def main(file: str) -> None:
-    found = {name: compared(case) for name, case in CASES.items()}
-    Path(file).write_text(json.dumps({"cases": found, "program": program()}))
+    found = {"cases": {name: compared(case) for name, case in CASES.items()}, "scored": scored(),
+             "restored": restored(), "resumed": resumed(), "refused": refused(), "program": program()}
+    Path(file).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
