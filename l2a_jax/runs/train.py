@@ -182,8 +182,9 @@ def _fit_and_score(run: Run, run_dir: pathlib.Path, state: TrainState, frozen: T
     if run.step is not None:
         with _recording(run_dir, int(state.step)) as record:
             try:
-                state = fit_run(run, state, frozen, held_out, record=record, save=checkpoints.save, best=best,
-                                stop=stop)
+                with processes.noticing_loss():
+                    state = fit_run(run, state, frozen, held_out, record=record, save=checkpoints.save, best=best,
+                                    stop=stop)
             except NonFinite as failure:
                 last = (f"the last good checkpoint is {checkpoints.folder(LATEST)}" if checkpoints.steps(LATEST)
                         else "no checkpoint was due yet")

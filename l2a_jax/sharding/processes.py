@@ -6,6 +6,7 @@ that no device waits for it. All processes come by the same calls in the same or
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
 import json
@@ -27,11 +28,13 @@ from l2a_jax.sharding.axes import Axes
 from l2a_jax.sharding.cluster import EXPECTED, FLAG, Cluster
 from l2a_jax.sharding.mesh import STACKED, make
 
-JOIN_SECONDS, LEAVE_SECONDS = 300, 60
+JOIN_SECONDS, LEAVE_SECONDS = 300, 30
 """How long a process waits for all others to join, and at the end of a run."""
 _AT_LEAST = 60
 _WAIT = 7 * 24 * 3600 * 1000
 """Milliseconds. Whoever waits ends when JAX finds another process dead; work of others may take its time."""
+_LOST = ("gloo", "nccl", "connection", "unavailable", "barrier", "heartbeat")
+"""Words of the errors by which JAX tells that a process is gone."""
 _calls = itertools.count()
 _STOP = "l2a/stop"
 
@@ -55,15 +58,44 @@ def join(cluster: Cluster | None, seconds: int = JOIN_SECONDS) -> None:
     try:
         where = {} if cluster is None else dict(zip(("coordinator_address", "process_id", "num_processes"), cluster,
                                                     strict=True))
-        jax.distributed.initialize(**where, initialization_timeout=seconds + _AT_LEAST,
-                                   shutdown_timeout_seconds=LEAVE_SECONDS)
+        jax.distributed.initialize(**where, initialization_timeout=seconds + _AT_LEAST)
     except Exception as error:  # a ValueError or a RuntimeError, by where it looked
         what = f"no cluster that JAX knows was found ({error})" if cluster is None else f"{cluster.address}: {error}"
         raise UserError(f"{FLAG}: {what}; expected {EXPECTED}") from error
     finally:
         late.cancel()
+    atexit.register(_leave)  # before JAX's own leaving, which would wait for minutes and end with a page
     if not first():
         logging.getLogger("l2a_jax").setLevel(logging.ERROR)
+
+
+def _leave() -> None:
+    """Wait for the others, where they come: one that fails alone is not to hold on to those who work."""
+    try:
+        _client().wait_at_barrier("l2a/end", LEAVE_SECONDS * 1000)
+    except jax.errors.JaxRuntimeError:
+        _end_at_once()
+
+
+def _end_at_once() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(2)
+
+
+@contextlib.contextmanager
+def noticing_loss() -> Iterator[None]:
+    """A block of steps. UserError where another process is gone; this one then waits for none as it ends."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        line = str(error).strip().splitlines()[0]
+        if count() == 1 or not any(word in line.lower() for word in _LOST):
+            raise
+        atexit.register(_end_at_once)
+        raise UserError(f"another process of this run is gone or cannot be reached ({line}); what was saved last is "
+                        "whole: start all of them again with --resume") from error
 
 
 def _give_up(cluster: Cluster | None, seconds: int) -> None:

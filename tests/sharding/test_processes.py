@@ -13,6 +13,7 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -24,7 +25,9 @@ from l2a_jax.runs.train import resume, train
 from l2a_jax.sharding import cluster, processes
 from l2a_jax.sources import TINY, load_pretrained
 from l2a_jax.training import settings as presets
+from l2a_jax.training.checkpoints import LATEST, Checkpoints
 from l2a_jax.training.metrics import read_metrics
+from l2a_jax.training.step import TrainState
 from tests.sharding.steps import apart
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -60,14 +63,13 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def start(count, *arguments):
-    """`train/run.py` in `count` processes that have `DEVICES` devices together."""
+def start(count, *arguments, script=(str(ROOT / "train/run.py"), "--distributed")):
+    """A script, `train/run.py`, in `count` processes that have `DEVICES` devices together."""
     port, environment = free_port(), dict(os.environ)
     environment |= {"PYTHONPATH": str(ROOT), "XLA_FLAGS": f"{environment.get('XLA_FLAGS', '')} "
                     f"--xla_force_host_platform_device_count={DEVICES // count}"}
-    return [subprocess.Popen([sys.executable, str(ROOT / "train/run.py"), "--distributed",
-                              f"localhost:{port},{index},{count}", *map(str, arguments)], cwd=ROOT, text=True,
-                             env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return [subprocess.Popen([sys.executable, *script, f"localhost:{port},{index},{count}", *map(str, arguments)],
+                             cwd=ROOT, text=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
             for index in range(count)]
 
 
@@ -86,21 +88,16 @@ def at_step(started, folder, step):
         time.sleep(0.01)
 
 
-def killed(started, folder, step):
-    """All of them, at a moment of their own after a step."""
-    at_step(started, folder, step)
-    time.sleep(random.random() / 10)
-    for process in started:
-        process.kill()
-    return ended(started)
-
-
 def test_killed_processes_go_on_in_other_numbers_with_the_losses_of_one_device(whole, text, tmp_path):
     folder = tmp_path / "run"
     given = [f"--{name.replace('_', '-')}={value[0] if name == 'data' else value}"
              for name, value in flags_of(text).items()]
-    codes, said = killed(start(2, "--regime", "l2a_ft", *given, "--mesh", f"data={DEVICES}", "--run-dir", folder),
-                         folder, 4)
+    two = start(2, "--regime", "l2a_ft", *given, "--mesh", f"data={DEVICES}", "--run-dir", folder)
+    at_step(two, folder, 4)
+    time.sleep(random.random() / 10)
+    for process in two:
+        process.kill()
+    codes, said = ended(two)
     assert codes == [-signal.SIGKILL] * 2, said
 
     four = start(4, "--resume", folder)
@@ -124,6 +121,39 @@ def test_killed_processes_go_on_in_other_numbers_with_the_losses_of_one_device(w
     assert max(apart(found[path], leaf) for path, leaf in wanted.items()) < 1e-4
 
 
+def numbers():
+    """A state of no model's: leaves that four devices divide, and some that they do not."""
+    rng = np.random.default_rng(0)
+
+    def tree():
+        return {"layers": {"router": {"kernel": jnp.asarray(rng.standard_normal((3, 8)), jnp.float32)}},
+                "norm_final": {"scale": jnp.asarray(rng.standard_normal(5), jnp.bfloat16)},
+                "embed": {"embedding": jnp.asarray(rng.standard_normal((12, 6)), jnp.float32)}}
+
+    return TrainState(jnp.asarray(7, jnp.int32), tree(), (tree(), jnp.asarray(3, jnp.int32)), jnp.ones((), bool))
+
+
+PASS_ON = """
+import pathlib, sys
+from l2a_jax.sharding import cluster, leaves, mesh, processes
+from l2a_jax.sharding.axes import Axes
+from l2a_jax.training.checkpoints import LATEST, Checkpoints
+from tests.sharding.test_processes import numbers
+processes.join(cluster.parse(sys.argv[1]))
+processes.meet()
+given, passed = (Checkpoints(pathlib.Path(folder)) for folder in sys.argv[2:])
+passed.save(LATEST, given.load(LATEST, leaves.described(numbers(), mesh.make(Axes(4)))), {})
+"""
+
+
+def test_a_checkpoint_is_the_same_to_the_last_bit_by_way_of_two_processes(tmp_path):
+    given, passed = Checkpoints(tmp_path / "given"), Checkpoints(tmp_path / "passed")
+    given.save(LATEST, numbers(), {})
+    codes, said = ended(start(2, given.root.parent, passed.root.parent, script=("-c", PASS_ON)))
+    assert codes == [0, 0], said
+    jax.tree.map(np.testing.assert_array_equal, passed.load(LATEST, jax.eval_shape(numbers)), numbers())
+
+
 JOIN = "import sys\nfrom l2a_jax.sharding import cluster, processes\nprocesses.join(cluster.parse(sys.argv[1]), 1)"
 
 
@@ -132,6 +162,18 @@ def test_a_process_that_never_joins_is_one_clear_line():
                           cwd=ROOT, timeout=60)
     assert done.returncode == 2
     assert "error: --distributed: not all processes of 2 at localhost" in done.stderr
+
+
+def test_a_process_that_is_gone_is_one_clear_line_and_is_not_waited_for(monkeypatch):
+    left = []
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes.atexit, "register", left.append)
+    with pytest.raises(UserError, match=r"^another process of this run is gone .*Gloo.*--resume$"), \
+            processes.noticing_loss():
+        raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection closed by peer [1]:2\nmore")
+    assert left == [processes._end_at_once]
+    with pytest.raises(jax.errors.JaxRuntimeError), processes.noticing_loss():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
 
 @pytest.mark.parametrize("text", ["", "host", "host:1", "host:1,0", "host:1,a,2", ":1,0,2", "host:1,2,2", "host:1,0,0"])
