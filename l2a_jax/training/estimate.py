@@ -49,10 +49,10 @@ class Held(NamedTuple):
 
 
 def held(like: TrainState, frozen: Tree, config: ModelConfig, layer: L2AConfig | None, *, axes: Axes, rows: int,
-         seq_len: int, remat: str, dtype: Any, accumulate: int = 1) -> Held:
+         seq_len: int, remat: str, dtype: Any, accumulate: int = 1, shards: int | None = None) -> Held:
     """Of a step from the state `like` (shapes suffice, of whole leaves) over micro-batches of `rows` x `seq_len` tokens
-    of all devices together."""
-    shards, tokens = axes.devices, -(-rows // axes.data) * -(-seq_len // axes.context)
+    of all devices together. `shards`: over how many leaves are dealt (None: all devices)."""
+    shards, tokens = shards or axes.devices, -(-rows // axes.data) * -(-seq_len // axes.context)
     size = jnp.dtype(dtype).itemsize
     masters, base = (leaves.held_bytes(tree, shards) for tree in (like.trainable, frozen))
     gradients = leaves.held_bytes(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32),
@@ -101,8 +101,8 @@ def kept_of_token(config: ModelConfig, layer: L2AConfig | None, remat: str, size
 
 def working_of_token(config: ModelConfig, layer: L2AConfig | None, size: int, rows_joined: int = 1) -> int:
     """Bytes of a token while one layer runs backward: what it would keep without rematerialisation and the gradients of
-    that, and the keys and values that come from the `rows_joined` parts of its row."""
+    that; with the keys and values of all `rows_joined` parts of its row, and their gradients."""
     sets = 1 if layer is None or layer.share_attention else 2
     keys = 2 * config.num_kv_heads * config.head_dim
-    joined = sets * keys * (size + 4) * rows_joined if rows_joined > 1 else 0  # and their gradients, in float32
+    joined = sets * keys * 2 * size * rows_joined if rows_joined > 1 else 0
     return 2 * kept_of_token(config, layer, "elementwise", size) + joined
