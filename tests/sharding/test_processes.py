@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pathlib
@@ -152,6 +153,61 @@ def test_a_checkpoint_is_the_same_to_the_last_bit_by_way_of_two_processes(tmp_pa
     codes, said = ended(start(2, given.root.parent, passed.root.parent, script=("-c", PASS_ON)))
     assert codes == [0, 0], said
     jax.tree.map(np.testing.assert_array_equal, passed.load(LATEST, jax.eval_shape(numbers)), numbers())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # what Orbax began to read
+def test_a_checkpoint_of_another_shape_is_one_clear_error(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(LATEST, numbers(), {})
+    other = numbers()._replace(trainable={**numbers().trainable, "norm_final": {"scale": jnp.zeros(6, jnp.bfloat16)}})
+    with pytest.raises(UserError, match=r"^the checkpoint .*/latest/7 is whole but not of this run: it holds other"):
+        checkpoints.load(LATEST, jax.eval_shape(lambda: other))
+    gc.collect()
+
+
+class Coordinator:
+    """What JAX's tells all processes of one run, in one of them."""
+
+    def __init__(self):
+        self.told = {}
+
+    def key_value_set(self, key, value):
+        if key in self.told:
+            raise jax.errors.JaxRuntimeError("ALREADY_EXISTS")
+        self.told[key] = value
+
+    def key_value_dir_get(self, prefix):
+        return [(key, value) for key, value in self.told.items() if key.startswith(prefix)]
+
+    def wait_at_barrier(self, name, timeout):
+        pass
+
+
+@pytest.fixture
+def coordinator(monkeypatch):
+    made = Coordinator()
+    monkeypatch.setattr(processes, "_client", lambda: made)
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    return made
+
+
+def test_all_stop_after_the_same_step_whoever_is_asked(coordinator):
+    """One process is asked at step 3, where another may be at 4, and asked too: both end with 5."""
+    assert processes.stopping(3, None) is None
+    assert processes.stopping(3, signal.SIGTERM) is None and processes.stopping(4, signal.SIGINT) is None
+    assert processes.stopping(4, signal.SIGTERM) is None and processes.stopping(5, signal.SIGINT) == signal.SIGTERM
+    assert processes.stopping(5, signal.SIGTERM) == signal.SIGTERM
+
+
+def test_what_fails_in_one_process_fails_in_all(coordinator):
+    with processes.together():
+        pass
+    with pytest.raises(ZeroDivisionError), processes.together():
+        raise ZeroDivisionError  # and the others learn of it
+    assert len(coordinator.told) == 1
+    with pytest.raises(UserError, match=r"^process 1 of 2 cannot go on and says why; this one ends too$"), \
+            processes.together():
+        coordinator.told = {f"l2a/{number}/failed/1": "" for number in range(100)}
 
 
 JOIN = "import sys\nfrom l2a_jax.sharding import cluster, processes\nprocesses.join(cluster.parse(sys.argv[1]), 1)"
