@@ -78,6 +78,12 @@ def large_cases() -> list[StepCase]:
             StepCase("router_strict", "qwen2.5-3b", batch=1, remat="layer", unroll=False, routed=0.2)]
 
 
+def config_of(case: StepCase) -> ModelConfig:
+    """The model's shape. Its weights are random: rows may be longer than a checkpoint of this size was made for."""
+    known = MODELS[case.model]
+    return replace(known, max_positions=max(known.max_positions, case.length))
+
+
 class Step:
     """A compiled step with its state: `run()` does one update."""
 
@@ -85,7 +91,7 @@ class Step:
         self.case = case
         settings = replace(resolve(case.regime, {"model": "none", "data": ("none",), "window": case.window},
                                    begins=FIRST_PRESET), backend=case.backend)
-        self.config: ModelConfig = MODELS[case.model]
+        self.config = config_of(case)
         layer = layer_of(settings)
         if layer is not None and case.routed < 1:
             # z is about normal for a random router: the threshold that leaves the wanted share above it.

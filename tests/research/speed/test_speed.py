@@ -14,6 +14,7 @@ from l2a_jax.research.speed import attention_calls as speed
 from l2a_jax.research.speed import block_sizes as speed_blocks
 from l2a_jax.research.speed import scaling
 from l2a_jax.research.speed import shares as speed_shares
+from l2a_jax.research.speed import training_steps
 from l2a_jax.research.speed.cases import SpeedCase
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -114,5 +115,6 @@ def test_lines_of_scaling_grow_along_their_axis():
         many = scaling.Axes(**{line.axis: 4})
         assert line.case(None).axes is None and line.case(None).batch == line.rows
         assert line.case(many).batch == line.rows * many.data and line.case(many).length % many.context == 0
+        assert training_steps.config_of(line.case(None)).max_positions >= line.length
     names = [line.name for line in scaling.lines()]
     assert len(set(names)) == len(names)
