@@ -12,9 +12,8 @@ from l2a_jax.attention.kernels import blocks
 from l2a_jax.attention.kernels.backward_kv import parts_of
 from l2a_jax.research.speed import attention_calls as speed
 from l2a_jax.research.speed import block_sizes as speed_blocks
-from l2a_jax.research.speed import scaling
+from l2a_jax.research.speed import scaling, training_steps
 from l2a_jax.research.speed import shares as speed_shares
-from l2a_jax.research.speed import training_steps
 from l2a_jax.research.speed.cases import SpeedCase
 
 ROOT = Path(__file__).resolve().parents[3]
