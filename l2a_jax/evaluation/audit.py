@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import intervals
@@ -38,6 +39,7 @@ def audit(
     seeds: int = 3,
     backend: str = "auto",
     batch_tokens: int = BATCH_TOKENS,
+    mesh: Mesh | None = None,
 ) -> dict[str, Any]:
     """The table of controls over `windows`, where `learned` is the router's own pass over them.
 
@@ -53,7 +55,7 @@ def audit(
     rates = routing_rates(learned.decisions, windows.real)
 
     def score(decisions, label):
-        return score_windows(model, windows, decisions, backend=backend, batch_tokens=batch_tokens,
+        return score_windows(model, windows, decisions, backend=backend, batch_tokens=batch_tokens, mesh=mesh,
                              label=f"audit, {label}")
 
     again = score(learned.decisions, "the learned decisions forced")

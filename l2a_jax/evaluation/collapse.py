@@ -30,6 +30,7 @@ from l2a_jax.evaluation.registry import Work
 from l2a_jax.models.transformer import hidden_states, unembed
 from l2a_jax.nn import routing
 from l2a_jax.shapes import nullable
+from l2a_jax.sharding import whole
 from l2a_jax.sources import Pretrained, locate, run_source
 from l2a_jax.training.diagnose import not_finite
 from l2a_jax.training.loss import CHUNK, chunked
@@ -289,6 +290,8 @@ def columns(name: str) -> tuple[Column, ...]:
 
 def task(work: Work) -> dict[str, Any]:
     model, source = work.model, work.options.source
+    if work.mesh is not None:  # a few windows and prompts, and texts that are drawn: one device's work
+        model = model._replace(params=whole.alone(model.params))
     run = run_source(locate(source))
     records = [] if run is None else read_metrics(run.folder / "metrics.jsonl")
     if texts.speaks_recall(model.tokenizer):  # its words are the corpus's: prompts are the beginnings of held-out rows

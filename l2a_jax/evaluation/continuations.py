@@ -8,13 +8,16 @@ compiles one decode step and a prefill for each of a few lengths.
 from __future__ import annotations
 
 import functools
+import math
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int
 
 from l2a_jax import device
@@ -27,6 +30,8 @@ from l2a_jax.inference.generate import bucket
 from l2a_jax.models.params import Tree
 from l2a_jax.models.transformer import check_tokens
 from l2a_jax.progress import progress
+from l2a_jax.sharding import whole
+from l2a_jax.sharding.mesh import ROWS, STACKED, axes_of
 from l2a_jax.sources import Pretrained
 from l2a_jax.weights import Tokenizer
 
@@ -70,6 +75,7 @@ class Options(NamedTuple):
     l2a_config: L2AConfig | None
     layout: Layout
     backend: str
+    mesh: Mesh | None
 
 
 class Rows(NamedTuple):
@@ -80,12 +86,16 @@ class Rows(NamedTuple):
     next: Int[Array, B]
 
 
+_BY_ROW = Rows(STACKED, ROWS, ROWS)
+
+
 def continuations(
     model: Pretrained,
     prompts: Sequence[Prompt],
     *,
     backend: str = "auto",
     batch_tokens: int | None = None,
+    mesh: Mesh | None = None,
     label: str = "continuations",
 ) -> Continuations:
     """The likeliest continuation of every prompt, token by token, to its first stop: an end of text, one of its
@@ -93,8 +103,9 @@ def continuations(
 
     A text is decoded without special tokens and cut before the stop, as lm-eval does; of `until`, a special token of
     the tokenizer ends a text as its own end does. A prompt is cut from the left to what the model's positions hold
-    beside `max_new_tokens`. `batch_tokens`: slots of the cache (at least a row's; by default what memory holds).
-    `label` names the work in the progress report.
+    beside `max_new_tokens`. `batch_tokens`: slots of the cache (at least a row's; by default what memory holds), on
+    each device of a `mesh`, which deals rows over its axis "data" and the tokens of prompts over "context". `label`
+    names the work in the progress report.
 
     Raises UserError where there is no prompt, on an empty one, token ids outside the vocabulary, more new tokens than
     positions, and logits that are not finite.
@@ -108,15 +119,16 @@ def continuations(
     need = np.array([tokens.size + prompt.max_new_tokens for tokens, prompt in zip(cut, prompts, strict=True)])
     queue = deque(np.argsort(-need, kind="stable").tolist())  # long ones first: if memory runs out, it does so at once
     texts, counts = [""] * len(prompts), np.zeros(len(prompts), int)
-    weights = _decode_params(model.params)
+    axes, model = axes_of(mesh), model._replace(params=whole.put(model.params, mesh))
+    weights, unit = _decode_params(model.params), math.lcm(ROUND, axes.context)
     with progress(label, len(prompts)) as report:
         while queue:
-            slots = -(-(need[queue[0]] + STEPS) // ROUND) * ROUND
+            slots = -(-(need[queue[0]] + STEPS) // unit) * unit
             pool = deque(index for index in queue if LONGER * need[index] >= slots or index == queue[0])
             queue = deque(list(queue)[len(pool):])
-            rows = _row_count(model, int(slots), len(pool), batch_tokens)
+            rows = _row_count(model, int(slots), -(-len(pool) // axes.data), batch_tokens)
             options = Options(model.config, model.l2a_config, layout_of(model.config, model.l2a_config, int(slots)),
-                              backend)
+                              backend, mesh)
             for index, text, count in _pool(model, weights, options, rows, pool, cut, prompts, ends, label):
                 texts[index], counts[index] = text, count
                 done = int(np.count_nonzero(counts))
@@ -126,25 +138,26 @@ def continuations(
 
 
 def _pool(model, weights, options, rows, queue, tokens, prompts, ends, label):
-    """Yields (prompt, text, tokens of it) as texts end; the prompts in `queue` share one size of rows."""
-    dtype = model.params["embed"]["embedding"].dtype
-    state = Rows(empty_cache(options.config, options.layout, rows, dtype), *jnp.zeros((2, rows), jnp.int32))
-    free, held = list(range(rows)), {}
+    """Yields (prompt, text, tokens of it) as texts end; the prompts in `queue` share one size of rows. `rows` are those
+    of each device, `free` the numbers of those that no text has there."""
+    axes = axes_of(options.mesh)
+    state = _empty(options, rows * axes.data, model.params["embed"]["embedding"].dtype)
+    free, held = [list(range(rows)) for _ in range(axes.data)], {}
     written: dict[int, list[int]] = {}
     while queue or held:
         while queue:
-            width = min(bucket(tokens[queue[0]].size, ROUND), options.layout.slots)
+            width = -(-bucket(tokens[queue[0]].size, ROUND) // axes.context) * axes.context
+            width = min(width, options.layout.slots)
             group = min(rows, max(1, device.batch_tokens(PREFILL_TOKENS) // width))
             group = 1 << group.bit_length() - 1
-            if len(free) < min(group, len(queue)):
+            if sum(min(group, len(there)) for there in free) < min(group * axes.data, len(queue)):
                 break
-            chosen = [queue.popleft() for _ in range(min(group, len(queue)))]
-            places = [free.pop() for _ in chosen]
-            state = _admit(model.params, state, *_padded([tokens[index] for index in chosen], places, (group, width)),
-                           options)
-            held |= dict(zip(places, chosen, strict=True))
-            written |= {index: [] for index in chosen}
-        active = np.isin(np.arange(rows), list(held))
+            parts = _shared(queue, free, group)
+            state = _admit(model.params, state, *_padded(parts, tokens, (group, width), rows), options)
+            for number, part in enumerate(parts):
+                held |= {number * rows + place: index for index, place in part}
+                written |= {index: [] for index, _ in part}
+        active = np.isin(np.arange(rows * axes.data), list(held))
         state, said = _decode(weights, state, active, options)
         said = np.asarray(said)
         for place, index in list(held.items()):
@@ -159,7 +172,7 @@ def _pool(model, weights, options, rows, queue, tokens, prompts, ends, label):
                 raise UserError(f"{label}: the logits after prompt {index} are not finite: the model's weights or "
                                 "activations are not")
             yield index, *ended
-            free.append(place)
+            free[place // rows].append(place % rows)
             del held[place], written[index]
 
 
@@ -216,14 +229,40 @@ def _row_count(model: Pretrained, slots: int, prompts: int, batch_tokens: int | 
     return min(1 << max(fit, 1).bit_length() - 1, power_of_two(prompts))
 
 
-def _padded(prompts: list[np.ndarray], places: list[int], shape: tuple[int, int]) -> tuple[
+def _shared(queue: deque[int], free: list[list[int]], group: int) -> list[list[tuple[int, int]]]:
+    """The next prompts, each with a free row: at most `group` for each device, the next to whichever has most room."""
+    parts: list[list[tuple[int, int]]] = [[] for _ in free]
+    while queue:
+        rows, part = max(zip(free, parts, strict=True), key=lambda one: min(len(one[0]), group - len(one[1])))
+        if not rows or len(part) == group:
+            break
+        part.append((queue.popleft(), rows.pop()))
+    return parts
+
+
+def _padded(parts: list[list[tuple[int, int]]], prompts: list[np.ndarray], shape: tuple[int, int], rows: int) -> tuple[
         Int[np.ndarray, "G T"], Int[np.ndarray, " G"], Int[np.ndarray, " G"]]:
-    """(tokens, lengths, places) of a group of one shape; where prompts are few, the last one is read more than once."""
-    rows = np.minimum(np.arange(shape[0]), len(prompts) - 1)
-    tokens = np.zeros(shape, np.int32)
-    for row, index in enumerate(rows):
-        tokens[row, : prompts[index].size] = prompts[index]
-    return tokens, np.array([prompts[index].size for index in rows], np.int32), np.array(places, np.int32)[rows]
+    """(tokens, lengths, places) of each device's group, which are of one shape; where prompts are few, the last one is
+    read more than once, and where there is none a token, for a place behind all `rows`."""
+    tokens = np.zeros((len(parts), *shape), np.int32)
+    lengths, places = np.ones(tokens.shape[:2], np.int32), np.full(tokens.shape[:2], rows, np.int32)
+    for number, part in enumerate(parts):
+        for row in range(shape[0]) if part else ():
+            index, places[number, row] = part[min(row, len(part) - 1)]
+            lengths[number, row] = prompts[index].size
+            tokens[number, row, : lengths[number, row]] = prompts[index]
+    return tokens.reshape(-1, shape[1]), lengths.reshape(-1), places.reshape(-1)
+
+
+def _empty(options: Options, rows: int, dtype: Any) -> Rows:
+    """A batch without texts, in which each device makes its own rows."""
+
+    def make():
+        return Rows(empty_cache(options.config, options.layout, rows, dtype), *jnp.zeros((2, rows), jnp.int32))
+
+    if options.mesh is None:
+        return make()
+    return jax.jit(make, out_shardings=jax.tree.map(lambda spec: NamedSharding(options.mesh, spec), _BY_ROW))()
 
 
 _decode_params = jax.jit(decode_params)
@@ -232,17 +271,31 @@ _decode_params = jax.jit(decode_params)
 @functools.partial(jax.jit, static_argnames="options", donate_argnums=1)
 def _admit(params: Tree, state: Rows, tokens: Int[Array, "G T"], lengths: Int[Array, " G"], places: Int[Array, " G"],
            options: Options) -> Rows:
-    """Read prompts into the rows `places` of the batch, and choose the first token of each."""
+    """Read prompts into the rows `places` of the batch, and choose the first token of each; over a mesh each device
+    into its own."""
+    part = functools.partial(_admit_here, options=options)
+    if options.mesh is not None:
+        part = jax.shard_map(part, mesh=options.mesh, in_specs=(P(), _BY_ROW, ROWS, ROWS, ROWS), out_specs=_BY_ROW,
+                             check_vma=False)
+    return part(params, state, tokens, lengths, places)
+
+
+def _admit_here(params: Tree, state: Rows, tokens: Int[Array, "G T"], lengths: Int[Array, " G"],
+                places: Int[Array, " G"], options: Options) -> Rows:
     width = tokens.shape[1]
     logits, read, _ = prefill(params, tokens, lengths, options.config, options.l2a_config,
-                              options.layout._replace(slots=width), backend=options.backend)
+                              options.layout._replace(slots=width), backend=options.backend,
+                              shards=axes_of(options.mesh).context)
+    count = places.shape[0]
+    if options.mesh is not None:  # a device without a prompt writes nothing
+        count = jnp.where(places[0] < state.next.shape[0], count, 0)
 
     def put(store, new):  # a row at a time is written in place; one scatter would move the whole cache
         def one(row, store):
             return jax.lax.dynamic_update_slice(store, jax.lax.dynamic_slice_in_dim(new, row, 1, axis=1),
                                                 (0, places[row], 0, 0, 0))
 
-        return jax.lax.fori_loop(0, places.shape[0], one, store)
+        return jax.lax.fori_loop(0, count, one, store)
 
     return Rows(jax.tree.map(put, state.cache, read), state.position.at[places].set(lengths),
                 state.next.at[places].set(_likeliest(logits)))
@@ -252,6 +305,15 @@ def _admit(params: Tree, state: Rows, tokens: Int[Array, "G T"], lengths: Int[Ar
 def _decode(weights: DecodeParams, state: Rows, active: Bool[Array, " B"],
             options: Options) -> tuple[Rows, Int[Array, "S B"]]:
     """`STEPS` tokens of every active row: those fed, so that the last one chosen comes with the next call."""
+    part = functools.partial(_decode_here, options=options)
+    if options.mesh is not None:
+        part = jax.shard_map(part, mesh=options.mesh, in_specs=(P(), _BY_ROW, ROWS), out_specs=(_BY_ROW, STACKED),
+                             check_vma=False)
+    return part(weights, state, active)
+
+
+def _decode_here(weights: DecodeParams, state: Rows, active: Bool[Array, " B"],
+                 options: Options) -> tuple[Rows, Int[Array, "S B"]]:
 
     def step(state, _):
         logits, cache, _ = decode_step(weights, state.next, state.position, active, state.cache, options.config,

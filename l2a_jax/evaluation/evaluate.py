@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from l2a_jax import commands, device, fields
 from l2a_jax.attention import api as attention
@@ -26,6 +27,8 @@ from l2a_jax.evaluation.options import Options
 from l2a_jax.evaluation.perplexity import Windows
 from l2a_jax.evaluation.windows import windows_of
 from l2a_jax.files import check_file
+from l2a_jax.sharding import axes, whole
+from l2a_jax.sharding import mesh as meshes
 from l2a_jax.sources import Pretrained, load_pretrained, locate, read_config, run_source, source_tokenizer
 
 log = logging.getLogger("l2a_jax.eval")
@@ -52,12 +55,19 @@ class Setup(NamedTuple):
         """float32 means float32 products too, where an accelerator would take shortcuts (a CPU takes none)."""
         return "float32" if self.dtype == "float32" and device.platform() != "cpu" else None
 
+    @property
+    def mesh(self) -> Mesh | None:
+        """The devices over which the work is dealt; None: one device."""
+        return None if self.options.mesh is None else meshes.make(axes.parse(self.options.mesh))
+
 
 def set_up(options: Options) -> Setup:
     """Check all that can be checked before weights are read. Raises UserError naming the flag."""
     tasks = _tasks(options.tasks)
     fields.check(options)
     attention.check(options.backend)
+    if options.mesh is not None:
+        meshes.check_present(axes.parse(options.mesh))
     dtype = options.dtype or device.default_dtype()
     if (options.prune_sparsity is None) != (options.calibration is None):
         raise UserError("--prune-sparsity measures the router on --calibration TEXT: give both")
@@ -118,10 +128,11 @@ def evaluate(options: Options) -> tuple[dict[str, Any], Path]:
     with jax.default_matmul_precision(setup.precision):
         model = subject.with_layer(load_pretrained(options.source, jnp.dtype(setup.dtype)), setup.config, setup.layer,
                                    options.route)
+        model = model._replace(params=whole.put(model.params, setup.mesh))
         unpruned = model
         if setup.calibration is not None:
             model = pruning_cost.by_sparsity(model, setup.calibration, options.prune_sparsity, backend=options.backend,
-                                             batch_tokens=setup.batch_tokens)
+                                             batch_tokens=setup.batch_tokens, mesh=setup.mesh)
         elif options.prune_layers:
             unpruned = model._replace(l2a_config=dataclasses.replace(
                 model.l2a_config, pruned_layers=() if setup.own is None else setup.own.pruned_layers))
@@ -147,7 +158,7 @@ def _steps(setup: Setup, model: Pretrained, unpruned: Pretrained, held: dict[str
            ) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
     """(name, function) in the order of running. A function returns results by task name, as `held` has those that the
     file holds and `keep` takes those of a task that is not done yet."""
-    passes = {"backend": setup.options.backend, "batch_tokens": setup.batch_tokens}
+    passes = {"backend": setup.options.backend, "batch_tokens": setup.batch_tokens, "mesh": setup.mesh}
     score = functools.cache(lambda: perplexity.score_windows(model, setup.windows, **passes))
 
     def step(name: str) -> tuple[str, Callable[[], dict[str, Any]]]:

@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+from jax.sharding import Mesh
+
 from l2a_jax.config import position_limit
 from l2a_jax.errors import UserError, needs, shown
 from l2a_jax.evaluation.continuations import Prompt, continuations
@@ -43,17 +45,18 @@ class HarnessModel(TemplateLM):
     Contexts and continuations become tokens by TemplateLM's rules (encoded whole, then cut where the context ends;
     spaces at the context's end belong to the continuation; an empty context is the prefix token), all in one batch.
     `requests` and `truncated` count those of the last call, and of them those that were cut from the left.
-    `batch_tokens` is that of `log_likelihoods` and `continuations`. Raises UserError where the model has no tokenizer
-    or no prefix token.
+    `batch_tokens` and `mesh` are those of `log_likelihoods` and `continuations`. Raises UserError where the model has
+    no tokenizer or no prefix token.
     """
 
     def __init__(self, model: Pretrained, backend: str = "auto", label: str = "log-likelihoods",
-                 batch_tokens: int | None = None):
+                 batch_tokens: int | None = None, mesh: Mesh | None = None):
         super().__init__()
         if model.tokenizer is None:
             raise UserError("the model has no tokenizer, which tasks need; expected tokenizer.json beside its weights")
         self.model, self.tokenizer = model, model.tokenizer
-        self.label, self._passes = label, {"backend": backend, "batch_tokens": batch_tokens}
+        self.label, self._passes = label, {"backend": backend, "batch_tokens": batch_tokens,
+                                           "mesh": mesh}
         self.requests = self.truncated = 0
         if self.prefix_token_id is None:
             raise UserError("the model's tokenizer names neither bos_token nor eos_token; an empty context needs one")

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Int64
 
 from l2a_jax import device
@@ -23,7 +25,11 @@ from l2a_jax.data.packing import best_fit_rows
 from l2a_jax.errors import UserError
 from l2a_jax.models.params import Tree
 from l2a_jax.models.transformer import check_tokens, hidden_states
+from l2a_jax.nn.shard import ALONE
 from l2a_jax.progress import progress
+from l2a_jax.sharding import whole
+from l2a_jax.sharding.axes import Axes
+from l2a_jax.sharding.mesh import NAMES, ROWS, axes_of
 from l2a_jax.sources import Pretrained
 from l2a_jax.training.loss import token_nll
 
@@ -34,6 +40,7 @@ SMALLEST = 128
 BATCH_TOKENS = 32_768
 """Tokens in a batch, by platform: enough to fill the device, little enough to see progress."""
 _IN_FLIGHT = 2
+_ALONE = Axes()
 
 
 class Request(NamedTuple):
@@ -84,12 +91,14 @@ def log_likelihoods(
     *,
     backend: str = "auto",
     batch_tokens: int | None = None,
+    mesh: Mesh | None = None,
     label: str = "log-likelihoods",
 ) -> Scores:
     """Teacher-forced scores of every request.
 
     A context is cut from the left to what the model's positions hold, as lm-eval does. `batch_tokens` is the size of a
-    batch (at least one row); `label` names the work in the progress report.
+    batch (at least one row), on each device of a `mesh`, which deals rows and tokens; `label` names the work in the
+    progress report.
 
     Raises UserError where there is no request, on a request without context or continuation (as lm-eval: a sum over
     no token would make it certain), a continuation longer than the model's positions, token ids outside the
@@ -117,11 +126,11 @@ def log_likelihoods(
         done += batch.work
         report(done, f"{format_count(done)} of {format_count(work)} tokens")
 
-    size = batch_tokens or device.batch_tokens(BATCH_TOKENS)
+    size, params = batch_tokens or device.batch_tokens(BATCH_TOKENS), whole.put(model.params, mesh)
     with progress(label, work) as report:
-        for batch in _batches(table, size):
-            result = _score(model.params, batch.tokens, batch.segment_ids, batch.picks, batch.targets, model.config,
-                            model.l2a_config, backend)
+        for batch in _batches(table, size, axes_of(mesh)):
+            result = _score(params, batch.tokens, batch.segment_ids, batch.picks, batch.targets, model.config,
+                            model.l2a_config, backend, mesh)
             pending.append((batch, result))
             if len(pending) > _IN_FLIGHT:
                 collect()
@@ -130,7 +139,7 @@ def log_likelihoods(
     return Scores(total, greedy, table.truncated)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "l2a_config", "backend"))
+@functools.partial(jax.jit, static_argnames=("config", "l2a_config", "backend", "mesh"))
 def _score(
     params: Tree,
     tokens: Int[Array, "B T"],
@@ -140,12 +149,23 @@ def _score(
     config: ModelConfig,
     l2a_config: L2AConfig | None,
     backend: str,
+    mesh: Mesh | None,
 ) -> tuple[Float[Array, " M"], Bool[Array, " M"]]:
     """Negative log-likelihood of each target, and whether it is the top token."""
-    hidden, _ = hidden_states(params, tokens, config, l2a_config, segment_ids=segment_ids, backend=backend)
-    chosen = hidden.reshape(-1, hidden.shape[-1])[picks]
-    nll, top = token_nll(params, chosen[None], targets[None], config)
-    return nll[0], top[0]
+
+    def scored(params, tokens, segment_ids, picks, targets, shard):
+        tokens, segment_ids = jax.tree.map(shard.tokens, (tokens, segment_ids))
+        hidden, _ = hidden_states(params, tokens, config, l2a_config, segment_ids=segment_ids, backend=backend,
+                                  shard=shard)
+        nll, top = token_nll(params, shard.spread(hidden, picks)[None], targets[None], config)
+        return nll[0], top[0]
+
+    given = params, tokens, segment_ids, picks, targets
+    if mesh is None:
+        return scored(*given, ALONE)
+    shard = whole.dealt(mesh, config, l2a_config)
+    return jax.shard_map(lambda *given: scored(*given, shard), mesh=mesh, in_specs=(P(), ROWS, ROWS, P(), P(NAMES)),
+                         out_specs=P(NAMES), check_vma=False)(*given)
 
 
 def _table(requests: Sequence[Request], limit: int, config: ModelConfig) -> _Table:
@@ -172,28 +192,31 @@ def _table(requests: Sequence[Request], limit: int, config: ModelConfig) -> _Tab
     return table
 
 
-def _batches(table: _Table, batch_tokens: int) -> Iterator[_Batch]:
+def _batches(table: _Table, batch_tokens: int, axes: Axes = _ALONE) -> Iterator[_Batch]:
     """Long inputs first: if memory runs out, it does so at once."""
     lengths = np.array([tokens.size for tokens in table.inputs], np.int64)
     row = min(ROW, power_of_two(int(lengths.sum()), SMALLEST))
     sizes = np.array([min(power_of_two(length, row), table.limit) for length in lengths.tolist()], np.int64)
     for size in np.unique(sizes)[::-1].tolist():
-        yield from _class_batches(table, np.flatnonzero(sizes == size), lengths, size, batch_tokens)
+        yield from _class_batches(table, np.flatnonzero(sizes == size), lengths, size, batch_tokens, axes)
 
 
-def _class_batches(table, chosen, lengths, size, batch_tokens) -> Iterator[_Batch]:
-    """Batches of one shape: the `chosen` inputs packed into rows of `size` tokens, B rows at a time."""
+def _class_batches(table, chosen, lengths, size, batch_tokens, axes) -> Iterator[_Batch]:
+    """Batches of one shape: the `chosen` inputs packed into rows of `size` tokens, B rows at a time; a little more of
+    either where `axes` would not divide them."""
     row = best_fit_rows(lengths[chosen], size)
     order = np.argsort(row, kind="stable")
     chosen, row = chosen[order], row[order]
     per_row = np.bincount(row)
-    rows = min(max(1, batch_tokens // size), power_of_two(per_row.size))
+    rows = min(max(1, batch_tokens * axes.devices // size), power_of_two(per_row.size))
+    rows, length = -(-rows // axes.data) * axes.data, -(-size // axes.context) * axes.context
     predicted = [sum(table.targets[request].size for request in table.members[one]) for one in chosen.tolist()]
     width = power_of_two(int(np.bincount(row // rows, predicted).max()), SMALLEST)
+    width = -(-width // axes.devices) * axes.devices
     packed = bool((per_row > 1).any())  # one input a row needs no segments: what follows it is in its future
     for index in range(-(-per_row.size // rows)):
         mine = row // rows == index
-        yield _lay_out(table, chosen[mine].tolist(), (row[mine] % rows).tolist(), (rows, size), width, packed)
+        yield _lay_out(table, chosen[mine].tolist(), (row[mine] % rows).tolist(), (rows, length), width, packed)
 
 
 def _lay_out(table, chosen, rows, shape, width, packed) -> _Batch:

@@ -18,6 +18,7 @@ from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from l2a_jax import fields
 from l2a_jax.config import position_limit
@@ -43,6 +44,7 @@ from l2a_jax.evaluation.registry import Work
 from l2a_jax.fields import SEED, Distinct, between, check_given
 from l2a_jax.files import whole
 from l2a_jax.shapes import at_least, share, some
+from l2a_jax.sharding.mesh import axes_of
 from l2a_jax.sources import Pretrained
 
 log = logging.getLogger("l2a_jax.eval")
@@ -132,7 +134,7 @@ def writes(name: str, options: Any, prepared: NeedleOptions, path: Path) -> list
 
 
 def task(work: Work) -> dict[str, Any]:
-    found = evaluate_needle(work.model, work.prepared, backend=work.options.backend)
+    found = evaluate_needle(work.model, work.prepared, backend=work.options.backend, mesh=work.mesh)
     drawn = picture(work.path)
     try:
         draw_heat_map(found, drawn)
@@ -173,7 +175,8 @@ class Prompt(NamedTuple):
     """Where the asked-for needle begins, in tokens."""
 
 
-def evaluate_needle(model: Pretrained, options: NeedleOptions, *, backend: str = "auto") -> dict[str, Any]:
+def evaluate_needle(model: Pretrained, options: NeedleOptions, *, backend: str = "auto",
+                    mesh: Mesh | None = None) -> dict[str, Any]:
     """The grid's scores in JSON types: `exact_match`, `ranked_first`, `mean_rank` and `log_probability` as lists over
     depths of lists over lengths, `overall`, and every prompt's own under `prompts`.
 
@@ -184,7 +187,7 @@ def evaluate_needle(model: Pretrained, options: NeedleOptions, *, backend: str =
     """
     prompts = build_prompts(model, options)
     requests = [Request(prompt.tokens, tokens) for prompt in prompts for tokens in prompt.answer_tokens]
-    scores = log_likelihoods(model, requests, backend=backend, label="needle")
+    scores = log_likelihoods(model, requests, backend=backend, mesh=mesh, label="needle")
     rows, at = [], 0
     for prompt in prompts:
         mine = slice(at, at + len(prompt.answers))
@@ -206,7 +209,7 @@ def evaluate_needle(model: Pretrained, options: NeedleOptions, *, backend: str =
         "per_cell": len(options.seeds), "overall": _overall(rows), "prompts": rows,
     }
     if options.generate:
-        result["generated"] = _generated(model, prompts, options, backend)
+        result["generated"] = _generated(model, prompts, options, backend, mesh)
     return result
 
 
@@ -288,18 +291,22 @@ def _prompt(form: CodeForm | RecallForm, hay: Haystack, options: NeedleOptions, 
     return Prompt(length, depth, seed, key, tokens, answers, answer_tokens, position)
 
 
-def _generated(model: Pretrained, prompts: Sequence[Prompt], options: NeedleOptions, backend: str) -> list[dict]:
-    """What decoding really writes after some of the prompts, the same number of each length where possible."""
+def _generated(model: Pretrained, prompts: Sequence[Prompt], options: NeedleOptions, backend: str,
+               mesh: Mesh | None) -> list[dict]:
+    """What decoding really writes after some of the prompts, the same number of each length where possible. One at a
+    time, or one on each device."""
     from l2a_jax.inference.generate import generate
 
     chosen = [prompts[int(index)] for index in np.linspace(0, len(prompts) - 1, min(options.generate, len(prompts)))]
-    out = []
-    for prompt in chosen:
-        count = len(prompt.answer_tokens[0])
-        result = generate(model.params, model.config, model.l2a_config, [prompt.tokens], max_new_tokens=count,
-                          stop_tokens=model.tokenizer.end_ids, backend=backend)
-        tokens, length = jax.device_get((result.tokens[0], result.lengths[0]))
-        tokens = tokens[:length].tolist()
+    out, written, rows = [], [], axes_of(mesh).data
+    for start in range(0, len(chosen), rows):
+        together = chosen[start : start + rows]
+        counts = [len(prompt.answer_tokens[0]) for prompt in together]
+        result = generate(model.params, model.config, model.l2a_config, [prompt.tokens for prompt in together],
+                          max_new_tokens=max(counts), stop_tokens=model.tokenizer.end_ids, backend=backend, mesh=mesh)
+        written += [tokens[: min(length, count)].tolist() for tokens, length, count in
+                    zip(*jax.device_get((result.tokens, result.lengths)), counts, strict=True)]
+    for prompt, tokens in zip(chosen, written, strict=True):
         out.append({"length": prompt.length, "depth": prompt.depth, "seed": prompt.seed, "answer": prompt.answers[0],
                     "written": model.tokenizer.decode(tokens), "exact_match": tokens == prompt.answer_tokens[0]})
     return out

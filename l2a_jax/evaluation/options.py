@@ -12,6 +12,7 @@ from l2a_jax.errors import UserError, shown
 from l2a_jax.evaluation.registry import EXPECTED
 from l2a_jax.evaluation.ruler_source import RULER_TASKS, USUAL
 from l2a_jax.fields import DTYPE, SEED, Choice, Distinct, Filled, Mark, Range, Unit, Written, between, count, length
+from l2a_jax.sharding import axes
 from l2a_jax.training.settings import Source
 
 ROUTES = ("learned", "all", "none")
@@ -108,7 +109,10 @@ class Options(TextOptions, BenchmarkOptions, RulerOptions, RouteOptions):
     dtype: Annotated[str | None, DTYPE, "float32: exact products too (default: bfloat16; on a CPU float32)"] = None
     backend: Backend = "auto"
     batch_tokens: Annotated[int | None, count(), Unit("tokens"),
-                            "tokens a batch (default, of windows: 16384; on a CPU 4096)"] = None
+                            "tokens a batch, on each device (default, of windows: 16384; on a CPU 4096)"] = None
+    mesh: Annotated[str | None, Written(axes.written), Unit("axes"),
+                    "devices over which rows (data) and the tokens of a row (context) are dealt, such as "
+                    "data=4 (default: one device)"] = None
     seed: Annotated[int, SEED, "of sampled text in the collapse report, and of RULER's prompts"] = 0
     needle: Annotated[dict[str, Any], Mark.RECORDED] = field(default_factory=dict)
     layer: Annotated[dict[str, Any], Mark.RECORDED] = field(default_factory=dict)

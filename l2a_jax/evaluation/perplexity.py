@@ -22,7 +22,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Float64, Int, Int32
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Bool, Float, Float64, Int, Int32, Shaped
 
 from l2a_jax.data.batch import Batch
 from l2a_jax.data.counts import format_count
@@ -34,8 +36,11 @@ from l2a_jax.evaluation.registry import Work
 from l2a_jax.models.params import check_layers
 from l2a_jax.models.transformer import check_tokens, hidden_states
 from l2a_jax.nn import routing
+from l2a_jax.nn.shard import ALONE
 from l2a_jax.progress import progress
 from l2a_jax.shapes import at_least, share, some
+from l2a_jax.sharding import whole
+from l2a_jax.sharding.mesh import ROWS, STACKED, axes_of
 from l2a_jax.sources import Pretrained
 from l2a_jax.training.loss import token_nll
 
@@ -119,12 +124,14 @@ def score_windows(
     cut: Float[np.ndarray, " L"] | None = None,
     backend: str = "auto",
     batch_tokens: int = BATCH_TOKENS,
+    mesh: Mesh | None = None,
     label: str = "perplexity",
 ) -> Scores:
     """One pass over the windows under the router's own decisions, or under `decisions`; `heads` and `cut` are those of
     `hidden_states`.
 
-    Where few places are scored (the answer of a needle), the vocabulary's logits are computed at those alone. Raises
+    Where few places are scored (the answer of a needle), the vocabulary's logits are computed at those alone. `mesh`:
+    deals the windows of a batch, and their tokens; `batch_tokens` are those of each device. Raises
     UserError where no place is scored at all, and naming the window where a loss is not finite.
     """
     count, length = windows.tokens.shape
@@ -132,7 +139,9 @@ def score_windows(
         raise UserError(f"{label}: no token of {windows.about.get('name', 'the text')} is to be scored")
     for ids in (windows.tokens, np.where(windows.scored, windows.targets, 0)):
         check_tokens(jnp.asarray(ids), model.config)
-    rows = max(1, min(count, batch_tokens // length))
+    axes, params = axes_of(mesh), whole.put(model.params, mesh)
+    rows = axes.data * max(1, min(-(-count // axes.data), batch_tokens * axes.context // length))
+    width = -(-length // axes.context) * axes.context
     layer, pruned = model.l2a_config, None
     if layer is not None:  # as numbers: one program for every choice of layers
         check_layers(model.config, layer)
@@ -144,18 +153,18 @@ def score_windows(
     with progress(label, count) as report:
         for start in range(0, count, rows):
             stop = min(start + rows, count)
-            tokens, targets, real = (_filled(x[start:stop], rows) for x in (*windows[:2], windows.real))
-            picks = None if places is None else _filled(places[start:stop], rows)
-            forced = None if decisions is None else _filled(decisions[:, start:stop], rows, axis=1)
+            tokens, targets, real = (_filled(x[start:stop], rows, width) for x in (*windows[:2], windows.real))
+            picks = None if places is None else _filled(places[start:stop], rows, places.shape[1])
+            forced = None if decisions is None else _filled(decisions[:, start:stop], rows, width)
             *found, decided, doubt = jax.device_get(_score(
-                model.params, tokens, targets, real, forced, (pruned, heads, cut), picks, model.config, layer, backend))
+                params, tokens, targets, real, forced, (pruned, heads, cut), picks, model.config, layer, backend, mesh))
             at = np.arange(length)[None, :] if picks is None else places[start:stop]
-            for whole, part in zip((nll, correct), found, strict=True):
-                np.put_along_axis(whole[start:stop], np.broadcast_to(at, part[: stop - start].shape),
-                                  part[: stop - start], axis=1)
+            for all_windows, part in zip((nll, correct), found, strict=True):
+                part = part[: stop - start, : at.shape[1]]
+                np.put_along_axis(all_windows[start:stop], np.broadcast_to(at, part.shape), part, axis=1)
             _check_finite(nll, windows, start, stop)
             if decided is not None:
-                routed.append(decided[:, : stop - start] & windows.real[None, start:stop])
+                routed.append(decided[:, : stop - start, :length] & windows.real[None, start:stop])
                 entropy = entropy + doubt.astype(np.float64)
             seen = windows.scored[:stop]
             report(stop, f"{stop} of {count} windows, perplexity {_so_far(nll[:stop][seen])}")
@@ -244,18 +253,34 @@ def told(entry: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-@functools.partial(jax.jit, static_argnums=(7, 8, 9))
-def _score(params, tokens, targets, real, decisions, by_layer, picks, config, l2a_config, backend):
+@functools.partial(jax.jit, static_argnums=(7, 8, 9, 10))
+def _score(params, tokens, targets, real, decisions, by_layer, picks, config, l2a_config, backend, mesh):
+    """Nats and right top tokens at all places, or at `picks` of each row; decisions, and each layer's sum of entropy
+    over real tokens."""
+    if mesh is None:
+        return _scored(params, tokens, targets, real, decisions, by_layer, picks, config, l2a_config, backend, ALONE)
+    shard = whole.dealt(mesh, config, l2a_config)
+    on_device = jax.shard_map(lambda *given: _scored(*given, config, l2a_config, backend, shard), mesh=mesh,
+                              in_specs=(P(), ROWS, ROWS, ROWS, STACKED, P(), ROWS),
+                              out_specs=(ROWS, ROWS, STACKED, P()), check_vma=False)
+    return on_device(params, tokens, targets, real, decisions, by_layer, picks)
+
+
+def _scored(params, tokens, targets, real, decisions, by_layer, picks, config, l2a_config, backend, shard):
+    """Of the rows that `shard` has a part of, whole."""
     pruned, heads, cut = by_layer
+    tokens, real, decisions = jax.tree.map(shard.tokens, (tokens, real, decisions))
     hidden, routed = hidden_states(params, tokens, config, l2a_config, decisions=decisions, pruned=pruned, heads=heads,
-                                   cut=cut, backend=backend)
-    if picks is not None:
-        hidden = jnp.take_along_axis(hidden, picks[:, :, None], axis=1)
-        targets = jnp.take_along_axis(targets, picks, axis=1)
-    nll, correct = token_nll(params, hidden, targets, config)
+                                   cut=cut, backend=backend, shard=shard)
+    if picks is None:
+        found = jax.tree.map(shard.joined, token_nll(params, hidden, shard.tokens(targets), config))
+    else:
+        hidden = shard.chosen(hidden, picks)
+        found = token_nll(params, hidden, jnp.take_along_axis(targets, picks, axis=1), config)
     if routed is None:
-        return nll, correct, None, None
-    return nll, correct, routed.decisions, routing.entropy(routed.probabilities, real) * jnp.sum(real)
+        return *found, None, None
+    entropy = routing.entropy(routed.probabilities, real) * jnp.sum(real)
+    return *found, shard.joined(routed.decisions), shard.total(entropy)
 
 
 def _scored_places(scored: Bool[np.ndarray, "B T"]) -> Int32[np.ndarray, "B M"] | None:
@@ -270,10 +295,10 @@ def _scored_places(scored: Bool[np.ndarray, "B T"]) -> Int32[np.ndarray, "B M"] 
     return np.take_along_axis(order, chosen, axis=1).astype(np.int32)
 
 
-def _filled(x: np.ndarray, rows: int, axis: int = 0) -> np.ndarray:
-    """Padded with zeros to `rows` along `axis`, so that every batch has one shape."""
-    missing = rows - x.shape[axis]
-    return x if missing == 0 else np.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
+def _filled(x: Shaped[np.ndarray, "*A b t"], rows: int, width: int) -> Shaped[np.ndarray, "*A B T"]:
+    """Padded with zeros, so that every batch has one shape."""
+    missing = [(0, size - have) for size, have in zip((*x.shape[:-2], rows, width), x.shape, strict=True)]
+    return np.pad(x, missing) if any(size for _, size in missing) else x
 
 
 def _check_finite(nll, windows, start, stop):

@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from l2a_jax.config import position_limit
 from l2a_jax.errors import UserError
@@ -25,9 +26,10 @@ SHAPE = {"pruned_layers": [int], "cache_tokens": int, "cache_bytes_before": at_l
 
 
 def by_sparsity(model: Pretrained, calibration: Windows, threshold: float, *, backend: str = "auto",
-                batch_tokens: int = BATCH_TOKENS) -> Pretrained:
+                batch_tokens: int = BATCH_TOKENS, mesh: Mesh | None = None) -> Pretrained:
     """The model with every layer pruned whose measured sparsity on the calibration text exceeds `threshold`."""
-    scores = score_windows(model, calibration, backend=backend, batch_tokens=batch_tokens, label="calibration")
+    scores = score_windows(model, calibration, backend=backend, batch_tokens=batch_tokens, mesh=mesh,
+                           label="calibration")
     if scores.decisions is None:
         raise UserError("--prune-sparsity: this is a plain model, which has no layers to prune")
     sparsity = 1 - routing_rates(scores.decisions, calibration.real)
@@ -38,9 +40,9 @@ def by_sparsity(model: Pretrained, calibration: Windows, threshold: float, *, ba
 
 
 def report(before: Pretrained, after: Pretrained, windows: Windows, *, backend: str = "auto",
-           batch_tokens: int = BATCH_TOKENS) -> dict[str, Any]:
+           batch_tokens: int = BATCH_TOKENS, mesh: Mesh | None = None) -> dict[str, Any]:
     """What pruning saves (bytes of cache of one row at full length) and costs (perplexity, paired over windows)."""
-    passes = {"backend": backend, "batch_tokens": batch_tokens}
+    passes = {"backend": backend, "batch_tokens": batch_tokens, "mesh": mesh}
     first, second = (score_windows(model, windows, **passes, label=label)
                      for model, label in ((before, "before pruning"), (after, "after pruning")))
     cost, interval = intervals.paired_windows(second.nll, first.nll, second.tokens)

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Bool, Int, Shaped
 
 from l2a_jax.errors import UserError
@@ -97,6 +98,7 @@ def reach(
     seeds: int = 3,
     backend: str = "auto",
     batch_tokens: int = BATCH_TOKENS,
+    mesh: Mesh | None = None,
 ) -> dict[str, Any]:
     """The table over `windows` in JSON types; `forced` are more choices, by name.
 
@@ -114,7 +116,7 @@ def reach(
                         "it")
 
     def score(decisions=None, label="the router's own decisions"):
-        return score_windows(model, windows, decisions, backend=backend, batch_tokens=batch_tokens,
+        return score_windows(model, windows, decisions, backend=backend, batch_tokens=batch_tokens, mesh=mesh,
                              label=f"reach, {label}")
 
     own = score()

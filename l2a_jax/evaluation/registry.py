@@ -64,8 +64,8 @@ EXPECTED = f"some of {', '.join(ASKED)}, or a task of lm-eval's by its name"
 class Work(NamedTuple):
     """An evaluation under way, as a task sees it. `unpruned`: the model before --prune-...; `prepared`: what the task
     made of the options before there were weights; `score`: the router's own pass over `windows`, made once; `passes`:
-    backend and batch of every other; `path`: of the results; `held`: the task's entry in them, if there is one; `keep`:
-    takes an entry of what is done so far."""
+    backend, batch and mesh of every other; `path`: of the results; `held`: the task's entry in them, if there is one;
+    `keep`: takes an entry of what is done so far."""
 
     name: str
     options: Any
@@ -78,6 +78,11 @@ class Work(NamedTuple):
     path: Path
     held: dict[str, Any] | None = None
     keep: Callable[[dict[str, Any]], None] | None = None
+
+    @property
+    def mesh(self) -> Any:
+        """The devices over which it is dealt; None where it has one."""
+        return self.passes.get("mesh")
 
 
 def find(name: str) -> Task:

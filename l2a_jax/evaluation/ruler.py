@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Bool, Float
 
 from l2a_jax import device
@@ -39,6 +40,7 @@ from l2a_jax.inference.cache import cache_bytes, spare_bytes
 from l2a_jax.inference.generate import bucket, generate
 from l2a_jax.progress import progress
 from l2a_jax.shapes import at_least, share, some
+from l2a_jax.sharding.mesh import axes_of
 from l2a_jax.sources import Pretrained
 
 log = logging.getLogger("l2a_jax.eval")
@@ -116,6 +118,8 @@ def task(work: Work) -> dict[str, Any]:
         "items": o.ruler_items, "seed": o.seed, "made_of": work.prepared.made_of.about,
         "lm_eval": ruler_source.version(), "scores": "share of the answers that stand in the text, as lm-eval's",
         "computed": {"dtype": str(work.model.params["embed"]["embedding"].dtype), "backend": o.backend}})
+    if o.mesh is not None:
+        settings["computed"]["mesh"] = o.mesh
     held = work.held or {}
     same = all(held.get(name) == value for name, value in settings.items())
     if held and not same:
@@ -165,7 +169,7 @@ def _cells(work: Work, task: str, length: int, building: Sequence[Future[Item]],
             yield cell, []
     if not wanted:
         return
-    first = write(model, items, task, length, o)
+    first = write(model, items, task, length, o, mesh=work.mesh)
     choices = [(own, None)]
     if len({*wanted} - {own}):
         real = np.ones((len(items), len(items[0].tokens)), bool)
@@ -174,7 +178,8 @@ def _cells(work: Work, task: str, length: int, building: Sequence[Future[Item]],
     for control, decisions in choices:
         if control not in wanted:
             continue
-        found = first if decisions is None else write(model, items, task, length, o, decisions=decisions)
+        found = first if decisions is None else write(model, items, task, length, o, decisions=decisions,
+                                                           mesh=work.mesh)
         scores = [ruler_source.score(task, item.answers, text) for item, text in zip(items, found.texts, strict=True)]
         cell = {"task": task, "length": length, "control": control, "score": float(np.mean(scores)), "n": len(items),
                 "scores": np.round(scores, 4).tolist(), "written": [text[:SHOWN] for text in found.texts],
@@ -191,10 +196,11 @@ def _cells(work: Work, task: str, length: int, building: Sequence[Future[Item]],
 
 
 def write(model: Pretrained, items: Sequence[Item], task: str, length: int, options: Any, *,
-          decisions: Bool[np.ndarray, "L B T"] | None = None, heads: Bool[np.ndarray, "L K"] | None = None) -> Written:
+          decisions: Bool[np.ndarray, "L B T"] | None = None, heads: Bool[np.ndarray, "L K"] | None = None,
+          mesh: Mesh | None = None) -> Written:
     """What the model writes after each prompt, in batches of one size; `decisions` are forced in the prompts, `heads`
-    are those of `generate`."""
-    most = _most_rows(model, length, options.batch_tokens)
+    and `mesh` are those of `generate`."""
+    most = _most_rows(model, length, options.batch_tokens) * axes_of(mesh).data
     batches = -(-len(items) // most)
     rows = -(-len(items) // batches)
     size = len(items[0].tokens)
@@ -205,7 +211,7 @@ def write(model: Pretrained, items: Sequence[Item], task: str, length: int, opti
             model.params, model.config, model.l2a_config, [items[index].tokens.tolist() for index in chosen],
             max_new_tokens=ruler_source.settings(task).new_tokens, room=_room(options.ruler_tasks),
             stop_tokens=model.tokenizer.end_ids, backend=options.backend,
-            decisions=None if decisions is None else decisions[:, chosen], heads=heads)
+            decisions=None if decisions is None else decisions[:, chosen], heads=heads, mesh=mesh)
         kept = min(rows, len(items) - start)
         tokens, lengths, finite, read = jax.device_get((out.tokens, out.lengths, out.finite, out.decisions))
         read = None if read is None else read[:, :kept, :size]

@@ -27,6 +27,7 @@ from l2a_jax.shapes import at_least, each, one_of, share, some
 from l2a_jax.sources import Pretrained
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
     from lm_eval.api.task import Task
 
 FEWSHOT_SEED = 1_234
@@ -71,8 +72,8 @@ def task(work: Work) -> dict[str, Any]:
     o = work.options
     samples = work.path.parent if writes(work.name, o, work.prepared, work.path) else None
     return evaluate_tasks(work.model, (work.name,), limit=o.limit, num_fewshot=o.num_fewshot, task_data=o.task_data,
-                          backend=o.backend, batch_tokens=o.batch_tokens, log_samples=samples,
-                          loaded=work.prepared)[work.name]
+                          backend=o.backend, batch_tokens=o.batch_tokens, mesh=work.mesh,
+                          log_samples=samples, loaded=work.prepared)[work.name]
 
 
 class Metric(NamedTuple):
@@ -169,6 +170,7 @@ def evaluate_tasks(
     task_data: Path | None,
     backend: str = "auto",
     batch_tokens: int | None = None,
+    mesh: Mesh | None = None,
     log_samples: Path | None = None,
     loaded: Mapping[str, Benchmark] | None = None,
 ) -> dict[str, dict[str, Any]]:
@@ -178,7 +180,8 @@ def evaluate_tasks(
     task says). `task_data`: a folder of local files (None: the hub); worked examples then come from the task's
     training file, where the folder holds one, else from the same file, never the item itself. `log_samples`: a folder
     that gets `samples_TASK.jsonl`, with every item's texts and log-likelihoods. `batch_tokens`: of a batch of requests,
-    or of the cache for texts (None: what the device holds). `loaded`: what `load` made of all this.
+    or of the cache for texts (None: what the device holds), on each device of a `mesh`. `loaded`: what `load` made of
+    all this.
 
     Of a choice, acc takes the one with the greatest log-likelihood, acc_norm that with the greatest one per character
     (lm-eval's definition); standard errors are those of a mean. `correct` and `correct_norm` hold 0 or 1 for each item
@@ -191,7 +194,7 @@ def evaluate_tasks(
 
     from l2a_jax.evaluation.harness import HarnessModel
 
-    harness = HarnessModel(model, backend, batch_tokens=batch_tokens)
+    harness = HarnessModel(model, backend, batch_tokens=batch_tokens, mesh=mesh)
     with _quiet():
         return {name: _evaluate(harness, loaded[name], limit, log_samples) for name in names}
 

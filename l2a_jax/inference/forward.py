@@ -7,14 +7,11 @@ the padding is never seen by a real token and is overwritten as the row grows.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from l2a_jax.attention.decode import attend_cache
@@ -65,34 +62,18 @@ class _StripedRecorder(_Recording, Striped):
     """Over one shard's tokens of it; the keys and values are those of all."""
 
 
-Prefilled = tuple[Float[Array, "B V"], Cache, Bool[Array, "L B T"] | None]
-
-
 def prefill(
     params: Tree, tokens: Int[Array, "B T"], lengths: Int[Array, B], config: ModelConfig, l2a_config: L2AConfig | None,
     layout: Layout, *,
     decisions: Bool[Array, "L B T"] | None = None, pruned: Bool[Array, " L"] | None = None,
-    heads: Bool[Array, "L K"] | None = None, backend: str = "auto", mesh: Mesh | None = None,
-) -> Prefilled:
+    heads: Bool[Array, "L K"] | None = None, backend: str = "auto", shards: int = 1,
+) -> tuple[Float[Array, "B V"], Cache, Bool[Array, "L B T"] | None]:
     """Logits after the last token of each row (of `lengths[b]` tokens, then padding), the cache, and the decisions.
 
     `decisions`, `pruned` and `heads` are those of `hidden_states`; padding is never routed. Memory is O(T): the caches
-    are filled layer by layer. `mesh`: its axis "context", whose devices divide T, deals the tokens; every device holds
-    the weights, and in the end the whole cache. ValueError where they do not divide T.
+    are filled layer by layer. Inside `shard_map`, `shards` devices of its axis "context" share the tokens of whole
+    prompts; each holds the weights, and in the end the whole cache. ValueError where they do not divide T.
     """
-    part = functools.partial(_prefill, config=config, l2a_config=l2a_config, layout=layout, backend=backend,
-                             shards=stripes.shards_of(mesh))
-    if mesh is not None:
-        part = jax.shard_map(part, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
-    return part(params, tokens, lengths, decisions, pruned, heads)
-
-
-def _prefill(
-    params: Tree, tokens: Int[Array, "B T"], lengths: Int[Array, B], decisions: Bool[Array, "L B T"] | None,
-    pruned: Bool[Array, " L"] | None, heads: Bool[Array, "L K"] | None, *, config: ModelConfig,
-    l2a_config: L2AConfig | None, layout: Layout, backend: str, shards: int,
-) -> Prefilled:
-    """`prefill` of one of `shards` devices, each with its part of the tokens."""
     whole = tokens.shape
     index, recorder = jnp.arange(whole[1], dtype=jnp.int32), _Recorder(l2a_config, None, backend)
     if shards > 1:

@@ -14,19 +14,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from l2a_jax import fields
 from l2a_jax.config import L2AConfig, ModelConfig, position_limit
-from l2a_jax.errors import UserError
+from l2a_jax.errors import Unsupported, UserError
 from l2a_jax.inference.cache import Cache, Layout, layout_of
 from l2a_jax.inference.forward import DecodeParams, decode_params, decode_step, prefill
 from l2a_jax.inference.options import Sampling
 from l2a_jax.inference.sampling import sample
 from l2a_jax.models.params import Tree, check_layers
 from l2a_jax.models.transformer import check_heads, check_tokens
-from l2a_jax.sharding.stripes import shards_of
+from l2a_jax.sharding import whole
+from l2a_jax.sharding.mesh import ROWS, STACKED, axes_of
 
 STOP_SLOTS = 4  # stop tokens are padded to a multiple of this, so that their number is no new shape
 
@@ -47,6 +49,9 @@ class Generation(NamedTuple):
     log_probabilities: Float[Array, "B M"]
     decisions: Bool[Array, "L B S"] | None
     finite: Bool[Array, B]
+
+
+_BY_ROW = Generation(ROWS, ROWS, ROWS, ROWS, STACKED, ROWS)
 
 
 class Options(NamedTuple):
@@ -107,8 +112,9 @@ def generate(
     `decisions` override the router by position. [L, B, T], T being the longest prompt, in the prompts; after them it
     decides itself. [L, B, S], S being T plus `max_new_tokens`, in everything. `heads` are those of `hidden_states`.
     `room` (at least `max_new_tokens`): what to compile for; calls of different `max_new_tokens` then share a program.
-    `mesh`: the devices of its axis "context" share the work of the prompts; each holds the weights, and the cache of
-    all, and each decodes.
+    `mesh`: deals the rows over its axis "data"; the devices of "context" share the prompts of their rows, then each
+    decodes. Every device holds the weights, and the cache of its rows. What is drawn is drawn for all rows together, so
+    with a temperature rows are not dealt.
     Raises UserError on an empty batch or prompt, a token outside the vocabulary, a text longer than the rotary
     embedding is meant for, or settings that make no sense.
     """
@@ -116,13 +122,14 @@ def generate(
         config, l2a_config, prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, key=key,
         stop_tokens=stop_tokens, decisions=decisions, heads=heads, room=room, backend=backend,
         params=params, mesh=mesh)
-    if mesh is not None:
-        params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-    out = _generate(params, tokens, lengths, settings, options, bucket(room or max_new_tokens, 16))
-    whole = int(lengths.max()) + max_new_tokens
-    return out._replace(
+    out = _generate(whole.put(params, mesh), tokens, lengths, settings, options, bucket(room or max_new_tokens, 16))
+    last = int(lengths.max()) + max_new_tokens
+    out = out._replace(
         tokens=out.tokens[:, :max_new_tokens], log_probabilities=out.log_probabilities[:, :max_new_tokens],
-        decisions=None if out.decisions is None else out.decisions[:, :, :whole])
+        decisions=None if out.decisions is None else out.decisions[:, :, :last])
+    return out if len(lengths) == len(prompts) else Generation(*(
+        None if x is None else x[: len(prompts)] if spec == ROWS else x[:, : len(prompts)]
+        for x, spec in zip(out, _BY_ROW, strict=True)))
 
 
 def request(
@@ -131,7 +138,9 @@ def request(
     decisions: Bool[Any, "L B T"] | Bool[Any, "L B S"] | None = None, heads: Bool[Any, "L K"] | None = None,
     room: int | None = None, backend: str = "auto", params: Tree | None = None, mesh: Mesh | None = None,
 ) -> tuple[Int[Array, "B T"], Int[Array, B], Options, Settings]:
-    """The padded prompts, their lengths, and the two halves of the options, checked as `generate` says."""
+    """The padded prompts, their lengths, and the two halves of the options, checked as `generate` says. Where a mesh
+    does not divide the rows, the last one is there several times."""
+    axes = axes_of(mesh)
     if len(prompts) == 0:
         raise UserError("there is no prompt to continue")
     for number, prompt in enumerate(prompts):
@@ -141,17 +150,23 @@ def request(
     temperature, top_p = fields.float32(temperature), fields.float32(top_p)
     if temperature > 0 and key is None:
         raise UserError(f"sampling at temperature {temperature} draws at random: give a key")
+    if temperature > 0 and axes.data > 1:
+        raise Unsupported(f"sampling at temperature {temperature} draws for all rows together; expected temperature 0, "
+                          f"or a mesh of data=1 in place of {axes}")
     if l2a_config is not None:
         check_layers(config, l2a_config)
     if params is not None and ("router" in params["layers"]) != (l2a_config is not None):
         raise ValueError(f"l2a_config is {l2a_config}, which does not fit the parameters; see add_routing")
+    if missing := -len(prompts) % axes.data:
+        prompts = [*prompts, *[prompts[-1]] * missing]
+        if decisions is not None:
+            decisions = np.concatenate([decisions, np.repeat(np.asarray(decisions)[:, -1:], missing, axis=1)], axis=1)
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     longest, limit = int(lengths.max()), position_limit(config, l2a_config)
     if longest + max_new_tokens - 1 > limit:  # the last token is never fed
         raise UserError(f"a prompt of {longest} tokens and {max_new_tokens} new ones are longer than max_positions x "
                         f"factor = {limit}; shorten them or choose a larger RoPE factor")
-    shards = shards_of(mesh)
-    width = -(-min(bucket(longest, 32), limit) // shards) * shards
+    width = -(-min(bucket(longest, 32), limit) // axes.context) * axes.context
     tokens = np.zeros((len(prompts), width), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
@@ -199,7 +214,8 @@ def start(params: Tree, tokens: Int[Array, "B T"], lengths: Int[Array, B], setti
     batch, width = tokens.shape
     forced = None if settings.decisions is None else settings.decisions[:, :, :width]
     logits, cache, decided = prefill(params, tokens, lengths, options.config, options.l2a_config, options.layout,
-                                     decisions=forced, heads=settings.heads, backend=options.backend, mesh=options.mesh)
+                                     decisions=forced, heads=settings.heads, backend=options.backend,
+                                     shards=axes_of(options.mesh).context)
     if decided is not None:
         decided = jnp.pad(decided, ((0, 0), (0, 0), (0, options.layout.slots - width)))
     zeros = jnp.zeros((batch,), jnp.int32)
@@ -250,5 +266,14 @@ def _choose(state: State, logits, settings: Settings, options: Options) -> State
 
 @functools.partial(jax.jit, static_argnames=("options", "room"))
 def _generate(params, tokens, lengths, settings, options, room):
-    state = start(params, tokens, lengths, settings, options, room)
-    return advance(decode_params(params), state, settings, options, settings.limit).out
+    def of_rows(params, tokens, lengths, settings):
+        state = start(params, tokens, lengths, settings, options, room)
+        return advance(decode_params(params), state, settings, options, settings.limit).out
+
+    given = params, tokens, lengths, settings
+    if options.mesh is None:
+        return of_rows(*given)
+    # No step asks anything of another device: each goes on until its own rows are done.
+    settings_dealt = Settings(*(P(),) * 5, STACKED, P())
+    return jax.shard_map(of_rows, mesh=options.mesh, in_specs=(P(), ROWS, ROWS, settings_dealt),
+                         out_specs=_BY_ROW, check_vma=False)(*given)

@@ -31,6 +31,15 @@ class Shard:
         """Whole rows again, in true order."""
         return x
 
+    def chosen(self, x: Shaped[Array, "B t D"], picks: Int[Array, "B M"]) -> Shaped[Array, "B M D"]:
+        """The tokens of each row whose numbers are `picks`, on whichever device they are."""
+        return jnp.take_along_axis(x, picks[:, :, None], axis=1)
+
+    def spread(self, x: Shaped[Array, "B t D"], picks: Int[Array, " M"]) -> Shaped[Array, " m D"]:
+        """This device's part of the tokens `picks` (row x T + token, over all rows of the call): as many for each
+        device, wherever they are."""
+        return x.reshape(-1, x.shape[-1])[picks]
+
     def positions(self, segment_ids: Int[Array, "B T"] | None, shape: tuple[int, int]) -> Int[Array, "B T"]:
         """0..T-1 of this device's tokens, restarting with every document."""
         index = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)

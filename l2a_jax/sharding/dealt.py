@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
@@ -27,7 +28,7 @@ from l2a_jax.nn.shard import Shard
 from l2a_jax.sharding import leaves, stripes
 from l2a_jax.sharding.attention import routed_imbalance, striped
 from l2a_jax.sharding.axes import Axes
-from l2a_jax.sharding.mesh import CONTEXT, DATA, NAMES
+from l2a_jax.sharding.mesh import CONTEXT, DATA, NAMES, axes_of
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,17 @@ class Dealt(Shard):
             return x
         return stripes.joined(x.reshape(-1, x.shape[-1]), CONTEXT).reshape(*x.shape[:-1], -1)
 
+    def chosen(self, x: Shaped[Array, "B t D"], picks: Int[Array, "B M"]) -> Shaped[Array, "B M D"]:
+        return super().chosen(x, picks) if self.axes.context == 1 else stripes.chosen(x, picks, CONTEXT)
+
+    def spread(self, x: Shaped[Array, "B t D"], picks: Int[Array, " M"]) -> Shaped[Array, " m D"]:
+        rows, places = jnp.divmod(picks, x.shape[1] * self.axes.context)
+        rows = rows - jax.lax.axis_index(DATA) * x.shape[0]
+        at, mine = stripes.held(places, x.shape[1], CONTEXT)
+        mine = mine & (rows >= 0) & (rows < x.shape[0])
+        found = jnp.where(mine[:, None], x[jnp.clip(rows, 0, x.shape[0] - 1), at], 0)
+        return jax.lax.psum_scatter(found, NAMES, scatter_dimension=0, tiled=True)
+
     def positions(self, segment_ids: Ids | None, shape: tuple[int, int]) -> Int[Array, "B t"]:
         ids = None if segment_ids is None else self.joined(segment_ids)
         return self.tokens(super().positions(ids, (shape[0], shape[1] * self.axes.context)))
@@ -81,5 +93,5 @@ def dealt(mesh: Mesh, config: ModelConfig, l2a: L2AConfig | None) -> Dealt:
     """What a device of `mesh` holds of a model."""
     shapes = by_path(param_shapes(config, l2a))
     found = {path: leaves.dimension(shape, mesh.size, path.startswith("layers/")) for path, shape in shapes.items()}
-    return Dealt(Axes(**mesh.shape), {path: None if at is None else at - path.startswith("layers/")
+    return Dealt(axes_of(mesh), {path: None if at is None else at - path.startswith("layers/")
                                       for path, at in found.items()})

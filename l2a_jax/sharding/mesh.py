@@ -28,6 +28,13 @@ def check(axes: Axes, *, batch_size: int, seq_len: int) -> None:
                         f"that {axes.context} divides, and it is {seq_len}")
 
 
+def axes_of(mesh: Mesh | None) -> Axes:
+    """Devices along each axis; without a mesh, one. ValueError where it has other axes."""
+    if mesh is not None and mesh.axis_names != NAMES:
+        raise ValueError(f"the mesh has the axes {mesh.axis_names}; expected {NAMES}")
+    return Axes() if mesh is None else Axes(**mesh.shape)
+
+
 def check_present(axes: Axes) -> None:
     """UserError where there are not as many devices."""
     have = len(jax.devices())

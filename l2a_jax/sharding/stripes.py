@@ -11,20 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
-from jaxtyping import Array, Int, Shaped
-
-from l2a_jax.sharding.mesh import CONTEXT
+from jaxtyping import Array, Bool, Int, Shaped
 
 LARGEST = 256
 """Tokens of a stripe, at most. A power of two, so that stripes are whole blocks of the kernels."""
-
-
-def shards_of(mesh: Mesh | None) -> int:
-    """Devices over which the tokens of a row are dealt; without a mesh, one. ValueError where it has no such axis."""
-    if mesh is not None and CONTEXT not in mesh.shape:
-        raise ValueError(f"the mesh has the axes {tuple(mesh.shape)}; expected one that is called {CONTEXT!r}")
-    return 1 if mesh is None else mesh.shape[CONTEXT]
 
 
 def stripe(length: int, shards: int) -> int:
@@ -57,3 +47,19 @@ def joined(x: Shaped[Array, "B t *rest"], axis_name: str) -> Shaped[Array, "B T 
     shards, length = jax.lax.axis_size(axis_name), x.shape[1] * jax.lax.axis_size(axis_name)
     striped = x.reshape(x.shape[0], -1, stripe(length, shards), *x.shape[2:])
     return jax.lax.all_gather(striped, axis_name, axis=2).reshape(x.shape[0], length, *x.shape[2:])
+
+
+def held(tokens: Int[Array, "*S"], length: int, axis_name: str) -> tuple[Int[Array, "*S"], Bool[Array, "*S"]]:
+    """Of tokens by their true numbers: where each stands among the `length` of its shard, and whether this is it."""
+    shards = jax.lax.axis_size(axis_name)
+    size = stripe(length * shards, shards)
+    number, within = jnp.divmod(tokens, size)
+    turn, owner = jnp.divmod(number, shards)
+    return turn * size + within, owner == jax.lax.axis_index(axis_name)
+
+
+def chosen(x: Shaped[Array, "B t D"], tokens: Int[Array, "B M"], axis_name: str) -> Shaped[Array, "B M D"]:
+    """The tokens of each row with these true numbers, from whichever shard has them, on all."""
+    at, mine = held(tokens, x.shape[1], axis_name)
+    found = jnp.take_along_axis(x, at[:, :, None], axis=1)
+    return jax.lax.psum(jnp.where(mine[:, :, None], found, 0), axis_name)

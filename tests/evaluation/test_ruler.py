@@ -131,9 +131,9 @@ def test_a_rerun_skips_what_is_there_and_adds_the_rest(folder, tmp_path, monkeyp
     computed = []
     whole = ruler.write
 
-    def write(model, items, task, length, options, *, decisions=None):
-        computed.append((task, length, decisions is not None))
-        return whole(model, items, task, length, options, decisions=decisions)
+    def write(model, items, task, length, options, **given):
+        computed.append((task, length, "decisions" in given))
+        return whole(model, items, task, length, options, **given)
 
     monkeypatch.setattr(ruler, "write", write)
     first, _ = evaluate.evaluate(options(folder, tmp_path, log_samples=True))
@@ -159,10 +159,10 @@ def test_a_rerun_skips_what_is_there_and_adds_the_rest(folder, tmp_path, monkeyp
 def test_an_interruption_keeps_the_lengths_that_are_done(folder, tmp_path, monkeypatch):
     whole = ruler.write
 
-    def write(model, items, task, length, options, *, decisions=None):
+    def write(model, items, task, length, options, **given):
         if length == 700:
             raise KeyboardInterrupt
-        return whole(model, items, task, length, options, decisions=decisions)
+        return whole(model, items, task, length, options, **given)
 
     monkeypatch.setattr(ruler, "write", write)
     with pytest.raises(KeyboardInterrupt):

@@ -160,7 +160,7 @@ def test_the_needle_gets_the_flags_and_a_picture(main, tmp_path, monkeypatch, ca
 
     asked = []
 
-    def answer(model, options, backend):
+    def answer(model, options, backend, mesh):
         asked.append(options)
         grid = [[0.5] * len(options.lengths) for _ in options.depths]
         return {"lengths": options.lengths, "depths": options.depths, "per_cell": 2, "needles": 1, "distractors": 7,

@@ -3,6 +3,7 @@ FILE` writes what it found as JSON. One process for all, because a process has a
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -120,20 +121,25 @@ def prompts() -> dict:
     the decisions are the same, and the texts."""
     import jax
     import jax.numpy as jnp
-    import numpy as np
-    from jax.sharding import Mesh
+    from jax.sharding import PartitionSpec
 
     from l2a_jax.inference.cache import layout_of
     from l2a_jax.inference.forward import prefill
     from l2a_jax.inference.generate import generate
+    from l2a_jax.sharding.axes import Axes
+    from l2a_jax.sharding.mesh import make
     from tests.models.cases import CONFIG, LAYERS, make_params, make_tokens
 
-    mesh = Mesh(np.asarray(jax.devices()), ("context",))
+    mesh = make(Axes(context=SHARDS))
     tokens, lengths, layer = make_tokens(length=LENGTH), jnp.asarray([LENGTH, 17]), LAYERS["parallel"]
     params, layout = make_params(layer), layout_of(CONFIG, layer, LENGTH + 8)
-    run = jax.jit(lambda *given, mesh: prefill(*given, CONFIG, layer, layout, backend="xla", mesh=mesh),
-                  static_argnames="mesh")
-    (logits, cache, decided), (*wanted, decisions) = (run(params, tokens, lengths, mesh=over) for over in (mesh, None))
+
+    def read(*given, shards=1):
+        return prefill(*given, CONFIG, layer, layout, backend="xla", shards=shards)
+
+    over = jax.shard_map(functools.partial(read, shards=SHARDS), mesh=mesh, in_specs=PartitionSpec(),
+                         out_specs=PartitionSpec(), check_vma=False)
+    (logits, cache, decided), (*wanted, decisions) = (jax.jit(run)(params, tokens, lengths) for run in (over, read))
     filled = jnp.arange(layout.slots) < lengths[:, None]
     filled = filled[None, :, :, None, None]
     full = [jax.tree.map(lambda x: jnp.where(filled, x, 0), of.full) for of in (cache, wanted[1])]

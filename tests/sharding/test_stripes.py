@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from l2a_jax.sharding import stripes
+from l2a_jax.sharding.mesh import axes_of
 
 
 @pytest.mark.parametrize(("length", "shards", "size"), [(131_072, 4, 256), (1_024, 8, 128), (24, 8, 1), (12, 3, 4),
@@ -24,10 +25,10 @@ def test_shards_that_do_not_divide_the_tokens_are_refused():
         stripes.stripe(10, 4)
 
 
-def test_a_mesh_without_the_axis_is_refused():
-    assert stripes.shards_of(None) == 1
-    with pytest.raises(ValueError, match="expected one that is called 'context'"):
-        stripes.shards_of(jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("data",)))
+def test_a_mesh_of_other_axes_is_refused():
+    assert axes_of(None) == (1, 1)
+    with pytest.raises(ValueError, match=r"axes \('data',\); expected \('data', 'context'\)"):
+        axes_of(jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("data",)))
 
 
 def test_what_is_dealt_is_joined_in_true_order():

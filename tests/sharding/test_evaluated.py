@@ -1,0 +1,50 @@
+"""Evaluation over a mesh: the numbers, decisions and texts of one device."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from l2a_jax.errors import UserError
+from l2a_jax.evaluation.evaluate import set_up
+from l2a_jax.evaluation.options import Options
+from tests.sharding.evaluated import CASES, MESHES
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    file = tmp_path_factory.mktemp("evaluated") / "found.json"
+    done = subprocess.run([sys.executable, "-m", "tests.sharding.evaluated", str(file)], text=True, capture_output=True,
+                          cwd=pathlib.Path(__file__).resolve().parents[2], env=dict(os.environ))
+    assert done.returncode == 0, done.stdout[-2_000:] + done.stderr[-4_000:]
+    return json.loads(file.read_text())
+
+
+@pytest.mark.parametrize(("axes", "name"), [(axes, of.__name__) for axes, cases in CASES.items() for of in cases])
+def test_a_mesh_finds_what_one_device_finds(found, axes, name):
+    told = dict(found[axes][name])
+    assert told.pop("same")
+    assert 0.2 < told.pop("local", 0.5) < 0.8  # routing that could differ
+    assert len(set(told.pop("lengths", (0, 1)))) > 1  # rows that end at different times
+    assert all(difference < 1e-6 for difference in told.values()), told
+
+
+def test_the_command_writes_what_it_writes_on_one_device(found):
+    told = found["command"]
+    assert told["nll"] < 1e-5  # they are rounded to four places
+    assert told["same"][0] == told["same"][1] and told["ranks"][0] == told["ranks"][1]
+    assert told["mesh"] == MESHES[1]
+
+
+@pytest.mark.parametrize(("mesh", "why"), [
+    ("data=4096", "--mesh data=4096,context=1 takes 4096 devices; this machine has"),
+    ("rows=2", "--mesh is 'rows=2'; expected data=N, context=N or both"),
+])
+def test_a_mesh_that_cannot_be_is_refused_before_weights_are_read(mesh, why):
+    with pytest.raises(UserError, match=why):
+        set_up(Options("qwen2.5-tiny", ("perplexity",), mesh=mesh))
