@@ -35,7 +35,7 @@ DEVICES, STEPS = 4, 24
 
 
 def flags_of(text):
-    return {"steps": STEPS, "batch_size": DEVICES, "seq_len": 24, "save_every": 3, "eval_every": 12, "eval_batches": 1,
+    return {"steps": STEPS, "batch_size": DEVICES, "seq_len": 24, "save_every": 3, "eval_every": 4, "eval_batches": 1,
             "window": 6, "leakage": 0.5, "router_lr": 1e-3, "lr": 1e-3, "model": TINY, "data": (str(text),)}
 
 
@@ -53,7 +53,7 @@ def text(tmp_path_factory):
 def whole(text, tmp_path_factory):
     """The run that was never stopped, on one device."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    train(presets.resolve("l2a_ft", flags_of(text)), folder)
+    train(presets.resolve("l2a_ft", flags_of(text), ("repair",)), folder)
     return folder
 
 
@@ -92,7 +92,7 @@ def test_killed_processes_go_on_in_other_numbers_with_the_losses_of_one_device(w
     folder = tmp_path / "run"
     given = [f"--{name.replace('_', '-')}={value[0] if name == 'data' else value}"
              for name, value in flags_of(text).items()]
-    two = start(2, "--regime", "l2a_ft", *given, "--mesh", f"data={DEVICES}", "--run-dir", folder)
+    two = start(2, "--regime", "l2a_ft", "--preset", "repair", *given, "--mesh", f"data={DEVICES}", "--run-dir", folder)
     at_step(two, folder, 4)
     time.sleep(random.random() / 10)
     for process in two:
