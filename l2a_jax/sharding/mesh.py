@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from l2a_jax import device
@@ -28,7 +28,7 @@ def check(axes: Axes, *, batch_size: int, seq_len: int) -> None:
                         f"that {axes.context} divides, and it is {seq_len}")
 
 
-def axes_of(mesh: Mesh | None) -> Axes:
+def axes_of(mesh: Mesh | AbstractMesh | None) -> Axes:
     """Devices along each axis; without a mesh, one. ValueError where it has other axes."""
     if mesh is not None and mesh.axis_names != NAMES:
         raise ValueError(f"the mesh has the axes {mesh.axis_names}; expected {NAMES}")
