@@ -26,7 +26,7 @@ from l2a_jax.models.params import Tree, abstract_params, add_routing, map_with_p
 from l2a_jax.training.checkpoints import LATEST, Checkpoints
 from l2a_jax.training.optimizer import master_dtype_of
 from l2a_jax.training.regimes import combine, partition, regime_mask
-from l2a_jax.training.run_files import describes_run, read_run
+from l2a_jax.training.run_files import RunConfig, describes_run, read_run
 from l2a_jax.weights.assemble import Tensors, assemble, floating
 from l2a_jax.weights.export import SHARD_BYTES, check_free, save_pretrained
 from l2a_jax.weights.gguf_config import gguf_config
@@ -81,7 +81,7 @@ def read_config(source: str | Path) -> tuple[ModelConfig, L2AConfig | None]:
         path = locate(source)
         if (found := run_source(path)) is not None:
             run = read_run(found.folder)
-            return run.model_config, run.l2a_config
+            return run.model_config, _layer_of(run, found)
         return _open(path)[:2]
 
 
@@ -193,13 +193,19 @@ def run_source(path: Path) -> RunSource | None:
     return None
 
 
+def _layer_of(run: RunConfig, where: RunSource) -> L2AConfig | None:
+    """The layer of a checkpoint: a run with a target moves the threshold for the last one, and for no other."""
+    step = (Checkpoints(where.folder).steps(where.kind) or [None])[-1] if where.step is None else where.step
+    return run.l2a_config if step == run.steps else run.trained_layer
+
+
 def _load_run(where: RunSource, dtype: Any) -> Pretrained:
     """The model of a run: its source's frozen parameters with the trained ones of a checkpoint.
 
     Raises UserError if the run has no whole checkpoint, or if its source is gone or no longer the same.
     """
     run = read_run(where.folder)
-    config, l2a_config = run.model_config, run.l2a_config
+    config, l2a_config = run.model_config, _layer_of(run, where)
     abstract = abstract_params(config, l2a_config, dtype)
     mask = regime_mask(abstract, run.settings.regime)
     trained, frozen = partition(abstract, mask)

@@ -127,7 +127,7 @@ def make_plan(settings: Settings, *, read: Callable = read_source, open_data: Ca
             named = "--seq-len" if seq_len == settings.seq_len else "--curriculum"
             raise UserError(f"{named} {seq_len} is longer than max_positions x factor = {limit} of this model; "
                             "shorten it or choose a larger --rope factor")
-        meshes.check(axes, batch_size=batch_size, seq_len=seq_len)
+        meshes.check(axes, batch_size=batch_size, seq_len=seq_len, staged=settings.curriculum is not None)
         memory.check_batch(batch_size // axes.data, seq_len, config.hidden_size * dtype.itemsize,
                            grad_accum=settings.grad_accum, eval_batches=0 if settings.data else settings.eval_batches)
         if settings.data:
@@ -266,10 +266,13 @@ def _parts(plan: RunPlan) -> _Parts:
 
 
 def estimate(plan: RunPlan) -> Held:
-    """What a step holds on each device of the plan's mesh, by shapes alone."""
+    """What a step holds on each device of the plan's mesh, by shapes alone: where there are stages, of the
+    one that holds most."""
     s, parts = plan.settings, _parts(plan)
-    return held(parts.like, parts.frozen, plan.config, plan.l2a_config, axes=plan.axes or Axes(), rows=s.batch_size,
-                seq_len=s.seq_len, remat=s.remat, dtype=plan.dtype, accumulate=s.grad_accum)
+    steps = (held(parts.like, parts.frozen, plan.config, plan.l2a_config, axes=plan.axes or Axes(), rows=rows,
+                  seq_len=seq_len, remat=s.remat, dtype=plan.dtype, accumulate=accumulate)
+             for accumulate, rows, seq_len in (batch.tokens.shape for batch in _batches(plan, None)))
+    return max(steps, key=lambda step: step.total)
 
 
 def compile_run(plan: RunPlan, refuse: bool = True) -> Run:

@@ -53,7 +53,8 @@ def train_router(
     _check(source, texts, data, local, penalty, settings)
     out = Path(out)
     given = dict(settings)
-    names = tuple(given.pop("preset", ()))
+    names = given.pop("preset", ())
+    names = (names,) if isinstance(names, str) else tuple(names)
     given |= {name: value for name, value in (("target_local", local), ("penalty", penalty)) if value is not None}
     if tokens is not None:
         given["tokens"] = parse_count(tokens) if isinstance(tokens, str) else tokens

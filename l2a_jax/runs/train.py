@@ -241,10 +241,10 @@ def fit_run(run: Run, state: TrainState, frozen: Tree, held_out: list[Batch], **
                    Schedule(plan.steps, s.grad_accum, s.save_every, s.eval_every),
                    evaluate=lambda state: held_out_metrics(run, state, frozen, held_out), **kept)
     except NonFinite as failure:
-        failure.where = first_non_finite(failure.state.trainable, frozen,
-                                         stacked_batch(plan.data, failure.step - 1, s.grad_accum),
+        batch = stacked_batch(plan.data, failure.step - 1, s.grad_accum)
+        failure.where = first_non_finite(failure.state.trainable, frozen, batch,
                                          jax.random.fold_in(key, failure.step - 1), run.objective,
-                                         run.forced((s.batch_size, s.seq_len)))
+                                         run.forced(batch.tokens.shape[1:]))
         raise
 
 

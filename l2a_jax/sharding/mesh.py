@@ -18,14 +18,17 @@ ROWS, STACKED = P(DATA), P(None, DATA)
 """How [B, ...] and [A, B, ...] or [L, B, ...] come to a device: its rows, whole."""
 
 
-def check(axes: Axes, *, batch_size: int, seq_len: int) -> None:
-    """UserError where the devices cannot be given equal parts of a micro-batch."""
+def check(axes: Axes, *, batch_size: int, seq_len: int, staged: bool = False) -> None:
+    """UserError where the devices cannot be given equal parts of a micro-batch. `staged`: it may be that of a stage of
+    a curriculum, which chose its rows."""
     if batch_size % axes.data:
-        raise UserError(f"--mesh {axes} deals rows over {axes.data} devices; expected a --batch-size that {axes.data} "
-                        f"divides, and it is {batch_size}")
+        rows = (f"rows of {seq_len} tokens in micro-batches that {axes.data} divides, and --curriculum puts "
+                f"{batch_size} into one, as many as --batch-size x --seq-len tokens hold" if staged else
+                f"a --batch-size that {axes.data} divides, and it is {batch_size}")
+        raise UserError(f"--mesh {axes} deals rows over {axes.data} devices; expected {rows}")
     if seq_len % axes.context:
-        raise UserError(f"--mesh {axes} deals the tokens of a row over {axes.context} devices; expected a --seq-len "
-                        f"that {axes.context} divides, and it is {seq_len}")
+        raise UserError(f"--mesh {axes} deals the tokens of a row over {axes.context} devices; expected a --seq-len"
+                        f"{' and a --curriculum' if staged else ''} that {axes.context} divides, and it is {seq_len}")
 
 
 def axes_of(mesh: Mesh | AbstractMesh | None) -> Axes:

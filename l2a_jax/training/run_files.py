@@ -38,7 +38,7 @@ SUMMARY = {f"{name}?": number for name in (
 class RunConfig(NamedTuple):
     """A run as its `config.json` records it. `missing`: the settings that it does not name, which have their defaults;
     what other keys it lacks is None. `l2a_config` is the layer of the trained model, `trained_layer` that of its
-    training: a run with a target moves the threshold at its end."""
+    training and of every checkpoint before the last: a run with a target moves the threshold at its end."""
 
     path: Path
     settings: Settings

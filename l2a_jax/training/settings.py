@@ -285,6 +285,9 @@ def _checked(settings: Settings) -> Settings:
         raise UserError("--echo repeats text of --data, and there is none; give --model and --data")
     if settings.unique is not None and not settings.data:
         raise UserError("--unique takes a part of the text of --data, and there is none; give --model and --data")
+    if settings.unique is not None and settings.curriculum is not None:
+        raise UserError("--unique keeps some rows of one length, and of each length of --curriculum they would be "
+                        "other text; give one of them")
     if settings.ask and not settings.data:
         raise UserError("--ask puts questions into text of --data, and there is none; give --model and --data")
     if settings.rope is not None:

@@ -14,9 +14,10 @@ from l2a_jax.nn import routing
 from l2a_jax.runs import calibrate, folder
 from l2a_jax.runs.plan import RunPlan
 from l2a_jax.runs.train import resume, train
-from l2a_jax.sources import load_pretrained
+from l2a_jax.sources import load_pretrained, read_config
 from l2a_jax.training import control
 from l2a_jax.training import settings as presets
+from l2a_jax.training.checkpoints import LATEST, Checkpoints
 from l2a_jax.training.optimizer import Dials
 from l2a_jax.training.run_files import read_run
 from tests import compiler
@@ -166,6 +167,9 @@ def test_a_run_reaches_its_target_on_held_out_rows_and_says_so(reached):
     assert abs(moved["after"] - 0.8) <= calibrate.NEAR or moved["after"] == moved["before"]
     assert load_pretrained(run_dir).l2a_config.threshold == moved["threshold"] == read_run(run_dir).l2a_config.threshold
     assert read_run(run_dir).trained_layer.threshold == 0.5
+    before = Checkpoints(run_dir).steps(LATEST)[0]  # the threshold was moved for the last one alone
+    assert load_pretrained(run_dir / "checkpoints" / "latest" / str(before)).l2a_config.threshold == 0.5
+    assert read_config(run_dir / "checkpoints" / "latest" / "100")[1].threshold == moved["threshold"]
     assert "MISSED" not in folder.told_target(target) and "MISSED" in folder.told_target({**target, "asked": 0.5})
     assert all({"local", "target", "penalty_weight"} <= set(record) for record in found)
     assert found[-1]["penalty_weight"] == target["weight"] and found[-1]["target"] == pytest.approx(0.8)

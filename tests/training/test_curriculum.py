@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,8 +13,10 @@ from l2a_jax.data.recall import RecallCorpus
 from l2a_jax.errors import UserError
 from l2a_jax.runs import train as runs
 from l2a_jax.runs.about import dry_run
+from l2a_jax.runs.plan import Run, estimate, make_plan
 from l2a_jax.training import settings as presets
-from l2a_jax.training.loop import stacked_batch
+from l2a_jax.training.loop import NonFinite, stacked_batch
+from l2a_jax.training.step import Objective, TrainState
 
 
 def rows_of(seq_len, batch_size):
@@ -90,3 +93,35 @@ def test_a_run_stopped_in_its_second_stage_goes_on_as_if_it_never_had(tmp_path, 
 def test_a_row_longer_than_the_model_is_trained_for_is_refused():
     with pytest.raises(UserError, match=r"^--curriculum 2048 is longer than max_positions x factor = 1024"):
         dry_run(presets.resolve("router_strict", {**GIVEN, "curriculum": "2048:1", "batch_size": 16, "seq_len": 128}))
+
+
+def test_a_step_that_failed_is_looked_at_again_with_the_rows_of_its_stage(monkeypatch):
+    given = {**GIVEN, "target_local": None, "forced": (0.5,)}
+    plan = make_plan(presets.resolve("l2a_ft", given))
+    failing = Run(plan, Objective(plan.config, plan.l2a_config), {}, None, None, None, None, 0)
+    state = TrainState(jnp.zeros((), jnp.int32), {}, None, jnp.ones((), bool))
+
+    def fit(*_, **__):
+        raise NonFinite(2, float("nan"), state)
+
+    monkeypatch.setattr(runs, "fit", fit)
+    monkeypatch.setattr(runs, "first_non_finite",
+                        lambda trainable, frozen, batch, key, objective, forced: (batch.tokens.shape, forced.shape))
+    with pytest.raises(NonFinite) as failure:
+        runs.fit_run(failing, state, {}, [])
+    assert failure.value.where == ((1, 4, 112), (plan.config.num_layers, 4, 112))
+
+
+def test_the_estimate_is_of_the_stage_that_holds_most():
+    short = {"seq_len": 112, "batch_size": 2, "grad_accum": 4, "steps": 4, "mesh": "data=1"}
+    plain, staged = (estimate(make_plan(presets.resolve("l2a_ft", {**short, **more}), present=False))
+                     for more in ({}, {"curriculum": "112:0.5,896:0.5"}))
+    assert staged.kept == 4 * plain.kept
+
+
+def test_what_does_not_go_with_a_curriculum_is_said():
+    with pytest.raises(UserError, match=r"^--unique keeps some rows of one length, .* --curriculum"):
+        presets.resolve("router_strict", {**GIVEN, "model": "x", "data": ("y",), "unique": 10})
+    mesh = {**GIVEN, "curriculum": "112:0.5,448:0.5", "mesh": "data=2"}
+    with pytest.raises(UserError, match=r"^--mesh data=2,context=1 deals rows .* --curriculum puts 1 into one"):
+        make_plan(presets.resolve("router_strict", mesh), present=False)

@@ -60,6 +60,7 @@ def test_it_is_a_run_like_any_other(trained):
     ({"windw": 4}, "^windw is no setting of train_router; expected one of .*window"),
     ({"regime": "full_ft"}, "^regime is no setting of train_router"),
     ({"local": 1.5}, "^--target-local is 1.5"),
+    ({"preset": "no-such"}, "^--preset is 'no-such'"),
 ])
 def test_what_is_wrong_is_said_before_anything_runs(changed, said, own, tmp_path, monkeypatch):
     monkeypatch.setattr(router, "train", None)

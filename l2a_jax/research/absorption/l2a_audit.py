@@ -69,8 +69,9 @@ def open_audited(source: str, data: Sequence[str], batches: int | None, seq_len:
         held_out = list(plan.data.held_out(batches or plan.settings.eval_batches))
         if not held_out:
             raise UserError(f"the data of {source} has no held-out documents; give text with --data")
-        after = load_pretrained(source, plan.dtype).params
-        return Audited(plan.config, plan.l2a_config, after, load_tree(plan)[0], held_out, plan.is_demo, plan.dtype)
+        after = load_pretrained(source, plan.dtype)
+        return Audited(plan.config, after.l2a_config, after.params, load_tree(plan)[0], held_out, plan.is_demo,
+                       plan.dtype)
     dtype = jnp.dtype(device.default_dtype())
     loaded = load_pretrained(source, dtype)
     if loaded.l2a_config is None:
