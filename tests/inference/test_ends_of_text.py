@@ -91,7 +91,7 @@ def _needle(model, monkeypatch, seen):
 
     monkeypatch.setattr(generation, "generate", answer)
     prompt = needle.Prompt(8, 0.0, 0, "key", [1, 2], ["a"], [[7, 8, 9, 9]], 0)
-    (found,) = needle._generated(model, [prompt], needle.NeedleOptions(generate=1), "auto")
+    (found,) = needle._generated(model, [prompt], needle.NeedleOptions(generate=1), "auto", None)
     assert found["written"] == model.tokenizer.decode([7, 8]) and not found["exact_match"]
 
 
