@@ -52,7 +52,7 @@ def train_router(
     """
     _check(source, texts, data, local, penalty, settings)
     out = Path(out)
-    given = dict(settings)
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
     names = given.pop("preset", ())
     names = (names,) if isinstance(names, str) else tuple(names)
     given |= {name: value for name, value in (("target_local", local), ("penalty", penalty)) if value is not None}

@@ -278,6 +278,7 @@ def _checked(settings: Settings) -> Settings:
                if settings.regime in PLAIN_REGIMES else
                "--target-local moves learned ones" if settings.target_local is not None else
                f"--objective {settings.objective} teaches a router" if settings.objective != NEXT_TOKEN else
+               f"--regime {settings.regime} trains nothing else" if REGIMES[settings.regime] == ("router",) else
                f"--penalty {settings.penalty:g} is of learned ones" if settings.penalty else None)
         if why is not None:
             raise UserError(f"--forced takes the router's decisions away, but {why}")

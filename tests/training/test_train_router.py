@@ -61,6 +61,7 @@ def test_it_is_a_run_like_any_other(trained):
     ({"regime": "full_ft"}, "^regime is no setting of train_router"),
     ({"local": 1.5}, "^--target-local is 1.5"),
     ({"preset": "no-such"}, "^--preset is 'no-such'"),
+    ({"router_sees": ["no-such"]}, "^--router-sees is .*no-such.*; expected a list, each one of"),
 ])
 def test_what_is_wrong_is_said_before_anything_runs(changed, said, own, tmp_path, monkeypatch):
     monkeypatch.setattr(router, "train", None)
