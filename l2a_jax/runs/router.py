@@ -13,6 +13,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from l2a_jax import device
 from l2a_jax.data.counts import parse_count
 from l2a_jax.errors import UserError
 from l2a_jax.fields import declared
@@ -38,7 +39,7 @@ def train_router(
     tokens: int | str | None = None,
     **settings: Any,
 ) -> tuple[Pretrained, dict[str, Any]]:
-    """Train a router for the model `source`; the routed model, and a short report of the run.
+    """Train a router for the model `source`; the routed model in the dtype of the run, and a short report of it.
 
     `source`: a hub id, folder, run folder or `.gguf` file, or a `Pretrained` made of one's own parameters,
     configuration and tokenizer. `texts`: documents as strings; `data`: what `--data` takes (files, folders, globs,
@@ -73,7 +74,7 @@ def train_router(
         save_pretrained(out / "base", source.params, source.config, source.l2a_config, source.tokenizer,
                         carried=source.carried)
     summary = train(asked, out / "run")
-    dtype = jnp.bfloat16 if asked.dtype is None else jnp.dtype(asked.dtype)
+    dtype = jnp.dtype(asked.dtype or device.default_dtype())  # in which it was trained, and its threshold met
     return load_pretrained(out / "run", dtype), {"run_dir": str(out / "run"),
                                                  **{name: summary[name] for name in TOLD if name in summary}}
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import l2a_jax as l2a
+from l2a_jax import device
 from l2a_jax.errors import UserError
 from l2a_jax.models.params import by_path
 from l2a_jax.runs import router
@@ -77,3 +78,11 @@ def test_a_model_needs_a_tokenizer_and_the_run_a_new_folder(own, tmp_path, monke
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="not empty; expected a new folder"):
         l2a.train_router(own, TEXTS, out=tmp_path, local=0.8)
+
+
+def test_the_model_comes_back_in_what_it_was_trained_in(own, tmp_path, monkeypatch):
+    monkeypatch.setattr(router, "train", lambda settings, run_dir: {})
+    monkeypatch.setattr(router, "load_pretrained", lambda source, dtype: own._replace(source_hash=dtype.name))
+    for given, name in (({}, device.default_dtype()), ({"dtype": "bfloat16"}, "bfloat16")):
+        found, _ = l2a.train_router("qwen2.5-tiny", TEXTS, out=tmp_path / str(name), local=0.8, **SMALL, **given)
+        assert found.source_hash == name
