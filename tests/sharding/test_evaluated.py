@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -22,14 +16,7 @@ from l2a_jax.models.params import abstract_params
 from l2a_jax.research.speed.compiled import lower_for_cuda, mesh_of, triton_kernels
 from tests.sharding.evaluated import CASES, MESHES
 
-
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    file = tmp_path_factory.mktemp("evaluated") / "found.json"
-    done = subprocess.run([sys.executable, "-m", "tests.sharding.evaluated", str(file)], text=True, capture_output=True,
-                          cwd=pathlib.Path(__file__).resolve().parents[2], env=dict(os.environ))
-    assert done.returncode == 0, done.stdout[-2_000:] + done.stderr[-4_000:]
-    return json.loads(file.read_text())
+MEASURED = "tests.sharding.evaluated"
 
 
 @pytest.mark.parametrize(("axes", "name"), [(axes, of.__name__) for axes, cases in CASES.items() for of in cases])

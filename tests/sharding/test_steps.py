@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
 
 from l2a_jax.errors import UserError
@@ -18,13 +12,7 @@ WHOLE = ("layers/router/hidden/bias", "layers/router/hidden/out")
 """Of three hidden units, which eight devices cannot be given equal parts of."""
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    file = tmp_path_factory.mktemp("mesh") / "found.json"
-    done = subprocess.run([sys.executable, "-m", "tests.sharding.steps", str(file)], text=True, capture_output=True,
-                          cwd=pathlib.Path(__file__).resolve().parents[2], env=dict(os.environ))
-    assert done.returncode == 0, done.stdout[-2_000:] + done.stderr[-4_000:]
-    return json.loads(file.read_text())
+MEASURED = "tests.sharding.steps"
 
 
 @pytest.mark.parametrize(("name", "axes"), [(name, axes) for name, case in CASES.items() for axes in case.meshes])

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -19,14 +13,7 @@ from l2a_jax.research.speed.compiled import lower_for_cuda, mesh_of, triton_kern
 from l2a_jax.sharding.attention import striped
 from tests.sharding.striped import LAYERS, OPERATIONS, PACKINGS, SHARDS
 
-
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    file = tmp_path_factory.mktemp("striped") / "found.json"
-    done = subprocess.run([sys.executable, "-m", "tests.sharding.striped", str(file)], text=True, capture_output=True,
-                          cwd=pathlib.Path(__file__).resolve().parents[2], env=dict(os.environ))
-    assert done.returncode == 0, done.stdout[-2_000:] + done.stderr[-4_000:]
-    return json.loads(file.read_text())
+MEASURED = "tests.sharding.striped"
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
