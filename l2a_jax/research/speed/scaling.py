@@ -39,6 +39,7 @@ class Line:
     unroll: bool = True
     routed: float = 0.2
     steps: int = 12
+    repeats: int = 5
 
     @property
     def name(self) -> str:
@@ -56,11 +57,12 @@ def lines() -> list[Line]:
     """Short rows over `data`, long ones over `context`."""
     small = [Line(regime, "data", 4, 2_048) for regime in ("router_only", "l2a_ft", "full_ft")]
     long = {"remat": "layer", "unroll": False, "window": 1_024, "steps": 3}
+    longest = {**long, "steps": 2, "repeats": 2}  # a step takes a quarter of a minute on one device
     return [*small, Line("router_strict", "context", 1, 32_768, **long),
-            Line("router_strict", "context", 1, 131_072, **long),
+            Line("router_strict", "context", 1, 131_072, **longest),
             Line("l2a_ft", "context", 1, 32_768, **long),
             Line("l2a_ft", "data", 2, 2_048, "qwen2.5-1.5b", remat="layer", unroll=False),
-            Line("router_strict", "context", 1, 131_072, "qwen2.5-1.5b", **long)]
+            Line("router_strict", "context", 1, 131_072, "qwen2.5-1.5b", **longest)]
 
 
 def meshes(line: Line) -> list[Axes | None]:
@@ -68,14 +70,15 @@ def meshes(line: Line) -> list[Axes | None]:
     return [None, *(Axes(**{line.axis: count}) for count in COUNTS if count <= len(jax.devices()))]
 
 
-def measure(case: StepCase, steps: int) -> dict:
-    """Milliseconds a step, the losses of its first `steps` steps, and bytes a device by the compiler's own figures."""
+def measure(case: StepCase, steps: int, repeats: int) -> dict:
+    """Milliseconds a step (the median of `repeats`), the losses of its first `steps` steps, and bytes a device by the
+    compiler's own figures."""
     step = Step(case)
     losses = [float(step.run()["loss"]) for _ in range(steps)]
     if not np.isfinite(losses).all():
         raise FloatingPointError(f"{case.name}: losses {losses}")
     each = 4 if case.length < 32_768 else 1  # a long row is seconds: its step is not one of many in flight
-    ms = median_ms(step.run, lambda metrics: float(metrics["loss"]), repeats=5, each=each)
+    ms = median_ms(step.run, lambda metrics: float(metrics["loss"]), repeats=repeats, each=each)
     return {"ms": ms, "tokens_per_second": case.batch * case.length / ms * 1e3, "memory_gb": step.bytes / 1e9,
             "compile_seconds": step.compile_seconds, "losses": losses}
 
@@ -116,7 +119,7 @@ def main(only: str, out: Path | None) -> None:
         for axes in meshes(line):
             case = line.case(axes)
             try:
-                row = measure(case, line.steps)
+                row = measure(case, line.steps, line.repeats)
             except jax.errors.JaxRuntimeError as error:
                 result["failed"][case.name] = tables.reason(error)
                 continue
