@@ -26,7 +26,7 @@ def check(options: StudyOptions, given: list[str]) -> None:
     api.check(options.backend)
     only = next((name for name in ("list", "report") if getattr(options, name)), None)
     commands.say_idle(given, [
-        (only is not None, ("data_dir", "time_limit", "keep", "backend", "compile_ahead", "compiled"),
+        (only is not None, ("data_dir", "time_limit", "keep", "backend", "mesh", "compile_ahead", "compiled"),
          f"--{only} runs nothing"),
         (options.dry_run, ("time_limit", "keep", "compile_ahead", "compiled"), "--dry-run runs nothing")])
 
@@ -62,7 +62,8 @@ def study(arguments: list[str] | None) -> int:
         ahead = 2 if device.platform() == "gpu" else 0
     if options.compiled is not None:
         jax.config.update("jax_compilation_cache_dir", str(options.compiled.absolute()))
-    session = Session(models, _needed(options.data_dir, "--data-dir"), backend=options.backend, compile_ahead=ahead)
+    session = Session(models, _needed(options.data_dir, "--data-dir"), backend=options.backend, mesh=options.mesh,
+                      compile_ahead=ahead)
     rows = [row.with_limit(options.limit) for row in with_baselines(rows)]
     if options.dry_run:
         print(runner.dry_run(rows, session))

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from l2a_jax import device
 from l2a_jax.errors import UserError
-from l2a_jax.sharding.axes import Axes
+from l2a_jax.sharding.axes import Axes, parse
 
 NAMES = Axes._fields
 """Leaves are dealt over both axes together, rows over the first and tokens over the second."""
@@ -56,3 +56,11 @@ def make_up(axes: Axes) -> bool:
 def make(axes: Axes) -> Mesh:
     """The first devices of this machine as a mesh."""
     return Mesh(np.asarray(jax.devices()[: axes.devices]).reshape(axes), NAMES)
+
+
+def named(text: str | None) -> Mesh | None:
+    """The mesh that `--mesh` says; without one, None. UserError where there are not as many devices."""
+    if text is None:
+        return None
+    check_present(parse(text))
+    return make(parse(text))

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jax.sharding import Mesh
+
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import intervals
 from l2a_jax.evaluation.controls import random_decisions, static_decisions
@@ -48,10 +50,10 @@ def prepare(model: Pretrained, name: str, task_data: str, limit: int | None) -> 
     return Prepared(task, [documents[i] for i in order], [counts[i] for i in order], requests, file.path.name)
 
 
-def score(model: Pretrained, prepared: Prepared, backend: str = "auto") -> dict[str, Any]:
+def score(model: Pretrained, prepared: Prepared, backend: str = "auto", mesh: Mesh | None = None) -> dict[str, Any]:
     """acc, acc_norm with their 95 % intervals (Wilson), and every item's 0 or 1 as a string of bits."""
     began = time.monotonic()
-    found = log_likelihoods(model, prepared.requests, backend=backend, label=prepared.task.config.task)
+    found = log_likelihoods(model, prepared.requests, backend=backend, mesh=mesh, label=prepared.task.config.task)
     bits = _bits(prepared, list(zip(found.log_probabilities.tolist(), found.greedy.tolist(), strict=True)))
     out: dict[str, Any] = {"n": len(prepared.documents), "num_fewshot": 0, "source": prepared.source,
                            "scoring_seconds": round(time.monotonic() - began, 2)}

@@ -63,7 +63,7 @@ def all_routed(evaluated) -> dict[str, Any]:
         out["needle"] = {length: entry["exact_match"] for length, entry in found.items()}
     for name in (task for task in BENCHMARKS if task in row.measures.tasks):
         asked = session.benchmark(row, name)
-        mine, own = (benchmarks.score(one, asked, session.backend) for one in (model, evaluated.model))
+        mine, own = (benchmarks.score(one, asked, session.backend, session.mesh) for one in (model, evaluated.model))
         points, interval = intervals.paired_items(*([int(bit) for bit in one["acc_bits"]] for one in (own, mine)))
         out["benchmarks"][name] = {"acc": mine["acc"], "routing_gains": 100 * points,
                                    "routing_gains_95": [100 * bound for bound in interval]}

@@ -30,7 +30,7 @@ BETWEEN = Path(damage.__file__)
 def _residual(evaluated) -> dict[str, Any]:
     """Distance of the residual stream from the plain model's, layer by layer."""
     windows, _ = evaluated.audited()
-    return residual_distance(evaluated.plain, evaluated.model, windows, backend=evaluated.session.backend)
+    return residual_distance(evaluated.plain, evaluated.alone, windows, backend=evaluated.session.backend)
 
 
 def _flips(evaluated) -> dict[str, Any]:
@@ -112,13 +112,14 @@ def _autopsy(evaluated) -> dict[str, Any]:
     if unknown := set(names) - {fault.name for fault in FAULTS}:
         raise UserError(f"autopsy: there is no fault {', '.join(sorted(unknown))}")
     faults = [fault for fault in FAULTS if fault.name in names or not names]
-    return autopsy.autopsy(evaluated.plain, plan.data, _examination(evaluated), objective=run.objective, dials=dials,
-                           optimizer=OptimizerConfig(s.regime, s.weight_decay, s.clip), faults=faults)
+    return autopsy.autopsy(evaluated.plain, plan.data, _examination(evaluated), dials=dials, faults=faults,
+                           objective=run.objective._replace(mesh=None),
+                           optimizer=OptimizerConfig(s.regime, s.weight_decay, s.clip))
 
 
 def _symptoms(evaluated) -> dict[str, Any]:
     """Which of the reported symptoms the row itself shows."""
-    return autopsy.symptoms_of(evaluated.model, evaluated.plain, _examination(evaluated), evaluated.records,
+    return autopsy.symptoms_of(evaluated.alone, evaluated.plain, _examination(evaluated), evaluated.records,
                                evaluated.session.backend)
 
 
@@ -127,7 +128,7 @@ def _examination(evaluated) -> autopsy.Examination:
     session, row = evaluated.session, evaluated.row
 
     def extra(model) -> dict[str, float]:
-        scores = {name: benchmarks.score(model, session.benchmark(row, name), session.backend)
+        scores = {name: benchmarks.score(model, session.benchmark(row, name), session.backend, session.mesh)
                   for name in ("hellaswag", "piqa")}
         error = {name: (one["acc"], (one["acc"] * (1 - one["acc"]) / one["n"]) ** 0.5) for name, one in scores.items()}
         options, prepared = session.needles(row)

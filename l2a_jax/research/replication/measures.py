@@ -21,6 +21,7 @@ from l2a_jax.research.replication.row import BENCHMARKS, Row
 from l2a_jax.research.replication.session import Session, evaluation_layer
 from l2a_jax.research.replication.trained import start_params
 from l2a_jax.research.replication.windows import some
+from l2a_jax.sharding import whole
 from l2a_jax.sources import Pretrained
 
 
@@ -33,13 +34,18 @@ class EvaluatedRow:
                  out: Path | None = None):
         plan, base = session.plan(row), session.base(row.size)
         self.session, self.row, self.plain, self.records, self.out = session, row, base, records, out
-        self.model = Pretrained(plan.config, evaluation_layer(plan.l2a_config), params, base.tokenizer,
-                                base.source_hash)
+        self.model = Pretrained(plan.config, evaluation_layer(plan.l2a_config), whole.put(params, session.mesh),
+                                base.tokenizer, base.source_hash)
+
+    @property
+    def alone(self) -> Pretrained:
+        """The row's model on one device, for what no mesh deals."""
+        return self.model if self.session.mesh is None else self.model._replace(params=whole.alone(self.model.params))
 
     @cached_property
     def start(self) -> Pretrained:
         """The row's model before training."""
-        return self.model._replace(params=start_params(self.session, self.row))
+        return self.model._replace(params=whole.put(start_params(self.session, self.row), self.session.mesh))
 
     @cached_property
     def windows(self) -> Windows:
@@ -98,7 +104,7 @@ def _needle(evaluated: EvaluatedRow) -> dict[str, Any]:
 
 def _collapse(evaluated: EvaluatedRow) -> dict[str, Any]:
     prompts, stops = evaluated.prompts()
-    found = collapse.collapse(evaluated.model, evaluated.windows, prompts=prompts, records=evaluated.records,
+    found = collapse.collapse(evaluated.alone, evaluated.windows, prompts=prompts, records=evaluated.records,
                               stop_tokens=stops, backend=evaluated.session.backend)
     for texts in (found["generation"] or {}).values():
         if isinstance(texts, dict) and "texts" in texts:
@@ -137,7 +143,7 @@ def _task_controls(evaluated: EvaluatedRow) -> dict[str, Any]:
 
 def _benchmark(name: str) -> Callable[[EvaluatedRow], dict[str, Any]]:
     return lambda evaluated: benchmarks.score(evaluated.model, evaluated.session.benchmark(evaluated.row, name),
-                                            evaluated.session.backend)
+                                              evaluated.session.backend, evaluated.session.mesh)
 
 
 TASKS: dict[str, Callable[[EvaluatedRow], dict[str, Any]]] = {

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 from l2a_jax.attention.backends import Backend
-from l2a_jax.fields import Filled, Unit, at_least, between, count
+from l2a_jax.fields import Filled, Unit, Written, at_least, between, count
+from l2a_jax.sharding import axes
 
 Names = tuple[Annotated[str, Unit("name")], ...]
 Weights = Annotated[str | None, Filled(), Unit("source"), "hub id, folder or .gguf file"]
@@ -20,6 +21,9 @@ class HowRun:
     time_limit: Annotated[float | None, at_least(0), Unit("seconds"), "stop cleanly after so long"] = None
     keep: Annotated[bool, "keep what was trained whatever its size (ROW.npz)"] = False
     backend: Backend = "auto"
+    mesh: Annotated[str | None, Written(axes.written), Unit("axes"),
+                    "devices over which a row's training and evaluation are dealt, such as data=2 (default: one device)"
+                    ] = None
     compile_ahead: Annotated[int | None, between(0, 256), Unit("threads"),
                              "threads that compile the rows to come (default: 2 on a GPU, none elsewhere)"] = None
     compiled: Annotated[Path | None, "folder of compiled programs, so that the next process need not compile"] = None

@@ -25,18 +25,23 @@ from l2a_jax.evaluation.perplexity import Windows
 from l2a_jax.research.replication import benchmarks, needles
 from l2a_jax.research.replication.row import Row
 from l2a_jax.runs.plan import Run, RunPlan, compile_run, make_plan, program_key, read_source
+from l2a_jax.sharding.mesh import named
 from l2a_jax.sources import Pretrained, load_pretrained
 
 log = logging.getLogger("l2a_jax.research.replication")
 
 
 class Session:
-    """`models` maps a size to its source. `compile_ahead`: threads that compile (0: none, everything in its turn)."""
+    """`models` maps a size to its source. `mesh`: the axes over which every row is trained and evaluated (None: on one
+    device). `compile_ahead`: threads that compile (0: none, everything in its turn)."""
 
-    def __init__(self, models: dict[str, str], data_dir: str | Path, *, backend: str = "auto", compile_ahead: int = 0):
+    def __init__(self, models: dict[str, str], data_dir: str | Path, *, backend: str = "auto", mesh: str | None = None,
+                 compile_ahead: int = 0):
         self.models, self.data_dir, self.backend = models, str(data_dir), backend
         self.dtype = jnp.dtype(device.default_dtype())
-        self.passes = {"backend": backend, "batch_tokens": device.batch_tokens(perplexity.BATCH_TOKENS)}
+        self.axes, self.mesh = mesh, named(mesh)
+        self.passes = {"backend": backend, "batch_tokens": device.batch_tokens(perplexity.BATCH_TOKENS),
+                       "mesh": self.mesh}
         self._kept: dict[tuple, Any] = {}
         self._programs: dict[tuple, Run | Future] = {}
         self._threads = ThreadPoolExecutor(compile_ahead) if compile_ahead else None
@@ -63,7 +68,7 @@ class Session:
     def plan(self, row: Row) -> RunPlan:
         """The row's plan, reading nothing twice."""
         return self.once(("plan", row.name, row.training_hash), lambda: make_plan(
-            row.settings(self.source(row.size), self.data_dir),
+            dataclasses.replace(row.settings(self.source(row.size), self.data_dir), mesh=self.axes),
             read=lambda source: self.once(("read", source), lambda: read_source(source)),
             open_data=lambda spec, tokenizer, **options: self.once(
                 ("data", spec, id(tokenizer), tuple(sorted(options.items()))),

@@ -18,14 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l2a_jax import device
+from l2a_jax import device, files
 from l2a_jax.errors import UserError
-from l2a_jax.files import whole
 from l2a_jax.models.params import Tree, add_routing, map_with_path
 from l2a_jax.research import leaves
 from l2a_jax.research.replication.row import Row
 from l2a_jax.research.replication.session import Session
 from l2a_jax.runs.train import fit_run
+from l2a_jax.sharding import whole
 from l2a_jax.training.loop import NonFinite
 from l2a_jax.training.regimes import count_parameters, partition, regime_mask
 from l2a_jax.training.step import compute_params
@@ -78,11 +78,13 @@ def train_row(session: Session, row: Row) -> Trained:
         log.warning("%s: step %d is not finite (%s)", row.name, failure.step, failure.where)
     jax.block_until_ready(state.trainable)
     seconds["train"] = time.perf_counter() - clock
-    params = compute_params(state.trainable, frozen, plan.dtype)
+    params = whole.put(compute_params(state.trainable, frozen, plan.dtype), session.mesh)
     report = {**_report(run, records, int(state.step)), "non_finite": failed,
               "data_fingerprint": plan.data.fingerprint, "source_hash": base.source_hash,
               "memory": {"compiled_gb": run.memory_bytes / 1e9, "process_peak_gb": device.peak_memory_gb(),
                          "device_gb": device.memory_bytes() / 1e9}, "seconds": seconds}
+    if session.axes is not None:
+        report["mesh"] = session.axes
     if hasattr(plan.data, "usage"):
         report["data_used"] = plan.data.usage(int(state.step) * s.grad_accum)
     return Trained(params, state.trainable, report, records)
@@ -117,7 +119,7 @@ def save_masters(masters: Tree, path: Path) -> None:
     """Write trained leaves as .npz (bfloat16 as float32, which holds it exactly), whole or not at all."""
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **leaves.by_path(jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), masters)))
-    with whole(path) as partial:
+    with files.whole(path) as partial:
         partial.write_bytes(buffer.getvalue())
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from l2a_jax import device, fields
 from l2a_jax.attention import api as attention
@@ -39,6 +40,8 @@ from l2a_jax.research.rivals.options import RivalOptions
 from l2a_jax.research.rivals.oracle import decision_worth, most_worth
 from l2a_jax.research.rivals.search import Losses, greedy
 from l2a_jax.research.rivals.times import Times
+from l2a_jax.sharding import whole
+from l2a_jax.sharding.mesh import named
 from l2a_jax.sources import Pretrained, load_pretrained, locate, read_config, run_source, source_tokenizer
 
 log = logging.getLogger("l2a_jax.rivals")
@@ -58,6 +61,7 @@ def compare(options: RivalOptions) -> tuple[dict[str, Any], Path]:
     """The table in JSON types, and the folder that holds it. Raises UserError on bad input before weights are read."""
     fields.check(options)
     attention.check(options.backend)
+    mesh = _mesh(options)
     config, layer = read_config(options.source)
     if layer is None:
         raise UserError(f"{options.source} is a plain model, which routes nothing; rivals stand beside a router")
@@ -65,7 +69,8 @@ def compare(options: RivalOptions) -> tuple[dict[str, Any], Path]:
     prepared = _prepare(options, config, layer)
     dtype = options.dtype or device.default_dtype()
     model = load_pretrained(options.source, jnp.dtype(dtype))
-    passes = {"backend": options.backend, "batch_tokens": device.batch_tokens(BATCH_TOKENS)}
+    model = model._replace(params=whole.put(model.params, mesh))
+    passes = {"backend": options.backend, "batch_tokens": device.batch_tokens(BATCH_TOKENS), "mesh": mesh}
     with jax.default_matmul_precision("float32" if dtype == "float32" and device.platform() != "cpu" else None):
         rows, about = _rows(options, model, prepared, passes)
     result = {"source": options.source, "source_hash": model.source_hash, "context": options.context,
@@ -76,6 +81,13 @@ def compare(options: RivalOptions) -> tuple[dict[str, Any], Path]:
     write_text(folder / f"{NAME}.md", report.markdown(result))
     report.draw(result, folder / f"{NAME}.png")
     return result, folder
+
+
+def _mesh(options: RivalOptions) -> Mesh | None:
+    """The devices over which the work is dealt; None: one device."""
+    if options.mesh is not None and options.times:
+        raise UserError(f"--times measures one device, and --mesh is {options.mesh}; leave out one of them")
+    return named(options.mesh)
 
 
 def _folder(options: RivalOptions) -> Path:
@@ -134,8 +146,8 @@ def _rows(options: RivalOptions, model: Pretrained, prepared: Prepared,
     density = float(routing_rates(own.decisions, text.real).mean())
     check_density(density, model, "the router's own density")
     asked = [density, *sorted((1 - local / 100 for local in options.local), reverse=True)]
-    found = _found(options, model, prepared, max(asked), routing_rates(own.decisions, text.real))
-    worth = decision_worth(model, text, options.backend)
+    found = _found(options, model, prepared, max(asked), routing_rates(own.decisions, text.real), passes["mesh"])
+    worth = decision_worth(model, text, options.backend, passes["mesh"])
     times = Times(model, text.tokens[0], options.backend) if options.times else None
     rows: list[dict[str, Any]] = []
     for place, target in enumerate(asked):
@@ -163,15 +175,19 @@ def _rows(options: RivalOptions, model: Pretrained, prepared: Prepared,
         "searched_heads": found.heads}
 
 
-def _found(options: RivalOptions, model: Pretrained, prepared: Prepared, most: float, rates) -> Found:
+def _found(options: RivalOptions, model: Pretrained, prepared: Prepared, most: float, rates,
+           mesh: Mesh | None) -> Found:
     layers, heads = model.config.num_layers, model.config.num_kv_heads
     count = math.ceil(most * layers)
-    by_layer = greedy(Losses(model, prepared.calibration, "layers", options.backend), count, "layers searched")
+
+    def losses(units: str) -> Losses:
+        return Losses(model, prepared.calibration, units, options.backend, mesh)
+
+    by_layer = greedy(losses("layers"), count, "layers searched")
     shared = model.l2a_config.share_attention and not model.l2a_config.pruned_layers
     if not shared:
         log.warning("no heads are searched: they need one attention set for both paths, and no pruned layer")
-    by_head = greedy(Losses(model, prepared.calibration, "heads", options.backend), math.ceil(most * layers * heads),
-                     "heads searched") if shared else None
+    by_head = greedy(losses("heads"), math.ceil(most * layers * heads), "heads searched") if shared else None
     return Found(rates, by_layer, by_head)
 
 
@@ -196,7 +212,7 @@ def _ruler(model: Pretrained, prepared: Prepared, choice: Choice,
             windows = Windows(tokens, np.zeros(shape, np.int32), last, np.ones(shape, bool), {"name": task})
             given = {"decisions": score_windows(model, windows, **given, **passes,
                                                 label=f"{task} of {length:,} tokens").decisions}
-        written = ruler.write(model, items, task, length, prepared.ruler, **given)
+        written = ruler.write(model, items, task, length, prepared.ruler, **given, mesh=passes["mesh"])
         local = 1 - choice.density if choice.heads is not None else float(written.local.mean())
         yield f"{task} {length}", {"local": local, "scores": [
             ruler_source.score(task, item.answers, text) for item, text in zip(items, written.texts, strict=True)]}

@@ -10,6 +10,7 @@ from l2a_jax.attention.backends import Backend
 from l2a_jax.errors import UserError, shown
 from l2a_jax.evaluation.options import Hay, Lengths
 from l2a_jax.fields import DTYPE, SEED, Distinct, Filled, Mark, Unit, Written, between, count, length
+from l2a_jax.sharding import axes
 from l2a_jax.training.settings import Source
 
 
@@ -47,3 +48,6 @@ class RivalOptions(RulerFlags):
     out: Annotated[Path | None, "folder for rivals.json, its table and its figure (default: the run folder)"] = None
     dtype: Annotated[str | None, DTYPE, "of weights (default: bfloat16; on a CPU float32)"] = None
     backend: Backend = "auto"
+    mesh: Annotated[str | None, Written(axes.written), Unit("axes"),
+                    "devices over which windows and prompts (data) and their tokens (context) are dealt, such as "
+                    "data=2,context=4 (default: one device)"] = None

@@ -12,13 +12,18 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Float64
 
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation.perplexity import Windows
-from l2a_jax.evaluation.reach import distances
 from l2a_jax.models.transformer import hidden_states
+from l2a_jax.nn.shard import ALONE
 from l2a_jax.progress import progress
+from l2a_jax.research.rivals.beyond import beyond
+from l2a_jax.sharding import whole
+from l2a_jax.sharding.mesh import ROWS
 from l2a_jax.sources import Pretrained
 from l2a_jax.training.loss import cross_entropy
 
@@ -26,9 +31,11 @@ UNITS = ("layers", "heads")
 
 
 class Losses:
-    """Nats a token beyond the window of a calibration text, for masks of `units`: layers [M, L] or heads [M, L, K]."""
+    """Nats a token beyond the window of a calibration text, for masks of `units`: layers [M, L] or heads [M, L, K].
+    `mesh`: deals windows, and their tokens."""
 
-    def __init__(self, model: Pretrained, windows: Windows, units: str, backend: str = "auto"):
+    def __init__(self, model: Pretrained, windows: Windows, units: str, backend: str = "auto",
+                 mesh: Mesh | None = None):
         if units not in UNITS:
             raise ValueError(f"units are {units!r}; expected one of {', '.join(UNITS)}")
         layer, config = model.l2a_config, model.config
@@ -37,24 +44,38 @@ class Losses:
                             "no layer is pruned")
         self.shape = (config.num_layers,) if units == "layers" else (config.num_layers, config.num_kv_heads)
         self.able = [unit for unit in np.ndindex(*self.shape) if unit[0] not in layer.pruned_layers]
-        self._weights = (distances(windows, model, "--calibration-context")[1] > 0).astype(np.float32)
-        self._call = functools.partial(_losses, model.params, windows.tokens, windows.targets, self._weights,
-                                       config=config, l2a_config=layer, units=units, backend=backend)
+        given = beyond(windows, model, "--calibration-context", mesh)
+        self._scored = given[-1].sum()
+        self._call = functools.partial(_losses, whole.put(model.params, mesh), *given, config=config, l2a_config=layer,
+                                       units=units, backend=backend, mesh=mesh)
 
     def __call__(self, masks: Bool[np.ndarray, " M *U"]) -> Float64[np.ndarray, " M"]:
-        return np.asarray(self._call(jnp.asarray(masks)), np.float64) / self._weights.sum()
+        return np.asarray(self._call(jnp.asarray(masks)), np.float64) / self._scored
 
 
-@functools.partial(jax.jit, static_argnames=("config", "l2a_config", "units", "backend"))
-def _losses(params, tokens, targets, weights, masks, *, config, l2a_config, units, backend) -> Float[Array, " M"]:
+@functools.partial(jax.jit, static_argnames=("config", "l2a_config", "units", "backend", "mesh"))
+def _losses(params, tokens, targets, weights, masks, *, config, l2a_config, units, backend, mesh
+            ) -> Float[Array, " M"]:
     """Summed nats under each mask, one window after the other, so that memory holds one."""
+    how = {"config": config, "l2a_config": l2a_config, "units": units, "backend": backend}
+    if mesh is None:
+        return _losses_here(params, masks, tokens, targets, weights, ALONE, **how)
+    shard = whole.dealt(mesh, config, l2a_config)
+    on_device = jax.shard_map(lambda params, masks, *windows: shard.total(
+        _losses_here(params, masks, *map(shard.tokens, windows), shard, **how)), mesh=mesh,
+                              in_specs=(P(), P(), ROWS, ROWS, ROWS), out_specs=P(), check_vma=False)
+    return on_device(params, masks, tokens, targets, weights)
+
+
+def _losses_here(params, masks, tokens, targets, weights, shard, *, config, l2a_config, units, backend):
+    """`_losses` of the tokens that `shard` holds."""
 
     def one(mask, window):
         tokens, targets, weights = (part[None] for part in window)
         by_layer = mask if units == "layers" else jnp.zeros(mask.shape[0], bool)
         decisions = jnp.broadcast_to(by_layer[:, None, None], (mask.shape[0], *tokens.shape))
         hidden, _ = hidden_states(params, tokens, config, l2a_config, decisions=decisions,
-                                  heads=mask if units == "heads" else None, backend=backend)
+                                  heads=mask if units == "heads" else None, backend=backend, shard=shard)
         return cross_entropy(params, hidden, targets, weights, config, logits_dtype=jnp.float32).nll
 
     return jax.lax.map(lambda mask: jnp.sum(jax.lax.map(lambda window: one(mask, window),

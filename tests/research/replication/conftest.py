@@ -24,7 +24,11 @@ def make_row(name, regime="router_only", measures=QUICK, baseline="plain", **giv
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
+    return write_texts(tmp_path_factory.mktemp("data"))
+
+
+def write_texts(folder):
+    """A text to train on and one to score, in `folder`."""
     tokenizer = source_tokenizer(TINY)
     corpus = RecallCorpus(128, 4, 0, distance=24)
     rows = [tokenizer.decode(row.tolist()) for index in range(12) for row in corpus.batch(index).tokens]
