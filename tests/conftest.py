@@ -50,9 +50,9 @@ def _lacking(marker: str) -> str | None:
     return None
 
 
-# Files with tests of half a minute: they begin first, so that at the end no worker is left alone with one.
+# Files with tests of half a minute and more: they begin first, so that at the end no worker is left alone with one.
 LONG = ("frozen/test_frozen.py", "training/test_demo.py", "training/test_resume.py", "training/test_control.py",
-        "tests/test_guides.py")
+        "sharding/test_steps.py", "tests/test_guides.py")
 
 
 def pytest_collection_modifyitems(items):

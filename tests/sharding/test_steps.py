@@ -6,13 +6,19 @@ import pytest
 
 from l2a_jax.errors import UserError
 from l2a_jax.sharding.axes import parse
-from tests.sharding.steps import CASES, DEVICES
+from l2a_jax.training.tables import REGIMES
+from tests.sharding.steps import CASES, DEVICES, MESHES, STEPS
 
 WHOLE = ("layers/router/hidden/bias", "layers/router/hidden/out")
 """Of three hidden units, which eight devices cannot be given equal parts of."""
 
 
 MEASURED = "tests.sharding.steps"
+
+
+def test_every_regime_that_trains_is_compared_under_every_mesh():
+    wholly = {case.regime for case in CASES.values() if case.meshes == MESHES}
+    assert wholly == {regime for regime, groups in REGIMES.items() if groups} and STEPS == 20
 
 
 @pytest.mark.parametrize(("name", "axes"), [(name, axes) for name, case in CASES.items() for axes in case.meshes])
