@@ -18,6 +18,8 @@ from l2a_jax.training.settings import Source
 ROUTES = ("learned", "all", "none")
 CONTROLS = ("all", "none", "random", "shuffled", "static")
 """Decisions that know nothing of the text; see `controls`."""
+OPENED = ("answer", "question")
+"""Decisions of RULER that are the router's own but at the end of a prompt; see `ruler`."""
 
 
 def _names(text: str, flag: str) -> tuple[str, ...]:
@@ -82,7 +84,7 @@ class RulerOptions:
     ruler_tasks: Annotated[tuple[Annotated[str, Choice(*RULER_TASKS)], ...], Distinct(), Written(_names),
                            "some of them, with commas"] = USUAL
     ruler_items: Annotated[int, between(1, 500), "prompts of each task and length"] = 25
-    controls: Annotated[tuple[Annotated[str, Choice("learned", *CONTROLS)], ...], Distinct(), Written(_names),
+    controls: Annotated[tuple[Annotated[str, Choice("learned", *CONTROLS, *OPENED)], ...], Distinct(), Written(_names),
                         "decisions that prompts are read under, beside the router's own"] = ("learned",)
 
 

@@ -2,8 +2,12 @@
 
 Answers are generated with the cache, greedily, and scored by lm-eval's rule: the share of what was asked for that
 stands in what was written. Beside the router's own decisions, a prompt can be read under control decisions
-(`controls`); what is written after it is decided by the router in each case. The prompts are the same for all, so that
-choices, and runs of the same settings, are compared item by item.
+(`controls`); what is written after it is decided by the router in each case. Two more say where a router loses:
+
+  answer      the router's own, but all that is written sees everything
+  question    the same, and so do the last `QUESTION` tokens of the prompt
+
+The prompts are the same for all, so that choices, and runs of the same settings, are compared item by item.
 
 Prompts of a length are all as long, so a length compiles one program. Results are kept length by length, and what the
 file holds already (`Cell.prompts`: the same prompts) is not computed again.
@@ -33,6 +37,7 @@ from l2a_jax.evaluation import intervals, ruler_source, texts
 from l2a_jax.evaluation.columns import CELL, DIFFERENCE, SCORE, Column, change, interval
 from l2a_jax.evaluation.controls import controls
 from l2a_jax.evaluation.needle_text import RECALL
+from l2a_jax.evaluation.options import OPENED
 from l2a_jax.evaluation.registry import Work
 from l2a_jax.evaluation.ruler_text import Item, Material, build, calibrate, material
 from l2a_jax.files import parse_json, plain, read_text, whole
@@ -48,6 +53,8 @@ BUILDERS = min(8, os.cpu_count() or 1)
 """Prompts that are made at once, while the device computes."""
 MEMORY_SHARE = 0.7
 """Of what the weights leave: allocation in blocks takes the rest."""
+QUESTION = 64
+"""Tokens at the end of a prompt that hold what is asked, and how the answer begins."""
 SHOWN = 100
 """Characters of an answer in the results; all of it is in the samples."""
 SAMPLES = "samples_ruler.jsonl"
@@ -175,6 +182,8 @@ def _cells(work: Work, task: str, length: int, building: Sequence[Future[Item]],
         real = np.ones((len(items), len(items[0].tokens)), bool)
         choices += [(name, decisions) for name, _, decisions in
                     controls(first.decisions, real, model.l2a_config.pruned_layers, seeds=1) if name in wanted]
+        choices += [(name, opened(first.decisions, tokens, ruler_source.settings(task).new_tokens))
+                    for name, tokens in zip(OPENED, (0, QUESTION), strict=True) if name in wanted]
     for control, decisions in choices:
         if control not in wanted:
             continue
@@ -195,11 +204,19 @@ def _cells(work: Work, task: str, length: int, building: Sequence[Future[Item]],
             for number, (item, text, score) in enumerate(zip(items, found.texts, scores, strict=True))]
 
 
+def opened(decisions: Bool[np.ndarray, "L B T"], tokens: int, new_tokens: int) -> Bool[np.ndarray, "L B S"]:
+    """The decisions in prompts, of which the last `tokens` and all `new_tokens` after them are routed instead."""
+    size = decisions.shape[2]
+    found = np.pad(decisions, ((0, 0), (0, 0), (0, new_tokens)), constant_values=True)
+    found[:, :, max(0, size - tokens): size] = True
+    return found
+
+
 def write(model: Pretrained, items: Sequence[Item], task: str, length: int, options: Any, *,
-          decisions: Bool[np.ndarray, "L B T"] | None = None, heads: Bool[np.ndarray, "L K"] | None = None,
+          decisions: Bool[np.ndarray, "L B T"] | Bool[np.ndarray, "L B S"] | None = None, heads: Bool[np.ndarray, "L K"] | None = None,
           mesh: Mesh | None = None) -> Written:
-    """What the model writes after each prompt, in batches of one size; `decisions` are forced in the prompts, `heads`
-    and `mesh` are those of `generate`."""
+    """What the model writes after each prompt, in batches of one size; `decisions`, `heads` and `mesh` are those of
+    `generate`."""
     most = _most_rows(model, length, options.batch_tokens) * axes_of(mesh).data
     batches = -(-len(items) // most)
     rows = -(-len(items) // batches)

@@ -61,12 +61,13 @@ def options(folder, out, **changes):
 
 
 def literal(model, tokens, new, decisions):
-    """Greedy decoding by full passes over the growing row: decisions forced in the prompt, the router's own after."""
+    """Greedy decoding by full passes over the growing row: decisions forced in the prompt, the router's own after, if
+    there are none for what is written."""
     tokens, count = list(tokens), len(tokens)
     size = count + new
     fixed = np.zeros((CONFIG.num_layers, 1, size), bool)
     if decisions is not None:
-        fixed[:, 0, :count] = decisions
+        fixed[:, 0, : decisions.shape[1]] = decisions
     written = []
     for step in range(new):
         row = np.zeros((1, size), np.int32)
@@ -75,7 +76,7 @@ def literal(model, tokens, new, decisions):
             logits = _whole(model, row)[0]
         else:
             place = len(tokens) - 1
-            for layer in range(CONFIG.num_layers if step else 0):
+            for layer in range(CONFIG.num_layers if step and decisions.shape[1] == count else 0):
                 fixed[layer, 0, place] = np.asarray(_whole(model, row, fixed)[1].logits)[layer, 0, place] >= 0
             logits = _whole(model, row, fixed)[0]
         tokens.append(int(np.argmax(np.asarray(logits)[0, len(tokens) - 1])))
@@ -83,6 +84,12 @@ def literal(model, tokens, new, decisions):
             break
         written.append(tokens[-1])
     return model.tokenizer.decode(written, skip_special_tokens=True)
+
+
+def prompt_decisions(model, chosen, prepared, task):
+    """The router's own decisions in the prompts of 700 tokens."""
+    items = [build(task, 700, number, 0, prepared.made_of, prepared.units[task, 700]) for number in range(2)]
+    return ruler.write(model, items, task, 700, chosen).decisions
 
 
 def _whole(model, row, decisions=None):
@@ -94,7 +101,7 @@ _forward = jax.jit(lambda params, row, decisions: forward(params, row, CONFIG, L
 
 
 def test_cells_are_literal_decoding_under_each_control(folder, tmp_path):
-    controls = ("all", "none", "shuffled", "static")
+    controls = ("all", "none", "shuffled", "static", "question", "answer")
     out = tmp_path / "new"
     chosen = options(folder, out, controls=controls, log_samples=True)
     found, _ = evaluate.evaluate(chosen)
@@ -102,7 +109,7 @@ def test_cells_are_literal_decoding_under_each_control(folder, tmp_path):
     model = load_pretrained(folder / "routed", jnp.float32)
     prepared = ruler.prepare("ruler", chosen, model)
     samples = [json.loads(line) for line in (out / ruler.SAMPLES).read_text().splitlines()]
-    assert len(entry["cells"]) == 2 * 5 and len(samples) == 2 * 5 * 2
+    assert len(entry["cells"]) == 2 * 7 and len(samples) == 2 * 7 * 2
     for task in TASKS:
         cells = {cell["control"]: cell for cell in entry["cells"] if cell["task"] == task}
         assert next(iter(cells)) == "learned" and len({cell["prompts"] for cell in cells.values()}) == 1
@@ -111,11 +118,21 @@ def test_cells_are_literal_decoding_under_each_control(folder, tmp_path):
         assert all(0.05 < one < 0.95 for one in learned)
         assert np.allclose(cells["shuffled"]["local"], learned, atol=1e-4)
         assert cells["static"]["local_share"] == pytest.approx(cells["learned"]["local_share"], abs=0.05)
+        own = prompt_decisions(model, chosen, prepared, task)
+        for number, share in enumerate(own[:, :, :-ruler.QUESTION].sum(axis=(0, 2))):
+            routed = CONFIG.num_layers * ruler.QUESTION + share
+            assert cells["question"]["local"][number] == pytest.approx(1 - routed / own[:, 0].size, abs=1e-4)
+        assert cells["answer"]["local"] == learned
         assert "difference" in cells["all"] and "difference" not in cells["learned"]
         for number in range(2):
             item = build(task, 700, number, 0, prepared.made_of, prepared.units[task, 700])
             shape = (CONFIG.num_layers, len(item.tokens))
-            forced = {"learned": None, "all": np.ones(shape, bool), "none": np.zeros(shape, bool)}
+            written = np.ones((shape[0], SHORT[task]), bool)
+            opened = np.concatenate([own[:, number], written], axis=1)
+            asked = opened.copy()
+            asked[:, shape[1] - 64:] = True
+            forced = {"learned": None, "all": np.ones(shape, bool), "none": np.zeros(shape, bool), "answer": opened,
+                      "question": asked}
             for control, decisions in forced.items():
                 key = task, control, number
                 row = next(row for row in samples if (row["task"], row["control"], row["item"]) == key)
