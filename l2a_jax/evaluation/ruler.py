@@ -213,7 +213,8 @@ def opened(decisions: Bool[np.ndarray, "L B T"], tokens: int, new_tokens: int) -
 
 
 def write(model: Pretrained, items: Sequence[Item], task: str, length: int, options: Any, *,
-          decisions: Bool[np.ndarray, "L B T"] | Bool[np.ndarray, "L B S"] | None = None, heads: Bool[np.ndarray, "L K"] | None = None,
+          decisions: Bool[np.ndarray, "L B T"] | Bool[np.ndarray, "L B S"] | None = None,
+          heads: Bool[np.ndarray, "L K"] | None = None,
           mesh: Mesh | None = None) -> Written:
     """What the model writes after each prompt, in batches of one size; `decisions`, `heads` and `mesh` are those of
     `generate`."""
