@@ -30,8 +30,10 @@ def check(options: SpeedOptions, given: list[str]) -> str | None:
         raise UserError(f"--only is {options.only!r}; expected a regular expression ({error})") from error
     commands.say_idle(given, [
         (mode != "inference", ("model",), "it is of --inference"),
+        (mode != "imbalance", ("text",), "it is of --imbalance"),
         (mode in ("profile", "compile"), ("only",), f"--{mode} has no cases to choose from"),
-        (mode in ("windows", "blocks", "shares", "large", "scaling", "profile", "compile"), ("no_torch",),
+        (mode in ("windows", "blocks", "shares", "large", "scaling", "imbalance", "profile", "compile"),
+         ("no_torch",),
          f"--{mode} leaves PyTorch out anyway"),
         (mode == "profile", ("out",), "--profile writes no file")])
     if options.out is not None and mode != "profile":
@@ -68,6 +70,10 @@ def measure(arguments: list[str] | None) -> None:
         from l2a_jax.research.speed import scaling
 
         scaling.main(only, out)
+    elif mode == "imbalance":
+        from l2a_jax.research.speed import imbalance
+
+        imbalance.main(options.imbalance, options.text, only, out)
     elif mode == "profile":
         # Kernels that are launched as one graph do not say where they come from.
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="

@@ -7,8 +7,8 @@ axis, in the dtype of the keys, and leaves each shard its tokens' part.
 
 Bytes. K and V are the narrow part of a layer: of 131,072 tokens over 8 shards a device receives 59 MB a layer and
 direction in Qwen2.5-0.5B, 235 MB in 7B, of which one layer's weights are 466 MB, gathered too. A window needs only the
-ceil((W - 1) / stripe) stripes before each of a shard's own, against all other shards' in a full gather: 4 to 7 at a
-window of 1,024, stripes of 256 and 8 shards. That is left out: a shared set has gathered its keys for the global path
+ceil((W - 1) / stripe) stripes before each of a shard's own, against all other shards' in a full gather: of 8 shards
+fewer than all where the window is below 900. That is left out: a shared set has gathered its keys for the global path
 anyway, sinks are not among the neighbours, and what remains, the local one of two sets without sinks, would save at
 most half of such a layer's exchange, a few hundredths of its time, and hold each key once for each stripe that sees it.
 

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Shaped
 
-LARGEST = 256
-"""Tokens of a stripe, at most. A power of two, so that stripes are whole blocks of the kernels."""
+LARGEST = 128
+"""Tokens of a stripe, at most: the most rows of a block of the kernels. Wider ones would be no quicker, and spread
+routed tokens less."""
 
 
 def stripe(length: int, shards: int) -> int:

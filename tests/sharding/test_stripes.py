@@ -7,17 +7,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from l2a_jax.attention.kernels import blocks
 from l2a_jax.sharding import stripes
 from l2a_jax.sharding.mesh import axes_of
 
 
-@pytest.mark.parametrize(("length", "shards", "size"), [(131_072, 4, 256), (1_024, 8, 128), (24, 8, 1), (12, 3, 4),
+@pytest.mark.parametrize(("length", "shards", "size"), [(131_072, 4, 128), (512, 8, 64), (24, 8, 1), (12, 3, 4),
                                                         (7, 1, 1)])
 def test_every_token_belongs_to_one_shard(length, shards, size):
     assert stripes.stripe(length, shards) == size
     dealt = np.stack([stripes.places(length, shards, shard) for shard in range(shards)])
     assert (np.diff(dealt, axis=1) > 0).all() and (dealt // size % shards == np.arange(shards)[:, None]).all()
     np.testing.assert_array_equal(np.sort(dealt.reshape(-1)), np.arange(length))
+
+
+def test_a_stripe_is_whole_blocks_of_every_kernel():
+    rows = {block.rows for of in blocks._HALF.values() for block in of}
+    assert max(rows) == stripes.LARGEST and all(stripes.LARGEST % count == 0 for count in rows)
 
 
 def test_shards_that_do_not_divide_the_tokens_are_refused():
