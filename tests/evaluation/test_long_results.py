@@ -78,23 +78,6 @@ def test_the_page_says_what_was_measured(section, runs):
     check(points[3], *expected, 90, *behind, 5, 4, 8_192)
 
 
-def test_the_page_says_what_training_changed(section):
-    text = section.partition("**What training changes**")[2]
-    runs = {name: read_results(LONG.parent / "router" / name / "eval.json")
-            for name in ("plain", "target", "ask", "ask-distill", "ask-32k", "ask-hidden")}
-    short, long = 8_192, 32_768
-    expected = [93, 12, 8, long, short, long, 1, *ruler_of(runs["plain"], (short, long), 8)]
-    for name in ("target", "ask", "ask-distill", "ask-32k", "ask-hidden"):
-        expected += [long] if name == "ask-32k" else [64] if name == "ask-hidden" else []
-        expected += [*reach_of(runs[name]), *ruler_of(runs[name], (short, long), 8)]
-    tracking = [next(100 * cell["score"] for cell in runs[name]["tasks"]["ruler"]["cells"]
-                     if (cell["task"], cell["length"]) == ("vt", long)) for name in ("plain", "target", "ask")]
-    lost = [ruler_of(runs["plain"], (long,), 8)[0] - ruler_of(run, (long,), 8)[0]
-            for name, run in runs.items() if name != "plain"]
-    assert min(lost) > 10
-    check(text.replace("1.4M", ""), *expected, long, *tracking, 10, long)
-
-
 def _difference(mine, base):
     """(points lost, the interval's bounds) at the longest length, over the same prompts."""
     from l2a_jax.evaluation import intervals
