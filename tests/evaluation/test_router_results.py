@@ -48,7 +48,7 @@ def test_the_page_says_what_was_measured(runs):
     expected = [1, *ruler(runs["plain"])]
     extra = {"penalty": [0.3], "ask-32k": [LONG], "ask-hidden": [64]}
     for name in RECIPES:
-        asked = [] if name == "penalty" else [90 if name in ("lengths", "lengths-mixed", "lengths-mixed-signals") else 93]
+        asked = {"penalty": [], "lengths": [90], "lengths-mixed": [90], "lengths-mixed-signals": [90]}.get(name, [93])
         expected += [*extra.get(name, []), *asked, *reach_of(runs[name]), *ruler(runs[name])]
     check(table, *expected, SHORT, LONG, 1e-3)
 
