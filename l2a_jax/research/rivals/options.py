@@ -51,3 +51,14 @@ class RivalOptions(RulerFlags):
     mesh: Annotated[str | None, Written(axes.written), Unit("axes"),
                     "devices over which windows and prompts (data) and their tokens (context) are dealt, such as "
                     "data=2,context=4 (default: one device)"] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrontierOptions:
+    """Several tables in one figure."""
+
+    compare: Annotated[tuple[Annotated[Path, Unit("file")], ...], Distinct(),
+                       "rivals.json of several runs over the same text, the best recipe first: its rivals are drawn"]
+    names: Annotated[tuple[Annotated[str, Filled(), Unit("name")], ...], "what their routers are called in it, in that "
+                     "order (default: the names of the runs)"] = ()
+    out: Annotated[Path, "folder for frontier.png"]
