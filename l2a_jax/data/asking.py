@@ -6,6 +6,9 @@ later. These rows ask: what was noted of something, entries of a register, which
 which words a list holds most often, in the row's own text, in sentences that repeat, or in nothing but entries. The
 answers follow, so next-token loss and distillation both say where the past was needed.
 
+Answers may count more than once in the loss (`weight`): they are a few tokens in a hundred, and the only ones of a row
+of which it is known that they need its past.
+
 Wordings are our own and vary; none is that of a task that this project scores.
 """
 
@@ -13,9 +16,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Bool, Int32
 
 from l2a_jax.data.batch import Batch
 from l2a_jax.data.mixing import raw_random
@@ -47,6 +51,17 @@ ASKED = ("\nAs said above, the {attribute} of the {subject} is {value}.",
          "\n{subject}, {attribute}: {value}.", "\nQ: {attribute} of the {subject}? A: {value}")
 _LEAST = 16
 """Tokens: a row of fewer asks nothing."""
+
+
+Asked = tuple[str, str]
+"""A question, and the answer that ends it."""
+
+
+class Row(NamedTuple):
+    """Tokens, and which of them are of answers."""
+
+    tokens: Int32[np.ndarray, " T"]
+    answers: Bool[np.ndarray, " T"]
 
 
 class _Draws:
@@ -81,7 +96,12 @@ class _Draws:
         return sorted(range(count), key=keys.__getitem__)
 
 
-def _notes(draws: _Draws, room: int) -> tuple[list[str], list[str]]:
+def _asked(wording: str, values: Sequence[str], **said: str) -> Asked:
+    question, answer = wording.split("{value}")
+    return question.format(**said), f"{', '.join(values)}{answer}"
+
+
+def _notes(draws: _Draws, room: int) -> tuple[list[str], list[Asked]]:
     """Statements and, in another order, questions with their answers; some subjects have several values."""
     said, asked = [], []
     for _ in range(1 + draws.below(max(1, min(28, room // 200)))):
@@ -89,32 +109,33 @@ def _notes(draws: _Draws, room: int) -> tuple[list[str], list[str]]:
         values = [draws.value() for _ in range(1 + (draws.below(4) == 0) * draws.below(4))]
         wording = draws.of(NOTED)
         said += [wording.format(subject=subject, attribute=attribute, value=value) for value in values]
-        asked.append(draws.of(ASKED).format(subject=subject, attribute=attribute, value=", ".join(values)))
+        asked.append(_asked(draws.of(ASKED), values, subject=subject, attribute=attribute))
     return said, [asked[i] for i in draws.order(len(asked))]
 
 
-def _register(draws: _Draws, room: int) -> tuple[list[str], list[str]]:
+def _register(draws: _Draws, room: int) -> tuple[list[str], list[Asked]]:
     """Entries that fill the row, and some of them asked for. An entry takes some twenty tokens."""
     wording, attribute = draws.of(NOTED), draws.of(ATTRIBUTES)
     entries = [(f"{draws.subject()} {draws.name()}", draws.value()) for _ in range(max(1, room // 32))]
     said = [wording.format(subject=subject, attribute=attribute, value=value) for subject, value in entries]
     ask = draws.of(ASKED)
     chosen = draws.order(len(entries))[: 8]
-    return said, [ask.format(subject=entries[i][0], attribute=attribute, value=entries[i][1]) for i in chosen]
+    return said, [_asked(ask, [entries[i][1]], subject=entries[i][0], attribute=attribute) for i in chosen]
 
 
-def _names(draws: _Draws, room: int) -> tuple[list[str], list[str]]:
+def _names(draws: _Draws, room: int) -> tuple[list[str], list[Asked]]:
     """Names that stand for a value, each by way of the one before, and all of them asked for."""
     said, asked = [], []
     for _ in range(1 + draws.below(max(1, min(5, room // 200)))):
         chain, value = [draws.name() for _ in range(2 + draws.below(4))], draws.value()
         be = draws.of((" Let {} be {}.", " {} = {};", " We write {} for {}.", " {} is the same as {}."))
         said += [be.format(name, before) for name, before in zip(chain, [value, *chain], strict=False)]
-        asked += [f"\nAll that stand for {value}: {', '.join(chain)}.", f"\nIn the end {chain[-1]} is {value}."]
+        asked += [(f"\nAll that stand for {value}: ", f"{', '.join(chain)}."),
+                  (f"\nIn the end {chain[-1]} is ", f"{value}.")]
     return said, asked
 
 
-def _tally(draws: _Draws, room: int) -> tuple[list[str], list[str]]:
+def _tally(draws: _Draws, room: int) -> tuple[list[str], list[Asked]]:
     """A list of words, some of which it holds often, and those."""
     often = [draws.of(THINGS) if draws.below(2) else draws.name()
              for _ in range(min(3 + draws.below(6), 1 + room // 200))]
@@ -122,15 +143,16 @@ def _tally(draws: _Draws, room: int) -> tuple[list[str], list[str]]:
     words += [word for word in often for _ in range(8 + draws.below(12))]
     separator = draws.of((", ", "\n- ", "; ", " "))
     said = [separator + words[i] for i in draws.order(len(words))]
-    return said, [f"\nThe words that came again and again: {', '.join(often)}.",
-                  *(f"\nHow often the list holds {word} was counted: {words.count(word)} times." for word in often[:2])]
+    return said, [("\nThe words that came again and again: ", f"{', '.join(often)}."),
+                  *((f"\nHow often the list holds {word} was counted: ", f"{words.count(word)} times.")
+                    for word in often[:2])]
 
 
 KINDS = {"notes": _notes, "register": _register, "names": _names, "tally": _tally}
 
 
 def asked_row(tokens: Int32[np.ndarray, " T"], key: str, encode: Callable[[Sequence[str]], list[np.ndarray]]
-              ) -> Int32[np.ndarray, " T"] | None:
+              ) -> Row | None:
     """A row of as many tokens that asks about itself, made of `tokens` (what the statements stand in, unless it is
     nothing but entries or sentences that repeat) and of what follows from `key`; None where it has no room for that.
 
@@ -141,7 +163,8 @@ def asked_row(tokens: Int32[np.ndarray, " T"], key: str, encode: Callable[[Seque
     while True:
         draws = _Draws(f"{key} {room}")
         said, asked = KINDS[kind](draws, room)
-        pieces = [np.asarray(ids, tokens.dtype) for ids in encode([*said, *(f"{question}\n" for question in asked)])]
+        pieces = [np.asarray(ids, tokens.dtype)
+                  for ids in encode([*said, *(f"{question}{answer}\n" for question, answer in asked)])]
         left = size - sum(ids.size for ids in pieces)
         if left >= 0:
             break
@@ -160,15 +183,33 @@ def asked_row(tokens: Int32[np.ndarray, " T"], key: str, encode: Callable[[Seque
         cuts = sorted(draws.below(middle + 1) for _ in said)
         cuts += sorted(middle + draws.below(left - middle + 1) for _ in range(early))
     filler = filler[:left]
-    within = zip(pieces, [0, *cuts], cuts, strict=False)
-    parts = [part for ids, begin, end in within for part in (filler[begin:end], ids)]
-    return np.concatenate([*parts, filler[cuts[-1]:], *pieces[len(cuts):]])
+    nothing = [np.zeros(ids.size, bool) for ids in pieces[: len(said)]]
+    answers = [*nothing, *_of_answers(pieces[len(said):], [question for question, _ in asked], encode)]
+
+    def laid(filler: np.ndarray, pieces: Sequence[np.ndarray]) -> np.ndarray:
+        within = zip(pieces, [0, *cuts], cuts, strict=False)
+        parts = [part for piece, begin, end in within for part in (filler[begin:end], piece)]
+        return np.concatenate([*parts, filler[cuts[-1]:], *pieces[len(cuts):]])
+
+    return Row(laid(filler, pieces), laid(np.zeros(filler.size, bool), answers))
+
+
+def _of_answers(pieces: Sequence[np.ndarray], questions: Sequence[str],
+                encode: Callable[[Sequence[str]], list[np.ndarray]]) -> list[Bool[np.ndarray, " t"]]:
+    """Which tokens of each piece are of its answer: those after the last that it shares with its question alone."""
+    found = []
+    for ids, asked in zip(pieces, encode([question.rstrip() for question in questions]), strict=True):
+        shared = min(len(asked), ids.size)
+        same = np.asarray(asked[:shared]) == ids[:shared]
+        found.append(np.arange(ids.size) >= (shared if same.all() else int(np.argmin(same))))
+    return found
 
 
 def with_questions(batch: Batch, rows: range, share: float, seed: int,
-                   encode: Callable[[Sequence[str]], list[np.ndarray]]) -> Batch:
+                   encode: Callable[[Sequence[str]], list[np.ndarray]], weight: float = 1.0) -> Batch:
     """The batch with a `share` of its rows asking about themselves, each one document; `rows` are their numbers in the
-    whole stream, which with the seed decide everything, so that a resumed run sees the same."""
+    whole stream, which with the seed decide everything, so that a resumed run sees the same. Answers have the `weight`.
+    """
     tokens, targets, weights = batch.tokens.copy(), batch.targets.copy(), batch.weights.copy()
     segments, positions = (None if x is None else x.copy() for x in (batch.segment_ids, batch.positions))
     for b, row in enumerate(rows):
@@ -177,8 +218,8 @@ def with_questions(batch: Batch, rows: range, share: float, seed: int,
         asked = asked_row(batch.tokens[b], f"asked {seed} {row}", encode)
         if asked is None:
             continue
-        tokens[b] = asked
-        targets[b, :-1], weights[b, :-1], weights[b, -1] = tokens[b, 1:], 1.0, 0.0
+        tokens[b], targets[b, :-1] = asked.tokens, asked.tokens[1:]
+        weights[b, :-1], weights[b, -1] = np.where(asked.answers[1:], weight, 1.0), 0.0
         if segments is not None:
             segments[b], positions[b] = 1, np.arange(tokens.shape[1])
     return Batch(tokens, targets, weights, segments, positions)

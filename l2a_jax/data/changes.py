@@ -7,7 +7,8 @@ from typing import Any
 
 MOST = 4
 """Files and settings that are named; the others are counted."""
-_SETTINGS = ("packing", "seq_len", "batch_size", "seed", "held_out", "echo", "ask", "unique", "curriculum")
+_SETTINGS = ("packing", "seq_len", "batch_size", "seed", "held_out", "echo", "ask", "answer_weight", "unique",
+             "curriculum")
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

@@ -62,6 +62,7 @@ class PackedData:
     dropped: tuple[str, ...] = ()
     echo: float = 0.0
     ask: float = 0.0
+    answer_weight: float = 1.0
     unique: int | None = None
 
     def batch(self, index: int) -> Batch:
@@ -70,7 +71,9 @@ class PackedData:
         batch = self._fill([self._train_row(row) for row in rows])
         if self.echo:
             batch = with_echoes(batch, rows, self.echo, self.seed)
-        return with_questions(batch, rows, self.ask, self.seed, self.encoder.encode) if self.ask else batch
+        if not self.ask:
+            return batch
+        return with_questions(batch, rows, self.ask, self.seed, self.encoder.encode, self.answer_weight)
 
     def of_process(self, index: int, count: int) -> PackedData:
         """This data, of whose micro-batches the `index`-th of `count` equal shares of rows is read."""
@@ -184,7 +187,8 @@ class PackedData:
             "packing_efficiency": round(packed / (total["rows"] * self.seq_len), 4),
             "tokens_per_batch": round(self.tokens_per_batch, 1), "seq_len": self.seq_len, "batch_size": self.batch_size,
             "seed": self.seed, "held_out": self.held_out_share, "echo": self.echo,
-            "ask": self.ask, **({} if self.unique is None else {"unique": self.unique}),
+            "ask": self.ask, **({} if self.answer_weight == 1 else {"answer_weight": self.answer_weight}),
+            **({} if self.unique is None else {"unique": self.unique}),
             "dropped_domains": list(self.dropped), "domains": domains,
             "tokenizer": self.parts[0].store.meta["key"]["tokenizer"][:_DIGITS],
             "fingerprint": self.fingerprint,
@@ -216,6 +220,7 @@ def open_data(
     end_id: int | None = None,
     echo: float = 0.0,
     ask: float = 0.0,
+    answer_weight: float = 1.0,
     unique: int | None = None,
     vocab_size: int | None = None,
     process_index: int = 0,
@@ -233,6 +238,7 @@ def open_data(
     documents held out, by hash of their text and not by the seed. `text_field`, `join`: as in `text.record_text`; None
     keeps the recipe's, and `join=""` joins nothing. `echo`: share of the rows trained on in which earlier text is
     repeated (`data.echo`), `ask`: of those that ask about themselves (`data.asking`); never held-out ones.
+    `answer_weight`: of the answers in these, in the loss.
     `unique`: train on rows of so many tokens alone, over and over, whatever the seed: each domain gives its share.
 
     Raises UserError on anything wrong with the arguments or the files.
@@ -280,12 +286,13 @@ def open_data(
         "order": ORDER, "stores": [store.folder.name for store in stores], "shares": [round(s, 12) for s in shares],
         "checksums": [store.meta["checksums"]["tokens.bin"] for store in stores], "packing": packing, "seed": seed,
         "seq_len": seq_len, "batch_size": batch_size, "held_out": held_out, **({"echo": echo} if echo else {}),
-        **({"ask": ask} if ask else {}), **({} if unique is None else {"unique": unique}),
+        **({"ask": ask} if ask else {}), **({} if answer_weight == 1 else {"answer_weight": answer_weight}),
+        **({} if unique is None else {"unique": unique}),
     }
     return PackedData(
         parts, make_mix(shares * rows / tokens, int(rows.sum()), seed), packing, seq_len, batch_size, seed, held_out,
         encoder, hashlib.sha256(json.dumps(order).encode()).hexdigest(), process_index, process_count, dropped, echo,
-        ask, unique,
+        ask, answer_weight, unique,
     )
 
 

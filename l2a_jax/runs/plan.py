@@ -135,7 +135,7 @@ def make_plan(settings: Settings, *, read: Callable = read_source, open_data: Ca
                 raise UserError(f"{source} has no tokenizer, so --data cannot be read with it")
             return open_data(settings.data, tokenizer, seq_len=seq_len, batch_size=batch_size,
                              seed=settings.seed, packing=settings.packing, echo=settings.echo, ask=settings.ask,
-                             unique=settings.unique, vocab_size=config.vocab_size)
+                             answer_weight=settings.answer_weight, unique=settings.unique, vocab_size=config.vocab_size)
         reach = 0 if l2a_config is None else l2a_config.window + l2a_config.sinks
         return RecallCorpus(seq_len, batch_size, settings.seed, distance=max(24, reach + 1),
                             emphasis=RECALL_EMPHASIS if settings.regime == "pretrain" else 1.0)

@@ -20,8 +20,8 @@ from l2a_jax.shapes import nullable, number, require
 from l2a_jax.training.settings import Settings
 from l2a_jax.training.tables import PLAIN_REGIMES
 
-LATER = {"unroll", "flip", "echo", "ask", "unique", "attention_layers", "given", "cost", "objective", "distill_share",
-         "saliency_share", "explore", "explore_by", "router_sees", "router_hidden",
+LATER = {"unroll", "flip", "echo", "ask", "answer_weight", "unique", "attention_layers", "given", "cost", "objective",
+         "distill_share", "saliency_share", "explore", "explore_by", "router_sees", "router_hidden",
          "target_local", "target_tokens", "forced", "curriculum", "mesh"}
 """Settings that came after the first run folders: their defaults are what those runs did."""
 CALIBRATED = "calibrated_threshold"

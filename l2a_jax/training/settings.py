@@ -60,6 +60,8 @@ class DataSettings:
                     "share of the rows trained on in which earlier text is repeated"] = 0.0
     ask: Annotated[float, fields.between(0, 1, "a share of the rows"), SHARE, OUTSIDE,
                    "share of the rows trained on that ask for what was said in them"] = 0.0
+    answer_weight: Annotated[float, fields.between(1, 1_000, "a weight"), Unit("x"), OUTSIDE,
+                             "how much an answer in a row of --ask counts in the loss, other tokens counting 1"] = 1.0
     unique: Annotated[int | None, count(), Unit("tokens"), Written(parse_count), OUTSIDE,
                       "train on so many tokens of the text alone, over and over, such as 100k (default: all there are)"
                       ] = None
@@ -357,8 +359,8 @@ def idle(settings: Settings) -> list[tuple[bool, tuple[str, ...], str]]:
         (s.regime in PLAIN_REGIMES, (*LAYER_FIELDS, "router_lr", "penalty", "penalty_warmup", "penalty_ramp", "cost",
                                       "target_tokens"),
          f"--regime {s.regime} runs a plain model, which has no L2A layer"),
-        (not trained, ("steps", "tokens", "grad_accum", "curriculum", "echo", "ask", "unique", "lr", "weight_decay",
-                       "warmup", "clip", "master_dtype", "remat", "unroll", "save_every", "eval_every"),
+        (not trained, ("steps", "tokens", "grad_accum", "curriculum", "echo", "ask", "answer_weight", "unique", "lr",
+                       "weight_decay", "warmup", "clip", "master_dtype", "remat", "unroll", "save_every", "eval_every"),
          f"--regime {s.regime} trains nothing"),
         (bool(trained) and not trained & {"attention", "mlp", "embeddings"}, ("weight_decay",),
          f"decay is of matrices, and --regime {s.regime} trains the router and norms alone"),
@@ -370,6 +372,7 @@ def idle(settings: Settings) -> list[tuple[bool, tuple[str, ...], str]]:
          ("penalty_warmup", "penalty_ramp", "cost"), "--penalty is 0"),
         (s.forced is not None, ("router_lr", "temperature", "threshold", "leakage", "flip", "explore", "explore_by",
                                 "penalty_warmup", "penalty_ramp", "cost"), "--forced decides in the router's place"),
+        (s.ask == 0, ("answer_weight",), "--ask is 0"),
         (s.objective != MIXED, ("distill_share",), f"--objective is {s.objective}"),
         (s.explore == 0 and s.regime not in PLAIN_REGIMES, ("explore_by",), "--explore is 0"),
         (s.objective != SALIENCY, ("saliency_share",), f"--objective is {s.objective}"),

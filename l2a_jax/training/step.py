@@ -294,8 +294,10 @@ def _summed_here(trainable: Tree, frozen: Tree, micros: _Micro, numbers: _Number
             teacher = everything_routed(params, micro, objective.config, objective.l2a_config,
                                         backend=objective.backend, unroll=objective.unroll, shard=shard)
             part = 1.0 if objective.minimised == DISTILL else dials.distill_share
+            # A document's last token, whose target counts nowhere, has a divergence all the same.
+            each = real * jnp.maximum(micro.weights, 1.0)
             found = distillation(params, hidden, teacher, micro.targets, (1 - part) / counted * micro.weights,
-                                 part / total * real, objective.config)
+                                 part / total * each, objective.config)
             minimised, told = found.loss, {"kl": jnp.sum(real * found.kl) / total}
             summed = TokenLoss(jnp.sum(micro.weights * found.nll), jnp.sum(micro.weights * found.correct))
         if routed is None:

@@ -31,7 +31,7 @@ def read(row, tokenizer):
 def test_every_answer_was_said_before_it_is_asked_for(prose, encode, tokenizer):
     found = set()
     for seed in range(40):
-        text = read(asked_row(prose, f"t{seed}", encode), tokenizer)
+        text = read(asked_row(prose, f"t{seed}", encode).tokens, tokenizer)
         for match in QUESTION.finditer(text):
             subject = next(filter(None, match.groups()[:4]))
             before = text[: match.start()]
@@ -53,9 +53,9 @@ def test_every_answer_was_said_before_it_is_asked_for(prose, encode, tokenizer):
 def test_a_row_keeps_its_length_and_its_text_in_order(prose, encode, tokenizer):
     kept = 0
     for seed in range(40):
-        row = asked_row(prose, f"t{seed}", encode)
+        row = asked_row(prose, f"t{seed}", encode).tokens
         assert row.shape == prose.shape and row.dtype == prose.dtype and (row != prose).any()
-        np.testing.assert_array_equal(row, asked_row(prose, f"t{seed}", encode))
+        np.testing.assert_array_equal(row, asked_row(prose, f"t{seed}", encode).tokens)
         words = read(prose, tokenizer).split()
         if read(row, tokenizer).startswith(words[0]):
             there = iter(words)
@@ -64,7 +64,7 @@ def test_a_row_keeps_its_length_and_its_text_in_order(prose, encode, tokenizer):
     assert kept >= 5, "text of the row in which things are said"
     for short in (1, 7, 15):
         assert asked_row(prose[:short], "t0", encode) is None, "no room"
-    assert {asked_row(prose[:900], f"t{seed}", encode).shape for seed in range(20)} == {(900,)}
+    assert {asked_row(prose[:900], f"t{seed}", encode).tokens.shape for seed in range(20)} == {(900,)}
 
 
 def test_questions_come_with_targets_and_one_document(opened, write, texts):
@@ -99,5 +99,38 @@ def test_all_kinds_occur(prose, encode, monkeypatch):
     met = []
     for kind, make in list(KINDS.items()):
         monkeypatch.setitem(KINDS, kind, lambda *given, kind=kind, make=make: met.append(kind) or make(*given))
-    rows = {asked_row(prose, f"t{seed}", encode).tobytes() for seed in range(12)}
+    rows = {asked_row(prose, f"t{seed}", encode).tokens.tobytes() for seed in range(12)}
     assert {*met} == {*KINDS} and len(KINDS) == 4 and len(rows) == 12
+
+
+def test_answers_are_what_the_row_says_after_its_questions(prose, encode, tokenizer):
+    """All tokens of answers and no other: read one by one they are the ends of lines that begin as a question does."""
+    starts = ("As said above, ", "Asked which ", "Q: ", "All that stand for ", "In the end ",
+              "The words that came again", "How often the list holds ")
+    for seed in range(12):
+        row = asked_row(prose, f"t{seed}", encode)
+        assert row.answers.shape == row.tokens.shape and 0 < row.answers.mean() < 0.2
+        edges = np.flatnonzero(np.diff(np.r_[0, row.answers.astype(int), 0]))
+        for begin, end in edges.reshape(-1, 2):
+            before = read(row.tokens[:begin], tokenizer).rpartition("\n")[2]
+            answer = read(row.tokens[begin:end], tokenizer)
+            assert before.startswith(starts) or re.fullmatch(r"[a-z]+ [a-z]+(?: [a-z]+)?, [a-z]+:", before), before
+            assert answer.endswith("\n") and answer.strip()
+            assert not QUESTION.match("\n" + before + answer) or QUESTION.match("\n" + before + answer)["value"] \
+                == answer.strip()
+
+
+def test_answers_have_their_weight_and_nothing_else_changes(opened, write, texts):
+    path = write("a.jsonl", texts(60, 100, 400))
+    one, four = (opened(path, held_out=0.2, ask=1.0, **given) for given in ({}, {"answer_weight": 4.0}))
+    assert one.fingerprint != four.fingerprint and four.describe()["answer_weight"] == 4
+    assert "answer_weight" not in one.describe()
+    weighted = 0
+    for i in range(6):
+        was, now = one.batch(i), four.batch(i)
+        for name in ("tokens", "targets", "segment_ids", "positions"):
+            np.testing.assert_array_equal(getattr(was, name), getattr(now, name))
+        assert {*np.unique(now.weights)} <= {0, 1, 4}
+        np.testing.assert_array_equal(np.minimum(now.weights, 1), was.weights)
+        weighted += (now.weights == 4).sum()
+    assert weighted

@@ -116,7 +116,7 @@ def whole_loss(kernel, params, batch, part, penalty):
         loss, (_, divergence) = literal(params, student, jax.lax.stop_gradient(teacher), micro.targets, micro.weights,
                                         jnp.zeros(micro.weights.shape), CONFIG)
         real = micro.segment_ids != 0
-        return loss, jnp.sum(real * divergence), jnp.sum(jnp.where(real, routed.probabilities**2, 0.0))
+        return loss, jnp.sum(real * jnp.maximum(micro.weights, 1) * divergence), jnp.sum(jnp.where(real, routed.probabilities**2, 0.0))
 
     nll, kl, squares = (sums.sum() for sums in jax.lax.map(one, batch))
     real = (batch.segment_ids != 0).sum()
@@ -138,6 +138,11 @@ def test_a_step_takes_the_gradient_of_what_it_says(minimised, part, unroll, rema
     assert float(metrics["kl"]) > 0 and float(metrics["loss"]) > 0
     total = (1 - part) * metrics["loss"] + part * metrics["kl"] + 0.5 * metrics["penalty"]
     assert float(total) == pytest.approx(float(value), rel=1e-4)
+    # What counts more in the loss counts as much more in the divergence.
+    heavy = batch._replace(weights=jnp.where(batch.tokens % 3 == 0, 4.0, 1.0) * batch.weights)
+    _, metrics = step(state, frozen, heavy, jax.random.key(0))
+    _, wanted = whole_loss(params["layers"]["router"]["kernel"], params, heavy, part, 0.5)
+    assert float(metrics["grad_norm"]) == pytest.approx(float(jnp.linalg.norm(wanted)), rel=1e-3)
 
 
 def test_the_gradient_of_the_divergence_is_that_of_finite_differences():
