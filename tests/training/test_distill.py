@@ -116,7 +116,8 @@ def whole_loss(kernel, params, batch, part, penalty):
         loss, (_, divergence) = literal(params, student, jax.lax.stop_gradient(teacher), micro.targets, micro.weights,
                                         jnp.zeros(micro.weights.shape), CONFIG)
         real = micro.segment_ids != 0
-        return loss, jnp.sum(real * jnp.maximum(micro.weights, 1) * divergence), jnp.sum(jnp.where(real, routed.probabilities**2, 0.0))
+        divergences = jnp.sum(real * jnp.maximum(micro.weights, 1) * divergence)
+        return loss, divergences, jnp.sum(jnp.where(real, routed.probabilities**2, 0.0))
 
     nll, kl, squares = (sums.sum() for sums in jax.lax.map(one, batch))
     real = (batch.segment_ids != 0).sum()
