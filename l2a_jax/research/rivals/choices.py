@@ -5,6 +5,7 @@
   searched     whole layers, found greedily by the loss of a calibration text
   alternating  whole layers at even distances, as hybrid models ship them
   heads        whole key/value heads, found greedily in the same way
+  joined       half of it the first of these heads, half the router's tokens in all others
   random       tokens at random
   oracle       the decisions that are worth most on the scored text itself
 
@@ -27,8 +28,9 @@ from l2a_jax.sources import Pretrained
 
 
 class Choice(NamedTuple):
-    """A choice of what is routed: by the router, cut at a logit or as it is; by the rate of each layer; by heads; or
-    outright."""
+    """A choice of what is routed: by the router, cut at a logit or as it is; by the rate of each layer; by heads, of
+    whose rest a cut router decides where there is a cut; or outright. `density` is the share of all pairs of a token
+    and a key/value head that see everything."""
 
     name: str
     density: float
@@ -40,12 +42,18 @@ class Choice(NamedTuple):
     def given(self, layers: int, windows: int, length: int) -> dict:
         """What `score_windows` is given for windows of a shape."""
         if self.cut is not None:
-            return {"cut": np.full(layers, self.cut, np.float32)}
+            cut = {"cut": np.full(layers, self.cut, np.float32)}
+            return cut if self.heads is None else {**cut, "heads": self.heads}
         if self.heads is not None:
             return {"heads": self.heads, "decisions": np.zeros((layers, windows, length), bool)}
         if self.rates is not None:
             return {"decisions": random_decisions(0, self.rates, windows, length)}
         return {} if self.decisions is None else {"decisions": self.decisions}
+
+    def spent(self, rates: Float64[np.ndarray, " L"]) -> float:
+        """The density where each layer routes its share of the tokens."""
+        whole = np.zeros(len(rates)) if self.heads is None else self.heads.mean(axis=1)
+        return float(np.mean(whole + (1 - whole) * rates))
 
 
 class Found(NamedTuple):
@@ -98,23 +106,33 @@ def static_choices(density: float, model: Pretrained, found: Found) -> list[Choi
     return choices
 
 
-def learned_choice(density: float, model: Pretrained, windows: Windows, *, rounds: int = 18, near: float = 0.002,
-                   **passes) -> Choice:
+def joined_choice(density: float, model: Pretrained, found: Found, windows: Windows, **passes) -> Choice | None:
+    """Half of the density in heads, the rest in tokens; None where there are no heads, or half is less than one."""
+    shape = model.config.num_layers, model.config.num_kv_heads
+    heads = (found.heads or [])[: int(0.5 * density * math.prod(shape))]
+    if not heads:
+        return None
+    return learned_choice(density, model, windows, heads=opened(heads, shape), **passes)
+
+
+def learned_choice(density: float, model: Pretrained, windows: Windows, *, heads: Bool[np.ndarray, "L K"] | None = None,
+                   rounds: int = 18, near: float = 0.002, **passes) -> Choice:
     """The router cut at the logit with which it routes about the density of the windows, found by bisection: the
-    nearest it came, for tokens whose logits are equal are routed together.
+    nearest it came, for tokens whose logits are equal are routed together. `heads` see everything besides.
 
     On the scored text itself: routing less of one text or length than of another is no merit here, and how much is
     routed tells nothing of the loss.
     """
     layers, low, high, cut = model.config.num_layers, -64.0, 64.0, 0.0
     tried: dict[float, float] = {}
+    choice = Choice("learned" if heads is None else "joined", density, heads=heads)
     for _ in range(rounds):
-        scores = score_windows(model, windows, cut=np.full(layers, cut, np.float32), **passes,
-                               label=f"{density:.1%} routed: cut at {cut:.3f}")
-        tried[cut] = found = float(routing_rates(scores.decisions, windows.real).mean())
+        scores = score_windows(model, windows, **choice._replace(cut=cut).given(layers, *windows.tokens.shape),
+                               **passes, label=f"{choice.name}, {density:.1%} routed: cut at {cut:.3f}")
+        tried[cut] = found = choice.spent(routing_rates(scores.decisions, windows.real))
         if abs(found - density) <= near:
             break
         low, high = (cut, high) if found > density else (low, cut)
         cut = (low + high) / 2
     best = min(tried, key=lambda one: abs(tried[one] - density))
-    return Choice("learned", tried[best], cut=best)
+    return choice._replace(density=tried[best], cut=best)

@@ -33,6 +33,7 @@ from l2a_jax.research.rivals.choices import (
     Found,
     able_layers,
     check_density,
+    joined_choice,
     learned_choice,
     static_choices,
 )
@@ -153,6 +154,8 @@ def _rows(options: RivalOptions, model: Pretrained, prepared: Prepared,
     for place, target in enumerate(asked):
         choices = static_choices(target, model, found)
         choices.insert(0, Choice("learned", density) if place == 0 else learned_choice(target, model, text, **passes))
+        joined = joined_choice(target, model, found, text, **passes)
+        choices += [] if joined is None else [joined]
         choices.append(Choice("oracle", target, decisions=most_worth(worth, text.real, target)))
         for choice in choices:
             scores = score(f"{choice.name} at {target:.1%}", choice)
@@ -193,10 +196,8 @@ def _found(options: RivalOptions, model: Pretrained, prepared: Prepared, most: f
 
 def _density(choice: Choice, scores: Scores, text: Windows, groups: np.ndarray) -> dict[str, float]:
     """What is really routed: of all tokens, and of those beyond the window."""
-    if choice.heads is not None:
-        return {"density": choice.density, "density_beyond": choice.density}
-    return {"density": float(scores.decisions[:, text.real].mean()),
-            "density_beyond": float(scores.decisions[:, groups > 0].mean())}
+    return {name: choice.spent(routing_rates(scores.decisions, tokens))
+            for name, tokens in (("density", text.real), ("density_beyond", groups > 0))}
 
 
 def _ruler(model: Pretrained, prepared: Prepared, choice: Choice,
@@ -210,10 +211,11 @@ def _ruler(model: Pretrained, prepared: Prepared, choice: Choice,
             tokens, last = np.stack([item.tokens for item in items]), np.zeros(shape, bool)
             last[:, -1] = True  # the loss is not asked for: as little of it as can be
             windows = Windows(tokens, np.zeros(shape, np.int32), last, np.ones(shape, bool), {"name": task})
-            given = {"decisions": score_windows(model, windows, **given, **passes,
-                                                label=f"{task} of {length:,} tokens").decisions}
+            given["decisions"] = score_windows(model, windows, **given, **passes,
+                                               label=f"{task} of {length:,} tokens").decisions
+            del given["cut"]
         written = ruler.write(model, items, task, length, prepared.ruler, **given, mesh=passes["mesh"])
-        local = 1 - choice.density if choice.heads is not None else float(written.local.mean())
+        local = 1 - choice.spent(written.decisions.mean(axis=(1, 2)))
         yield f"{task} {length}", {"local": local, "scores": [
             ruler_source.score(task, item.answers, text) for item, text in zip(items, written.texts, strict=True)]}
 

@@ -127,6 +127,21 @@ def test_the_learned_choice_reaches_the_density(model, windows):
         assert choice.density == pytest.approx(scores.decisions.mean())
 
 
+def test_heads_and_tokens_spend_the_density_together(model, windows):
+    heads = model.config.num_kv_heads
+    found = choices.Found(np.zeros(3), [], [(2, 0), (0, heads - 1), (1, 0)])
+    choice = choices.joined_choice(0.6, model, found, windows, **PASSES)
+    assert choice.heads.sum() == int(0.3 * 3 * heads) > 0 and choice.heads[2, 0]
+    scores = score_windows(model, windows, **choice.given(3, *windows.tokens.shape), **PASSES)
+    open_ = choice.heads[:, :, None, None] | scores.decisions[:, None]
+    assert open_.mean() == pytest.approx(0.6, abs=0.003) and choice.density == pytest.approx(open_.mean())
+    # A head that sees everything changes what a token that stays local sees.
+    alone = score_windows(model, windows, scores.decisions, **PASSES)
+    assert np.abs(alone.token_nll - scores.token_nll).max() > 1e-4
+    assert choices.joined_choice(0.6, model, found._replace(heads=None), windows, **PASSES) is None
+    assert choices.joined_choice(0.1, model, found, windows, **PASSES) is None
+
+
 def test_a_cut_at_the_threshold_is_the_router(model, windows):
     own = score_windows(model, windows, **PASSES)
     cut = score_windows(model, windows, cut=np.zeros(3, np.float32), **PASSES)
@@ -164,13 +179,13 @@ def test_the_command_compares_and_writes(texts, tmp_path):
                            out=tmp_path)
     result, folder = compare.compare(options)
     names = ["learned", "ranked", "searched", "alternating", "random", "heads", "oracle"]
-    assert [row["name"] for row in result["rows"]] == names * 2
+    assert [row["name"] for row in result["rows"] if row["name"] != "joined"] == names * 2
     held = json.loads((folder / "rivals.json").read_text())
     assert held["rows"][0]["kept"] == pytest.approx(result["rows"][0]["kept"])
     assert (folder / "rivals.png").stat().st_size > 10_000
     told = (folder / "rivals.md").read_text()
     assert "80% local" in told and "layers, searched" in told and "prefill ms" in told
-    assert all(row["prefill_ms"] > 0 for row in result["rows"] if row["name"] != "heads")
+    assert all(row["prefill_ms"] > 0 for row in result["rows"] if row["name"] not in ("heads", "joined"))
     assert result["rows"][0]["behind"] == 0
 
 
