@@ -45,12 +45,29 @@ SYLLABLES = ("ba be bo da do fe ga go ka ke ko la le lo ma me mo na ne no pa pe 
              "vo").split()
 NOTED = (" The {attribute} of the {subject} is {value}.",
          " Of the {subject} it is known that its {attribute} is {value}.",
-         " {subject}, {attribute}: {value}.", " (Remember: {subject} - {attribute} - {value}.)")
+         " {subject}, {attribute}: {value}.", " (Remember: {subject} - {attribute} - {value}.)",
+         " For the {subject}, the {attribute} was set to {value}.",
+         ' "{value}" is what the {subject} has as its {attribute}.',
+         " They agreed on {value} as the {attribute} of the {subject}.",
+         " Note: {attribute} ({subject}) = {value}.", "\n| {subject} | {attribute} | {value} |\n",
+         " <{subject}> {attribute}={value};", "\n{attribute} of {subject} -> {value}\n",
+         " Whoever looks for the {subject} should know the {attribute} {value}.")
 ASKED = ("\nAs said above, the {attribute} of the {subject} is {value}.",
          "\nAsked which {attribute} the {subject} has, one answers: {value}.",
-         "\n{subject}, {attribute}: {value}.", "\nQ: {attribute} of the {subject}? A: {value}")
-_LEAST = 16
-"""Tokens: a row of fewer asks nothing."""
+         "\n{subject}, {attribute}: {value}.", "\nQ: {attribute} of the {subject}? A: {value}",
+         "\nWhat is the {attribute} of the {subject}? It is {value}.",
+         "\nLook up the {subject} in what stands above and state its {attribute}.\nAnswer: {value}",
+         "\nWhich {attribute} belongs to the {subject}, according to the passage? According to the passage: {value}",
+         "\nuser: i forgot the {attribute} of the {subject}, can you find it again?\nassistant: {value}",
+         "\nFill in. The {subject} has the {attribute} ____. -> {value}",
+         '\n{{"of": "{subject}", "{attribute}": "{value}"}}',
+         "\nRecall all that was said of the {subject}. Its {attribute}: {value}.",
+         "\nTest: does the reader still know the {attribute} of the {subject}? Yes, {value}.")
+GROUPED = ("\nState, in this order, {things}. {value}.", "\nQ: {things}? A: {value}",
+           "\nWhat are {things}? They are {value}.",
+           "\nuser: please list {things}, as they stand above.\nassistant: {value}")
+_LEAST, _ATTEMPTS = 16, 8
+"""Tokens that a row is made for at least, and how often one is made, for half as many each time, until it fits."""
 
 
 Asked = tuple[str, str]
@@ -96,31 +113,55 @@ class _Draws:
         return sorted(range(count), key=keys.__getitem__)
 
 
-def _asked(wording: str, values: Sequence[str], **said: str) -> Asked:
-    question, answer = wording.split("{value}")
-    return question.format(**said), f"{', '.join(values)}{answer}"
+def _different(draw: Callable[[], str], count: int) -> list[str]:
+    """As many draws, no two alike."""
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found[draw()] = None
+    return list(found)
+
+
+class _Fact(NamedTuple):
+    subject: str
+    attribute: str
+    values: Sequence[str]
+
+
+def _questions(draws: _Draws, facts: Sequence[_Fact]) -> list[Asked]:
+    """Questions for the facts in another order, most of them for one, some for a few at once."""
+    left, asked = [facts[i] for i in draws.order(len(facts))], []
+    while left:
+        count = 2 + draws.below(3) if draws.below(4) == 0 else 1
+        chosen, left = left[:count], left[count:]
+        if len(chosen) == 1:
+            wording, said = draws.of(ASKED), {"subject": chosen[0].subject, "attribute": chosen[0].attribute}
+        else:
+            things = [f"the {one.attribute} of the {one.subject}" for one in chosen]
+            wording, said = draws.of(GROUPED), {"things": ", ".join(things)}
+        question, end = wording.split("{value}")
+        answer = "; ".join(", ".join(one.values) for one in chosen)
+        asked.append((question.format(**said), answer + end.format()))
+    return asked
 
 
 def _notes(draws: _Draws, room: int) -> tuple[list[str], list[Asked]]:
     """Statements and, in another order, questions with their answers; some subjects have several values."""
-    said, asked = [], []
-    for _ in range(1 + draws.below(max(1, min(28, room // 200)))):
-        subject, attribute = draws.subject(), draws.of(ATTRIBUTES)
+    said, facts = [], []
+    for subject in _different(draws.subject, 1 + draws.below(max(1, min(28, room // 200)))):
+        attribute = draws.of(ATTRIBUTES)
         values = [draws.value() for _ in range(1 + (draws.below(4) == 0) * draws.below(4))]
         wording = draws.of(NOTED)
         said += [wording.format(subject=subject, attribute=attribute, value=value) for value in values]
-        asked.append(_asked(draws.of(ASKED), values, subject=subject, attribute=attribute))
-    return said, [asked[i] for i in draws.order(len(asked))]
+        facts.append(_Fact(subject, attribute, values))
+    return said, _questions(draws, facts)
 
 
 def _register(draws: _Draws, room: int) -> tuple[list[str], list[Asked]]:
     """Entries that fill the row, and some of them asked for. An entry takes some twenty tokens."""
     wording, attribute = draws.of(NOTED), draws.of(ATTRIBUTES)
-    entries = [(f"{draws.subject()} {draws.name()}", draws.value()) for _ in range(max(1, room // 32))]
-    said = [wording.format(subject=subject, attribute=attribute, value=value) for subject, value in entries]
-    ask = draws.of(ASKED)
-    chosen = draws.order(len(entries))[: 8]
-    return said, [_asked(ask, [entries[i][1]], subject=entries[i][0], attribute=attribute) for i in chosen]
+    facts = [_Fact(f"{draws.subject()} {draws.name()}", attribute, [draws.value()]) for _ in range(max(1, room // 40))]
+    said = [wording.format(subject=one.subject, attribute=attribute, value=one.values[0]) for one in facts]
+    return said, _questions(draws, [facts[i] for i in draws.order(len(facts))[:8]])
 
 
 def _names(draws: _Draws, room: int) -> tuple[list[str], list[Asked]]:
@@ -128,26 +169,32 @@ def _names(draws: _Draws, room: int) -> tuple[list[str], list[Asked]]:
     said, asked = [], []
     for _ in range(1 + draws.below(max(1, min(5, room // 200)))):
         chain, value = [draws.name() for _ in range(2 + draws.below(4))], draws.value()
-        be = draws.of((" Let {} be {}.", " {} = {};", " We write {} for {}.", " {} is the same as {}."))
+        be = draws.of((" Let {} be {}.", " {} = {};", " We write {} for {}.", " {} is the same as {}.",
+                       "\n{} := {}\n", " From here on {} means {}."))
         said += [be.format(name, before) for name, before in zip(chain, [value, *chain], strict=False)]
-        asked += [(f"\nAll that stand for {value}: ", f"{', '.join(chain)}."),
-                  (f"\nIn the end {chain[-1]} is ", f"{value}.")]
+        asked += [(draws.of((f"\nAll that stand for {value}: ", f"\nWhich names lead back to {value}? These: ")),
+                   f"{', '.join(chain)}."),
+                  (draws.of((f"\nIn the end {chain[-1]} is ", f"\nFollow {chain[-1]} back to its value: ")),
+                   f"{value}.")]
     return said, asked
 
 
 def _tally(draws: _Draws, room: int) -> tuple[list[str], list[Asked]]:
     """A list of words, some of which it holds often, and those."""
-    often = [draws.of(THINGS) if draws.below(2) else draws.name()
-             for _ in range(min(3 + draws.below(6), 1 + room // 200))]
+    often = _different(lambda: draws.of(THINGS) if draws.below(2) else draws.name(),
+                       min(3 + draws.below(6), 1 + room // 200))
     words = [draws.name() for _ in range(room // 8)]
     words += [word for word in often for _ in range(8 + draws.below(12))]
     separator = draws.of((", ", "\n- ", "; ", " "))
     said = [separator + words[i] for i in draws.order(len(words))]
-    return said, [("\nThe words that came again and again: ", f"{', '.join(often)}."),
+    ask = draws.of(("\nThe words that came again and again: ", "\nWhich words does the list repeat most? These: "))
+    return said, [(ask, f"{', '.join(often)}."),
                   *((f"\nHow often the list holds {word} was counted: ", f"{words.count(word)} times.")
                     for word in often[:2])]
 
 
+EDITION = 2
+"""Of what these rows say: a run goes on with the edition that it began with, or not at all."""
 KINDS = {"notes": _notes, "register": _register, "names": _names, "tally": _tally}
 
 
@@ -158,19 +205,18 @@ def asked_row(tokens: Int32[np.ndarray, " T"], key: str, encode: Callable[[Seque
 
     Some questions come between the middle and the end, the others at the end.
     """
-    size = room = tokens.size
+    size = tokens.size
     kind = _Draws(key).of(tuple(KINDS))
-    while True:
-        draws = _Draws(f"{key} {room}")
-        said, asked = KINDS[kind](draws, room)
+    for attempt in range(_ATTEMPTS):
+        draws = _Draws(f"{key} {attempt}")
+        said, asked = KINDS[kind](draws, max(_LEAST, size >> attempt))
         pieces = [np.asarray(ids, tokens.dtype)
                   for ids in encode([*said, *(f"{question}{answer}\n" for question, answer in asked)])]
         left = size - sum(ids.size for ids in pieces)
         if left >= 0:
             break
-        room //= 2
-        if room < _LEAST:
-            return None
+    else:
+        return None
     filler = np.asarray(tokens)
     early = len(asked) // 3
     if kind in ("register", "tally"):  # one long list; what text there still is stands before it

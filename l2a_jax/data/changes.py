@@ -7,7 +7,7 @@ from typing import Any
 
 MOST = 4
 """Files and settings that are named; the others are counted."""
-_SETTINGS = ("packing", "seq_len", "batch_size", "seed", "held_out", "echo", "ask", "answer_weight", "unique",
+_SETTINGS = ("packing", "seq_len", "batch_size", "seed", "held_out", "echo", "ask", "asking", "answer_weight", "unique",
              "curriculum")
 
 

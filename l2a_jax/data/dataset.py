@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from l2a_jax.data.asking import with_questions
+from l2a_jax.data import asking
 from l2a_jax.data.batch import Batch
 from l2a_jax.data.echo import with_echoes
 from l2a_jax.data.encoder import Encoder, check_ids, make_encoder
@@ -73,7 +73,7 @@ class PackedData:
             batch = with_echoes(batch, rows, self.echo, self.seed)
         if not self.ask:
             return batch
-        return with_questions(batch, rows, self.ask, self.seed, self.encoder.encode, self.answer_weight)
+        return asking.with_questions(batch, rows, self.ask, self.seed, self.encoder.encode, self.answer_weight)
 
     def of_process(self, index: int, count: int) -> PackedData:
         """This data, of whose micro-batches the `index`-th of `count` equal shares of rows is read."""
@@ -187,7 +187,8 @@ class PackedData:
             "packing_efficiency": round(packed / (total["rows"] * self.seq_len), 4),
             "tokens_per_batch": round(self.tokens_per_batch, 1), "seq_len": self.seq_len, "batch_size": self.batch_size,
             "seed": self.seed, "held_out": self.held_out_share, "echo": self.echo,
-            "ask": self.ask, **({} if self.answer_weight == 1 else {"answer_weight": self.answer_weight}),
+            "ask": self.ask, **({"asking": asking.EDITION} if self.ask else {}),
+            **({} if self.answer_weight == 1 else {"answer_weight": self.answer_weight}),
             **({} if self.unique is None else {"unique": self.unique}),
             "dropped_domains": list(self.dropped), "domains": domains,
             "tokenizer": self.parts[0].store.meta["key"]["tokenizer"][:_DIGITS],
@@ -286,7 +287,8 @@ def open_data(
         "order": ORDER, "stores": [store.folder.name for store in stores], "shares": [round(s, 12) for s in shares],
         "checksums": [store.meta["checksums"]["tokens.bin"] for store in stores], "packing": packing, "seed": seed,
         "seq_len": seq_len, "batch_size": batch_size, "held_out": held_out, **({"echo": echo} if echo else {}),
-        **({"ask": ask} if ask else {}), **({} if answer_weight == 1 else {"answer_weight": answer_weight}),
+        **({"ask": ask, "asking": asking.EDITION} if ask else {}),
+        **({} if answer_weight == 1 else {"answer_weight": answer_weight}),
         **({} if unique is None else {"unique": unique}),
     }
     return PackedData(
