@@ -64,6 +64,10 @@ class TextOptions:
                       "tokens between windows (default: the context, disjoint windows)"] = None
     max_windows: Annotated[int | None, count(), "the first so many windows only (default: the whole text)"] = None
     audit_seeds: Annotated[int, between(1, 1_000), "draws of random and shuffled routing"] = 3
+    looks_sample: Annotated[int, count(), Unit("tokens"), "of looks: tokens of each window and layer, routed and local "
+                            "each, whose attention is written out"] = 32
+    looks_from: Annotated[int | None, count(0), Unit("token"), "of looks: token of the first window at which the "
+                          "picture begins (default: the first line beyond the window)"] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +119,6 @@ class Options(TextOptions, BenchmarkOptions, RulerOptions, RouteOptions):
     mesh: Annotated[str | None, Written(axes.written), Unit("axes"),
                     "devices over which rows (data) and the tokens of a row (context) are dealt, such as "
                     "data=4 (default: one device)"] = None
-    seed: Annotated[int, SEED, "of sampled text in the collapse report, and of RULER's prompts"] = 0
+    seed: Annotated[int, SEED, "of sampled text in the collapse report, of RULER's prompts, and of looks' tokens"] = 0
     needle: Annotated[dict[str, Any], Mark.RECORDED] = field(default_factory=dict)
     layer: Annotated[dict[str, Any], Mark.RECORDED] = field(default_factory=dict)

@@ -50,6 +50,7 @@ TASKS = {
     "perplexity": Task("perplexity", (*TEXT, "batch_tokens"), shared=True, also=("audit",)),
     "audit": Task("audit", (*TEXT, "audit_seeds", "batch_tokens"), shared=True, routed=True, also=("perplexity",)),
     "reach": Task("reach", (*TEXT, "audit_seeds", "batch_tokens")),
+    "looks": Task("looks", (*TEXT, "looks_sample", "looks_from", "seed", "batch_tokens"), routed=True),
     "pruning": Task("pruning_cost", (*TEXT, "batch_tokens"), asked=False),
     **dict.fromkeys(BENCHMARKS, LM_EVAL),
     "needle": Task("needle", ("needle_lengths", "needle_depths", "needle_seeds", "needle_needles", "needle_generate",

@@ -152,6 +152,21 @@ def block(x: Stream, layer: Params, context: Context, given: OfLayer) -> tuple[S
     return y + gated_mlp(_norm(y, layer["norm_mlp"], context), layer["mlp"]), routed
 
 
+def far_queries_and_keys(x: Stream, layer: Params, context: Context) -> tuple[Heads, Seen]:
+    """Queries and keys, rotated, of a layer's global attention over the stream that enters it, whoever is routed."""
+    l2a = context.l2a
+    if l2a is None or l2a.share_attention:
+        weights, norm = layer["attention"], layer["norm_attention"]
+    else:
+        weights, norm = layer["attention_global"], layer["norm_global"]
+    if l2a is not None and l2a.topology == "sequential":
+        local = layer["attention_local"]
+        near, _ = _local(*_qkv(_norm(x, layer["norm_local"], context), local, context), context)
+        x = x + _out(near, local)
+    q, k, _ = _qkv(_norm(x, norm, context), weights, context)
+    return q, k
+
+
 def decide(h: Stream, layer: Params, context: Context, given: OfLayer, scores: router.Scores | None = None) -> Decided:
     """What is decided for each row, and for which rows global attention is computed:
 

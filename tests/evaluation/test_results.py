@@ -76,6 +76,8 @@ BROKEN = {
         ("tasks.hellaswag.acc", 75.0, "acc is 75.0; expected a number from 0 to 1"),
         ("tasks.needle.lengths", [], "task needle: lengths is a list; expected a list of one or more"),
         ("tasks.needle.overall.n", 0, "overall.n is 0"), ("tasks.collapse.verdict", None, "verdict is null"),
+        ("tasks.looks.kinds.digit.routed", 3, "task looks: kinds.digit.routed is 3; expected a number from 0 to 1"),
+        ("tasks.looks.distances", [], "task looks: distances is a list; expected a list of one or more"),
         ("tasks.unknown", {"x": 1}, "task unknown: n is missing"))},
 }
 

@@ -26,6 +26,7 @@ def main():
 def made_up(regime="router_strict", nll=3.0, correct=(1, 0, 1, 1), window_hash="same", **extra):
     noise = np.random.default_rng(0).normal(0, 5, 20)
     nats = 100 * nll + noise
+    look = {name: {"decisions": 9, "sampled": 2, "mass": [0.5, 0.2, 0.2, 0.1]} for name in ("routed", "local")}
     return {
         "source": "a", "source_hash": "b", "size": "qwen2.5-0.5b", "regime": regime, "route": "learned",
         "run": {"trained_parameters": 21_504, "tokens_seen": 12_000_000, "tokens_per_trained_parameter": 558.0},
@@ -42,6 +43,11 @@ def made_up(regime="router_strict", nll=3.0, correct=(1, 0, 1, 1), window_hash="
                                    "mean_rank": 1.5, "n": 60},
                        "lengths": [512, 2_048], "depths": [0.5], "exact_match": [[0.5, 1.0]],
                        "ranked_first": [[0.8, 1.0]], "distractors": 7, "needles": 1, "per_cell": 30},
+            "looks": {"window": 4, "sinks": 1, "text": {"name": "t", "hash": "h", "context": 64}, "tokens": 90,
+                      "routed": 0.1, "routed_95": [0.05, 0.15], "distances": [4, 8], "sample": 2, "seed": 0,
+                      "layers": [{"layer": 0, "pruned": False, "routed": 0.1, "looks": look}], "most": [], "least": [],
+                      "kinds": {"digit": {"tokens": 9, "of_all": 0.1, "routed": 0.3, "routed_95": [0.2, 0.4],
+                                          "layers": [0.3]}}, "looks": look},
             "collapse": {"verdict": "healthy", "rule": "no rule of the table holds", "findings": [],
                          "not_measured": [], "generation": None}, **extra},
     }

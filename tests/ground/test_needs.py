@@ -63,7 +63,7 @@ def draws_a_figure(tmp_path):
 
 
 def draws_a_text(tmp_path):
-    from l2a_jax.research.replication.routed_picture import draw_routed_text
+    from l2a_jax.evaluation.routed_picture import draw_routed_text
 
     draw_routed_text(np.zeros(1, int), np.zeros(1), lambda ids: "a", tmp_path / "a.png")
 
@@ -78,7 +78,7 @@ CASES = [
     ("matplotlib", "eval", lambda tmp_path: needle.draw_heat_map(
         {"lengths": [1], "depths": [0], "distractors": 7}, tmp_path / "needle.png")),
     ("matplotlib", "research", draws_a_figure),
-    ("matplotlib", "research", draws_a_text),
+    ("matplotlib", "eval", draws_a_text),
     ("scipy", "research", imports("l2a_jax.research.replication.effects")),
 ]
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from l2a_jax.errors import UserError
-from l2a_jax.evaluation import perplexity
+from l2a_jax.evaluation import perplexity, routed_picture
 from l2a_jax.evaluation.perplexity import Windows
 from l2a_jax.files import read_text
-from l2a_jax.research.replication import autopsy, benchmarks, damage, needles, routed_picture, routed_text, under
+from l2a_jax.research.replication import autopsy, benchmarks, damage, needles, routed_text, under
 from l2a_jax.research.replication.faulty import FAULTS
 from l2a_jax.research.replication.flips import flip_sweep
 from l2a_jax.research.replication.prunable import prunable

@@ -1,4 +1,4 @@
-"""A text as a picture: every token shaded by the share of layers that route it."""
+"""A text as a picture: every token shaded by how many layers route it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float64, Int
+from jaxtyping import Int, Shaped
 
 from l2a_jax.errors import UserError, needs
-from l2a_jax.research.tables import write_figure
+from l2a_jax.files import whole
 
 COLUMNS, LINES = 96, 60
 """Characters a line, and lines a picture at most: what does not fit is left out, and the title says so."""
@@ -40,32 +40,32 @@ def lay_out(pieces: Sequence[str], columns: int) -> list[list[tuple[int, int, st
     return lines if lines[-1] else lines[:-1]
 
 
-def draw_routed_text(tokens: Int[np.ndarray, " T"], share: Float64[np.ndarray, " T"],
+def draw_routed_text(tokens: Int[np.ndarray, " T"], routed: Shaped[np.ndarray, " T"],
                      decode: Callable[[Sequence[int]], str], path: Path, *, title: str = "", first: int = 0,
-                     columns: int = COLUMNS, max_lines: int = LINES) -> int:
-    """Write a PNG of a text from its token `first` on, the shade of each token the share (0 to 1) of layers that route
-    it; the colour scale ends at the greatest share. Returns how many tokens are on it. The file appears whole or not
-    at all.
+                     columns: int = COLUMNS, max_lines: int = LINES, label: str = "share of layers that route") -> int:
+    """Write a PNG of a text from its token `first` on, the shade of each token how many layers route it: their share or
+    number, as `label` says. The colour scale ends at the greatest. Returns how many tokens are on it. The file appears
+    whole or not at all.
 
     Raises UserError where lengths differ or there is no token from `first` on.
     """
-    needs("matplotlib", "research", "a picture of a routed text")
+    needs("matplotlib", "eval", "a picture of a routed text")
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, Normalize
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    if len(tokens) != len(share) or not len(tokens):
-        raise UserError(f"there are {len(tokens)} tokens and {len(share)} shares; expected one for each, at least one")
-    whole = len(tokens)
-    if not 0 <= first < whole:
-        raise UserError(f"the picture begins at token {first:,} of {whole:,}; expected 0 to {whole - 1:,}")
-    tokens, share = tokens[first:], share[first:]
+    if len(tokens) != len(routed) or not len(tokens):
+        raise UserError(f"there are {len(tokens)} tokens and {len(routed)} shares; expected one for each, at least one")
+    every = len(tokens)
+    if not 0 <= first < every:
+        raise UserError(f"the picture begins at token {first:,} of {every:,}; expected 0 to {every - 1:,}")
+    tokens, routed = tokens[first:], routed[first:]
     lines = lay_out([decode([int(token)]) for token in tokens], columns)
     shown = lines[:max_lines]
     count = 1 + max((index for line in shown for index, *_ in line), default=-1)
-    scale = Normalize(0, max(float(share[:count].max()), 1e-9))
+    scale = Normalize(0, max(float(routed[:count].max()), 1e-9))
     colours = colormaps["OrRd"]
     height = 0.2 * len(shown)
     figure = Figure(figsize=(0.088 * columns + 1.4, height + 0.9))
@@ -74,19 +74,20 @@ def draw_routed_text(tokens: Int[np.ndarray, " T"], share: Float64[np.ndarray, "
     axis.axis("off")
     for row, line in enumerate(shown):
         for index, column, text, width in line:
-            colour = colours(scale(share[index]) * 0.8) if share[index] > 0 else "white"
+            colour = colours(scale(routed[index]) * 0.8) if routed[index] > 0 else "white"
             axis.add_patch(Rectangle((column, row + 0.06), width, 0.88, facecolor=colour, linewidth=0))
             for offset, letter in enumerate(text):  # a letter a column, whatever the font's own widths are
                 if letter != " ":
                     axis.text(column + offset + 0.5, row + 0.72, letter, family="monospace", fontsize=8.5,
                               ha="center", va="baseline", color="0.6" if letter == "↵" else "black", parse_math=False)
-    cut = "" if count == whole else f" (tokens {first + 1:,} to {first + count:,} of {whole:,})"
+    cut = "" if count == every else f" (tokens {first + 1:,} to {first + count:,} of {every:,})"
     figure.text(0.02, 1 - 0.35 / (height + 0.9), title + cut, fontsize=10)
     bar = figure.add_axes((0.91, 0.2, 0.015, 0.6))
     used = ListedColormap(colours(np.linspace(0, 0.8, 256)))  # the darkest fifth would hide black letters
-    figure.colorbar(ScalarMappable(Normalize(0, scale.vmax), used), cax=bar, label="share of layers that route")
+    figure.colorbar(ScalarMappable(Normalize(0, scale.vmax), used), cax=bar, label=label)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_figure(figure, path, dpi=150)
+    with whole(path) as partial:
+        figure.savefig(partial, dpi=150, format="png")
     return count
 
 
