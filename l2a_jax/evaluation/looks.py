@@ -15,6 +15,7 @@ Intervals are over windows of text, by Student's t, as in `reach`.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,15 @@ ENOUGH, SHOWN = 20, 10
 COLUMNS, LINES = 64, 24
 """Of the picture: what can be read where it is 800 pixels wide."""
 SORTS = ("routed", "local")
-SAID = {"newline": "line break", "digit": "number", "capitalised": "capitalised word", "word-initial": "other word",
-        "continuation": "rest of a word", "other": "part of a character",
-        "capitalised, seen beyond": "capitalised, last stood beyond the window",
-        "capitalised, not seen beyond": "capitalised, new or near"}
-"""Kinds of tokens, to people, where their name does not say it."""
+NAMED = ("capitalised, seen beyond", "capitalised, not seen beyond")
+SAID = {"newline": "line break", "digit": "number", "capitalised": "capitalised word, its beginning",
+        "word-initial": "other word, its beginning", "continuation": "a word's continuation",
+        "other": "part of a character", NAMED[0]: "capitalised, last stood beyond the window",
+        NAMED[1]: "capitalised, new or nearer", **{
+            f"{kind} {when}": f"{kind} that {said}" for kind in ("token", "pair") for when, said in (
+                ("new", "is new"), ("seen near", "last stood within the window"),
+                ("seen beyond", "last stood beyond the window"))}}
+"""Kinds of tokens, to people, where their name does not say it; a pair is a token and the one before it."""
 _LOOK = {"decisions": at_least(0), "sampled": at_least(0), "mass?": [float]}
 SHAPE = {"window": at_least(1), "sinks": int, "text": {"name": str, "hash": str, "context": int}, "tokens": at_least(1),
          "routed": share, "routed_95": intervals.INTERVAL, "distances": some(at_least(1)),
@@ -128,10 +133,14 @@ def draw(model: Pretrained, windows: Windows, decisions: Bool[np.ndarray, "L B T
         begins = np.flatnonzero(beyond[row] & np.roll(ends, 1) & ~ends)
         first = int(begins[0] if len(begins) else np.flatnonzero(beyond[row])[0])
     real = windows.real[row]
+
+    def decode(ids: Sequence[int]) -> str:
+        return re.sub(r"\n{3,}", "\n\n", model.tokenizer.decode(ids))  # empty lines tell nothing
+
     able = len(decisions) - len(model.l2a_config.pruned_layers)
-    shown = draw_routed_text(windows.tokens[row][real], decisions[:, row][:, real].sum(axis=0), model.tokenizer.decode,
-                             path, title=windows.about["name"], first=first, columns=COLUMNS, max_lines=LINES,
-                             label=f"layers that route the token, of {able}")
+    shown = draw_routed_text(windows.tokens[row][real], decisions[:, row][:, real].sum(axis=0), decode, path,
+                             title=f"{windows.about['name']}, a window of {near(model)[0]:,}", first=first,
+                             columns=COLUMNS, max_lines=LINES, label=f"layers that route the token, of {able}")
     return {"file": path.name, "window": row, "first": first, "tokens": shown}
 
 
@@ -156,8 +165,7 @@ def _kinds(windows: Windows, decisions: Bool[np.ndarray, "L B T"], beyond: Bool[
     forms = token_kinds.forms(windows.tokens, model.tokenizer.decode)
     before = token_kinds.repetitions(windows.tokens, window)
     named, again = forms["capitalised"], before["token seen beyond"]
-    kinds = {**forms, "capitalised, seen beyond": named & again, "capitalised, not seen beyond": named & ~again,
-             **before}
+    kinds = {**forms, **dict(zip(NAMED, (named & again, named & ~again), strict=True)), **before}
     found = {}
     for name, where in kinds.items():
         where = where & beyond
@@ -217,9 +225,12 @@ def told(entry: Mapping[str, Any]) -> str:
     lines = [f"looks: {text['name']}, windows of {text['context']:,} tokens; of {entry['tokens']:,} beyond the window "
              f"of {entry['window']:,} and {entry['sinks']} sinks a layer routes {entry['routed']:.1%} [{low:.1%}, "
              f"{high:.1%}]", f"{'kind of token':<44} {'of all':>7} {'routed [95 %]':>23}"]
-    for name, row in sorted(entry["kinds"].items(), key=lambda item: -item[1]["routed"]):
-        low, high = row["routed_95"]
-        lines.append(f"{SAID.get(name, name):<44} {row['of_all']:>7.1%} {row['routed']:>7.1%} [{low:.1%}, {high:.1%}]")
+    for group in (token_kinds.FORMS, NAMED, [name for name in SAID if name.startswith(("token", "pair"))]):
+        own = {name: entry["kinds"][name] for name in group if name in entry["kinds"]}
+        for name, row in sorted(own.items(), key=lambda item: -item[1]["routed"]):
+            low, high = row["routed_95"]
+            lines.append(f"{SAID.get(name, name):<44} {row['of_all']:>7.1%} {row['routed']:>7.1%} [{low:.1%}, "
+                         f"{high:.1%}]")
     for end in ("most", "least"):
         shown = ", ".join(f"{row['text']!r} {row['routed']:.0%}" for row in entry[end])
         lines.append(f"{end} routed tokens: {shown or f'none stands {ENOUGH} times'}")

@@ -79,7 +79,7 @@ def draw_routed_text(tokens: Int[np.ndarray, " T"], routed: Shaped[np.ndarray, "
             for offset, letter in enumerate(text):  # a letter a column, whatever the font's own widths are
                 if letter != " ":
                     axis.text(column + offset + 0.5, row + 0.72, letter, family="monospace", fontsize=8.5,
-                              ha="center", va="baseline", color="0.6" if letter == "↵" else "black", parse_math=False)
+                              ha="center", va="baseline", color="0.4" if letter == "↵" else "black", parse_math=False)
     cut = "" if count == every else f" (tokens {first + 1:,} to {first + count:,} of {every:,})"
     figure.text(0.02, 1 - 0.35 / (height + 0.9), title + cut, fontsize=10)
     bar = figure.add_axes((0.91, 0.2, 0.015, 0.6))
