@@ -32,7 +32,7 @@ from l2a_jax.evaluation.registry import Work
 from l2a_jax.evaluation.routed_picture import draw_routed_text
 from l2a_jax.evaluation.windows import windows_of
 from l2a_jax.progress import progress
-from l2a_jax.shapes import at_least, each, nullable, share, some
+from l2a_jax.shapes import at_least, each, share, some
 from l2a_jax.sharding import whole
 from l2a_jax.sources import Pretrained
 
@@ -42,6 +42,9 @@ ENOUGH, SHOWN = 20, 10
 COLUMNS, LINES = 64, 24
 """Of the picture: what can be read where it is 800 pixels wide."""
 SORTS = ("routed", "local")
+ALIKE = "local, layers as routed"
+"""Local decisions once more, each window and layer counted by its routed ones: what is left of the difference is not
+which layers route, but which tokens."""
 NAMED = ("capitalised, seen beyond", "capitalised, not seen beyond")
 SAID = {"newline": "line break", "digit": "number", "capitalised": "capitalised word, its beginning",
         "word-initial": "other word, its beginning", "continuation": "a word's continuation",
@@ -51,7 +54,7 @@ SAID = {"newline": "line break", "digit": "number", "capitalised": "capitalised 
                 ("new", "is new"), ("seen near", "last stood within the window"),
                 ("seen beyond", "last stood beyond the window"))}}
 """Kinds of tokens, to people, where their name does not say it; a pair is a token and the one before it."""
-_LOOK = {"decisions": at_least(0), "sampled": at_least(0), "mass?": [float]}
+_LOOK = {"decisions": at_least(0), "sampled": at_least(0), "mass?": [float], "mass_95?": [intervals.INTERVAL]}
 SHAPE = {"window": at_least(1), "sinks": int, "text": {"name": str, "hash": str, "context": int}, "tokens": at_least(1),
          "routed": share, "routed_95": intervals.INTERVAL, "distances": some(at_least(1)),
          "layers": some({"layer": int, "pruned": bool, "routed": share, "looks": each(_LOOK)}),
@@ -59,7 +62,7 @@ SHAPE = {"window": at_least(1), "sinks": int, "text": {"name": str, "hash": str,
                         "layers": [share]}),
          "most": [{"text": str, "tokens": at_least(1), "routed": share}],
          "least": [{"text": str, "tokens": at_least(1), "routed": share}],
-         "looks": each({**_LOOK, "mass_95?": [nullable(intervals.INTERVAL)]}), "sample": at_least(1), "seed": int}
+         "looks": each(_LOOK), "sample": at_least(1), "seed": int}
 
 
 def prepare(name: str, options: Any, model: Pretrained) -> Windows:
@@ -105,21 +108,18 @@ def looks(model: Pretrained, windows: Windows, decisions: Bool[np.ndarray, "L B 
     routed, routed_95 = _share(decisions, beyond)
     back = [window, *(edge for edge in edges[1:] if edge > window)]
     counts, sampled, mass = _attention(model, windows, decisions, beyond, back, sample, seed, backend)
-    whole_95 = [_mean(counts[..., sort], mass[..., sort, :]) for sort in range(len(SORTS))]
+    sorts = [(counts[..., sort], sampled[..., sort], mass[..., sort, :]) for sort in range(len(SORTS))]
+    alike = sorts[0][0] * (sorts[1][0] > 0)
     pruned = set(model.l2a_config.pruned_layers)
     layers = [{"layer": layer, "pruned": layer in pruned, "routed": float(one[beyond].mean()),
-               "looks": {name: {"decisions": int(counts[layer, :, sort].sum()),
-                                "sampled": int(sampled[layer, :, sort].sum()),
-                                "mass": _mean(counts[layer, None, :, sort], mass[layer, None, :, sort])[0]}
-                         for sort, name in enumerate(SORTS)}}
-              for layer, one in enumerate(decisions)]
+               "looks": {name: _look(*(part[layer, None] for part in parts))
+                         for name, parts in zip(SORTS, sorts, strict=True)}} for layer, one in enumerate(decisions)]
     return {
         "window": window, "sinks": sinks, "text": windows.about, "tokens": int(beyond.sum()), "routed": routed,
         "routed_95": routed_95, "layers": layers, "kinds": _kinds(windows, decisions, beyond, window, model), **_ranked(
             windows.tokens, decisions, beyond, model.tokenizer.decode),
-        "distances": back, "looks": {
-            name: {"decisions": int(counts[..., sort].sum()), "sampled": int(sampled[..., sort].sum()),
-                   **dict(zip(("mass", "mass_95"), whole_95[sort], strict=True))} for sort, name in enumerate(SORTS)},
+        "distances": back, "looks": {**{name: _look(*parts) for name, parts in zip(SORTS, sorts, strict=True)},
+                                     ALIKE: _look(*sorts[1], weights=alike)},
         "sample": sample, "seed": seed, "interval": "Student's t over windows of text"}
 
 
@@ -211,11 +211,15 @@ def _attention(model: Pretrained, windows: Windows, decisions: Bool[np.ndarray, 
     return counts, sampled, mass
 
 
-def _mean(counts: Int[np.ndarray, "L B"], mass: Float[np.ndarray, "L B M"]
-          ) -> tuple[list[float] | None, list[list[float] | None]]:
-    """(the mean of each part over decisions, its intervals); None where there is no decision."""
-    parts = [ratio((counts * part).sum(axis=0), counts.sum(axis=0)) for part in np.moveaxis(mass, -1, 0)]
-    return (None if parts[0][0] is None else [one for one, _ in parts]), [interval for _, interval in parts]
+def _look(counts: Int[np.ndarray, "L B"], sampled: Int[np.ndarray, "L B"], mass: Float[np.ndarray, "L B M"], *,
+          weights: Int[np.ndarray, "L B"] | None = None) -> dict[str, Any]:
+    """Decisions of one sort, and the mean of each part of their mass with its interval; None where there is none.
+    `weights`: how often each window and layer counts (None: as often as it has such decisions)."""
+    weights = counts if weights is None else weights
+    parts = [ratio((weights * part).sum(axis=0), weights.sum(axis=0)) for part in np.moveaxis(mass, -1, 0)]
+    return {"decisions": int(counts.sum()), "sampled": int(sampled.sum()),
+            "mass": None if parts[0][0] is None else [one for one, _ in parts],
+            "mass_95": None if parts[0][0] is None else [interval for _, interval in parts]}
 
 
 def told(entry: Mapping[str, Any]) -> str:
@@ -235,10 +239,9 @@ def told(entry: Mapping[str, Any]) -> str:
         shown = ", ".join(f"{row['text']!r} {row['routed']:.0%}" for row in entry[end])
         lines.append(f"{end} routed tokens: {shown or f'none stands {ENOUGH} times'}")
     heads = ["sinks", "window", *(f"from {distance:,}" for distance in entry["distances"])]
-    lines.append(f"{'attention lies on':<22}" + "".join(f"{head:>13}" for head in heads))
-    for name in SORTS:
-        mass = entry["looks"][name]["mass"]
-        lines.append(f"{name + ' decisions':<22}" + "".join(f"{part:>13.1%}" for part in mass or ()))
+    lines.append(f"{'attention lies on':<24}" + "".join(f"{head:>13}" for head in heads))
+    for name, look in entry["looks"].items():
+        lines.append(f"{name:<24}" + "".join(f"{part:>13.1%}" for part in look["mass"] or ()))
     lines.append(f"{'layer':<6} {'routed':>8} {'beyond the window: routed':>26} {'local':>8}")
     for row in entry["layers"]:
         far = [_far(row["looks"][name]["mass"]) for name in SORTS]

@@ -158,7 +158,11 @@ def test_every_window_and_layer_counts_as_often_as_it_decides(found, base, windo
         np.testing.assert_allclose(look["mass"], every.mean(axis=0), atol=1e-5)
         assert entry["looks"][name]["sampled"] < look["sampled"]
         assert sum(entry["looks"][name]["mass"]) == pytest.approx(1, abs=1e-5)
-    assert whole["layers"][2]["looks"]["routed"] == {"decisions": 0, "sampled": 0, "mass": None}
+    assert whole["layers"][2]["looks"]["routed"] == {"decisions": 0, "sampled": 0, "mass": None, "mass_95": None}
+    by_layer = [row["looks"] for row in whole["layers"]]
+    alike = sum(one["routed"]["decisions"] * np.array(one["local"]["mass"]) for one in by_layer[:2])
+    np.testing.assert_allclose(whole["looks"][looks.ALIKE]["mass"], alike / whole["looks"]["routed"]["decisions"],
+                               atol=0.01)  # these layers route as often in every window, but for rounding
     again = looks.looks(routed(base, LAYER), windows, decisions & windows.real, sample=5)
     assert again["looks"] == entry["looks"]
 
@@ -181,7 +185,7 @@ def test_the_command_writes_tells_and_draws(tmp_path):
     assert entry["picture"]["file"] == "looks.png" and entry["picture"]["first"] == 20
     assert (tmp_path / "looks.png").stat().st_size > 5_000
     told = looks.told(entry)
-    assert "kind of token" in told and "from 12" in told and "routed decisions" in told
+    assert "kind of token" in told and "from 12" in told and "local, layers as routed" in told
 
 
 @pytest.mark.parametrize(("given", "said"), [
