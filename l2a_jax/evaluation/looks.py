@@ -15,6 +15,7 @@ Intervals are over windows of text, by Student's t, as in `reach`.
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -224,17 +225,14 @@ def _look(counts: Int[np.ndarray, "L B"], sampled: Int[np.ndarray, "L B"], mass:
 
 def told(entry: Mapping[str, Any]) -> str:
     """Layers, kinds, tokens of the vocabulary and distances, a table each."""
-    low, high = entry["routed_95"]
     text = entry["text"]
     lines = [f"looks: {text['name']}, windows of {text['context']:,} tokens; of {entry['tokens']:,} beyond the window "
-             f"of {entry['window']:,} and {entry['sinks']} sinks a layer routes {entry['routed']:.1%} [{low:.1%}, "
-             f"{high:.1%}]", f"{'kind of token':<44} {'of all':>7} {'routed [95 %]':>23}"]
+             f"of {entry['window']:,} and {entry['sinks']} sinks a layer routes {_routed(entry)}",
+             f"{'kind of token':<44} {'of all':>7}   routed [95 %]"]
     for group in (token_kinds.FORMS, NAMED, [name for name in SAID if name.startswith(("token", "pair"))]):
         own = {name: entry["kinds"][name] for name in group if name in entry["kinds"]}
         for name, row in sorted(own.items(), key=lambda item: -item[1]["routed"]):
-            low, high = row["routed_95"]
-            lines.append(f"{SAID.get(name, name):<44} {row['of_all']:>7.1%} {row['routed']:>7.1%} [{low:.1%}, "
-                         f"{high:.1%}]")
+            lines.append(f"{SAID.get(name, name):<44} {row['of_all']:>7.1%}   {_routed(row)}")
     for end in ("most", "least"):
         shown = ", ".join(f"{row['text']!r} {row['routed']:.0%}" for row in entry[end])
         lines.append(f"{end} routed tokens: {shown or f'none stands {ENOUGH} times'}")
@@ -248,6 +246,12 @@ def told(entry: Mapping[str, Any]) -> str:
         lines.append(f"{row['layer']:<6} {'pruned' if row['pruned'] else format(row['routed'], '.1%'):>8} "
                      f"{far[0]:>26} {far[1]:>8}")
     return "\n".join(lines)
+
+
+def _routed(row: Mapping[str, Any]) -> str:
+    """The share that is routed, and its interval where there is one: not of a single window."""
+    low, high = row["routed_95"]
+    return f"{row['routed']:.1%}" + (f" [{low:.1%}, {high:.1%}]" if math.isfinite(low) else "")
 
 
 def _far(mass: Sequence[float] | None) -> str:
