@@ -12,14 +12,16 @@ fewer than all where the window is below 900. That is left out: a shared set has
 anyway, sinks are not among the neighbours, and what remains, the local one of two sets without sinks, would save at
 most half of such a layer's exchange, a few hundredths of its time, and hold each key once for each stripe that sees it.
 
-Routed rows are not dealt anew where `routed_imbalance` says that one shard has more than another; narrower stripes even
-out runs of routed tokens for nothing. What it costs: imbalance - 1 of the time of the mean shard's routed rows, forward
-and backward. What dealing would cost: if the m-th routed row of a stripe goes to the m-th next shard, a pair of shards
-has at most t / C rows of t for each other, so static buffers are exact; but they hold all t rows. Queries, outputs and
-the gradients of both go through them, in every layer, while all wait: of 16,384 tokens a shard 4 x 29 MB in 0.5B, 4 x
-117 MB in 7B, as many bytes as K and V with their gradients. Over NVLink, at 131,072 tokens, that is about the time of
-one row in a hundred: it would pay where the routed share x (imbalance - 1) is above 1 %, and be lost elsewhere; a
-branch would have to keep the residuals of both ways.
+Routed rows are not dealt anew where `routed_imbalance` says that one shard has more than another: stripes as narrow as
+the kernels' blocks even out runs of routed tokens for nothing, and what is left is cheaper than dealing. What it costs:
+imbalance - 1 of the time of the mean shard's routed rows, forward and backward. What dealing would cost: if the m-th
+routed row of a stripe goes to the m-th next shard, a pair of shards has at most t / C rows of t for each other, so
+static buffers are exact; but they hold all t rows. Queries, outputs and the gradients of both go through them, in every
+layer, while all wait: of 16,384 tokens a shard 4 x 29 MB in 0.5B, 4 x 117 MB in 7B, as many bytes as K and V with their
+gradients. Over NVLink, at 131,072 tokens, that is about the time of one row in a hundred: it would pay where the routed
+share x (imbalance - 1) is above 1 %, of a row a quarter as long above 4 %, and be lost elsewhere; a branch would have
+to keep the residuals of both ways. Decisions of trained routers stay well below that, in rows and in the keys that they
+read (`eval/speed.py --imbalance`).
 """
 
 from __future__ import annotations

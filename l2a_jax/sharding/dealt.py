@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from l2a_jax.attention.reference import Ids
 from l2a_jax.config import L2AConfig, ModelConfig
 from l2a_jax.models.layer import Attention
-from l2a_jax.models.params import Tree, by_path, map_with_path, param_shapes
+from l2a_jax.models.params import Tree, by_path, map_with_path, param_dtype, param_shapes
 from l2a_jax.nn.shard import Shard
 from l2a_jax.sharding import leaves, stripes
 from l2a_jax.sharding.attention import routed_imbalance, striped
@@ -34,10 +34,11 @@ from l2a_jax.sharding.mesh import CONTEXT, DATA, NAMES, axes_of
 @dataclass(frozen=True)
 class Dealt(Shard):
     """One device's part, inside `shard_map`. `dimensions`: that of each leaf of the model that is dealt, by its path;
-    within one layer for those of layers."""
+    within one layer for those of layers. `dtype`: what the leaves compute in (None: what they are in)."""
 
     axes: Axes
     dimensions: dict[str, int | None]
+    dtype: Any = None
 
     def ends(self, params: Tree) -> Tree:
         return map_with_path(lambda path, part: part if path.startswith("layers/") else self._whole(path, part), params)
@@ -46,7 +47,8 @@ class Dealt(Shard):
         return map_with_path(lambda path, part: self._whole(f"layers/{path}", part), layer)
 
     def _whole(self, path: str, part: Array) -> Array:
-        return leaves.gathered(part, self.dimensions[path])
+        dtype = part.dtype if self.dtype is None else param_dtype(path, self.dtype)
+        return leaves.gathered(part, self.dimensions[path], dtype)
 
     def drawn(self, draw: Callable[[tuple[int, ...]], Array], shape: tuple[int, ...]) -> Shaped[Array, "*A B T"]:
         *front, rows, length = shape
@@ -89,9 +91,9 @@ class Dealt(Shard):
         return routed_imbalance(decisions, NAMES) / self.axes.devices
 
 
-def dealt(mesh: Mesh, config: ModelConfig, l2a: L2AConfig | None) -> Dealt:
-    """What a device of `mesh` holds of a model."""
+def dealt(mesh: Mesh, config: ModelConfig, l2a: L2AConfig | None, dtype: Any) -> Dealt:
+    """What a device of `mesh` holds of a model that computes in `dtype`."""
     shapes = by_path(param_shapes(config, l2a))
     found = {path: leaves.dimension(shape, mesh.size, path.startswith("layers/")) for path, shape in shapes.items()}
     return Dealt(axes_of(mesh), {path: None if at is None else at - path.startswith("layers/")
-                                      for path, at in found.items()})
+                                      for path, at in found.items()}, dtype)

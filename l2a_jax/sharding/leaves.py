@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 import jax
+from jax.custom_derivatives import linear_call
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import DictKey, tree_map_with_path
@@ -73,10 +74,15 @@ def whole_bytes(tree: Any, shards: int) -> int:
                if leaf.ndim and not len(spec))
 
 
-def gathered(part: Shaped[Array, "*S"], dealt: int | None) -> Shaped[Array, "*W"]:
-    """A whole leaf from its parts, inside `shard_map`. Its transpose sums the gradients of all devices and leaves each
-    its part."""
-    return part if dealt is None else jax.lax.all_gather(part, NAMES, axis=dealt, tiled=True)
+def gathered(part: Shaped[Array, "*S"], dealt: int | None, dtype: Any) -> Shaped[Array, "*W"]:
+    """A whole leaf in `dtype` from its parts, inside `shard_map`. Its transpose sums the gradients of all devices in
+    the dtype of the parts, which are masters where the leaf is trained, and leaves each its part."""
+    if dealt is None:
+        return part.astype(dtype)
+    return linear_call(
+        lambda _, part: jax.lax.all_gather(part.astype(dtype), NAMES, axis=dealt, tiled=True),
+        lambda _, sums: jax.lax.psum_scatter(sums.astype(part.dtype), NAMES, scatter_dimension=dealt, tiled=True),
+        (), part)
 
 
 def summed(gradients: Any, dealt: Any) -> Any:

@@ -61,7 +61,9 @@ def held(like: TrainState, frozen: Tree, config: ModelConfig, layer: L2AConfig |
     # A layer at work and the next one on its way; of what is trained, gradients before they are dealt out.
     gathered = (2 * one + ends) if shards > 1 else 0
     if "mlp" in like.trainable.get("layers", {}):
-        gathered += one + 2 * ends  # the head's gradient is summed in float32
+        # Summed over devices in the dtype of masters, and that of the head over tokens in float32.
+        wide = max(leaf.dtype.itemsize for leaf in jax.tree.leaves(like.trainable["layers"]["mlp"]))
+        gathered += one * max(wide // size, 1) + 2 * ends
     return Held(base, masters, leaves.held_bytes(like.optimizer, shards), gradients, gathered,
                 tokens * config.num_layers * kept_of_token(config, layer, remat, size),
                 tokens * working_of_token(config, layer, size, rows_joined=axes.context)

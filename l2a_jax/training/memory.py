@@ -35,8 +35,9 @@ def checkpoint_policy(mode: str, sharded: bool = False) -> Callable | bool:
 
 
 def _all_but_weights(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Neither what is gathered nor what is joined of it (q, k and v); nothing else of a layer is worth as much."""
-    return primitive.name not in ("all_gather", "concatenate")
+    """Neither what is gathered (of weights a `linear_call`) nor what is joined of it (q, k and v); nothing else of a
+    layer is worth as much."""
+    return primitive.name not in ("linear_call", "all_gather", "concatenate")
 
 
 def tree_bytes(tree: Any) -> int:

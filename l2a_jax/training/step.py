@@ -245,7 +245,7 @@ def _summed(trainable: Tree, frozen: Tree, micros: _Micro, numbers: _Numbers, ob
     mesh = objective.mesh
     if mesh is None:
         return _summed_here(trainable, frozen, micros, numbers, objective, ALONE)
-    shard = dealt(mesh, objective.config, objective.l2a_config)
+    shard = dealt(mesh, objective.config, objective.l2a_config, objective.dtype)
     masters, base = leaves.specs(trainable, mesh.size), leaves.specs(frozen, mesh.size)
 
     def on_device(*given):
@@ -268,7 +268,10 @@ def _summed_here(trainable: Tree, frozen: Tree, micros: _Micro, numbers: _Number
         return shard.drawn(lambda whole: forced_decisions(key, dials.forced, whole[1:]), (layers, *shape))
 
     def forward(trainable, micro, **options):
-        params = shard.ends(compute_params(trainable, frozen, objective.dtype))
+        if shard is ALONE:
+            params = compute_params(trainable, frozen, objective.dtype)
+        else:  # masters are cast where they are gathered, and their gradients summed in their own dtype
+            params = shard.ends(combine(trainable, stacked(frozen)))
         return params, *hidden_states(
             params, micro.tokens, objective.config, objective.l2a_config, positions=micro.positions,
             segment_ids=micro.segment_ids, backend=objective.backend, remat=objective.remat, unroll=objective.unroll,
@@ -351,7 +354,7 @@ def evaluate_batch(params: Tree, batch: Batch, decisions: Bool[Array, "L B T"] |
     mesh = objective.mesh
     if mesh is None:
         return _scored(params, batch, decisions, cut, objective, ALONE)
-    shard = dealt(mesh, objective.config, objective.l2a_config)
+    shard = dealt(mesh, objective.config, objective.l2a_config, objective.dtype)
     on_device = jax.shard_map(lambda *given: _scored(*given, objective, shard), mesh=mesh,
                               in_specs=(leaves.specs(params, mesh.size), ROWS, STACKED, P()),
                               out_specs=Evaluation(ROWS, ROWS, ROWS, STACKED), check_vma=False)

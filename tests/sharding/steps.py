@@ -203,6 +203,35 @@ def program() -> dict[str, Any]:
                              for dtype, shape, name in moved})}
 
 
+def sums() -> dict[str, Any]:
+    """In what gradients are summed where bfloat16 computes over float32 masters, and a sum that bfloat16 cannot hold:
+    256 from one device, and 1 from each other."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import PartitionSpec as P
+
+    from l2a_jax.sharding import leaves
+    from l2a_jax.sharding import mesh as meshes
+    from l2a_jax.sharding.axes import Axes
+
+    mesh = meshes.make(Axes(data=DEVICES))
+    step, state, frozen, dials = set_up(Case("full_ft", "shared", (), {}, {"dtype": jnp.bfloat16}), mesh)
+    text = step.lower(state, frozen, make_batch(0, 24), jax.random.key(0), dials).as_text()
+
+    def summed(part, given):
+        whole, pull = jax.vjp(lambda part: leaves.gathered(part, 0, jnp.bfloat16), part)
+        return pull(jnp.broadcast_to(given.astype(whole.dtype), whole.shape))[0]
+
+    given = np.where(np.arange(DEVICES) == 0, 256.0, 1.0)
+    found = jax.jit(jax.shard_map(summed, mesh=mesh, in_specs=P(meshes.NAMES), out_specs=P(meshes.NAMES),
+                                  check_vma=False))(jnp.zeros(DEVICES, jnp.float32), jnp.float32(given))
+    scattered = re.findall(r'"stablehlo.reduce_scatter".*?\^bb0\(%\w+: tensor<(\w+)>', text, re.S)
+    gathered = re.findall(r'"stablehlo.all_gather".*?-> tensor<[\dx]*(\w+)>', text)
+    return {"scattered": sorted({*scattered}), "gathered": sorted({*gathered}),
+            "sum": np.asarray(found).tolist()}
+
+
 def scored() -> dict[str, Any]:
     """Held-out rows over a mesh and on one device, and the tokens whose nats change with one token of one row."""
     import jax
@@ -291,7 +320,8 @@ def _losses(run: Path) -> list[float]:
 
 def main(file: str) -> None:
     found = {"cases": {name: compared(case) for name, case in CASES.items()}, "scored": scored(),
-             "restored": restored(), "resumed": resumed(), "refused": refused(), "program": program()}
+             "restored": restored(), "resumed": resumed(), "refused": refused(), "program": program(),
+             "sums": sums()}
     Path(file).write_text(json.dumps(found))
 
 

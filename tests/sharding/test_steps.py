@@ -76,6 +76,13 @@ def test_only_weights_keys_and_values_are_gathered(found):
     assert [*moved] == [("reduce-scatter", "f32")]
 
 
+def test_gradients_of_masters_are_summed_in_float32(found):
+    """Weights still come in bfloat16, all but the router's."""
+    told = found["sums"]
+    assert told["scattered"] == ["f32"] and told["sum"] == [256.0 + DEVICES - 1] * DEVICES
+    assert told["gathered"] == ["bf16", "f32"]
+
+
 def test_held_out_rows_are_scored_alike_and_nobody_sees_the_future_or_another_document(found):
     told = found["scored"]
     (row, token), document = told["at"], told["document"]

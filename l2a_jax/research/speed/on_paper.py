@@ -25,7 +25,7 @@ from l2a_jax.training.optimizer import Dials, OptimizerConfig, is_matrix, make_o
 from l2a_jax.training.regimes import partition, regime_mask
 from l2a_jax.training.step import initial_state
 
-DTYPE = jnp.bfloat16
+DTYPE, MASTERS = jnp.bfloat16, jnp.dtype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,7 @@ def plan(case: Case, config: ModelConfig, layer: L2AConfig, *, seq_len: int, rou
     mask = regime_mask(abstract, case.regime)
     trainable, frozen = partition(abstract, mask)
     optimizer = make_optimizer(OptimizerConfig(case.regime), Dials(1e-5, 1e-5, 1_000))
-    like = jax.eval_shape(functools.partial(initial_state, optimizer=optimizer, master_dtype=jnp.float32), trainable)
+    like = jax.eval_shape(functools.partial(initial_state, optimizer=optimizer, master_dtype=MASTERS), trainable)
     axes, shards = case.axes, case.shards or case.axes.devices
     tokens = case.rows // axes.data * seq_len // axes.context
     moved = moved_bytes(config, layer, case, trainable, abstract, seq_len=seq_len)
@@ -128,10 +128,10 @@ def moved_bytes(config: ModelConfig, layer: L2AConfig, case: Case, trainable: Tr
 
     sets = 1 if layer.share_attention else 2
     keys = sets * 2 * config.num_kv_heads * config.head_dim * case.rows // axes.data * seq_len * size
-    trained = dealt(trainable)
+    trained = dealt(trainable) // size * MASTERS.itemsize
     # What is whole everywhere is summed over all; what is dealt, over the copies of each part. A sum goes round twice.
     copied = trained // shards, axes.devices // shards
-    whole = sum(math.prod(leaf.shape) * size for leaf in jax.tree.leaves(trainable)) - trained
+    whole = sum(math.prod(leaf.shape) * MASTERS.itemsize for leaf in jax.tree.leaves(trainable)) - trained
     return Moved(2 * all_but_own(dealt(params), shards), all_but_own(trained, shards),
                  3 * config.num_layers * all_but_own(keys, axes.context),
                  2 * all_but_own(*copied) + 2 * all_but_own(whole, axes.devices))

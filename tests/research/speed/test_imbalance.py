@@ -61,3 +61,17 @@ def test_what_cannot_be_measured_is_said(command, tmp_path, capsys):
                         ((TINY, "--text", str(tmp_path / "text.txt")), "--imbalance is given a plain model")):
         assert command(*flags) == 2
         assert said in capsys.readouterr().err
+
+
+def test_what_was_measured_is_cheaper_than_dealing_rows_anew():
+    """What `sharding/attention.py` and SCALE.md say: dealing costs a hundredth of what every token's global attention
+    takes at 131,072 tokens, and of shorter rows more, for each row costs as much and does less."""
+    cases = json.loads((ROOT / "eval/results/imbalance.json").read_text())["cases"]
+    for name, case in cases.items():
+        length = int(name.rsplit(",", 1)[1])
+        for found in case["devices"].values():
+            assert case["routed"] * (max(found["keys"], found["rows"]) - 1) < 0.01 * 131_072 / length / 2, name
+            assert found["keys"] < (1.2 if length == 32_768 else 1.4), name
+    long = cases["ask-32k, novel.txt, 32768"]
+    assert [round(long["devices"]["8"][name], 2) for name in ("rows", "keys")] == [1.09, 1.13]
+    assert round(long["routed"] * (long["devices"]["8"]["keys"] - 1), 3) == 0.013 and round(long["routed"], 2) == 0.11
