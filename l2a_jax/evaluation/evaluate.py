@@ -98,7 +98,7 @@ def set_up(options: Options) -> Setup:
 
 def idle(setup: Setup) -> list[tuple[bool, tuple[str, ...], str]]:
     """Where an option changes nothing, as rules for `commands.say_idle`."""
-    o, tasks = setup.options, [*setup.tasks, *(["pruning"] if _pruning(setup.options) else [])]
+    o, tasks = setup.options, _wanted(setup)
     read = {flag for name in tasks for flag in registry.find(name).reads}
     readers: dict[str, list[str]] = {}
     for name, task in registry.TASKS.items():
@@ -125,6 +125,8 @@ def evaluate(options: Options) -> tuple[dict[str, Any], Path]:
     commands.say_idle([*given, *options.layer, *(_needle_flag(name) for name in options.needle)], idle(setup))
     _check_place(setup)
     log.info("%s: %s", options.source, ", ".join(setup.tasks))
+    if _pruning(options) and setup.windows is None:
+        log.info("without --text it is not scored what pruning costs in perplexity")
     with jax.default_matmul_precision(setup.precision):
         model = subject.with_layer(load_pretrained(options.source, jnp.dtype(setup.dtype)), setup.config, setup.layer,
                                    options.route)
@@ -166,8 +168,13 @@ def _steps(setup: Setup, model: Pretrained, unpruned: Pretrained, held: dict[str
                              score, setup.path, held.get(name), lambda entry: keep({name: entry}))
         return name, lambda: {name: registry.module(name).task(work)}
 
-    wanted = {**dict.fromkeys(setup.tasks), **({"pruning": None} if _pruning(setup.options) else {})}
+    wanted = _wanted(setup)
     return [step(name) for name in {**registry.TASKS, **wanted} if name in wanted]
+
+
+def _wanted(setup: Setup) -> tuple[str, ...]:
+    """The tasks asked for and, where layers are pruned and there is a text to score, what that costs."""
+    return (*setup.tasks, *(["pruning"] if _pruning(setup.options) and setup.windows is not None else []))
 
 
 def _needle_flag(name: str) -> str:
