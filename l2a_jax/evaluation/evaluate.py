@@ -169,7 +169,7 @@ def _steps(setup: Setup, model: Pretrained, unpruned: Pretrained, held: dict[str
         return name, lambda: {name: registry.module(name).task(work)}
 
     wanted = _wanted(setup)
-    return [step(name) for name in {**registry.TASKS, **wanted} if name in wanted]
+    return [step(name) for name in {**registry.TASKS, **dict.fromkeys(wanted)} if name in wanted]
 
 
 def _wanted(setup: Setup) -> tuple[str, ...]:

@@ -155,7 +155,7 @@ def test_benchmarks_get_the_flags(main, tmp_path, monkeypatch, capsys):
     assert read(tmp_path / "out" / "eval.json")["tasks"]["piqa"]["correct"] == [1]
 
 
-def test_the_needle_gets_the_flags_and_a_picture(main, tmp_path, monkeypatch, capsys):
+def test_the_needle_gets_the_flags_and_a_picture(main, tmp_path, monkeypatch, capsys, caplog):
     from l2a_jax.evaluation import needle
 
     asked = []
@@ -175,10 +175,11 @@ def test_the_needle_gets_the_flags_and_a_picture(main, tmp_path, monkeypatch, ca
     assert read(tmp_path / "eval.json")["tasks"]["needle"]["heat_map"] == "needle.png"
     assert "exact match 50.0%" in capsys.readouterr().out
     # Layers can be pruned for a task that reads no text: what that costs in perplexity is then not scored.
+    caplog.set_level(logging.INFO)
     assert main([TINY, "--tasks", "needle", "--needle-lengths", "64,128", *LAYER, "--prune-layers", "1",
                  "--out", str(tmp_path / "pruned")]) == 0
     assert [*read(tmp_path / "pruned" / "eval.json")["tasks"]] == ["needle"]
-    assert "without --text it is not scored" in capsys.readouterr().err
+    assert "without --text it is not scored" in caplog.text
 
 
 BAD = {
