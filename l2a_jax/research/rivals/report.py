@@ -10,9 +10,9 @@ from l2a_jax.research import tables
 NAMES = {"learned": "learned tokens", "ranked": "layers, by learned rates", "searched": "layers, searched",
          "alternating": "layers, alternating", "heads": "heads, searched", "joined": "tokens and heads",
          "random": "random tokens", "oracle": "oracle (saw the text)"}
-# Okabe and Ito's colours, and a marker each, for eyes that tell no colours and for print.
+# Okabe and Ito's colours and one of Tol's, and a marker each, for eyes that tell no colours and for print.
 LOOKS = {"learned": ("#0072B2", "o"), "ranked": ("#E69F00", "s"), "searched": ("#D55E00", "D"),
-         "alternating": ("#CC79A7", "v"), "heads": ("#009E73", "^"), "joined": ("#56B4E9", "P"),
+         "alternating": ("#CC79A7", "v"), "heads": ("#009E73", "^"), "joined": ("#882255", "P"),
          "random": ("#999999", "x"), "oracle": ("#000000", "*")}
 
 
