@@ -6,8 +6,8 @@ later. These rows ask: what was noted of something, entries of a register, which
 which words a list holds most often, in the row's own text, in sentences that repeat, or in nothing but entries. The
 answers follow, so next-token loss and distillation both say where the past was needed.
 
-Answers may count more than once in the loss (`weight`): they are a few tokens in a hundred, and the only ones of a row
-of which it is known that they need its past.
+Answers may count more than once in the loss (`weight`): they are about one token in a hundred, and the only ones of a
+row of which it is known that they need its past.
 
 Wordings are our own and vary; none is that of a task that this project scores.
 """
@@ -67,7 +67,7 @@ GROUPED = ("\nState, in this order, {things}. {value}.", "\nQ: {things}? A: {val
            "\nWhat are {things}? They are {value}.",
            "\nuser: please list {things}, as they stand above.\nassistant: {value}")
 _LEAST, _ATTEMPTS = 16, 8
-"""Tokens that a row is made for at least, and how often one is made, for half as many each time, until it fits."""
+"""Tokens that a row is made for at least, and how often it is drawn, for half as many each time, until it fits."""
 
 
 Asked = tuple[str, str]
@@ -157,9 +157,9 @@ def _notes(draws: _Draws, room: int) -> tuple[list[str], list[Asked]]:
 
 
 def _register(draws: _Draws, room: int) -> tuple[list[str], list[Asked]]:
-    """Entries that fill the row, and some of them asked for. An entry takes some twenty tokens."""
+    """Entries that fill most of the row, and some of them asked for. An entry takes 17 to 25 tokens."""
     wording, attribute = draws.of(NOTED), draws.of(ATTRIBUTES)
-    facts = [_Fact(f"{draws.subject()} {draws.name()}", attribute, [draws.value()]) for _ in range(max(1, room // 40))]
+    facts = [_Fact(f"{draws.subject()} {draws.name()}", attribute, [draws.value()]) for _ in range(max(1, room // 28))]
     said = [wording.format(subject=one.subject, attribute=attribute, value=one.values[0]) for one in facts]
     return said, _questions(draws, [facts[i] for i in draws.order(len(facts))[:8]])
 
