@@ -27,8 +27,8 @@ from l2a_jax.evaluation.options import Options
 from l2a_jax.evaluation.perplexity import Windows
 from l2a_jax.evaluation.windows import windows_of
 from l2a_jax.files import check_file
-from l2a_jax.sharding import axes, whole
-from l2a_jax.sharding import mesh as meshes
+from l2a_jax.sharding import whole
+from l2a_jax.sharding.mesh import named
 from l2a_jax.sources import Pretrained, load_pretrained, locate, read_config, run_source, source_tokenizer
 
 log = logging.getLogger("l2a_jax.eval")
@@ -58,7 +58,7 @@ class Setup(NamedTuple):
     @property
     def mesh(self) -> Mesh | None:
         """The devices over which the work is dealt; None: one device."""
-        return None if self.options.mesh is None else meshes.make(axes.parse(self.options.mesh))
+        return named(self.options.mesh)
 
 
 def set_up(options: Options) -> Setup:
@@ -66,8 +66,7 @@ def set_up(options: Options) -> Setup:
     tasks = _tasks(options.tasks)
     fields.check(options)
     attention.check(options.backend)
-    if options.mesh is not None:
-        meshes.check_present(axes.parse(options.mesh))
+    named(options.mesh)  # refused before anything is read
     dtype = options.dtype or device.default_dtype()
     if (options.prune_sparsity is None) != (options.calibration is None):
         raise UserError("--prune-sparsity measures the router on --calibration TEXT: give both")
