@@ -1,9 +1,9 @@
 """Every number of `eval/results/router/README.md`, computed from the evaluations, in its order."""
 
-import functools
-import operator
+import itertools
 import pathlib
 
+import numpy as np
 import pytest
 
 from l2a_jax.evaluation import intervals
@@ -15,24 +15,26 @@ ROUTER = pathlib.Path(__file__).parents[2] / "eval/results/router"
 SHORT, LONG = 8_192, 32_768
 RECIPES = ("penalty", "target", "ask", "ask-distill", "ask-32k", "ask-hidden", "lengths", "lengths-mixed",
            "lengths-mixed-signals", "lengths-signals", "answers", "answers-mixed")
-SEEDS = ("final-0", "final-1", "final-2")
+SEEDS, LENGTHS, ITEMS = ("final-0", "final-1", "final-2"), (4_096, SHORT, 16_384, LONG), 8
 
 
-def pooled(seeds, plain, length):
-    """RULER in percent: of the plain model, as learned and under the rule, all over the same prompts, the seeds' mean
-    of each; and the points by which the rule is behind the plain model, with the interval."""
-    known = {cell["task"]: cell for cell in plain["tasks"]["ruler"]["cells"] if cell["length"] == length}
-    scores = {"plain": [], "learned": [], "question": []}
-    for task, cell in sorted(known.items()):
-        for control in ("learned", "question"):
-            found = [next(one for one in run["tasks"]["ruler"]["cells"]
-                          if (one["task"], one["length"], one["control"]) == (task, length, control)) for run in seeds]
-            assert len({one["prompts"] for one in found}) == 1 and {one["n"] for one in found} == {8}
-            scores[control] += [sum(one) / len(seeds) for one in zip(*(one["scores"] for one in found), strict=True)]
-        scores["plain"] += cell["scores"][:8]
-    value, (low, high) = intervals.paired_items(scores["plain"], scores["question"])
-    means = [100 * sum(one) / len(one) for one in scores.values()]
-    return [*means, [100 * one for one in (value, low, high)]]
+def cells_of(run, length, control="learned"):
+    """RULER's cells of a length by task; a plain model has no other control."""
+    controls = ("plain", control)
+    found = {cell["task"]: cell for cell in run["tasks"]["ruler"]["cells"]
+             if cell["length"] == length and cell["control"] in controls}
+    return {task: found[task] for task in sorted(found)}
+
+
+def scores_of(run, length, control="learned"):
+    """The scores [task, prompt] of as many prompts as the seeds have."""
+    return np.array([cell["scores"][:ITEMS] for cell in cells_of(run, length, control).values()])
+
+
+def points_behind(plain, mine):
+    """Points of `mine` [task, prompt] behind the plain model, with the interval."""
+    value, (low, high) = intervals.paired_items(plain.ravel().tolist(), mine.ravel().tolist())
+    return [100 * one for one in (value, low, high)]
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +48,9 @@ def ruler(found):
 
 def difference(mine, base, length):
     """Points by which RULER is higher, with the interval, over the same prompts."""
-    cells = [{cell["task"]: cell for cell in run["tasks"]["ruler"]["cells"]
-              if cell["length"] == length and cell["control"] in ("plain", "learned")} for run in (mine, base)]
+    cells = [cells_of(run, length) for run in (mine, base)]
     assert all(cells[0][task]["prompts"] == cells[1][task]["prompts"] for task in cells[0])
-    scores = [[one for task in sorted(found) for one in found[task]["scores"]] for found in cells]
+    scores = [[one for cell in found.values() for one in cell["scores"]] for found in cells]
     value, (low, high) = intervals.paired_items(*scores)
     return [100 * one for one in (value, low, high)]
 
@@ -76,33 +77,52 @@ def test_the_page_says_what_was_measured(runs):
                      if (cell["task"], cell["length"]) == ("vt", LONG)) for name in ("plain", "target", "ask")]
     local = {name: reach_of(run)[0] for name, run in runs.items() if name != "plain"}
     kept = [runs[name]["tasks"]["reach"]["rows"]["learned"] for name in ("lengths", "lengths-mixed")]
+    alike = [reach_of(runs[name])[1] for name in ("answers", "answers-mixed")]
+    assert abs(alike[0] - alike[1]) < 0.005
     lost = {name: behind(runs[name], runs["plain"], LONG) for name in RECIPES}
     nearest = min(lost.values())
     assert nearest[0] > 10 and "none is within 10 points" in (ROUTER.parent / "README.md").read_text()
     check(points, LONG, *tracking, *difference(runs["ask"], runs["target"], LONG), SHORT, 93, local["ask"], LONG, LONG,
-          local["ask-32k"], kept[0]["kept"], *kept[0]["kept_95"], kept[1]["kept"], *kept[1]["kept_95"],
-          local["lengths"] - local["lengths-mixed"], *difference(runs["lengths-mixed"], runs["lengths"], LONG), LONG,
+          local["ask-32k"], local["answers"] - local["answers-mixed"],
+          *difference(runs["answers-mixed"], runs["answers"], LONG), LONG, kept[0]["kept"], *kept[0]["kept_95"],
+          kept[1]["kept"], *kept[1]["kept_95"],
           *behind(runs["lengths-mixed-signals"], runs["lengths-mixed"], SHORT), SHORT, 90, 2, LONG, *nearest, 88, 64,
           1.4, 21_504, 22_176)
 
 
 def test_the_page_says_what_three_seeds_reached():
     text = (ROUTER / "README.md").read_text().partition("## Three seeds of the last")[2]
-    seeds, plain = [read_results(ROUTER / name / "eval.json") for name in SEEDS], read_results(
-        ROUTER.parent / "long/plain/eval.json")
+    seeds = [read_results(ROUTER / name / "eval.json") for name in SEEDS]
+    plain = read_results(ROUTER.parent / "long/plain/eval.json")
     assert [run["run"]["seed"] for run in seeds] == [0, 1, 2]
-    settings = [run["tasks"]["ruler"] for run in (*seeds, plain)]
-    assert all((one["seed"], one["made_of"]) == (settings[-1]["seed"], settings[-1]["made_of"]) for one in settings)
-    told = {length: pooled(seeds, plain, length) for length in (4_096, SHORT, 16_384, LONG)}
-    first, _, rest = text.partition("| 0 |")
-    assert "88 prompts" in first  # 8 of each of 11 tasks, which `pooled` asks for
+    made = [(found["seed"], found["made_of"]) for found in (run["tasks"]["ruler"] for run in (*seeds, plain))]
+    assert made == [made[0]] * 4  # a prompt follows from these, its task, its length and its number
+    rows, tasks, gains, lost = [], [], [], []
+    for length in LENGTHS:
+        base, means, behind_plain, past = scores_of(plain, length), [], [], []
+        for control in ("learned", "question"):
+            cells = [cells_of(run, length, control) for run in seeds]
+            assert all(len({found[task]["prompts"] for found in cells}) == 1 for task in cells[0])
+            mine = np.mean([scores_of(run, length, control) for run in seeds], axis=0)
+            assert mine.shape == base.shape == (11, ITEMS)
+            means.append(100 * mine.mean())
+            behind_plain += points_behind(base, mine)
+            by_task = 100 * (base - mine).mean(axis=1)
+            past.append(int((by_task > 2).sum()))
+        rows.append([length, 100 * base.mean(), *means, *behind_plain])
+        tasks.append([length, *past, by_task.max()])
+        gains.append(means[1] - means[0])
+        lost.append(behind_plain[0])
     each = [[number, *reach_of(run)] for number, run in enumerate(seeds)]
-    rows = [[length, *row[:3], *row[3]] for length, row in told.items()]
+    first, _, rest = text.partition("| 0 |")
+    check(first.replace("WikiText-2", "").replace("`--target-local 0.945`", ""), 88, LONG, 64)
     table, _, points = ("| 0 |" + rest).partition("- **It misses")
-    check(table, *functools.reduce(operator.iadd, each, []), *functools.reduce(operator.iadd, rows, []))
-    assert all(run[2] < 0.97 for run in each)
-    assert {length for length, row in told.items() if row[3][0] <= 2} == {4_096, 16_384}
-    check(points.partition("*Limit")[0], 0.97, 2, 4_096, 16_384, told[SHORT][2] - told[SHORT][1], SHORT)
+    check(table, *itertools.chain(*each, *rows), 2, *itertools.chain(*tasks))
+    assert all(kept < 0.97 for _, _, kept in each)
+    assert tasks[0][2] == 1 < min(past for _, _, past, _ in tasks[1:])
+    check(points, 0.97, 11, 2, 4_096, 1, *gains, 4_096, LONG, 8)
+    main = (ROUTER.parent / "README.md").read_text()
+    check(main.partition("the last recipe's three seeds, on other prompts, are ")[2].partition(" points")[0], lost[-1])
 
 
 def test_the_recipes_are_those_of_the_table(runs):
