@@ -11,6 +11,7 @@ import ast
 import functools
 import json
 import re
+import threading
 from importlib import metadata
 from pathlib import Path
 from types import CodeType
@@ -24,6 +25,7 @@ USUAL = ("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "
          "niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe")
 RULER_TASKS = (*USUAL, *QUESTIONS)
 """Named as lm-eval's files are."""
+_PARSING = threading.Lock()
 
 
 class Settings(NamedTuple):
@@ -90,7 +92,9 @@ def _read(file: str) -> str:
 
 @functools.cache
 def _compiled(file: str, names: tuple[str, ...]) -> CodeType:
-    tree = ast.parse(_read(f"{file}.py"))
+    text = _read(f"{file}.py")
+    with _PARSING:  # Python 3.11 counts the depth of all threads' trees in one place, and raises SystemError by chance
+        tree = ast.parse(text)
     kept = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.Assign) and _name(node) in names]
     for node in kept:
         if isinstance(node, ast.FunctionDef):

@@ -1,9 +1,11 @@
 """RULER's prompts: exact to the token, with their answers inside, and the same for the same seed; lm-eval's scores."""
 
+import gc
 import json
 import re
 import sys
 import urllib.error
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -145,6 +147,24 @@ def test_another_lm_eval_is_refused(monkeypatch):
 def paragraphs():
     return [{"context": f"{prose(60, seed)}", "qas": [{"question": f"What is {seed}?", "is_impossible": False,
              "answers": [{"text": f"number {seed}"}]}]} for seed in range(80)]
+
+
+def test_threads_may_read_one_file_at_once(monkeypatch):
+    """Without the lock, most of these fail on Python 3.11.7: whatever lets another thread run amid a parse suffices."""
+    assert score("vt", ["A"], "A") == 1.0  # the files are read
+    often = lambda phase, info: sys.getswitchinterval()  # noqa: E731  Python code, so that threads change places here
+    interval, threshold = sys.getswitchinterval(), gc.get_threshold()
+    sys.setswitchinterval(1e-6)
+    gc.set_threshold(10)
+    gc.callbacks.append(often)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda _: ruler_source._compiled.__wrapped__("prepare_niah", ("NEEDLE",)), range(40)))
+    finally:
+        gc.callbacks.remove(often)
+        gc.set_threshold(*threshold)
+        sys.setswitchinterval(interval)
+    assert len(found) == 40
 
 
 def test_questions_come_from_local_files(tokenizer, made_of, tmp_path, monkeypatch):
