@@ -18,8 +18,9 @@ from l2a_jax.training.settings import Source
 ROUTES = ("learned", "all", "none")
 CONTROLS = ("all", "none", "random", "shuffled", "static")
 """Decisions that know nothing of the text; see `controls`."""
-OPENED = ("answer", "question")
-"""Decisions of RULER that are the router's own but at the end of a prompt; see `ruler`."""
+OPENED = {"answer": 0, "question": 64}
+"""RULER's two that are the router's own, but so many tokens at a prompt's end, and all after it, see everything.
+64 hold what is asked, and how the answer begins."""
 
 
 def _names(text: str, flag: str) -> tuple[str, ...]:

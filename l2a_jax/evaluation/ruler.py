@@ -5,7 +5,7 @@ stands in what was written. Beside the router's own decisions, a prompt can be r
 (`controls`); what is written after it is decided by the router in each case. Two more say where a router loses:
 
   answer      the router's own, but all that is written sees everything
-  question    the same, and so do the last `QUESTION` tokens of the prompt
+  question    the same, and so do the last tokens of the prompt (`OPENED`)
 
 The prompts are the same for all, so that choices, and runs of the same settings, are compared item by item.
 
@@ -53,8 +53,6 @@ BUILDERS = min(8, os.cpu_count() or 1)
 """Prompts that are made at once, while the device computes."""
 MEMORY_SHARE = 0.7
 """Of what the weights leave: allocation in blocks takes the rest."""
-QUESTION = 64
-"""Tokens at the end of a prompt that hold what is asked, and how the answer begins."""
 SHOWN = 100
 """Characters of an answer in the results; all of it is in the samples."""
 SAMPLES = "samples_ruler.jsonl"
@@ -176,19 +174,15 @@ def _cells(work: Work, task: str, length: int, building: Sequence[Future[Item]],
             yield cell, []
     if not wanted:
         return
-    first = write(model, items, task, length, o, mesh=work.mesh)
-    choices = [(own, None)]
-    if len({*wanted} - {own}):
+    given: dict[str, dict[str, Any]] = {name: {"route_last": tokens} for name, tokens in OPENED.items()}
+    if {*wanted} - {*OPENED}:
+        first = write(model, items, task, length, o, mesh=work.mesh)
+    if {*wanted} - {*OPENED, own}:
         real = np.ones((len(items), len(items[0].tokens)), bool)
-        choices += [(name, decisions) for name, _, decisions in
-                    controls(first.decisions, real, model.l2a_config.pruned_layers, seeds=1) if name in wanted]
-        choices += [(name, opened(first.decisions, tokens, ruler_source.settings(task).new_tokens))
-                    for name, tokens in zip(OPENED, (0, QUESTION), strict=True) if name in wanted]
-    for control, decisions in choices:
-        if control not in wanted:
-            continue
-        found = first if decisions is None else write(model, items, task, length, o, decisions=decisions,
-                                                           mesh=work.mesh)
+        given |= {name: {"decisions": decisions} for name, _, decisions in
+                  controls(first.decisions, real, model.l2a_config.pruned_layers, seeds=1)}
+    for control in wanted:
+        found = first if control == own else write(model, items, task, length, o, mesh=work.mesh, **given[control])
         scores = [ruler_source.score(task, item.answers, text) for item, text in zip(items, found.texts, strict=True)]
         cell = {"task": task, "length": length, "control": control, "score": float(np.mean(scores)), "n": len(items),
                 "scores": np.round(scores, 4).tolist(), "written": [text[:SHOWN] for text in found.texts],
@@ -204,20 +198,11 @@ def _cells(work: Work, task: str, length: int, building: Sequence[Future[Item]],
             for number, (item, text, score) in enumerate(zip(items, found.texts, scores, strict=True))]
 
 
-def opened(decisions: Bool[np.ndarray, "L B T"], tokens: int, new_tokens: int) -> Bool[np.ndarray, "L B S"]:
-    """The decisions in prompts, of which the last `tokens` and all `new_tokens` after them are routed instead."""
-    size = decisions.shape[2]
-    found = np.pad(decisions, ((0, 0), (0, 0), (0, new_tokens)), constant_values=True)
-    found[:, :, max(0, size - tokens): size] = True
-    return found
-
-
 def write(model: Pretrained, items: Sequence[Item], task: str, length: int, options: Any, *,
-          decisions: Bool[np.ndarray, "L B T"] | Bool[np.ndarray, "L B S"] | None = None,
-          heads: Bool[np.ndarray, "L K"] | None = None,
-          mesh: Mesh | None = None) -> Written:
-    """What the model writes after each prompt, in batches of one size; `decisions`, `heads` and `mesh` are those of
-    `generate`."""
+          decisions: Bool[np.ndarray, "L B T"] | None = None, heads: Bool[np.ndarray, "L K"] | None = None,
+          route_last: int | None = None, mesh: Mesh | None = None) -> Written:
+    """What the model writes after each prompt, in batches of one size; `decisions`, `heads`, `route_last` and `mesh`
+    are those of `generate`."""
     most = _most_rows(model, length, options.batch_tokens) * axes_of(mesh).data
     batches = -(-len(items) // most)
     rows = -(-len(items) // batches)
@@ -229,7 +214,8 @@ def write(model: Pretrained, items: Sequence[Item], task: str, length: int, opti
             model.params, model.config, model.l2a_config, [items[index].tokens.tolist() for index in chosen],
             max_new_tokens=ruler_source.settings(task).new_tokens, room=_room(options.ruler_tasks),
             stop_tokens=model.tokenizer.end_ids, backend=options.backend,
-            decisions=None if decisions is None else decisions[:, chosen], heads=heads, mesh=mesh)
+            decisions=None if decisions is None else decisions[:, chosen], heads=heads, route_last=route_last,
+            mesh=mesh)
         kept = min(rows, len(items) - start)
         tokens, lengths, finite, read = jax.device_get((out.tokens, out.lengths, out.finite, out.decisions))
         read = None if read is None else read[:, :kept, :size]

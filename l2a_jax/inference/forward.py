@@ -66,13 +66,15 @@ def prefill(
     params: Tree, tokens: Int[Array, "B T"], lengths: Int[Array, B], config: ModelConfig, l2a_config: L2AConfig | None,
     layout: Layout, *,
     decisions: Bool[Array, "L B T"] | None = None, pruned: Bool[Array, " L"] | None = None,
-    heads: Bool[Array, "L K"] | None = None, backend: str = "auto", shards: int = 1,
+    heads: Bool[Array, "L K"] | None = None, route_last: Int[Array, ""] | None = None, backend: str = "auto",
+    shards: int = 1,
 ) -> tuple[Float[Array, "B V"], Cache, Bool[Array, "L B T"] | None]:
     """Logits after the last token of each row (of `lengths[b]` tokens, then padding), the cache, and the decisions.
 
-    `decisions`, `pruned` and `heads` are those of `hidden_states`; padding is never routed. Memory is O(T): the caches
-    are filled layer by layer. Inside `shard_map`, `shards` devices of its axis "context" share the tokens of whole
-    prompts; each holds the weights, and in the end the whole cache. ValueError where they do not divide T.
+    `decisions`, `pruned` and `heads` are those of `hidden_states`, `route_last` is that of `generate`; padding is never
+    routed. Memory is O(T): the caches are filled layer by layer. Inside `shard_map`, `shards` devices of its axis
+    "context" share the tokens of whole prompts; each holds the weights, and in the end the whole cache. ValueError
+    where they do not divide T.
     """
     whole = tokens.shape
     index, recorder = jnp.arange(whole[1], dtype=jnp.int32), _Recorder(l2a_config, None, backend)
@@ -83,7 +85,8 @@ def prefill(
             decisions = jax.vmap(lambda rows: stripes.dealt(rows, CONTEXT))(decisions)
     positions = jnp.broadcast_to(index, tokens.shape)
     real = positions < lengths[:, None]
-    context = context_of(config, l2a_config, positions, real, recorder)
+    routed = None if route_last is None else positions >= (lengths - route_last)[:, None]
+    context = context_of(config, l2a_config, positions, real, recorder, routed=routed)
     x = params["embed"]["embedding"][tokens]
     pruned = pruned_of(config, l2a_config) if pruned is None else pruned
 

@@ -76,6 +76,7 @@ class Settings(NamedTuple):
     stop_tokens: Int[Array, S]
     decisions: Bool[Array, "L B T"] | Bool[Array, "L B S"] | None
     heads: Bool[Array, "L K"] | None = None
+    route_last: Int[Array, ""] | None = None
 
 
 class State(NamedTuple):
@@ -102,6 +103,7 @@ def generate(
     stop_tokens: Sequence[int] = (),
     decisions: Bool[Any, "L B T"] | Bool[Any, "L B S"] | None = None,
     heads: Bool[Any, "L K"] | None = None,
+    route_last: int | None = None,
     room: int | None = None,
     backend: str = "auto",
     mesh: Mesh | None = None,
@@ -111,6 +113,8 @@ def generate(
     `temperature` 0 takes the likeliest token; above 0, tokens are drawn with `key` from the `top_p` nucleus.
     `decisions` override the router by position. [L, B, T], T being the longest prompt, in the prompts; after them it
     decides itself. [L, B, S], S being T plus `max_new_tokens`, in everything. `heads` are those of `hidden_states`.
+    `route_last`: so many tokens at the end of each prompt (its question), and all that is written, are routed, whatever
+    is decided (0: what is written alone; None: nothing more than is decided).
     `room` (at least `max_new_tokens`): what to compile for; calls of different `max_new_tokens` then share a program.
     `mesh`: deals the rows over its axis "data"; the devices of "context" share the prompts of their rows, then each
     decodes. Every device holds the weights, and the cache of its rows. What is drawn is drawn for all rows together, so
@@ -120,7 +124,7 @@ def generate(
     """
     tokens, lengths, options, settings = request(
         config, l2a_config, prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, key=key,
-        stop_tokens=stop_tokens, decisions=decisions, heads=heads, room=room, backend=backend,
+        stop_tokens=stop_tokens, decisions=decisions, heads=heads, route_last=route_last, room=room, backend=backend,
         params=params, mesh=mesh)
     out = _generate(whole.put(params, mesh), tokens, lengths, settings, options, bucket(room or max_new_tokens, 16))
     last = int(lengths.max()) + max_new_tokens
@@ -136,7 +140,8 @@ def request(
     config: ModelConfig, l2a_config: L2AConfig | None, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
     temperature: float = 0.0, top_p: float = 1.0, key: PRNGKeyArray | None = None, stop_tokens: Sequence[int] = (),
     decisions: Bool[Any, "L B T"] | Bool[Any, "L B S"] | None = None, heads: Bool[Any, "L K"] | None = None,
-    room: int | None = None, backend: str = "auto", params: Tree | None = None, mesh: Mesh | None = None,
+    route_last: int | None = None, room: int | None = None, backend: str = "auto", params: Tree | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Int[Array, "B T"], Int[Array, B], Options, Settings]:
     """The padded prompts, their lengths, and the two halves of the options, checked as `generate` says. Where a mesh
     does not divide the rows, the last one is there several times."""
@@ -146,7 +151,7 @@ def request(
     for number, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise UserError(f"prompt {number} is empty; a continuation needs at least one token to follow")
-    fields.check(Sampling(max_new_tokens, temperature, top_p, backend), spell=str)
+    fields.check(Sampling(max_new_tokens, temperature, top_p, route_last, backend), spell=str)
     temperature, top_p = fields.float32(temperature), fields.float32(top_p)
     if temperature > 0 and key is None:
         raise UserError(f"sampling at temperature {temperature} draws at random: give a key")
@@ -155,6 +160,9 @@ def request(
                           f"or a mesh of data=1 in place of {axes}")
     if l2a_config is not None:
         check_layers(config, l2a_config)
+    elif route_last is not None:
+        raise UserError(f"route_last is {route_last}; the model is plain, and all its "
+                        "tokens see everything")
     if params is not None and ("router" in params["layers"]) != (l2a_config is not None):
         raise ValueError(f"l2a_config is {l2a_config}, which does not fit the parameters; see add_routing")
     if missing := -len(prompts) % axes.data:
@@ -191,7 +199,8 @@ def request(
                       mesh)
     settings = Settings(jnp.int32(max_new_tokens), jnp.float32(temperature), jnp.float32(top_p),
                         key if temperature > 0 else None, jnp.asarray(stops), decisions,
-                        None if heads is None else jnp.asarray(heads))
+                        None if heads is None else jnp.asarray(heads),
+                        None if route_last is None else jnp.int32(route_last))
     return tokens, jnp.asarray(lengths), options, settings
 
 
@@ -214,8 +223,8 @@ def start(params: Tree, tokens: Int[Array, "B T"], lengths: Int[Array, B], setti
     batch, width = tokens.shape
     forced = None if settings.decisions is None else settings.decisions[:, :, :width]
     logits, cache, decided = prefill(params, tokens, lengths, options.config, options.l2a_config, options.layout,
-                                     decisions=forced, heads=settings.heads, backend=options.backend,
-                                     shards=axes_of(options.mesh).context)
+                                     decisions=forced, heads=settings.heads, route_last=settings.route_last,
+                                     backend=options.backend, shards=axes_of(options.mesh).context)
     if decided is not None:
         decided = jnp.pad(decided, ((0, 0), (0, 0), (0, options.layout.slots - width)))
     zeros = jnp.zeros((batch,), jnp.int32)
@@ -235,6 +244,8 @@ def advance(params: DecodeParams, state: State, settings: Settings, options: Opt
     def step(state):
         active = ~state.done
         forced = None if given is None else given[:, rows, state.position]
+        if settings.route_last is not None:
+            forced = jnp.ones((options.config.num_layers, rows.size), bool)
         logits, cache, decided = decode_step(params, state.next, state.position, active, state.cache, options.config,
                                              options.l2a_config, options.layout, decisions=forced,
                                              heads=settings.heads, backend=options.backend)
@@ -274,6 +285,6 @@ def _generate(params, tokens, lengths, settings, options, room):
     if options.mesh is None:
         return of_rows(*given)
     # No step asks anything of another device: each goes on until its own rows are done.
-    settings_dealt = Settings(*(P(),) * 5, STACKED, P())
+    settings_dealt = Settings(*(P(),) * 5, STACKED, P(), P())
     return jax.shard_map(of_rows, mesh=options.mesh, in_specs=(P(), ROWS, ROWS, settings_dealt),
                          out_specs=_BY_ROW, check_vma=False)(*given)

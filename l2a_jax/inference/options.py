@@ -8,7 +8,7 @@ from typing import Annotated
 
 from l2a_jax.attention.backends import Backend
 from l2a_jax.config import Sinks, Window
-from l2a_jax.fields import SEED, Choice, Filled, Mark, Unit, above, at_least, length
+from l2a_jax.fields import SEED, Choice, Filled, Mark, Unit, above, at_least, count, length
 from l2a_jax.training.settings import Source
 
 
@@ -20,6 +20,8 @@ class Sampling:
     temperature: Annotated[float, at_least(0), "0: the likeliest token"] = 0.0
     top_p: Annotated[float, above(0, 1, "a share of probability"), Unit("share"),
                      "draw from the likeliest tokens of this probability"] = 1.0
+    route_last: Annotated[int | None, count(0), Unit("tokens"), "so many at the prompt's end (its question), and all "
+                          "that is written, see everything (default: what the router says)"] = None
     backend: Backend = "auto"
 
 

@@ -38,7 +38,8 @@ _decode_params = jax.jit(decode_params)
 
 def stream(model: Pretrained, prompt: Sequence[int], *, max_new_tokens: int, temperature: float = 0.0,
            top_p: float = 1.0, key: PRNGKeyArray | None = None, stop_tokens: Sequence[int] = (),
-           backend: str = "auto", chunk: int = CHUNK) -> Iterator[list[tuple[int, int | None]]]:
+           route_last: int | None = None, backend: str = "auto",
+           chunk: int = CHUNK) -> Iterator[list[tuple[int, int | None]]]:
     """The tokens of `generate` for one prompt, some at a time, each with the number of layers that routed it.
 
     That is decided when a token is read, so the newest waits for the next piece; the very last one, and all of a plain
@@ -47,7 +48,7 @@ def stream(model: Pretrained, prompt: Sequence[int], *, max_new_tokens: int, tem
     """
     tokens, lengths, options, settings = request(
         model.config, model.l2a_config, [prompt], max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
-        key=key, stop_tokens=stop_tokens, backend=backend, params=model.params)
+        key=key, stop_tokens=stop_tokens, route_last=route_last, backend=backend, params=model.params)
     return _pieces(model, prompt, tokens, lengths, options, settings, max_new_tokens, chunk)
 
 
@@ -141,6 +142,8 @@ def run(source: str, *, prompt: str | None, prompt_file: Path | None, window: in
     if prompt is None:
         prompt = read_text(prompt_file, "--prompt-file")
     model = prepare(source, window=window, sinks=sinks, prune_layers=prune_layers, dtype=dtype)
+    if asked.route_last is not None and model.l2a_config is None:
+        raise UserError(f"--route-last is for a routed model; {source} is plain, and all its tokens see everything")
     if model.tokenizer is None:
         raise UserError(f"{source} has no tokenizer, so there is no text to read or write")
     ids = model.tokenizer.encode(prompt)

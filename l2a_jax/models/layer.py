@@ -87,7 +87,8 @@ class Attention:
 
 
 class Context(NamedTuple):
-    """What is the same for every layer of a call. `train`: decisions are learned in this call."""
+    """What is the same for every layer of a call. `train`: decisions are learned in this call. `routed`: tokens that
+    are routed, whatever is decided."""
 
     config: ModelConfig
     l2a: L2AConfig | None
@@ -97,6 +98,7 @@ class Context(NamedTuple):
     attend: Attention
     train: bool = False
     shard: Shard = ALONE
+    routed: PerRow | None = None
 
     @property
     def dense(self) -> bool:
@@ -129,10 +131,10 @@ class Decided(NamedTuple):
 
 
 def context_of(config: ModelConfig, l2a: L2AConfig | None, positions: Int[Array, "B T"], real: PerRow,
-               attend: Attention, train: bool = False, shard: Shard = ALONE) -> Context:
+               attend: Attention, train: bool = False, shard: Shard = ALONE, routed: PerRow | None = None) -> Context:
     """The context of a call; both paths share one table of rotations."""
     table = rope_table(positions, config, rope_of(config, l2a))
-    return Context(config, l2a, table, positions, real, attend, train, shard)
+    return Context(config, l2a, table, positions, real, attend, train, shard, routed)
 
 
 def pruned_of(config: ModelConfig, l2a: L2AConfig | None) -> Bool[Array, " L"] | None:
@@ -170,7 +172,8 @@ def far_queries_and_keys(x: Stream, layer: Params, context: Context) -> tuple[He
 def decide(h: Stream, layer: Params, context: Context, given: OfLayer, scores: router.Scores | None = None) -> Decided:
     """What is decided for each row, and for which rows global attention is computed:
 
-        decided    by `given.decisions`, else by the router, in training with a share `flip` of them inverted
+        decided    by `given.decisions`, else by the router, in training with a share `flip` of them inverted; tokens of
+                   `context.routed` are routed in each case
         computed   the routed rows; in training every real row where the layer leaks, which it does with probability
                    `leakage`, one draw a call (1: always, and nothing is drawn), or the unrouted rows that `explore`
                    draws; with a `nudge` every real row
@@ -188,6 +191,8 @@ def decide(h: Stream, layer: Params, context: Context, given: OfLayer, scores: r
     d = given.decisions
     if d is None:
         d = routing.decide(z, l2a.temperature, l2a.threshold) if given.cut is None else z >= given.cut
+    if context.routed is not None:
+        d = d | context.routed
     if context.train and l2a.flip:
         # Another draw than the leak's.
         d = routing.flipped(jax.random.fold_in(given.key, 1), d, l2a.flip, context.shard)

@@ -12,7 +12,7 @@ import pytest
 from l2a_jax.config import L2AConfig, ModelConfig
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import evaluate, ruler, ruler_source, ruler_text
-from l2a_jax.evaluation.options import Options
+from l2a_jax.evaluation.options import OPENED, Options
 from l2a_jax.evaluation.ruler_text import build
 from l2a_jax.models.params import add_routing, init_params, map_with_path
 from l2a_jax.models.transformer import forward
@@ -119,8 +119,8 @@ def test_cells_are_literal_decoding_under_each_control(folder, tmp_path):
         assert np.allclose(cells["shuffled"]["local"], learned, atol=1e-4)
         assert cells["static"]["local_share"] == pytest.approx(cells["learned"]["local_share"], abs=0.05)
         own = prompt_decisions(model, chosen, prepared, task)
-        for number, share in enumerate(own[:, :, :-ruler.QUESTION].sum(axis=(0, 2))):
-            routed = CONFIG.num_layers * ruler.QUESTION + share
+        for number, share in enumerate(own[:, :, :-OPENED["question"]].sum(axis=(0, 2))):
+            routed = CONFIG.num_layers * OPENED["question"] + share
             assert cells["question"]["local"][number] == pytest.approx(1 - routed / own[:, 0].size, abs=1e-4)
         assert cells["answer"]["local"] == learned
         assert "difference" in cells["all"] and "difference" not in cells["learned"]

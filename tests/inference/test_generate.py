@@ -124,6 +124,28 @@ def test_the_router_decides_after_a_prompt_of_forced_decisions(name):
                                       given[:, row, : len(prompt)] & able)
 
 
+@pytest.mark.parametrize("name", ["shared, pruned", "sequential sinks, pruned"])
+def test_the_end_of_a_prompt_and_what_is_written_are_routed(name):
+    """As under the router's own decisions with these places set; in rows of other lengths at other places."""
+    layer = WIRINGS[name][0]
+    params = make_params(layer)
+    own = np.asarray(whole(params, PROMPTS, layer)[1].decisions)[:, :, :29]
+    real = np.arange(29) < np.array([[29], [1], [12]])
+    for last in (0, 5):
+        given = np.ones((CONFIG.num_layers, 3, 29 + 6), bool)
+        for row, prompt in enumerate(PROMPTS):
+            context = max(0, len(prompt) - last)
+            given[:, row, :context] = own[:, row, :context]
+        assert not given[:, :, :29][:, real].all()
+        one, other = (generate(params, CONFIG, layer, PROMPTS, max_new_tokens=6, room=NEW, backend="reference", **how)
+                      for how in ({"route_last": last}, {"decisions": given}))
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+        np.testing.assert_array_equal(one.decisions, other.decisions)
+        np.testing.assert_allclose(one.log_probabilities, other.log_probabilities, atol=2e-5)
+    free = generate(params, CONFIG, layer, PROMPTS, max_new_tokens=6, room=NEW, backend="reference")
+    assert (free.log_probabilities != one.log_probabilities).any()
+
+
 def test_a_row_alone_left_or_right_padded_gives_the_same():
     layer, params = LAYERS["shared"], make_params(LAYERS["shared"])
     together = generate(params, CONFIG, layer, PROMPTS, max_new_tokens=NEW, backend="xla")
@@ -168,7 +190,8 @@ def test_the_kernel_inside_the_loop():
     ([], {}, "no prompt"), ([[1], []], {}, "prompt 1 is empty"), ([[61]], {}, "outside the vocabulary"),
     ([[1] * 120], {}, "longer than max_positions"), ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
     ([[1]], {"temperature": -1.0}, "temperature is -1"), ([[1]], {"temperature": 0.5}, "give a key"),
-    ([[1]], {"temperature": float("nan")}, "temperature is nan"), ([[1]], {"top_p": 0.0}, "top_p is 0")])
+    ([[1]], {"temperature": float("nan")}, "temperature is nan"), ([[1]], {"top_p": 0.0}, "top_p is 0"),
+    ([[1]], {"route_last": -1}, "route_last is -1"), ([[1]], {"route_last": 4}, "route_last is 4; the model is plain")])
 def test_bad_requests_are_refused_by_name(prompts, options, message):
     with pytest.raises(UserError, match=message):
         generate(make_params(None), CONFIG, None, prompts, **{"max_new_tokens": NEW, **options})

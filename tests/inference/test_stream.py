@@ -80,6 +80,7 @@ def test_the_command_prints_the_prompt_and_what_follows(command, capsys):
     (["--prompt", "a", "--prune-layers", "1"], "has no router"), (["--prompt", "a", "--window", "0"], "window is 0"),
     (["--prompt", "a", "--window", "4", "--prune-layers", "3"], "layers [3] cannot be pruned"),
     (["--prompt", "a", "--window", "4", "--prune-layers", "one"], "'one' is no layer"),
+    (["--prompt", "a", "--route-last", "8"], "--route-last is for a routed model"),
     (["--prompt", "a", "--top-p", "2"], "--top-p is 2"), (["--prompt", "a", "--max-new-tokens", "2000"], "longer than"),
     (["--prompt", "a", "--dtype", "int8"], "int8")])
 def test_bad_arguments_end_with_one_line(command, capsys, arguments, message):

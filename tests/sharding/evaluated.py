@@ -69,7 +69,7 @@ def requests(mesh) -> dict[str, Any]:
 
 
 def texts(mesh) -> dict[str, Any]:
-    """Three prompts, of which a stop token ends some."""
+    """Three prompts, of which a stop token ends some; their last tokens are routed whatever is decided."""
     import numpy as np
 
     from l2a_jax.inference.generate import generate
@@ -78,7 +78,7 @@ def texts(mesh) -> dict[str, Any]:
     asked = [rng.integers(0, model.config.vocab_size, length).tolist() for length in (21, 5, 13)]
     forced = rng.random((model.config.num_layers, 3, 21)) < 0.5
     one, other = (generate(model.params, model.config, model.l2a_config, asked, max_new_tokens=7, decisions=forced,
-                           stop_tokens=range(0, 61, 3), mesh=over) for over in (None, mesh))
+                           route_last=4, stop_tokens=range(0, 61, 3), mesh=over) for over in (None, mesh))
     return {"log-probabilities": apart(other.log_probabilities, one.log_probabilities),
             "lengths": one.lengths.tolist(),
             "same": all(bool((getattr(one, name) == getattr(other, name)).all())
