@@ -71,7 +71,7 @@ def decode_row(batch: Batch, row: int, tokenizer: Any, characters: int = 300,
         half = characters // 2
         if len(text) > characters:
             text = f"{text[:half]} [... {len(text) - 2 * half} characters ...] {text[-half:]}"
-        counted = int(np.asarray(batch.weights[row])[where].sum())
+        counted = np.count_nonzero(np.asarray(batch.weights[row])[where])
         lines.append(f"--- document {segment}: {where.size} tokens from {where[0]}, {counted} of them with a target")
         lines.append(text)
     if kept < count:

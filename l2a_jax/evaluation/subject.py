@@ -97,5 +97,6 @@ def run_facts(run: RunSource) -> dict[str, Any]:
         loss = saved.get("best") if run.kind == BEST else None
         facts = {**dict.fromkeys(names), "trained_parameters": facts["trained_parameters"], "steps": saved["step"],
                  "held_out_perplexity": None if loss is None else math.exp(loss), "checkpoint": run.label}
-    return {"data": list(settings.data) or "synthetic recall corpus", "seed": settings.seed,
-            "model": settings.model, **facts}
+    told = {"data": list(settings.data) or "synthetic recall corpus", "seed": settings.seed, "model": settings.model}
+    recipe = {name: getattr(settings, name) for name in settings.given if name not in told}
+    return {**told, "preset": list(settings.preset), "recipe": recipe, **facts}

@@ -34,11 +34,11 @@ REGIMES: dict[str, tuple[str, ...]] = {
     "pretrain": tuple(GROUPS),
 }
 # The preset that a regime begins with, for the layer above all.
-REGIME_PRESET = {"router_strict": "repair", "router_only": "repair", "l2a_ft": "paper", "l2a_paper": "paper",
+REGIME_PRESET = {"router_strict": "repair", "router_only": "repair-2025", "l2a_ft": "paper", "l2a_paper": "paper",
                  "full_ft": "paper"}
 # The same when the study's rows and the timings were declared: their settings are these presets', whatever a regime
 # begins with now.
-FIRST_PRESET = {**REGIME_PRESET, "router_strict": "repair-2025", "router_only": "repair-2025"}
+FIRST_PRESET = {**REGIME_PRESET, "router_strict": "repair-2025"}
 # The others run a plain model: they add no router. In a shared layer with everything routed that is the same model, so
 # that `norms_only` is what `router_only` gains without any routing.
 PLAIN_REGIMES = tuple(name for name in REGIMES if name not in REGIME_PRESET)

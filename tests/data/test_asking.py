@@ -16,6 +16,7 @@ from l2a_jax.data.asking import (
     asked_row,
     with_questions,
 )
+from l2a_jax.data.batch import decode_row
 from l2a_jax.data.encoder import make_encoder
 from l2a_jax.errors import UserError
 
@@ -152,7 +153,7 @@ def test_answers_are_what_the_row_says_after_its_questions(prose, encode, tokeni
         assert found in [sorted(answer.strip() for _, answer in asked) for asked in tries]
 
 
-def test_answers_have_their_weight_and_nothing_else_changes(opened, write, texts):
+def test_answers_have_their_weight_and_nothing_else_changes(opened, write, texts, tokenizer):
     path = write("a.jsonl", texts(60, 100, 400))
     one, four = (opened(path, held_out=0.2, ask=1.0, **given) for given in ({}, {"answer_weight": 4.0}))
     assert one.fingerprint != four.fingerprint and four.describe()["answer_weight"] == 4
@@ -165,4 +166,5 @@ def test_answers_have_their_weight_and_nothing_else_changes(opened, write, texts
         assert {*np.unique(now.weights)} <= {0, 1, 4}
         np.testing.assert_array_equal(np.minimum(now.weights, 1), was.weights)
         weighted += (now.weights == 4).sum()
+        assert decode_row(now, 0, tokenizer) == decode_row(was, 0, tokenizer)
     assert weighted

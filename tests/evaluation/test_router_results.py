@@ -8,6 +8,7 @@ import pytest
 
 from l2a_jax.evaluation import intervals
 from l2a_jax.evaluation.results import read_results
+from l2a_jax.training.settings import Settings, resolve
 from tests.evaluation.test_long_results import reach_of, ruler_of
 from tests.research.replication.test_findings import check
 
@@ -130,3 +131,18 @@ def test_the_recipes_are_those_of_the_table(runs):
     assert parameters.pop("ask-hidden") > 65_000 >= max(parameters.values())
     assert {parameters[name] for name in ("lengths-signals", "lengths-mixed-signals")} == {22_176}
     assert all(abs(runs[name]["run"]["tokens_seen"] / 12e6 - 1) < 0.01 for name in RECIPES)
+
+
+def test_the_preset_is_the_recipe_of_the_three_seeds():
+    """But that a step's rows come in two micro-batches."""
+    for number, name in enumerate(SEEDS):
+        run = read_results(ROUTER / name / "eval.json")["run"]
+        given = {name: run[name] for name in ("model", "data", "seed")} | {"data": tuple(run["data"])}
+        settings = resolve("router_strict", given)
+        recipe = {name: value for name, value in run["recipe"].items() if name not in ("save_every", "eval_every")}
+        assert settings.seed == number and settings.batch_size * settings.grad_accum == recipe.pop("batch_size")
+        assert recipe.pop("grad_accum") == 1
+        assert {name: getattr(settings, name) for name in recipe} == recipe
+        fixed = {*recipe, "batch_size", "grad_accum", *given, "given", "preset", "regime"}
+        plain = Settings(regime="router_strict")
+        assert all(getattr(settings, name) == getattr(plain, name) for name in vars(plain) if name not in fixed)

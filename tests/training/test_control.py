@@ -117,7 +117,7 @@ def test_what_no_target_is(given, said):
 
 
 def test_a_target_takes_the_place_of_a_presets_penalty_and_is_not_for_a_plain_model():
-    assert presets.resolve("router_only", {"target_local": 0.9}, ("repair",)).penalty == 0
+    assert presets.resolve("router_only", {"target_local": 0.9}, ("repair-2025",)).penalty == 0
     with pytest.raises(UserError, match=r"^--target-local is of decisions, and --regime baseline"):
         presets.resolve("baseline", {"target_local": 0.9})
 
@@ -131,6 +131,18 @@ def test_a_preset_with_a_target_yields_to_whoever_prices_routing_after_it():
         assert settings.target_local is None and settings.penalty in (0.4, 0.5)
     again = presets.resolve("router_strict", {**given, "target_local": 0.8}, ("repair-target", "repair-far"))
     assert again.target_local == 0.8 and again.penalty == 0
+    own = presets.resolve("router_strict", given)
+    assert own.target_local == 0.945 and own.penalty == 0
+    assert presets.resolve("router_strict", {**given, "penalty": 0.4}) == dataclasses.replace(
+        own, target_local=None, penalty=0.4, given=("data", "model", "penalty"))
+
+
+def test_a_named_recipe_takes_the_place_of_the_regimes_and_a_size_does_not():
+    given = {"model": "x", "data": ("y",)}
+    far = presets.resolve("router_strict", given, ("repair-far",))
+    assert (far.objective, far.ask, far.answer_weight, far.target_local, far.penalty) == ("next-token", 0, 1, None, 0.5)
+    size = presets.resolve("router_strict", given, ("0.5b-24gb",))
+    assert (size.objective, size.ask, size.seq_len, size.grad_accum) == ("mixed", 0.5, 2_048, 1)
 
 
 GIVEN = {"target_local": 0.8, "steps": 100, "seq_len": 112, "batch_size": 8, "eval_every": 100, "eval_batches": 32,
