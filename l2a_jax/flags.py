@@ -100,7 +100,8 @@ def groups(kind: type) -> list[tuple[str, list[str]]]:
         names = [name for name in inspect.get_annotations(base)
                  if name in fields.declared(kind) and Mark.RECORDED not in said(fields.declared(kind)[name], Mark)]
         title = re.split(r"[.\n]", base.__doc__ or base.__name__)[0]
-        found += [(title[0].lower() + title[1:], names)] if names else []
+        named = title.split()[0].isupper()  # RULER is a name, not the first word of a sentence
+        found += [(title if named else title[0].lower() + title[1:], names)] if names else []
     return found
 
 

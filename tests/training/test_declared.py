@@ -31,6 +31,12 @@ def test_a_flag_has_help_a_group_and_a_row_in_the_guides_table(kind, name):
     assert told.help and told.names[0] in flags.flag_table(kind)
 
 
+def test_titles_of_groups_begin_small_but_for_names():
+    titles = {title for kind in KINDS for title, _ in flags.groups(kind)}
+    assert "RULER" in titles and "what is routed" in titles and all(
+        title[0].islower() or title.split()[0].isupper() for title in titles)
+
+
 def read_names() -> set[str]:
     """Every name that the library takes from an object: `settings.lr`, `options["text"]`, `getattr(s, "window")`."""
     found: set[str] = set()
