@@ -81,18 +81,26 @@ def make_batch(seed, length, micro=1):
     return Batch(tokens, np.roll(tokens, -1, axis=-1), weights, ids, None)
 
 
+@functools.cache
+def weights(layer, config, router):
+    """`make_params` with the router's weights scaled; the same of a case whatever its mesh."""
+    from l2a_jax.models.params import map_with_path
+    from tests.models.cases import make_params
+
+    return map_with_path(lambda path, leaf: leaf * router if "router" in path else leaf, make_params(layer, config))
+
+
 def set_up(case, mesh, config=None):
     """The jitted step of a case, its state, its frozen leaves, and its numbers; over `mesh`, or on one device."""
     import jax
     import jax.numpy as jnp
 
-    from l2a_jax.models.params import map_with_path
     from l2a_jax.sharding import leaves
     from l2a_jax.training.memory import checkpoint_policy
     from l2a_jax.training.optimizer import Dials, OptimizerConfig, make_optimizer
     from l2a_jax.training.regimes import regime_mask
     from l2a_jax.training.step import Objective, initial_state, split_params, train_step
-    from tests.models.cases import CONFIG, LAYERS, UNTIED, make_params
+    from tests.models.cases import CONFIG, LAYERS, UNTIED
 
     step = dict(case.of_step)
     if config is None:
@@ -100,8 +108,7 @@ def set_up(case, mesh, config=None):
     layer = None if case.layer is None else dataclasses.replace(LAYERS[case.layer], temperature=1.0, **case.of_layer)
     objective = Objective(config, layer, remat=checkpoint_policy(step.pop("remat", "none"), mesh is not None),
                           unroll=step.pop("unroll", False), backend=step.pop("backend", "reference"), mesh=mesh, **step)
-    params = map_with_path(lambda path, leaf: leaf * case.router if "router" in path else leaf,
-                           make_params(layer, config))
+    params = weights(layer, config, case.router)
     given = jax.tree.map(jnp.float32, dict(case.of_dials), is_leaf=lambda x: isinstance(x, tuple))
     rule, dials = OptimizerConfig(case.regime, epsilon=EPSILON), Dials(1e-3, 1e-3, STEPS, penalty=0.1, **given)
     trainable, frozen = split_params(params, regime_mask(params, case.regime), objective.unroll)
