@@ -61,7 +61,7 @@ class RecallCorpus:
 
     `seq_len` T in tokens; `distance`: the least number of tokens between a fact's last mention and its question,
     which must exceed the model's window plus its sinks; `facts` per row; `emphasis`: the weight of a recalled answer in
-    the loss, where any other token's is 1 (pretraining learns to recall from one token in twenty).
+    the loss of rows trained on, where any other token's is 1, and `held_out_emphasis` in that of held-out rows.
     """
 
     seq_len: int
@@ -70,6 +70,7 @@ class RecallCorpus:
     distance: int = 24
     facts: int = 4
     emphasis: float = 1.0
+    held_out_emphasis: float = 1.0
     process_index: int = 0
     process_count: int = 1
 
@@ -92,7 +93,7 @@ class RecallCorpus:
 
     def batch(self, index: int) -> Batch:
         """Micro-batch `index` of the training split, this process's rows of it."""
-        batch = self._rows(np.random.default_rng((self.seed, 0, index)))
+        batch = self._rows(np.random.default_rng((self.seed, 0, index)), self.emphasis)
         size = self.batch_size // self.process_count
         mine = slice(self.process_index * size, (self.process_index + 1) * size)
         return Batch(*(None if field is None else field[mine] for field in batch))
@@ -104,16 +105,16 @@ class RecallCorpus:
     def held_out(self, batches: int | None = None) -> Iterator[Batch]:
         """The first `batches` batches (8 unless told) of the held-out split: the same for every seed of training."""
         for index in range(8 if batches is None else batches):
-            yield self._rows(np.random.default_rng((0, 1, index)))
+            yield self._rows(np.random.default_rng((0, 1, index)), self.held_out_emphasis)
 
     def describe(self) -> dict:
         """What a summary says about the data."""
         return {"name": "synthetic recall corpus", "fingerprint": self.fingerprint, "domains": {"recall": 1.0},
                 "packing_efficiency": 1.0, "unique_tokens": "unlimited (generated)"}
 
-    def _rows(self, rng: np.random.Generator) -> Batch:
+    def _rows(self, rng: np.random.Generator, emphasis: float) -> Batch:
         rows = np.stack([self._row(rng) for _ in range(self.batch_size)])
-        weights = np.where(needs_memory(rows[:, :-1]), self.emphasis, 1.0).astype(np.float32)
+        weights = np.where(needs_memory(rows[:, :-1]), emphasis, 1.0).astype(np.float32)
         return Batch(rows[:, :-1], rows[:, 1:], weights, None, None)
 
     def _row(self, rng: np.random.Generator) -> Int[np.ndarray, T+1]:

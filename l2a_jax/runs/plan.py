@@ -137,8 +137,10 @@ def make_plan(settings: Settings, *, read: Callable = read_source, open_data: Ca
                              seed=settings.seed, packing=settings.packing, echo=settings.echo, ask=settings.ask,
                              answer_weight=settings.answer_weight, unique=settings.unique, vocab_size=config.vocab_size)
         reach = 0 if l2a_config is None else l2a_config.window + l2a_config.sinks
-        return RecallCorpus(seq_len, batch_size, settings.seed, distance=max(24, reach + 1),
-                            emphasis=RECALL_EMPHASIS if settings.regime == "pretrain" else 1.0)
+        emphasis, held_out = ((RECALL_EMPHASIS, RECALL_EMPHASIS) if settings.regime == "pretrain" else
+                              (settings.answer_weight, 1.0))
+        return RecallCorpus(seq_len, batch_size, settings.seed, distance=max(24, reach + 1), emphasis=emphasis,
+                            held_out_emphasis=held_out)
 
     if settings.curriculum is None:
         data = rows_of(settings.seq_len, settings.batch_size)

@@ -57,6 +57,7 @@ def test_what_is_kept_cannot_be_guessed_from_the_subject():
 def test_emphasis_weighs_the_answers_alone():
     batch = RecallCorpus(256, 2, emphasis=5.0).batch(0)
     np.testing.assert_array_equal(batch.weights, np.where(needs_memory(batch.tokens), 5.0, 1.0))
+    assert (next(RecallCorpus(256, 2, emphasis=5.0).held_out(1)).weights == 1).all()
 
 
 def test_tokenizer_and_vocabulary():

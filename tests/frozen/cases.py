@@ -17,13 +17,16 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 VALUES = pathlib.Path(__file__).with_name("values.json")
 REGIMES = ("router_strict", "router_only", "l2a_ft", "l2a_paper", "full_ft", "pretrain")
 SHORT = ("--steps", "3", "--batch-size", "2", "--eval-batches", "1", "--eval-every", "3", "--save-every", "3")
+# The embedded demo as it was when the values were taken.
+FIRST_DEMO = ("--router-input", "pre", "--penalty", "0.2", "--answer-weight", "1")
 RUNS = {
-    **{regime: ("--regime", regime, *SHORT) for regime in REGIMES},
+    **{regime: ("--regime", regime, *SHORT, *FIRST_DEMO) for regime in REGIMES},
     # The release's layer with its draws, accumulated: every key that a step folds.
-    "paper": ("--regime", "l2a_ft", *SHORT, "--topology", "sequential", "--no-share-attention", "--sinks", "0",
-              "--leakage", "0.5", "--flip", "0.2", "--grad-accum", "2", "--penalty", "0.1", "--weight-decay", "0.1"),
-    "post_local": ("--regime", "l2a_ft", *SHORT, "--no-share-attention", "--router-input", "post_local", "--leakage",
-                   "0.5", "--remat", "layer"),
+    "paper": ("--regime", "l2a_ft", *SHORT, *FIRST_DEMO, "--topology", "sequential", "--no-share-attention", "--sinks",
+              "0", "--leakage", "0.5", "--flip", "0.2", "--grad-accum", "2", "--penalty", "0.1", "--weight-decay",
+              "0.1"),
+    "post_local": ("--regime", "l2a_ft", *SHORT, *FIRST_DEMO, "--no-share-attention", "--router-input", "post_local",
+                   "--leakage", "0.5", "--remat", "layer"),
 }
 LAYERS = {
     "shared": {}, "parallel": {"share_attention": False}, "post_local": {"router_input": "post_local"},

@@ -12,7 +12,8 @@ from l2a_jax.training import settings as presets
 
 @pytest.mark.parametrize("regime", ["l2a_ft", "router_strict"])
 def test_the_router_finds_what_needs_memory(regime, tmp_path, optimised):
-    rows = train(presets.resolve(regime, {}), tmp_path / "run")["recall"]["rows"]
+    report = train(presets.resolve(regime, {}), tmp_path / "run")["recall"]
+    rows, found = report["rows"], report["router_any_layer"]
     baseline, trained = rows["baseline (full attention)"], rows["trained router"]
     control = rows["random routing, same rates"]
     assert baseline["recall_accuracy"] > 0.95
@@ -21,6 +22,9 @@ def test_the_router_finds_what_needs_memory(regime, tmp_path, optimised):
     assert trained["sparsity"] >= 0.8
     assert trained["recall_accuracy"] >= control["recall_accuracy"] + 0.2
     assert abs(control["sparsity"] - trained["sparsity"]) < 0.02
+    assert found["recall"] >= 0.95
+    if regime == "l2a_ft":  # frozen attention cannot learn to do without memory what a window could tell
+        assert found["routed"] <= 0.08 and found["recall"] >= 0.98 and trained["recall_accuracy"] >= 0.98
 
 
 def test_the_packaged_model_is_small():

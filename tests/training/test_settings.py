@@ -154,7 +154,9 @@ IDLE = [
     ("baseline", {"window": 8, "lr": 1.0, "seq_len": 64}, ("window", "lr")),
     ("pretrain", {"router_lr": 1.0, "penalty": 1.0, "lr": 1.0, "flip": 0.1}, ("router_lr", "penalty", "flip")),
     ("router_strict", {"lr": 1.0}, ("lr",)), ("router_only", {"lr": 1.0}, ()),
-    ("l2a_ft", {"packing": "concat"}, ("packing",)),
+    ("l2a_ft", {"packing": "concat"}, ("packing",)), ("l2a_ft", {"answer_weight": 8.0}, ()),
+    ("l2a_ft", {"answer_weight": 8.0, "model": "m", "data": ("d",)}, ("answer_weight",)),
+    ("pretrain", {"answer_weight": 8.0}, ("answer_weight",)),
     ("l2a_ft", {"packing": "concat", "model": "m", "data": ("d",)}, ()),
     ("l2a_ft", {"penalty": 0.0, "penalty_ramp": 0.1}, ("penalty_ramp",)),
 ]
