@@ -258,6 +258,8 @@ def resolve(regime: str, given: dict[str, Any], presets: tuple[str, ...] = (),
     values["data"] = tuple(values.get("data") or ())
     if values.get("model") is None and not values["data"]:
         base = DEMO_PRETRAIN if regime == "pretrain" else DEMO
+        if values.get("topology") == "sequential":
+            base = {**base, "router_input": "pre"}  # there the router reads local attention as it is
     elif values.get("model") is None:
         raise UserError("--data was given without --model; name the model whose tokenizer reads it "
                         "(a hub id, a folder or a .gguf file)")
