@@ -38,10 +38,10 @@ class Reads(NamedTuple):
     """What the new token of each row looks at: slots begin..end - 1 but `slot`, the first `sinks` slots below `begin`,
     and itself. Its key and value go to `slot`, `seen` or not. A row that is not `seen` gives exactly 0."""
 
-    begin: Int[Array, B]
-    end: Int[Array, B]
-    slot: Int[Array, B]
-    seen: Bool[Array, B]
+    begin: Int[Array, " B"]
+    end: Int[Array, " B"]
+    slot: Int[Array, " B"]
+    seen: Bool[Array, " B"]
 
 
 def attend_cache(q: Query, k: Key, v: Key, cache: KV, layer: int, reads: Reads, *, sinks: int = 0, write: bool = True,

@@ -23,7 +23,7 @@ class Rows(NamedTuple):
     sink_low: Int[Array, "B R"]
     sink_high: Int[Array, "B R"]
 
-    def visible(self, keys: Int[Array, S]) -> Bool[Array, "B R S"]:
+    def visible(self, keys: Int[Array, " S"]) -> Bool[Array, "B R S"]:
         """The mask itself, for a few keys at a time."""
         low, high, sink_low, sink_high = (field[:, :, None] for field in self)
         return ((low <= keys) & (keys <= high)) | ((sink_low <= keys) & (keys < sink_high))
@@ -66,8 +66,8 @@ class Order(NamedTuple):
 
     index: Int[Array, "B R"]
     rank: Int[Array, "B T"]
-    count: Int[Array, B]
-    first: Int[Array, B]
+    count: Int[Array, " B"]
+    first: Int[Array, " B"]
 
 
 def compact(decisions: Bool[Array, "B T"]) -> Order:

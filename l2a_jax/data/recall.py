@@ -117,7 +117,7 @@ class RecallCorpus:
         weights = np.where(needs_memory(rows[:, :-1]), emphasis, 1.0).astype(np.float32)
         return Batch(rows[:, :-1], rows[:, 1:], weights, None, None)
 
-    def _row(self, rng: np.random.Generator) -> Int[np.ndarray, T+1]:
+    def _row(self, rng: np.random.Generator) -> Int[np.ndarray, " S"]:
         subjects = rng.choice(SUBJECTS, self.facts, replace=False)
         kept = {subject: rng.choice(FACTS[subject].split()) for subject in subjects}
         unstated, due_at, row = list(subjects), {}, _sentence(rng)

@@ -82,8 +82,8 @@ class Rows(NamedTuple):
     """A batch under way. `next` has been chosen and not yet fed; it goes to `position`, as many tokens stand before."""
 
     cache: Cache
-    position: Int[Array, B]
-    next: Int[Array, B]
+    position: Int[Array, " B"]
+    next: Int[Array, " B"]
 
 
 _BY_ROW = Rows(STACKED, ROWS, ROWS)

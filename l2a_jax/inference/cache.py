@@ -92,7 +92,7 @@ def ring_slot(position: Int[Array, "*S"], window: int, sinks: int) -> Int[Array,
     return jnp.where(position < sinks, position, sinks + (position - sinks) % window)
 
 
-def ring_of(rows: Float[Array, "B T K H"], lengths: Int[Array, B], window: int, sinks: int,
+def ring_of(rows: Float[Array, "B T K H"], lengths: Int[Array, " B"], window: int, sinks: int,
             slots: int) -> Float[Array, "B S K H"]:
     """The ring after the first `lengths[b]` tokens of each row; slots that no token has yet hold anything finite."""
     slot = jnp.arange(slots)
@@ -103,13 +103,13 @@ def ring_of(rows: Float[Array, "B T K H"], lengths: Int[Array, B], window: int, 
     return jnp.take_along_axis(rows, jnp.clip(held, 0, rows.shape[1] - 1)[:, :, None, None], axis=1)
 
 
-def ring_reads(position: Int[Array, B], seen: Bool[Array, B], window: int, sinks: int, slots: int) -> Reads:
+def ring_reads(position: Int[Array, " B"], seen: Bool[Array, " B"], window: int, sinks: int, slots: int) -> Reads:
     """What the token at `position` reads of a ring: every slot in use but its own, where the oldest token leaves."""
     slot = ring_slot(position, window, sinks)
     return Reads(jnp.zeros_like(position), jnp.minimum(position, slots), slot, seen)
 
 
-def full_reads(position: Int[Array, B], seen: Bool[Array, B], begin: Int[Array, B] | int) -> Reads:
+def full_reads(position: Int[Array, " B"], seen: Bool[Array, " B"], begin: Int[Array, " B"] | int) -> Reads:
     """What the token at `position` reads of a full cache: the slots from `begin` on."""
     return Reads(jnp.broadcast_to(jnp.asarray(begin, jnp.int32), position.shape), position, position, seen)
 

@@ -63,8 +63,8 @@ class _StripedRecorder(_Recording, Striped):
 
 
 def prefill(
-    params: Tree, tokens: Int[Array, "B T"], lengths: Int[Array, B], config: ModelConfig, l2a_config: L2AConfig | None,
-    layout: Layout, *,
+    params: Tree, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], config: ModelConfig,
+    l2a_config: L2AConfig | None, layout: Layout, *,
     decisions: Bool[Array, "L B T"] | None = None, pruned: Bool[Array, " L"] | None = None,
     heads: Bool[Array, "L K"] | None = None, route_last: Int[Array, ""] | None = None, backend: str = "auto",
     shards: int = 1,
@@ -144,8 +144,8 @@ class _Reader(Attention):
 
     cache: Cache
     layout: Layout
-    position: Int[Array, B]
-    active: Bool[Array, B]
+    position: Int[Array, " B"]
+    active: Bool[Array, " B"]
     layer: int = 0
     stored: bool = False
 
@@ -187,10 +187,11 @@ class _Reader(Attention):
         begin = jnp.where(decisions[:, 0], 0, self._window())
         return self._full(q, k, v, begin, self.active, self.l2a.sinks)
 
-    def _window(self) -> Int[Array, B]:
+    def _window(self) -> Int[Array, " B"]:
         return jnp.maximum(self.position + 1 - self.l2a.window, 0)
 
-    def _full(self, q: Heads, k: Keys, v: Keys, begin: Int[Array, B] | int, seen: Bool[Array, B], sinks: int) -> Heads:
+    def _full(self, q: Heads, k: Keys, v: Keys, begin: Int[Array, " B"] | int, seen: Bool[Array, " B"],
+              sinks: int) -> Heads:
         # A shared layer whose router has seen local attention looks twice; the token is stored the first time.
         rows, full = attend_cache(q[:, 0], k[:, 0], v[:, 0], self.cache.full, self.layout.full[self.layer],
                                   full_reads(self.position, seen, begin), sinks=sinks, write=not self.stored,
@@ -200,7 +201,7 @@ class _Reader(Attention):
 
 
 def decode_step(
-    params: DecodeParams, tokens: Int[Array, B], position: Int[Array, B], active: Bool[Array, B], cache: Cache,
+    params: DecodeParams, tokens: Int[Array, " B"], position: Int[Array, " B"], active: Bool[Array, " B"], cache: Cache,
     config: ModelConfig, l2a_config: L2AConfig | None, layout: Layout, *,
     decisions: Bool[Array, "L B"] | None = None, pruned: Bool[Array, " L"] | None = None,
     heads: Bool[Array, "L K"] | None = None, backend: str = "auto",

@@ -44,11 +44,11 @@ class Generation(NamedTuple):
     """
 
     tokens: Int[Array, "B M"]
-    lengths: Int[Array, B]
-    stopped: Bool[Array, B]
+    lengths: Int[Array, " B"]
+    stopped: Bool[Array, " B"]
     log_probabilities: Float[Array, "B M"]
     decisions: Bool[Array, "L B S"] | None
-    finite: Bool[Array, B]
+    finite: Bool[Array, " B"]
 
 
 _BY_ROW = Generation(ROWS, ROWS, ROWS, ROWS, STACKED, ROWS)
@@ -73,7 +73,7 @@ class Settings(NamedTuple):
     temperature: Float[Array, ""]
     top_p: Float[Array, ""]
     key: PRNGKeyArray | None
-    stop_tokens: Int[Array, S]
+    stop_tokens: Int[Array, " S"]
     decisions: Bool[Array, "L B T"] | Bool[Array, "L B S"] | None
     heads: Bool[Array, "L K"] | None = None
     route_last: Int[Array, ""] | None = None
@@ -83,9 +83,9 @@ class State(NamedTuple):
     """A generation under way. `next` has been chosen and not yet fed; `count` tokens have been chosen per row."""
 
     cache: Cache
-    position: Int[Array, B]
-    next: Int[Array, B]
-    done: Bool[Array, B]
+    position: Int[Array, " B"]
+    next: Int[Array, " B"]
+    done: Bool[Array, " B"]
     count: Int[Array, ""]
     out: Generation
 
@@ -142,7 +142,7 @@ def request(
     decisions: Bool[Any, "L B T"] | Bool[Any, "L B S"] | None = None, heads: Bool[Any, "L K"] | None = None,
     route_last: int | None = None, room: int | None = None, backend: str = "auto", params: Tree | None = None,
     mesh: Mesh | None = None,
-) -> tuple[Int[Array, "B T"], Int[Array, B], Options, Settings]:
+) -> tuple[Int[Array, "B T"], Int[Array, " B"], Options, Settings]:
     """The padded prompts, their lengths, and the two halves of the options, checked as `generate` says. Where a mesh
     does not divide the rows, the last one is there several times."""
     axes = axes_of(mesh)
@@ -217,7 +217,7 @@ def bucket(size: int, smallest: int) -> int:
     return power * 3 // 4 if power > smallest and size <= power * 3 // 4 else power
 
 
-def start(params: Tree, tokens: Int[Array, "B T"], lengths: Int[Array, B], settings: Settings, options: Options,
+def start(params: Tree, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], settings: Settings, options: Options,
           room: int) -> State:
     """Read the prompts and choose the first token; `room`: how many tokens a row may get in all."""
     batch, width = tokens.shape

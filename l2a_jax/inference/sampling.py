@@ -23,7 +23,7 @@ def sample(
     key: PRNGKeyArray | None,
     temperature: Float[Array, ""] | float,
     top_p: Float[Array, ""] | float | None,
-) -> tuple[Int[Array, B], Float[Array, B]]:
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """(token, its log-probability under the model itself, before temperature and top-p) of each row.
 
     `key` None: the likeliest token, the first of equals. `top_p` None: no cut.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from l2a_jax.attention.reference import segment_starts
 from l2a_jax.nn.shard import ALONE, Shard
 
 
-def router_logits(h: Float[Array, "B T D"], kernel: Float[Array, D]) -> Float[Array, "B T"]:
+def router_logits(h: Float[Array, "B T D"], kernel: Float[Array, " D"]) -> Float[Array, "B T"]:
     """z = w . h, in float32 at highest precision: a bfloat16 product would move tokens across the threshold."""
     return jnp.einsum("btd,d->bt", h.astype(jnp.float32), kernel.astype(jnp.float32),
                       precision=jax.lax.Precision.HIGHEST)
@@ -168,25 +169,25 @@ def penalty_weight(step: Int[Array, ""] | int, *, maximum: Any, warmup: Any, ram
     return maximum * jnp.clip(progress, 0.0, 1.0)
 
 
-def sparsity(decisions: Bool[Array, "L B T"], real: Bool[Array, "B T"]) -> Float[Array, L]:
+def sparsity(decisions: Bool[Array, "L B T"], real: Bool[Array, "B T"]) -> Float[Array, " L"]:
     """Share of real tokens that are not routed, per layer."""
     return jnp.sum(~decisions & real, axis=(1, 2)) / jnp.maximum(jnp.sum(real), 1)
 
 
-def entropy(p: Float[Array, "L B T"], real: Bool[Array, "B T"]) -> Float[Array, L]:
+def entropy(p: Float[Array, "L B T"], real: Bool[Array, "B T"]) -> Float[Array, " L"]:
     """Mean entropy of the routing probability per layer, in nats: 0.69 undecided, 0 certain."""
     q = jnp.clip(p, 1e-7, 1 - 1e-7)
     nats = -(q * jnp.log(q) + (1 - q) * jnp.log1p(-q))
     return jnp.sum(jnp.where(real, nats, 0.0), axis=(1, 2)) / jnp.maximum(jnp.sum(real), 1)
 
 
-def random(key: PRNGKeyArray, rates: Float[Array, L], batch: int, length: int) -> Bool[Array, "L B T"]:
+def random(key: PRNGKeyArray, rates: Float[Any, " L"] | Sequence[float], batch: int, length: int) -> Bool[Array, "L B T"]:
     """Control decisions: each token of layer l is routed with probability rates[l], independently."""
     rates = jnp.asarray(rates, jnp.float32)
     return jax.random.uniform(key, (rates.shape[0], batch, length)) < rates[:, None, None]
 
 
-def frozen(key: PRNGKeyArray, rates: Float[Array, L], batch: int, length: int) -> Bool[Array, "L B T"]:
+def frozen(key: PRNGKeyArray, rates: Float[Any, " L"] | Sequence[float], batch: int, length: int) -> Bool[Array, "L B T"]:
     """Control decisions: drawn once for every layer and place of a row, and the same in every row and step."""
     drawn = random(key, rates, 1, length)
     return jnp.broadcast_to(drawn, (drawn.shape[0], batch, length))

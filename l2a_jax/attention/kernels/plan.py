@@ -97,7 +97,7 @@ class Plan(NamedTuple):
     limits: Rows | None = None
     index: Int[Array, "B R"] | None = None
     rank: Int[Array, "B Q"] | None = None
-    count: Int[Array, B] | None = None
+    count: Int[Array, " B"] | None = None
     before: tuple[Int[Array, "B S"], ...] | None = None
     end: Int[Array, "B T"] | None = None
 

@@ -73,7 +73,7 @@ def join(spec: Spec, block: Block, plan: Plan, whole: Heads, lse: Float[Array, "
 
 
 def _kernel(
-    whole_in: HeadsRef, lse_in: NumbersRef, shares: Shares, index: Int[Any, "B R"], counts: Int[Any, B],
+    whole_in: HeadsRef, lse_in: NumbersRef, shares: Shares, index: Int[Any, "B R"], counts: Int[Any, " B"],
     whole_ref: HeadsRef, lse_ref: NumbersRef, *, spec: Spec, block: Block, room: int,
 ) -> None:
     del whole_in, lse_in
