@@ -18,6 +18,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from l2a_jax.attention.reference import segment_starts
 from l2a_jax.nn.shard import ALONE, Shard
 
+Rates = Float[Any, " L"] | Sequence[float]  # share of tokens that are routed in each layer
+
 
 def router_logits(h: Float[Array, "B T D"], kernel: Float[Array, " D"]) -> Float[Array, "B T"]:
     """z = w . h, in float32 at highest precision: a bfloat16 product would move tokens across the threshold."""
@@ -181,13 +183,13 @@ def entropy(p: Float[Array, "L B T"], real: Bool[Array, "B T"]) -> Float[Array, 
     return jnp.sum(jnp.where(real, nats, 0.0), axis=(1, 2)) / jnp.maximum(jnp.sum(real), 1)
 
 
-def random(key: PRNGKeyArray, rates: Float[Any, " L"] | Sequence[float], batch: int, length: int) -> Bool[Array, "L B T"]:
+def random(key: PRNGKeyArray, rates: Rates, batch: int, length: int) -> Bool[Array, "L B T"]:
     """Control decisions: each token of layer l is routed with probability rates[l], independently."""
     rates = jnp.asarray(rates, jnp.float32)
     return jax.random.uniform(key, (rates.shape[0], batch, length)) < rates[:, None, None]
 
 
-def frozen(key: PRNGKeyArray, rates: Float[Any, " L"] | Sequence[float], batch: int, length: int) -> Bool[Array, "L B T"]:
+def frozen(key: PRNGKeyArray, rates: Rates, batch: int, length: int) -> Bool[Array, "L B T"]:
     """Control decisions: drawn once for every layer and place of a row, and the same in every row and step."""
     drawn = random(key, rates, 1, length)
     return jnp.broadcast_to(drawn, (drawn.shape[0], batch, length))
