@@ -142,7 +142,7 @@ def request(
     decisions: Bool[Any, "L B T"] | Bool[Any, "L B S"] | None = None, heads: Bool[Any, "L K"] | None = None,
     route_last: int | None = None, room: int | None = None, backend: str = "auto", params: Tree | None = None,
     mesh: Mesh | None = None,
-) -> tuple[Int[Array, "B T"], Int[Array, " B"], Options, Settings]:
+) -> tuple[Int[Array, "R W"], Int[Array, " R"], Options, Settings]:
     """The padded prompts, their lengths, and the two halves of the options, checked as `generate` says. Where a mesh
     does not divide the rows, the last one is there several times."""
     axes = axes_of(mesh)

@@ -132,7 +132,7 @@ def target_tokens(batch: Batch, objective: Objective) -> Bool[Array, "*A B T"]:
 
 def _keys(batch: Batch, window: int, sinks: int) -> Int[Array, "*A B T"]:
     ids, shape = batch.segment_ids, batch.tokens.shape
-    rows = None if ids is None else ids.reshape(-1, shape[-1])
+    rows = None if ids is None else jnp.asarray(ids).reshape(-1, shape[-1])
     return routing.keys_beyond(rows, (math.prod(shape[:-1]), shape[-1]), window, sinks).reshape(shape)
 
 

@@ -200,7 +200,7 @@ def trained(tmp_path_factory, text):
     os.chdir(folder)
     try:
         settings = presets.resolve("router_strict", {**GIVEN, "model": "model", "data": ("text", "more=text/*.jsonl"),
-                                                     "steps": 6})
+                                                     "steps": 6}, ("repair-2025",))
         train(settings, Path("run"))
     finally:
         os.chdir(here)
