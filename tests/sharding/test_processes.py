@@ -92,7 +92,8 @@ def test_killed_processes_go_on_in_other_numbers_with_the_losses_of_one_device(w
     folder = tmp_path / "run"
     given = [f"--{name.replace('_', '-')}={value[0] if name == 'data' else value}"
              for name, value in flags_of(text).items()]
-    two = start(2, "--regime", "l2a_ft", "--preset", "repair-2025", *given, "--mesh", f"data={DEVICES}", "--run-dir", folder)
+    two = start(2, "--regime", "l2a_ft", "--preset", "repair-2025", *given, "--mesh", f"data={DEVICES}", "--run-dir",
+                folder)
     at_step(two, folder, 4)
     time.sleep(random.random() / 10)
     for process in two:
