@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from l2a_jax.nn import routing
     from l2a_jax.runs.router import train_router
     from l2a_jax.sources import Pretrained, load_pretrained
+    from l2a_jax.training.presets import PRESETS
     from l2a_jax.training.regimes import count_parameters, regime_mask
-    from l2a_jax.training.settings import PRESETS
     from l2a_jax.training.tables import REGIMES
 
 # Loaded at their first use: a command must be able to say what is wrong, and to be interrupted, before JAX is there.
@@ -34,7 +34,7 @@ _HOMES = {
     "inference.generate": ("Generation", "generate"),
     "models.params": ("abstract_params", "add_routing", "init_params"),
     "models.transformer": ("Output", "Qwen2", "forward", "hidden_states", "unembed"),
-    "training.settings": ("PRESETS",),
+    "training.presets": ("PRESETS",),
     "training.tables": ("REGIMES",),
     "training.regimes": ("count_parameters", "regime_mask"),
     "runs.router": ("train_router",),

@@ -23,8 +23,8 @@ import pytest
 from l2a_jax.config import MODELS, L2AConfig
 from l2a_jax.evaluation.registry import ASKED
 from l2a_jax.models.params import init_params
+from l2a_jax.training.presets import PRESETS
 from l2a_jax.training.regimes import count_parameters, regime_mask
-from l2a_jax.training.settings import PRESETS
 from l2a_jax.training.tables import PLAIN_REGIMES, REGIME_PRESET, REGIMES
 from tests.test_house import FLOORS
 

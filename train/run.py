@@ -32,7 +32,7 @@ def make_parser() -> flags.Parser:
 
 def describe() -> str:
     """What the names of regimes and presets stand for."""
-    from l2a_jax.training.settings import PRESETS
+    from l2a_jax.training.presets import PRESETS
     from l2a_jax.training.tables import REGIME_PRESET, REGIMES
 
     lines = ["A default holds where no preset says otherwise; without --model and --data the demo's sizes do.", "",

@@ -180,7 +180,7 @@ def _cells(work: Work, task: str, length: int, building: Sequence[Future[Item]],
     if {*wanted} - {*OPENED, own}:
         real = np.ones((len(items), len(items[0].tokens)), bool)
         given |= {name: {"decisions": decisions} for name, _, decisions in
-                  controls(first.decisions, real, model.l2a_config.pruned_layers, seeds=1)}
+                  controls(first.decisions, real, model.l2a_config.pruned_layers, seeds=1) if name in wanted}
     for control in wanted:
         found = first if control == own else write(model, items, task, length, o, mesh=work.mesh, **given[control])
         scores = [ruler_source.score(task, item.answers, text) for item, text in zip(items, found.texts, strict=True)]

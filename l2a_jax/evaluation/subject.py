@@ -98,5 +98,5 @@ def run_facts(run: RunSource) -> dict[str, Any]:
         facts = {**dict.fromkeys(names), "trained_parameters": facts["trained_parameters"], "steps": saved["step"],
                  "held_out_perplexity": None if loss is None else math.exp(loss), "checkpoint": run.label}
     told = {"data": list(settings.data) or "synthetic recall corpus", "seed": settings.seed, "model": settings.model}
-    recipe = {name: getattr(settings, name) for name in settings.given if name not in told}
-    return {**told, "preset": list(settings.preset), "recipe": recipe, **facts}
+    rest = {name: value for name, value in vars(settings).items() if name not in (*told, "regime", "preset", "given")}
+    return {**told, "preset": list(settings.preset), "settings": rest, **facts}

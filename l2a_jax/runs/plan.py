@@ -38,9 +38,10 @@ from l2a_jax.training import memory
 from l2a_jax.training import settings as presets
 from l2a_jax.training.estimate import Held, held
 from l2a_jax.training.optimizer import Dials, OptimizerConfig, make_optimizer
+from l2a_jax.training.presets import RECALL_EMPHASIS
 from l2a_jax.training.regimes import regime_mask
 from l2a_jax.training.run_files import RunConfig
-from l2a_jax.training.settings import RECALL_EMPHASIS, Settings
+from l2a_jax.training.settings import Settings
 from l2a_jax.training.step import (
     Objective,
     TrainState,
@@ -111,11 +112,12 @@ def make_plan(settings: Settings, *, read: Callable = read_source, open_data: Ca
                                          source, settings.preset)
         settings = presets.as_used(settings, l2a_config)
     config = presets.model_of(settings, config)
-    check_objective(settings.objective, settings.regime, l2a_config)
+    check_objective(settings.objective, settings.regime, l2a_config, presets.asked_by(settings, "objective"))
     check_attention_layers(settings.attention_layers, settings.regime, config.num_layers)
     if settings.forced is not None and len(settings.forced) not in (1, config.num_layers):
         raise UserError(f"--forced has {len(settings.forced)} shares; expected one, or one for each of the "
                         f"{config.num_layers} layers")
+    presets.check_target(settings, l2a_config)
     limit = position_limit(config, l2a_config)
     axes = Axes() if settings.mesh is None else parse(settings.mesh)
     if present:

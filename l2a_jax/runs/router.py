@@ -45,7 +45,8 @@ def train_router(
     configuration and tokenizer. `texts`: documents as strings; `data`: what `--data` takes (files, folders, globs,
     recipes); one of the two. `local`: the share of decisions to be local at the end; `penalty`: the price of routing;
     one of the two. `tokens` to train on, such as 4_000_000 or "4M". `settings`: any other setting of `train/run.py`,
-    such as `window`, `seq_len`, `batch_size` or `preset=("repair-far",)`.
+    such as `window`, `seq_len`, `batch_size` or `preset=("repair-far",)`; those that are not given are the preset
+    `repair`'s, with rows of 8,192 tokens.
 
     `out` is a new folder: the run is in `out/run` (`train/run.py --resume OUT/run` continues one that was stopped),
     what was given in memory beside it. Raises UserError on anything wrong with these, the source or the text; as the

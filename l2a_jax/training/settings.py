@@ -1,7 +1,8 @@
-"""What a run is asked to do: every setting of `train/run.py`, and the presets that fill them in.
+"""What a run is asked to do: every setting of `train/run.py`, and how presets fill them in.
 
-Settings are resolved in one order: the defaults of `Settings`, then the regime's preset, then the named presets, then
-the flags. The embedded demo (no model, no data) puts its own sizes where the regime's preset would stand.
+Settings are resolved in one order: the defaults of `Settings`, then the regime's preset (a named recipe takes its
+place), then the named presets, then the flags. The embedded demo (no model, no data) puts its own sizes where the
+regime's preset would stand.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 from l2a_jax import config, fields
 from l2a_jax.attention.backends import Backend
@@ -21,6 +22,7 @@ from l2a_jax.data.packing import PACKINGS
 from l2a_jax.errors import UserError
 from l2a_jax.fields import DTYPE, SHARE_OF_RUN, Choice, Distinct, Filled, Mark, Range, Unit, Written, above, count
 from l2a_jax.sharding import axes
+from l2a_jax.training.presets import DEMO, DEMO_PRETRAIN, PRESETS, RECALL_EMPHASIS
 from l2a_jax.training.tables import (
     MIXED,
     NEXT_TOKEN,
@@ -179,64 +181,6 @@ def compiled_in(settings: Settings) -> tuple:
     return settings.target_local is not None, settings.forced is not None, *chosen
 
 
-class Preset(NamedTuple):
-    """Settings under a name. A `recipe` takes the place of the regime's own preset; others are put on top of it."""
-
-    about: str
-    values: dict[str, Any]
-    recipe: bool = True
-
-
-# Function-preserving at the start, sinks kept, both paths computed: what made router-only training lossless.
-REPAIR: dict[str, Any] = {
-    "topology": "parallel", "share_attention": True, "sinks": 4, "window": 256, "rope": "none", "leakage": 1.0,
-    "penalty": 0.3, "penalty_warmup": 0.05, "penalty_ramp": 0.45, "lr": 5e-5, "router_lr": 3e-4, "weight_decay": 0.0,
-}
-REPAIR_FAR: dict[str, Any] = {
-    **REPAIR, "window": 1_024, "penalty": 0.5, "seq_len": 8_192, "batch_size": 1, "grad_accum": 1, "flip": 0.3,
-    "echo": 1.0,
-}
-REPAIR_TARGET: dict[str, Any] = {**REPAIR_FAR, "penalty": 0.0, "target_local": 0.9, "target_tokens": "beyond"}
-# Two micro-batches of two rows, so that a card of 24 GB holds them.
-REPAIR_ASKING: dict[str, Any] = {
-    **REPAIR_TARGET, "target_local": 0.945, "ask": 0.5, "answer_weight": 8.0, "objective": "mixed", "flip": 0.0,
-    "batch_size": 2, "grad_accum": 2, "router_lr": 1e-3,
-}
-# Run folders name these: a name stays, and a preset that is renewed leaves what it was under another name.
-PRESETS: dict[str, Preset] = {
-    "paper": Preset("the authors' release: L2A's own layer and schedule (lambda is greatest at the last step)", {
-        "topology": "sequential", "share_attention": False, "sinks": 0, "rope": "theta:5", "leakage": 0.1,
-        "penalty": 1.31e-3, "penalty_warmup": 209 / 3973, "penalty_ramp": 1 - 209 / 3973, "lr": 5e-5}),
-    "repair": Preset("a router for long texts, nine tenths local in 32,768 tokens; it learns from the model itself and "
-                     "from rows that ask", REPAIR_ASKING),
-    "repair-2025": Preset("keeps the model intact at the start, and its sinks; both paths are computed", REPAIR),
-    "repair-far": Preset("repair-2025 for long texts: the needle kept to 32,768 tokens with nine tenths local",
-                         REPAIR_FAR),
-    "repair-target": Preset("repair-far with a target in place of its penalty: nine tenths of the decisions local that "
-                            "change anything, whatever the row's length", REPAIR_TARGET),
-    **{f"{size}-24gb": Preset(f"Qwen2.5-{size.upper()} on one card of 24 GB, 8,192 tokens a step", {
-        "model": f"Qwen/Qwen2.5-{size.upper()}", "tokens": tokens, "seq_len": 2_048, "batch_size": 4 // accumulated,
-        "grad_accum": accumulated, **remat}, recipe=False)
-       for size, tokens, accumulated, remat in (("0.5b", 12_000_000, 1, {}), ("1.5b", 8_000_000, 2, {"remat": "layer"}),
-                                                ("3b", 8_000_000, 4, {"remat": "layer"}))},
-}
-
-# The embedded demo: `repair-2025`'s layer at the size of the packaged model, on the recall corpus. The model looks
-# an answer up in layer 0, where the embedding of "metal" is that of `keep metal` and of `tell metal`: the router reads
-# local attention too. Answers are few; counting more, they outlast a penalty that prices out what a window can learn.
-DEMO = {
-    **REPAIR, "window": 12, "router_input": "post_local", "penalty": 1.5, "answer_weight": 64.0, "seq_len": 128,
-    "batch_size": 16, "steps": 200, "tokens": None, "lr": 3e-4, "router_lr": 1e-2, "save_every": 50, "eval_every": 50,
-    "eval_batches": 2, "remat": "none",
-}
-RECALL_EMPHASIS = 4.0
-# What made the packaged model: `python train/run.py --regime pretrain`.
-DEMO_PRETRAIN = {
-    "seq_len": 128, "batch_size": 16, "steps": 450, "tokens": None, "lr": 3e-3, "weight_decay": 0.01,
-    "save_every": 200, "eval_every": 100, "eval_batches": 2, "remat": "none",
-}
-
-
 def resolve(regime: str, given: dict[str, Any], presets: tuple[str, ...] = (),
             begins: Mapping[str, str] = REGIME_PRESET) -> Settings:
     """All settings of a run from its regime, its named presets and the flags that were `given`. `begins`: the preset
@@ -297,8 +241,8 @@ def _checked(settings: Settings) -> Settings:
         why = (f"--regime {settings.regime} runs a plain model, which routes nothing"
                if settings.regime in PLAIN_REGIMES else
                "--target-local moves learned ones" if settings.target_local is not None else
-               f"--objective {settings.objective} teaches a router" if settings.objective != NEXT_TOKEN else
                f"--regime {settings.regime} trains nothing else" if REGIMES[settings.regime] == ("router",) else
+               f"--objective {settings.objective} teaches a router" if settings.objective != NEXT_TOKEN else
                f"--penalty {settings.penalty:g} is of learned ones" if settings.penalty else None)
         if why is not None:
             raise UserError(f"--forced takes the router's decisions away, but {why}")
@@ -316,6 +260,15 @@ def _checked(settings: Settings) -> Settings:
     if settings.curriculum is not None:
         parse_curriculum(settings.curriculum)
     return settings
+
+
+def asked_by(settings: Settings, name: str) -> str:
+    """Which preset asked for what stands in a setting, in brackets, for messages; nothing where none did."""
+    own = REGIME_PRESET.get(settings.regime)
+    regimes = own is not None and settings.model is not None and name not in settings.given
+    by = [preset for preset in ((own,) if regimes else settings.preset)
+          if PRESETS[preset].values.get(name) == getattr(settings, name)]
+    return f" (by --preset {by[-1]})" if by else ""
 
 
 def parse_rope(text: str) -> RopeScaling:
@@ -361,6 +314,18 @@ def adapt_layer(own: L2AConfig, given: Mapping[str, Any], source: str, named: tu
             raise UserError(f"{fields.flag(name)} is {given[name]}" + (f" by --preset {by[-1]}" if by else "")
                             + f", but {source} was trained with {getattr(own, name)}")
     return make_layer({name: value for name, value in given.items() if name in (*LAYER_FIELDS, "rope")}, own)
+
+
+def check_target(settings: Settings, layer: L2AConfig | None) -> None:
+    """UserError where a target counts tokens of which no row has any."""
+    if settings.target_local is None or settings.target_tokens == "all":
+        return
+    stages = [(settings.seq_len, 1.0)] if settings.curriculum is None else parse_curriculum(settings.curriculum)
+    longest = max(length for length, _ in stages)
+    if longest <= layer.window + layer.sinks:
+        raise UserError(f"--target-tokens {settings.target_tokens}{asked_by(settings, 'target_tokens')} counts tokens "
+                        f"with keys beyond --window {layer.window} and --sinks {layer.sinks}, and rows of {longest} "
+                        "tokens have none; expected a larger --seq-len, a smaller --window, or --target-tokens all")
 
 
 def as_used(settings: Settings, layer: L2AConfig) -> Settings:

@@ -77,22 +77,23 @@ def check_regime(regime: str) -> str:
     return regime
 
 
-def check_objective(objective: str, regime: str, layer: L2AConfig | None) -> None:
+def check_objective(objective: str, regime: str, layer: L2AConfig | None, by: str = "") -> None:
     """UserError where there is no teacher: with everything routed, the layer has to be the base model, and to stay it.
 
-    Where norms are trained too, the teacher would move with them: both could come to agree by getting worse.
+    Where norms are trained too, the teacher would move with them: both could come to agree by getting worse. `by` says
+    who asked for the objective.
     """
     if objective == NEXT_TOKEN:
         return
     if REGIMES[check_regime(regime)] != ("router",):
-        raise UserError(f"--objective {objective} takes the model itself as the teacher, and --regime {regime} "
+        raise UserError(f"--objective {objective}{by} takes the model itself as the teacher, and --regime {regime} "
                         f"{'has no router' if layer is None else 'changes the model too'}; expected --regime "
-                        "router_strict")
+                        f"router_strict, or --objective {NEXT_TOKEN}")
     if layer.topology != "parallel" or not layer.share_attention:
         wiring = layer.topology if layer.topology != "parallel" else "parallel with two attention sets"
-        raise UserError(f"--objective {objective} takes the model with everything routed as the teacher, and in this "
-                        f"layer ({wiring}) that is not the base model; expected --topology parallel and "
-                        "--share-attention")
+        raise UserError(f"--objective {objective}{by} takes the model with everything routed as the teacher, and in "
+                        f"this layer ({wiring}) that is not the base model; expected --topology parallel and "
+                        f"--share-attention, or --objective {NEXT_TOKEN}")
 
 
 def check_attention_layers(layers: Sequence[int] | None, regime: str, num_layers: int) -> None:

@@ -18,7 +18,8 @@ from l2a_jax.fields import Mark, declared, flag, said
 from l2a_jax.inference.options import Continuation
 from l2a_jax.runs.plan import make_plan, program_key
 from l2a_jax.training.optimizer import Dials
-from l2a_jax.training.settings import LAYER_FIELDS, PRESETS, Settings, compiled_in, resolve
+from l2a_jax.training.presets import PRESETS
+from l2a_jax.training.settings import LAYER_FIELDS, Settings, compiled_in, resolve
 
 ROOT = pathlib.Path(l2a_jax.__file__).parent
 KINDS = (Settings, Options, NeedleFlags, Continuation)

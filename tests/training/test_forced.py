@@ -76,7 +76,7 @@ def test_decisions_are_drawn_once_for_every_place():
 @pytest.mark.parametrize(("regime", "given", "message"), [
     ("router_only", {"penalty": 0.3}, "--penalty is of learned decisions"),
     ("norms_only", {}, "runs a plain model"), ("router_only", {"target_local": 0.9}, "moves learned ones"),
-    ("router_strict", {"objective": "distill"}, "teaches a router"), ("router_strict", {}, "trains nothing else"),
+    ("l2a_ft", {"objective": "distill"}, "teaches a router"), ("router_strict", {}, "trains nothing else"),
     ("router_only", {"forced": ()}, "not empty"),
     ("router_only", {"forced": (1.5,)}, "--forced")])
 def test_what_forced_decisions_leave_no_room_for(regime, given, message):

@@ -190,3 +190,26 @@ def test_a_steps_batch_has_the_shapes_that_it_is_compiled_for():
     plan = make_plan(presets.resolve("router_strict", {"grad_accum": 3, "batch_size": 2, "steps": 1}))
     one = plan.data.batch(0)
     assert stacked_batch(plan.data, 0, 3).tokens.shape == (3, *one.tokens.shape)
+
+
+def test_errors_say_which_preset_asked():
+    real = {"model": "qwen2.5-tiny", "data": ("x",)}
+
+    def refused(regime, given, names=()):
+        settings = presets.resolve(regime, given, names)
+        with pytest.raises(UserError) as error:
+            make_plan(settings)
+        return str(error.value)
+
+    beyond = {"seq_len": 128, "target_local": 0.8}
+    assert refused("router_strict", {**real, **beyond}).startswith(
+        "--target-tokens beyond (by --preset repair) counts tokens with keys beyond --window 1024 and --sinks 4, and "
+        "rows of 128 tokens have none; expected")
+    assert refused("router_strict", {**beyond, "target_tokens": "beyond", "window": 124}).startswith(
+        "--target-tokens beyond counts")
+    named = {"curriculum": "64:0.5,128:0.5", "seq_len": 128}
+    assert "rows of 128 tokens have none" in refused("router_strict", {**real, **named}, ("repair-target",))
+    sequential = {**real, "topology": "sequential", "share_attention": False}
+    assert refused("router_strict", sequential).startswith("--objective mixed (by --preset repair) takes the model")
+    assert refused("router_strict", {**sequential, "objective": "mixed"}).startswith("--objective mixed takes the")
+    assert refused("l2a_ft", real, ("repair",)).startswith("--objective mixed (by --preset repair) takes the model")

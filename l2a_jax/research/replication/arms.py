@@ -18,7 +18,7 @@ import itertools
 from l2a_jax.research.replication.builders import LONG, PAPER, make_row, repair
 from l2a_jax.research.replication.row import BENCHMARKS, Measures, Row
 from l2a_jax.research.replication.under import static_shares
-from l2a_jax.training.settings import PRESETS
+from l2a_jax.training.presets import PRESETS
 
 NEAR = Measures(tasks=("perplexity", "needle", *BENCHMARKS))
 

@@ -16,8 +16,9 @@ from typing import Any
 
 from l2a_jax.data.counts import format_count
 from l2a_jax.training import settings as presets
+from l2a_jax.training.presets import PRESETS
 from l2a_jax.training.run_files import LATER
-from l2a_jax.training.settings import PRESETS, Settings
+from l2a_jax.training.settings import Settings
 from l2a_jax.training.tables import FIRST_PRESET, REGIME_PRESET
 
 WIKITEXT, DIVERSE = ("wikitext={data}/train",), ("diverse={data}/train",)

@@ -16,6 +16,7 @@ from l2a_jax.research.replication.measures import TASKS
 from l2a_jax.research.replication.row import Measures
 from l2a_jax.research.replication.rows import GROUPS, all_rows, choose, with_baselines
 from l2a_jax.training import settings as presets
+from l2a_jax.training import tables
 from l2a_jax.training.regimes import count_parameters, regime_mask
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
@@ -124,11 +125,14 @@ def test_the_preset_that_keeps_the_needle_is_the_row_that_was_run():
 
 
 def test_a_renewed_preset_changes_no_row_that_was_run(monkeypatch):
-    row = choose(("router_strict-far-0.5b",))[0]
+    assert (flags := choose(("router_strict-far-0.5b",))[0].flags())[flags.index("--preset") + 1] == "repair-2025"
+    row = choose(("repair-t8192-w1024-p0.5-f0.3-e1",))[0]
     before, flags = row.settings(), row.flags()
-    assert flags[flags.index("--preset") + 1] == "repair-2025"
-    monkeypatch.setitem(presets.PRESETS, "repair", presets.PRESETS["repair"]._replace(values={"window": 3}))
-    assert row.settings() == before and row.flags() == flags
+    monkeypatch.setitem(tables.REGIME_PRESET, "router_only", "repair-far")
+    assert row.settings() == before
+    named = row.flags()
+    at = named.index("--preset")
+    assert named[at + 1] == "repair-2025" and named[:at] + named[at + 2 :] == flags
 
 
 def test_choosing():
