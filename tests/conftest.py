@@ -22,7 +22,7 @@ import pytest  # noqa: E402
 if jax.default_backend() == "cpu":
     # Programs run a few times on a few numbers: compiling them well would take most of the time, and compiling them
     # again in every worker, subprocess and run much of the rest. The cache is left out with jaxlib 0.12, which now and
-    # then ends the process where it writes or reads an entry.
+    # then ends the process where it writes or reads an entry; once it did so inside a compilation, without a cache.
     cache = pathlib.Path(__file__).resolve().parents[1] / ".pytest_cache" / "jax"
     for name, value in (("jax_disable_most_optimizations", True), *(
             [] if version("jaxlib").startswith("0.12.") else [
