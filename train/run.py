@@ -57,7 +57,7 @@ def train(arguments: list[str] | None) -> None:
     from l2a_jax.runs.about import dry_run
     from l2a_jax.runs.train import resume, train
     from l2a_jax.sharding import processes
-    from l2a_jax.training import settings as presets
+    from l2a_jax.training.settings import idle, resolve
 
     if "distributed" in given:
         processes.join(given.pop("distributed"))
@@ -73,8 +73,8 @@ def train(arguments: list[str] | None) -> None:
     if "regime" not in given:
         parser.error("--regime is needed (or --resume RUN_DIR)")
     regime, names, dry = given.pop("regime"), given.pop("preset", ()), given.pop("dry_run", False)
-    settings = presets.resolve(regime, given, names)
-    commands.say_idle(given, presets.idle(settings))
+    settings = resolve(regime, given, names)
+    commands.say_idle(given, idle(settings))
     if dry:
         told = dry_run(settings)
         if processes.first():

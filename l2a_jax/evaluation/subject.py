@@ -20,10 +20,10 @@ from l2a_jax.config import MODELS, L2AConfig, ModelConfig, to_dict
 from l2a_jax.errors import UserError
 from l2a_jax.models.params import abstract_params, add_routing
 from l2a_jax.sources import Pretrained, RunSource, locate, run_source
-from l2a_jax.training import settings as presets
 from l2a_jax.training.checkpoints import BEST, Checkpoints
 from l2a_jax.training.regimes import count_parameters
 from l2a_jax.training.run_files import read_run, read_summary
+from l2a_jax.training.settings import LayerSettings, adapt_layer, make_layer, parse_rope
 
 log = logging.getLogger("l2a_jax.eval")
 
@@ -31,7 +31,7 @@ log = logging.getLogger("l2a_jax.eval")
 def layer_of(config: ModelConfig, own: L2AConfig | None, given: dict[str, Any], route: str,
              prune: tuple[int, ...], source: str) -> tuple[ModelConfig, L2AConfig | None]:
     """The configurations to evaluate with. UserError where the flags contradict the source or each other."""
-    fields.check_given(given, presets.LayerSettings)
+    fields.check_given(given, LayerSettings)
     run = run_source(locate(source)) if own is not None and route == "learned" else None
     if run is not None and read_run(run.folder).settings.forced is not None:
         log.warning("%s was trained under forced decisions, which its router did not make; it is scored under its "
@@ -40,13 +40,13 @@ def layer_of(config: ModelConfig, own: L2AConfig | None, given: dict[str, Any], 
         if route != "learned" or prune:
             raise UserError(f"{source} is a plain model, which has nothing to route or prune; give --window (and "
                             "--sinks, --topology) to put an untrained layer on it")
-        return (dataclasses.replace(config, rope=presets.parse_rope(given["rope"])) if given else config), None
+        return (dataclasses.replace(config, rope=parse_rope(given["rope"])) if given else config), None
     if own is None:
-        layer = presets.make_layer({"share_attention": given.get("topology") != "sequential", **given})
+        layer = make_layer({"share_attention": given.get("topology") != "sequential", **given})
         if route == "learned":
             log.info("the layer on %s is untrained: its router routes every token (--route none: no token)", source)
     else:
-        layer = presets.adapt_layer(own, given, source)
+        layer = adapt_layer(own, given, source)
     beyond = [index for index in prune if not 0 <= index < config.num_layers]
     if beyond:
         raise UserError(f"--prune-layers names {beyond[0]}; {source} has layers 0 to {config.num_layers - 1}")

@@ -35,13 +35,22 @@ from l2a_jax.sharding import mesh as meshes
 from l2a_jax.sharding.axes import Axes, parse
 from l2a_jax.sources import TINY, load_pretrained, read_config, recall_tokenizer, source_tokenizer
 from l2a_jax.training import memory
-from l2a_jax.training import settings as presets
 from l2a_jax.training.estimate import Held, held
 from l2a_jax.training.optimizer import Dials, OptimizerConfig, make_optimizer
 from l2a_jax.training.presets import RECALL_EMPHASIS
 from l2a_jax.training.regimes import regime_mask
 from l2a_jax.training.run_files import RunConfig
-from l2a_jax.training.settings import Settings
+from l2a_jax.training.settings import (
+    Settings,
+    adapt_layer,
+    as_used,
+    asked_by,
+    check_target,
+    compiled_in,
+    layer_of,
+    model_of,
+    steps_of,
+)
 from l2a_jax.training.step import (
     Objective,
     TrainState,
@@ -104,20 +113,20 @@ def make_plan(settings: Settings, *, read: Callable = read_source, open_data: Ca
     else:
         config, source_layer, tokenizer = read(source)
     if source_layer is None:
-        l2a_config = presets.layer_of(settings)
+        l2a_config = layer_of(settings)
     else:
         if settings.regime in PLAIN_REGIMES:
             raise UserError(f"--regime {settings.regime} trains a plain model, but {source} has an L2A layer")
-        l2a_config = presets.adapt_layer(source_layer, {name: getattr(settings, name) for name in settings.given},
-                                         source, settings.preset)
-        settings = presets.as_used(settings, l2a_config)
-    config = presets.model_of(settings, config)
-    check_objective(settings.objective, settings.regime, l2a_config, presets.asked_by(settings, "objective"))
+        l2a_config = adapt_layer(source_layer, {name: getattr(settings, name) for name in settings.given},
+                                 source, settings.preset)
+        settings = as_used(settings, l2a_config)
+    config = model_of(settings, config)
+    check_objective(settings.objective, settings.regime, l2a_config, asked_by(settings, "objective"))
     check_attention_layers(settings.attention_layers, settings.regime, config.num_layers)
     if settings.forced is not None and len(settings.forced) not in (1, config.num_layers):
         raise UserError(f"--forced has {len(settings.forced)} shares; expected one, or one for each of the "
                         f"{config.num_layers} layers")
-    presets.check_target(settings, l2a_config)
+    check_target(settings, l2a_config)
     limit = position_limit(config, l2a_config)
     axes = Axes() if settings.mesh is None else parse(settings.mesh)
     if present:
@@ -146,11 +155,11 @@ def make_plan(settings: Settings, *, read: Callable = read_source, open_data: Ca
 
     if settings.curriculum is None:
         data = rows_of(settings.seq_len, settings.batch_size)
-        steps = presets.steps_of(settings, data.tokens_per_batch)
+        steps = steps_of(settings, data.tokens_per_batch)
     else:
         data = make_curriculum(settings.curriculum, rows_of, settings.seq_len, settings.batch_size,
                                settings.grad_accum)
-        steps = presets.steps_of(settings, data.tokens_per_batch)
+        steps = steps_of(settings, data.tokens_per_batch)
         data = data.over(steps)
     return RunPlan(settings, source, config, l2a_config, source_layer is not None, data, tokenizer, steps, dtype)
 
@@ -242,7 +251,7 @@ def dials_of(plan: RunPlan) -> Dials:
 def program_key(plan: RunPlan) -> tuple:
     """What is compiled into a run's step: plans of equal keys share one program (`Run._replace(plan=...)`)."""
     resolved = dataclasses.replace(plan.settings, dtype=plan.dtype.name, unroll=_unrolls(plan.settings))
-    return plan.config, plan.l2a_config, presets.compiled_in(resolved)
+    return plan.config, plan.l2a_config, compiled_in(resolved)
 
 
 class _Parts(NamedTuple):

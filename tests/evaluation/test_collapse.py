@@ -12,7 +12,7 @@ import pytest
 from l2a_jax.config import L2AConfig
 from l2a_jax.data.recall import RecallCorpus, needs_memory
 from l2a_jax.evaluation import collapse, perplexity
-from l2a_jax.models import transformer as qwen2
+from l2a_jax.models import transformer
 from l2a_jax.models.params import add_routing, map_with_path
 from l2a_jax.sources import TINY, load_pretrained
 
@@ -144,7 +144,7 @@ def cut(windows, rows, length):
 
 def test_a_layer_that_sees_the_future_is_found(model, windows, monkeypatch):
     def leaky(params, tokens, config, l2a_config=None, **options):
-        hidden, routing = qwen2.hidden_states(params, tokens, config, l2a_config, **options)
+        hidden, routing = transformer.hidden_states(params, tokens, config, l2a_config, **options)
         return hidden + 0.2 * jnp.roll(hidden, -1, axis=1), routing
 
     monkeypatch.setattr(collapse, "hidden_states", leaky)

@@ -13,8 +13,7 @@ import pytest
 
 from l2a_jax.config import L2AConfig, to_dict
 from l2a_jax.data.recall import RecallCorpus, needs_memory
-from l2a_jax.evaluation import evaluate, perplexity, pruning_cost, registry
-from l2a_jax.evaluation import options as flags
+from l2a_jax.evaluation import evaluate, options, perplexity, pruning_cost, registry
 from l2a_jax.fields import declared
 from l2a_jax.models.params import add_routing, map_with_path
 from l2a_jax.sources import TINY, load_pretrained
@@ -268,10 +267,10 @@ IDLE = [
 
 
 def test_every_flag_of_a_task_is_read_by_one_and_every_flag_read_is_declared():
-    own = {name for kind in (flags.TextOptions, flags.BenchmarkOptions, flags.RulerOptions, flags.NeedleFlags)
+    own = {name for kind in (options.TextOptions, options.BenchmarkOptions, options.RulerOptions, options.NeedleFlags)
            for name in declared(kind)}
     read = {flag for task in registry.TASKS.values() for flag in task.reads}
-    assert own <= read <= own | {*declared(flags.Options)}
+    assert own <= read <= own | {*declared(options.Options)}
 
 
 @pytest.mark.parametrize(("options", "layer", "expected"), IDLE, ids=str)

@@ -24,9 +24,9 @@ from l2a_jax.models.params import by_path
 from l2a_jax.runs.train import resume, train
 from l2a_jax.sharding import cluster, processes
 from l2a_jax.sources import TINY, load_pretrained
-from l2a_jax.training import settings as presets
 from l2a_jax.training.checkpoints import LATEST, Checkpoints
 from l2a_jax.training.metrics import read_metrics
+from l2a_jax.training.settings import resolve
 from l2a_jax.training.step import TrainState
 from tests.sharding.steps import apart
 
@@ -53,7 +53,7 @@ def text(tmp_path_factory):
 def whole(text, tmp_path_factory):
     """The run that was never stopped, on one device."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    train(presets.resolve("l2a_ft", flags_of(text), ("repair-2025",)), folder)
+    train(resolve("l2a_ft", flags_of(text), ("repair-2025",)), folder)
     return folder
 
 

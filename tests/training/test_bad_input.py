@@ -9,7 +9,7 @@ import pytest
 from l2a_jax import device
 from l2a_jax.errors import UserError
 from l2a_jax.runs.train import train
-from l2a_jax.training import settings as presets
+from l2a_jax.training.settings import resolve
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -76,19 +76,19 @@ def test_missing_regime_and_unknown_flag(capsys):
 def test_unwritable_run_folder(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match="cannot be written"):
-        train(presets.resolve("router_strict", {"steps": 1}), tmp_path / "run")
+        train(resolve("router_strict", {"steps": 1}), tmp_path / "run")
 
 
 def test_run_folder_below_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        train(presets.resolve("router_strict", {"steps": 1}), tmp_path / "file" / "run")
+        train(resolve("router_strict", {"steps": 1}), tmp_path / "file" / "run")
 
 
 def test_a_run_that_cannot_fit_is_refused_with_the_estimate(tmp_path, monkeypatch):
     monkeypatch.setattr(device, "memory_bytes", lambda: 1_000_000)
     with pytest.raises(UserError, match=r"needs about .* GB and the device has 0.0 GB: .*--master-dtype bfloat16"):
-        train(presets.resolve("l2a_ft", {"steps": 1}), tmp_path / "run")
+        train(resolve("l2a_ft", {"steps": 1}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -96,8 +96,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
     """A learning rate that blows up: the run stops, says where, and the checkpoint before it is whole."""
     from l2a_jax.training.checkpoints import LATEST, Checkpoints
 
-    settings = presets.resolve("l2a_ft", {"steps": 30, "lr": 1e30, "batch_size": 2, "save_every": 1, "warmup": 0.0,
-                                          "clip": 1e9})
+    settings = resolve("l2a_ft", {"steps": 30, "lr": 1e30, "batch_size": 2, "save_every": 1, "warmup": 0.0,
+                                  "clip": 1e9})
     with pytest.raises(UserError, match=r"step \d+: the loss or its gradient is not finite .* withheld; "):
         train(settings, tmp_path / "run")
     saved = Checkpoints(tmp_path / "run").metadata(LATEST)

@@ -174,13 +174,13 @@ def test_a_checkpoint_of_an_older_version_is_read_and_said_to_have_no_sums(tmp_p
                                    ValueError("RESOURCE_EXHAUSTED: page\nNo space left on device\nafter page")])
 @pytest.mark.parametrize("where", ["arrays", "sums"])
 def test_a_full_disk_is_one_sentence_and_leaves_a_whole_checkpoint(run, monkeypatch, error, where):
-    from l2a_jax.training import checkpoints as checkpoint
+    from l2a_jax.training import checkpoints
 
     def fail(path, *args, **kwargs):
         Path(path).mkdir(parents=True, exist_ok=True)
         raise error
 
-    monkeypatch.setattr(*((ocp, "save_checkpointables") if where == "arrays" else (checkpoint, "write_json")), fail)
+    monkeypatch.setattr(*((ocp, "save_checkpointables") if where == "arrays" else (checkpoints, "write_json")), fail)
     with pytest.raises(UserError, match=r"latest/16 cannot be written: No space left on device \(.*/12\)$"):
         Checkpoints(run).save(LATEST, state(16), {})
     monkeypatch.undo()

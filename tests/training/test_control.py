@@ -16,10 +16,10 @@ from l2a_jax.runs.plan import RunPlan
 from l2a_jax.runs.train import resume, train
 from l2a_jax.sources import load_pretrained, read_config
 from l2a_jax.training import control
-from l2a_jax.training import settings as presets
 from l2a_jax.training.checkpoints import LATEST, Checkpoints
 from l2a_jax.training.optimizer import Dials
 from l2a_jax.training.run_files import read_run
+from l2a_jax.training.settings import resolve
 from tests import compiler
 from tests.models.cases import CONFIG, hidden, make_params
 from tests.training.test_step import LAYER, OBJECTIVE, make_batch, read_beyond, set_up
@@ -113,35 +113,35 @@ def test_the_share_is_of_the_routers_own_decisions_and_of_the_tokens_that_count(
 ])
 def test_what_no_target_is(given, said):
     with pytest.raises(UserError, match=said):
-        presets.resolve("router_only", given)
+        resolve("router_only", given)
 
 
 def test_a_target_takes_the_place_of_a_presets_penalty_and_is_not_for_a_plain_model():
-    assert presets.resolve("router_only", {"target_local": 0.9}, ("repair-2025",)).penalty == 0
+    assert resolve("router_only", {"target_local": 0.9}, ("repair-2025",)).penalty == 0
     with pytest.raises(UserError, match=r"^--target-local is of decisions, and --regime baseline"):
-        presets.resolve("baseline", {"target_local": 0.9})
+        resolve("baseline", {"target_local": 0.9})
 
 
 def test_a_preset_with_a_target_yields_to_whoever_prices_routing_after_it():
     given = {"model": "x", "data": ("y",)}
-    target = presets.resolve("router_strict", given, ("repair-target",))
+    target = resolve("router_strict", given, ("repair-target",))
     assert (target.target_local, target.target_tokens, target.penalty, target.seq_len) == (0.9, "beyond", 0, 8_192)
-    for settings in (presets.resolve("router_strict", {**given, "penalty": 0.4}, ("repair-target",)),
-                     presets.resolve("router_strict", given, ("repair-target", "repair-far"))):
+    for settings in (resolve("router_strict", {**given, "penalty": 0.4}, ("repair-target",)),
+                     resolve("router_strict", given, ("repair-target", "repair-far"))):
         assert settings.target_local is None and settings.penalty in (0.4, 0.5)
-    again = presets.resolve("router_strict", {**given, "target_local": 0.8}, ("repair-target", "repair-far"))
+    again = resolve("router_strict", {**given, "target_local": 0.8}, ("repair-target", "repair-far"))
     assert again.target_local == 0.8 and again.penalty == 0
-    own = presets.resolve("router_strict", given)
+    own = resolve("router_strict", given)
     assert own.target_local == 0.945 and own.penalty == 0
-    assert presets.resolve("router_strict", {**given, "penalty": 0.4}) == dataclasses.replace(
+    assert resolve("router_strict", {**given, "penalty": 0.4}) == dataclasses.replace(
         own, target_local=None, penalty=0.4, given=("data", "model", "penalty"))
 
 
 def test_a_named_recipe_takes_the_place_of_the_regimes_and_a_size_does_not():
     given = {"model": "x", "data": ("y",)}
-    far = presets.resolve("router_strict", given, ("repair-far",))
+    far = resolve("router_strict", given, ("repair-far",))
     assert (far.objective, far.ask, far.answer_weight, far.target_local, far.penalty) == ("next-token", 0, 1, None, 0.5)
-    size = presets.resolve("router_strict", given, ("0.5b-24gb",))
+    size = resolve("router_strict", given, ("0.5b-24gb",))
     assert (size.objective, size.ask, size.seq_len, size.grad_accum) == ("mixed", 0.5, 2_048, 1)
 
 
@@ -161,7 +161,7 @@ def without_its_report():
 def reached(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("target") / "run"
     with compiler.well():
-        return run_dir, train(presets.resolve("router_strict", GIVEN), run_dir)
+        return run_dir, train(resolve("router_strict", GIVEN), run_dir)
 
 
 def records(run_dir):
@@ -204,7 +204,7 @@ def test_a_run_resumed_in_the_middle_of_control_is_the_unbroken_one(reached, tmp
 
     monkeypatch.setattr(runs, "fit_run", stopping)
     with pytest.raises(SystemExit):
-        train(presets.resolve("router_strict", GIVEN), run_dir)
+        train(resolve("router_strict", GIVEN), run_dir)
     monkeypatch.setattr(runs, "fit_run", fit)
     assert 25 <= len(records(run_dir)) < 100
     with caplog.at_level(logging.INFO, "l2a_jax"):

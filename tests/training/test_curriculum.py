@@ -14,8 +14,8 @@ from l2a_jax.errors import UserError
 from l2a_jax.runs import train as runs
 from l2a_jax.runs.about import dry_run
 from l2a_jax.runs.plan import Run, RunPlan, estimate, make_plan
-from l2a_jax.training import settings as presets
 from l2a_jax.training.loop import NonFinite, stacked_batch
+from l2a_jax.training.settings import resolve
 from l2a_jax.training.step import Objective, TrainState
 
 
@@ -66,7 +66,7 @@ def records(run_dir):
 
 def test_a_run_stopped_in_its_second_stage_goes_on_as_if_it_never_had(tmp_path, monkeypatch, optimised):
     monkeypatch.setattr(RunPlan, "is_demo", False)  # its report says nothing of stages
-    settings = presets.resolve("router_strict", GIVEN)
+    settings = resolve("router_strict", GIVEN)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     summary = runs.train(settings, whole)
     assert summary["tokens_seen"] == 6 * 448 and [record["tokens"] for record in records(whole)] == [448] * 6
@@ -93,12 +93,12 @@ def test_a_run_stopped_in_its_second_stage_goes_on_as_if_it_never_had(tmp_path, 
 
 def test_a_row_longer_than_the_model_is_trained_for_is_refused():
     with pytest.raises(UserError, match=r"^--curriculum 2048 is longer than max_positions x factor = 1024"):
-        dry_run(presets.resolve("router_strict", {**GIVEN, "curriculum": "2048:1", "batch_size": 16, "seq_len": 128}))
+        dry_run(resolve("router_strict", {**GIVEN, "curriculum": "2048:1", "batch_size": 16, "seq_len": 128}))
 
 
 def test_a_step_that_failed_is_looked_at_again_with_the_rows_of_its_stage(monkeypatch):
     given = {**GIVEN, "target_local": None, "forced": (0.5,)}
-    plan = make_plan(presets.resolve("l2a_ft", given))
+    plan = make_plan(resolve("l2a_ft", given))
     failing = Run(plan, Objective(plan.config, plan.l2a_config), {}, None, None, None, None, 0)
     state = TrainState(jnp.zeros((), jnp.int32), {}, None, jnp.ones((), bool))
 
@@ -115,14 +115,14 @@ def test_a_step_that_failed_is_looked_at_again_with_the_rows_of_its_stage(monkey
 
 def test_the_estimate_is_of_the_stage_that_holds_most():
     short = {"seq_len": 112, "batch_size": 2, "grad_accum": 4, "steps": 4, "mesh": "data=1"}
-    plain, staged = (estimate(make_plan(presets.resolve("l2a_ft", {**short, **more}), present=False))
+    plain, staged = (estimate(make_plan(resolve("l2a_ft", {**short, **more}), present=False))
                      for more in ({}, {"curriculum": "112:0.5,896:0.5"}))
     assert staged.kept == 4 * plain.kept
 
 
 def test_what_does_not_go_with_a_curriculum_is_said():
     with pytest.raises(UserError, match=r"^--unique keeps some rows of one length, .* --curriculum"):
-        presets.resolve("router_strict", {**GIVEN, "model": "x", "data": ("y",), "unique": 10})
+        resolve("router_strict", {**GIVEN, "model": "x", "data": ("y",), "unique": 10})
     mesh = {**GIVEN, "curriculum": "112:0.5,448:0.5", "mesh": "data=2"}
     with pytest.raises(UserError, match=r"^--mesh data=2,context=1 deals rows .* --curriculum puts 1 into one"):
-        make_plan(presets.resolve("router_strict", mesh), present=False)
+        make_plan(resolve("router_strict", mesh), present=False)

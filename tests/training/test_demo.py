@@ -7,12 +7,12 @@ from l2a_jax.data.recall import PREDICTED, RecallCorpus, needs_memory, predicted
 from l2a_jax.runs.demo import by_kind
 from l2a_jax.runs.train import train
 from l2a_jax.sources import TINY, load_pretrained, locate
-from l2a_jax.training import settings as presets
+from l2a_jax.training.settings import resolve
 
 
 @pytest.mark.parametrize("regime", ["l2a_ft", "router_strict"])
 def test_the_router_finds_what_needs_memory(regime, tmp_path, optimised):
-    report = train(presets.resolve(regime, {}), tmp_path / "run")["recall"]
+    report = train(resolve(regime, {}), tmp_path / "run")["recall"]
     rows, found = report["rows"], report["router_any_layer"]
     baseline, trained = rows["baseline (full attention)"], rows["trained router"]
     control = rows["random routing, same rates"]

@@ -10,16 +10,16 @@ from l2a_jax.errors import UserError
 from l2a_jax.models.params import abstract_params
 from l2a_jax.runs.about import dry_run
 from l2a_jax.runs.plan import estimate, make_plan
-from l2a_jax.training import settings as presets
 from l2a_jax.training.estimate import kept_of_token, weight_bytes
 from l2a_jax.training.regimes import count_parameters
+from l2a_jax.training.settings import resolve
 
 SMALL = MODELS["qwen2.5-0.5b"]
 MODEL = MODELS["qwen2.5-tiny"], L2AConfig()
 
 
 def planned(mesh, **given):
-    return make_plan(presets.resolve("full_ft", {"mesh": mesh, "batch_size": 8, "leakage": 0.0, **given}),
+    return make_plan(resolve("full_ft", {"mesh": mesh, "batch_size": 8, "leakage": 0.0, **given}),
                      present=False)
 
 
@@ -33,7 +33,7 @@ def test_leaves_are_dealt_over_the_devices_and_work_follows_the_rows():
 
 
 def test_what_is_frozen_has_no_gradients():
-    held = estimate(make_plan(presets.resolve("router_strict", {"mesh": "data=8", "batch_size": 8}), present=False))
+    held = estimate(make_plan(resolve("router_strict", {"mesh": "data=8", "batch_size": 8}), present=False))
     assert held.frozen > 20 * (held.masters + held.optimizer + held.gradients)
 
 
@@ -52,7 +52,7 @@ def test_weights_of_a_layer_and_of_the_ends_are_the_model():
 
 
 def test_a_mesh_that_is_not_there_is_told_and_refused_by_its_parts(monkeypatch):
-    settings = presets.resolve("l2a_ft", {"mesh": "data=8", "batch_size": 8})
+    settings = resolve("l2a_ft", {"mesh": "data=8", "batch_size": 8})
     told = dry_run(settings)
     assert "by shapes alone, an estimate on the high side: " in told and "on each of 8 devices: frozen weights" in told
     assert "mesh: data=8,context=1" in told

@@ -15,10 +15,10 @@ from l2a_jax.models.transformer import hidden_states
 from l2a_jax.nn import routing
 from l2a_jax.runs.plan import make_plan
 from l2a_jax.sources import read_config
-from l2a_jax.training import settings as presets
 from l2a_jax.training.loss import cross_entropy
 from l2a_jax.training.optimizer import OptimizerConfig, make_optimizer
 from l2a_jax.training.regimes import partition, regime_mask
+from l2a_jax.training.settings import resolve
 from l2a_jax.training.step import Objective, compute_params, forced_decisions, initial_state, train_step
 from tests.frozen.test_old_folders import FOLDERS
 from tests.models.cases import CONFIG, LAYERS, make_params
@@ -81,7 +81,7 @@ def test_decisions_are_drawn_once_for_every_place():
     ("router_only", {"forced": (1.5,)}, "--forced")])
 def test_what_forced_decisions_leave_no_room_for(regime, given, message):
     with pytest.raises(UserError, match=message):
-        presets.resolve(regime, {"forced": (1.0,), **given})
+        resolve(regime, {"forced": (1.0,), **given})
 
 
 def test_a_forced_run_says_that_it_is_scored_under_its_routers_decisions(tmp_path, caplog):
@@ -96,7 +96,7 @@ def test_a_forced_run_says_that_it_is_scored_under_its_routers_decisions(tmp_pat
 
 
 def test_one_share_or_one_for_each_layer():
-    settings = presets.resolve("router_only", {"forced": (0.5, 0.5)})
+    settings = resolve("router_only", {"forced": (0.5, 0.5)})
     assert settings.penalty == 0
     with pytest.raises(UserError, match=r"--forced has 2 shares; expected one, or one for each of the 3 layers"):
         make_plan(settings)

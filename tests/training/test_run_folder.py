@@ -20,21 +20,21 @@ from l2a_jax.errors import UserError
 from l2a_jax.evaluation import subject
 from l2a_jax.research.absorption import l2a_audit
 from l2a_jax.runs import folder as run_folder
-from l2a_jax.runs import train as training
+from l2a_jax.runs import train as runs
 from l2a_jax.runs.plan import RunPlan, compile_run, program_key
 from l2a_jax.runs.train import resume, train
 from l2a_jax.sources import TINY, load_pretrained, locate, run_source, source_hash, source_tokenizer
 from l2a_jax.training import run_files
-from l2a_jax.training import settings as presets
 from l2a_jax.training.checkpoints import BEST, LATEST, Checkpoints
 from l2a_jax.training.loop import Stopped
 from l2a_jax.training.metrics import read_metrics
+from l2a_jax.training.settings import resolve
 
 MODEL = MODELS["qwen2.5-tiny"]
 
 
 def config(**changes):
-    settings = dataclasses.asdict(presets.resolve("l2a_ft", {"steps": 4}))
+    settings = dataclasses.asdict(resolve("l2a_ft", {"steps": 4}))
     return {"settings": settings, "model_source": TINY, "source_hash": "0", "model_config": to_dict(MODEL),
             "l2a_config": to_dict(L2AConfig()), "data": {}, "data_fingerprint": "x", "steps": 4, "dtype": "float32",
             "device": "1 x cpu", **changes}
@@ -199,8 +199,8 @@ def trained(tmp_path_factory, text):
     here = os.getcwd()
     os.chdir(folder)
     try:
-        settings = presets.resolve("router_strict", {**GIVEN, "model": "model", "data": ("text", "more=text/*.jsonl"),
-                                                     "steps": 6}, ("repair-2025",))
+        settings = resolve("router_strict", {**GIVEN, "model": "model", "data": ("text", "more=text/*.jsonl"),
+                                             "steps": 6}, ("repair-2025",))
         train(settings, Path("run"))
     finally:
         os.chdir(here)
@@ -335,7 +335,7 @@ def test_a_folder_in_use_is_refused_and_one_whose_process_was_killed_is_not(run)
     other = subprocess.Popen([sys.executable, "-c", HOLD, str(run)], stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
     before = (run / "metrics.jsonl").read_bytes()
-    for begin in (lambda: resume(run), lambda: train(presets.resolve("router_strict", {"steps": 1}), run)):
+    for begin in (lambda: resume(run), lambda: train(resolve("router_strict", {"steps": 1}), run)):
         with pytest.raises(UserError, match=rf"{run} is in use by process {other.pid} "):
             begin()
     assert (run / "metrics.jsonl").read_bytes() == before
@@ -367,14 +367,14 @@ def test_a_place_that_cannot_be_is_said_before_anything_else(run_dir, tmp_path, 
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("l2a_jax.runs.train.make_plan", lambda settings: pytest.fail("planned"))
     with pytest.raises(UserError, match=r"--run-dir .* cannot be written"):
-        train(presets.resolve("router_strict", {"steps": 1}), tmp_path / run_dir)
+        train(resolve("router_strict", {"steps": 1}), tmp_path / run_dir)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize(("number", "where"), [(signal.SIGINT, "compile_run"), (signal.SIGTERM, "make_plan"),
                                                (signal.SIGHUP, "load_tree"), (signal.SIGTERM, "compile_run")])
 def test_a_stop_before_the_first_step_is_one_line_and_leaves_nothing(number, where, tmp_path, monkeypatch, capfd):
-    real = getattr(training, where)
+    real = getattr(runs, where)
 
     def interrupted(*args):
         found = real(*args)
@@ -383,7 +383,7 @@ def test_a_stop_before_the_first_step_is_one_line_and_leaves_nothing(number, whe
 
     monkeypatch.setattr(f"l2a_jax.runs.train.{where}", interrupted)
     with pytest.raises(SystemExit) as stopped:
-        train(presets.resolve("router_strict", {"steps": 1, "batch_size": 2}), tmp_path / "runs" / "run")
+        train(resolve("router_strict", {"steps": 1, "batch_size": 2}), tmp_path / "runs" / "run")
     assert stopped.value.code == 128 + number and not list(tmp_path.iterdir())
     assert "stopped before the first step; nothing has been trained, so nothing is kept" in capfd.readouterr().err
 
@@ -391,7 +391,7 @@ def test_a_stop_before_the_first_step_is_one_line_and_leaves_nothing(number, whe
 def test_a_held_out_loss_that_is_not_finite_does_not_end_the_run(tmp_path, monkeypatch, caplog, capsys):
     monkeypatch.setattr("l2a_jax.runs.train.held_out_metrics", lambda *_: {"held_out_loss": float("nan")})
     monkeypatch.setattr(RunPlan, "is_demo", False)  # without its report, which compiles three programs more
-    settings = presets.resolve("router_strict", {"steps": 2, "batch_size": 2, "grad_accum": 3, "eval_every": 1})
+    settings = resolve("router_strict", {"steps": 2, "batch_size": 2, "grad_accum": 3, "eval_every": 1})
     train(settings, tmp_path / "run")
     assert caplog.text.count("the held-out loss is not finite (nan)") == 2
     assert "held-out loss nan (perplexity nan)" in capsys.readouterr().out

@@ -15,11 +15,12 @@ from l2a_jax.config import L2AConfig, ModelConfig, RopeScaling, position_limit
 from l2a_jax.errors import Unsupported, UserError
 from l2a_jax.fields import declared, problem
 from l2a_jax.runs.plan import dials_of, make_plan
-from l2a_jax.training import settings as presets
 from l2a_jax.training.loop import stacked_batch
+from l2a_jax.training.presets import PRESETS
+from l2a_jax.training.settings import Settings, idle, layer_of, resolve
 from tests.training.test_bad_input import load_command
 
-NUMBERS = [name for name, hint in declared(presets.Settings).items() if (problem("", hint) or "")[:8] == "a number"]
+NUMBERS = [name for name, hint in declared(Settings).items() if (problem("", hint) or "")[:8] == "a number"]
 REFUSED = [
     *((name, value) for name in sorted({*NUMBERS, "temperature", "threshold", "lr", "weight_decay", "penalty_ramp"})
       for value in (math.nan, math.inf, -1.0)),
@@ -41,7 +42,7 @@ REFUSED = [
 def test_numbers_at_the_ends_are_refused_by_the_flags_name(name, value):
     given = {"model": "m", "data": ("d",)} | {name: value}
     with pytest.raises(UserError, match=f"^--{name.replace('_', '-')} is "):
-        presets.resolve("l2a_ft", given)
+        resolve("l2a_ft", given)
 
 
 @pytest.mark.parametrize("given", [
@@ -49,7 +50,7 @@ def test_numbers_at_the_ends_are_refused_by_the_flags_name(name, value):
     {"sinks": 0}, {"steps": 2**31 - 1}, {"rope": "none"}, {"rope": "yarn:40"}, {"leakage": 0}, {"flip": 1},
     {"attention_layers": (0,)}, {"master_dtype": "bfloat16"}])
 def test_numbers_within_the_ends_pass(given):
-    presets.resolve("l2a_ft", given)
+    resolve("l2a_ft", given)
 
 
 def test_a_seed_beyond_32_bits_would_draw_what_another_draws():
@@ -92,7 +93,7 @@ def test_a_backend_that_this_machine_lacks_is_refused_before_anything_is_read(ba
     assert load_command()(arguments) == 2
     assert capsys.readouterr().err.startswith(f"error: --backend {backend} cannot be used on this machine: ")
     with pytest.raises(Unsupported, match="NVIDIA GPU"):
-        make_plan(presets.resolve("l2a_ft", {"backend": backend, "model": "nowhere", "data": ("nothing",)}))
+        make_plan(resolve("l2a_ft", {"backend": backend, "model": "nowhere", "data": ("nothing",)}))
     for usable in ("auto", "reference", "xla", "pallas_interpret"):
         api.check(usable)
 
@@ -104,7 +105,7 @@ PARALLEL = dataclasses.replace(OWN, topology="parallel", share_attention=True)
 
 def plan_of(layer, given, named=()):
     """A plan that continues a run with this layer, on the demo's text."""
-    settings = presets.resolve("router_only", given, named)
+    settings = resolve("router_only", given, named)
     settings = dataclasses.replace(settings, model="RUN", data=(), echo=0.0, seq_len=512)
     config = dataclasses.replace(MODEL, max_positions=1_024)
     plan = make_plan(settings, read=lambda source: (config, layer, None))
@@ -120,17 +121,17 @@ def test_a_run_from_a_routed_source_records_the_layer_that_it_uses(given, named,
     monkeypatch.setattr("l2a_jax.runs.plan.RecallCorpus", lambda *_, **__: type("Data", (), {"tokens_per_batch": 1})())
     plan = plan_of(PARALLEL, {**given, "data": ("x",), "model": "RUN"}, named)
     assert plan.l2a_config == dataclasses.replace(PARALLEL, **expected)
-    assert presets.layer_of(plan.settings) == plan.l2a_config
+    assert layer_of(plan.settings) == plan.l2a_config
     # And once more from what was recorded, as `--resume` reads it.
     recorded = json.loads(json.dumps(dataclasses.asdict(plan.settings)))
-    again = presets.Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in recorded.items()})
+    again = Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in recorded.items()})
     assert make_plan(again, read=lambda source: (plan.config, PARALLEL, None)).l2a_config == plan.l2a_config
 
 
 def test_names_of_presets_stay():
     """Run folders name them."""
     assert {"paper", "repair", "repair-2025", "repair-far", "repair-target", "0.5b-24gb", "1.5b-24gb",
-            "3b-24gb"} <= {*presets.PRESETS}
+            "3b-24gb"} <= {*PRESETS}
 
 
 def test_wiring_is_the_sources_and_who_asked_is_named():
@@ -167,27 +168,27 @@ def test_a_flag_without_effect_is_said(regime, given, expected, caplog):
     from l2a_jax import commands
 
     with caplog.at_level(logging.WARNING, "l2a_jax"):
-        commands.say_idle(given, presets.idle(presets.resolve(regime, given)))
+        commands.say_idle(given, idle(resolve(regime, given)))
     assert [line.split()[0] for line in caplog.messages] == [f"--{name.replace('_', '-')}" for name in
                                                              given if name in expected]
 
 
 def test_the_rate_without_effect_has_none():
     """What the table says of `lr` in `router_strict`: the router has a rate of its own there."""
-    plan = make_plan(presets.resolve("router_strict", {"lr": 1.0}))
+    plan = make_plan(resolve("router_strict", {"lr": 1.0}))
     assert float(dials_of(plan).router_lr) == pytest.approx(1e-2)
 
 
 def test_deterministic_reaches_the_compiler(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
-    make_plan(presets.resolve("router_strict", {"deterministic": True}))
+    make_plan(resolve("router_strict", {"deterministic": True}))
     import os
 
     assert os.environ["XLA_FLAGS"].split() == ["--xla_gpu_deterministic_ops=true"]
 
 
 def test_a_steps_batch_has_the_shapes_that_it_is_compiled_for():
-    plan = make_plan(presets.resolve("router_strict", {"grad_accum": 3, "batch_size": 2, "steps": 1}))
+    plan = make_plan(resolve("router_strict", {"grad_accum": 3, "batch_size": 2, "steps": 1}))
     one = plan.data.batch(0)
     assert stacked_batch(plan.data, 0, 3).tokens.shape == (3, *one.tokens.shape)
 
@@ -196,7 +197,7 @@ def test_errors_say_which_preset_asked():
     real = {"model": "qwen2.5-tiny", "data": ("x",)}
 
     def refused(regime, given, names=()):
-        settings = presets.resolve(regime, given, names)
+        settings = resolve(regime, given, names)
         with pytest.raises(UserError) as error:
             make_plan(settings)
         return str(error.value)

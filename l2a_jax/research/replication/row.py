@@ -15,10 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from l2a_jax.data.counts import format_count
-from l2a_jax.training import settings as presets
 from l2a_jax.training.presets import PRESETS
 from l2a_jax.training.run_files import LATER
-from l2a_jax.training.settings import Settings
+from l2a_jax.training.settings import Settings, compiled_in, layer_of, resolve
 from l2a_jax.training.tables import FIRST_PRESET, REGIME_PRESET
 
 WIKITEXT, DIVERSE = ("wikitext={data}/train",), ("diverse={data}/train",)
@@ -87,8 +86,7 @@ class Row:
     def settings(self, model: str = "MODEL", data_dir: str = "DATA") -> Settings:
         """The very settings of `train/run.py`; UserError where they contradict."""
         data = tuple(entry.replace("{data}", data_dir) for entry in self.data)
-        return presets.resolve(self.regime, {**dict(self.given), "model": model, "data": data},
-                               begins=FIRST_PRESET)
+        return resolve(self.regime, {**dict(self.given), "model": model, "data": data}, begins=FIRST_PRESET)
 
     def flags(self, model: str = "MODEL", data_dir: str = "DATA", run_dir: str | None = None) -> list[str]:
         """The arguments of `train/run.py` that train this row."""
@@ -145,7 +143,7 @@ class Row:
     def program(self) -> tuple:
         """What rows must share to share a compiled training step, from their settings alone: nothing is opened."""
         s = self.settings()
-        return self.size, presets.layer_of(s), presets.compiled_in(s)
+        return self.size, layer_of(s), compiled_in(s)
 
     @property
     def training_hash(self) -> str:

@@ -14,11 +14,11 @@ from l2a_jax.models.params import abstract_params, map_with_path
 from l2a_jax.research.replication.rows import evenly_spaced
 from l2a_jax.runs.plan import load_tree, make_plan
 from l2a_jax.sources import load_pretrained
-from l2a_jax.training import settings as presets
 from l2a_jax.training.checkpoints import LATEST, Checkpoints
 from l2a_jax.training.metrics import read_metrics
 from l2a_jax.training.optimizer import Dials, OptimizerConfig, make_optimizer
 from l2a_jax.training.regimes import count_parameters, partition, regime_mask
+from l2a_jax.training.settings import resolve
 from l2a_jax.training.step import initial_state
 from l2a_jax.training.tables import check_attention_layers, group_of
 from tests.models.cases import LAYERS, make_params
@@ -107,7 +107,7 @@ def test_the_command(tmp_path, capsys):
         assert main([*arguments, "--attention-layers", bad]) == 2
         assert f"error: --attention-layers {said}" in capsys.readouterr().err and not folder.exists()
     assert main([*arguments, "--attention-layers", "1"]) == 0
-    plan = make_plan(presets.resolve("l2a_ft", {"steps": 1, "batch_size": 2, "attention_layers": (1,)}))
+    plan = make_plan(resolve("l2a_ft", {"steps": 1, "batch_size": 2, "attention_layers": (1,)}))
     mask = regime_mask(abstract_params(plan.config, plan.l2a_config), "l2a_ft")
     before = load_tree(plan)[0]
     summary = json.loads((folder / "summary.json").read_text())

@@ -15,9 +15,9 @@ from l2a_jax.research.replication.instruments import INSTRUMENTS
 from l2a_jax.research.replication.measures import TASKS
 from l2a_jax.research.replication.row import Measures
 from l2a_jax.research.replication.rows import GROUPS, all_rows, choose, with_baselines
-from l2a_jax.training import settings as presets
 from l2a_jax.training import tables
 from l2a_jax.training.regimes import count_parameters, regime_mask
+from l2a_jax.training.settings import layer_of, resolve
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 
@@ -45,7 +45,7 @@ def test_flags_are_the_settings_of_the_training_command():
     for row in all_rows():
         flags = vars(parser.parse_args(row.flags("M.gguf", "texts")))
         regime, named = flags.pop("regime"), flags.pop("preset", ())
-        found, row_settings = presets.resolve(regime, flags, named), row.settings("M.gguf", "texts")
+        found, row_settings = resolve(regime, flags, named), row.settings("M.gguf", "texts")
         assert dataclasses.replace(found, preset=(), given=()) == dataclasses.replace(row_settings, given=()), row.name
 
 
@@ -81,7 +81,7 @@ def test_the_collapse_rows_span_the_ratios():
     ratios = []
     for row in choose(groups=("collapse",)):
         s = row.settings()
-        shapes = abstract_params(config, presets.layer_of(s))
+        shapes = abstract_params(config, layer_of(s))
         trained = count_parameters(shapes, regime_mask(shapes, s.regime), s.attention_layers)
         if row.regime == "l2a_ft":
             ratios.append(s.tokens / trained)
@@ -120,7 +120,7 @@ def test_a_setting_that_came_later_leaves_the_hash_of_rows_that_do_not_use_it():
 
 def test_the_preset_that_keeps_the_needle_is_the_row_that_was_run():
     row = choose(("repair-t8192-w1024-p0.5-f0.3-e1",))[0].settings()
-    preset = presets.resolve("router_only", {"model": row.model, "data": row.data}, ("0.5b-24gb", "repair-far"))
+    preset = resolve("router_only", {"model": row.model, "data": row.data}, ("0.5b-24gb", "repair-far"))
     assert dataclasses.replace(preset, preset=(), given=()) == dataclasses.replace(row, preset=(), given=())
 
 
