@@ -27,6 +27,7 @@ from l2a_jax.evaluation.options import Options
 from l2a_jax.evaluation.perplexity import Windows
 from l2a_jax.evaluation.windows import windows_of
 from l2a_jax.files import check_file
+from l2a_jax.inference.pruning import check_prunable
 from l2a_jax.sharding import whole
 from l2a_jax.sharding.mesh import named
 from l2a_jax.sources import Pretrained, load_pretrained, locate, read_config, run_source, source_tokenizer
@@ -80,8 +81,8 @@ def set_up(options: Options) -> Setup:
         if why is not None and name in options.tasks:
             raise UserError(f"--tasks {name}: {why}")
         tasks = tuple(other for other in tasks if other != name or why is None)
-    if options.prune_sparsity is not None and layer is None:
-        raise UserError(f"--prune-sparsity: {options.source} is a plain model, which has no layers to prune")
+    if options.prune_sparsity is not None:
+        check_prunable(layer, "--prune-sparsity", options.source)
     bare = Pretrained(config, layer, {}, source_tokenizer(options.source), "")
     windows = calibration = None
     if any(registry.find(name).shared for name in tasks) or (_pruning(options) and options.text is not None):

@@ -9,12 +9,11 @@ import jax
 from jax.sharding import Mesh
 
 from l2a_jax.config import position_limit
-from l2a_jax.errors import UserError
 from l2a_jax.evaluation import intervals
 from l2a_jax.evaluation.perplexity import BATCH_TOKENS, Windows, result, routing_rates, score_windows
 from l2a_jax.evaluation.registry import Work
 from l2a_jax.inference.cache import cache_bytes
-from l2a_jax.inference.pruning import prune_by_sparsity, pruned
+from l2a_jax.inference.pruning import check_prunable, prune_by_sparsity, pruned
 from l2a_jax.shapes import at_least
 from l2a_jax.sources import Pretrained
 
@@ -28,10 +27,9 @@ SHAPE = {"pruned_layers": [int], "cache_tokens": int, "cache_bytes_before": at_l
 def by_sparsity(model: Pretrained, calibration: Windows, threshold: float, *, backend: str = "auto",
                 batch_tokens: int = BATCH_TOKENS, mesh: Mesh | None = None) -> Pretrained:
     """The model with every layer pruned whose measured sparsity on the calibration text exceeds `threshold`."""
+    check_prunable(model.l2a_config, "threshold")
     scores = score_windows(model, calibration, backend=backend, batch_tokens=batch_tokens, mesh=mesh,
                            label="calibration")
-    if scores.decisions is None:
-        raise UserError("--prune-sparsity: this is a plain model, which has no layers to prune")
     sparsity = 1 - routing_rates(scores.decisions, calibration.real)
     model = pruned(model, prune_by_sparsity(sparsity.tolist(), threshold))
     log.info("pruned, with sparsity above %g on %s: %s", threshold, calibration.about["name"],

@@ -23,7 +23,7 @@ from l2a_jax.config import L2AConfig, ModelConfig, position_limit
 from l2a_jax.errors import Unsupported, UserError
 from l2a_jax.inference.cache import Cache, Layout, layout_of
 from l2a_jax.inference.forward import DecodeParams, decode_params, decode_step, prefill
-from l2a_jax.inference.options import Sampling
+from l2a_jax.inference.options import Sampling, check_route_last
 from l2a_jax.inference.sampling import sample
 from l2a_jax.models.params import Tree, check_layers
 from l2a_jax.models.transformer import check_heads, check_tokens
@@ -160,9 +160,7 @@ def request(
                           f"or a mesh of data=1 in place of {axes}")
     if l2a_config is not None:
         check_layers(config, l2a_config)
-    elif route_last is not None:
-        raise UserError(f"route_last is {route_last}; the model is plain, and all its "
-                        "tokens see everything")
+    check_route_last(route_last, l2a_config)
     if params is not None and ("router" in params["layers"]) != (l2a_config is not None):
         raise ValueError(f"l2a_config is {l2a_config}, which does not fit the parameters; see add_routing")
     if missing := -len(prompts) % axes.data:

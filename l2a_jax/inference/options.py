@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 from l2a_jax.attention.backends import Backend
-from l2a_jax.config import Sinks, Window
+from l2a_jax.config import L2AConfig, Sinks, Window
+from l2a_jax.errors import UserError
 from l2a_jax.fields import SEED, Choice, Filled, Mark, Unit, above, at_least, count, length
 from l2a_jax.training.settings import Source
 
@@ -23,6 +24,14 @@ class Sampling:
     route_last: Annotated[int | None, count(0), Unit("tokens"), "so many at the prompt's end (its question), and all "
                           "that is written, see everything (default: what the router says)"] = None
     backend: Backend = "auto"
+
+
+def check_route_last(tokens: int | None, layer: L2AConfig | None, asked: str = "route_last",
+                     model: str = "the model") -> None:
+    """UserError, beginning with the flag or argument that `asked`, where a plain model is to route the last `tokens`
+    of its prompts."""
+    if tokens is not None and layer is None:
+        raise UserError(f"{asked} is {tokens}, but {model} is plain: all its tokens see everything")
 
 
 @dataclass(frozen=True)

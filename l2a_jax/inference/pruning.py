@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from l2a_jax.config import L2AConfig
 from l2a_jax.errors import UserError
 from l2a_jax.inference.cache import cache_bytes
 from l2a_jax.sources import Pretrained
@@ -28,13 +29,18 @@ def prune_by_sparsity(sparsity_per_layer: Sequence[float], threshold: float) -> 
     return tuple(layer for layer, value in enumerate(values) if value > threshold)
 
 
+def check_prunable(layer: L2AConfig | None, asked: str, model: str = "the model") -> None:
+    """UserError, beginning with the flag or argument that `asked`, where a plain model is to be pruned."""
+    if layer is None:
+        raise UserError(f"{asked}: {model} is plain, and only layers that route can lose global attention")
+
+
 def pruned(model: Pretrained, layers: Sequence[int]) -> Pretrained:
     """The model with `layers` pruned, besides those that are already.
 
     Raises UserError where the model has no router, or a layer does not exist.
     """
-    if model.l2a_config is None:
-        raise UserError("this model has no router: only layers that route can lose global attention")
+    check_prunable(model.l2a_config, "layers")
     beyond = sorted(layer for layer in layers if not 0 <= layer < model.config.num_layers)
     if beyond:
         raise UserError(f"layers {beyond} cannot be pruned: the model has {model.config.num_layers}, from 0")

@@ -20,8 +20,8 @@ from l2a_jax.fields import check, float32
 from l2a_jax.files import read_text
 from l2a_jax.inference.forward import decode_params
 from l2a_jax.inference.generate import advance, bucket, request, start
-from l2a_jax.inference.options import Asked
-from l2a_jax.inference.pruning import cache_saving, pruned
+from l2a_jax.inference.options import Asked, check_route_last
+from l2a_jax.inference.pruning import cache_saving, check_prunable, pruned
 from l2a_jax.models.params import add_routing
 from l2a_jax.sources import Pretrained, load_pretrained
 from l2a_jax.training.settings import make_layer
@@ -125,7 +125,10 @@ def prepare(source: str | Path, *, window: int | None = None, sinks: int | None 
                             f"{model.l2a_config.sinks}); --window and --sinks are for plain models")
         layer = make_layer(given)
         model = model._replace(l2a_config=layer, params=add_routing(model.params, model.config, layer))
-    return model if prune_layers is None else pruned(model, parse_layers(prune_layers))
+    if prune_layers is None:
+        return model
+    check_prunable(model.l2a_config, "--prune-layers", str(source))
+    return pruned(model, parse_layers(prune_layers))
 
 
 def run(source: str, *, prompt: str | None, prompt_file: Path | None, window: int | None = None,
@@ -142,8 +145,7 @@ def run(source: str, *, prompt: str | None, prompt_file: Path | None, window: in
     if prompt is None:
         prompt = read_text(prompt_file, "--prompt-file")
     model = prepare(source, window=window, sinks=sinks, prune_layers=prune_layers, dtype=dtype)
-    if asked.route_last is not None and model.l2a_config is None:
-        raise UserError(f"--route-last is for a routed model; {source} is plain, and all its tokens see everything")
+    check_route_last(asked.route_last, model.l2a_config, "--route-last", source)
     if model.tokenizer is None:
         raise UserError(f"{source} has no tokenizer, so there is no text to read or write")
     ids = model.tokenizer.encode(prompt)

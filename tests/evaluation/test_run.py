@@ -203,6 +203,8 @@ BAD = {
     "missing layer": (["--tasks", "perplexity", *LAYER, "--prune-layers", "3"], "layers 0 to 2"),
     "no layer numbers": (["--tasks", "perplexity", *LAYER, "--prune-layers", "a"], "--prune-layers"),
     "sparsity without calibration": (["--tasks", "perplexity", *LAYER, "--prune-sparsity", "0.9"], "--calibration"),
+    "sparsity of a plain model": (["--tasks", "perplexity", "--prune-sparsity", "0.9", "--calibration", "x"],
+                                  "--prune-sparsity: qwen2.5-tiny is plain"),
     "unknown backend": (["--tasks", "perplexity", "--backend", "flash"], "--backend is 'flash'"),
     "unknown dtype": (["--tasks", "perplexity", "--dtype", "int8"], "--dtype is 'int8'"),
     "no window": (["--tasks", "perplexity", "--window", "0"], "--window is 0"),

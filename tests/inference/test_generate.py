@@ -191,7 +191,8 @@ def test_the_kernel_inside_the_loop():
     ([[1] * 120], {}, "longer than max_positions"), ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
     ([[1]], {"temperature": -1.0}, "temperature is -1"), ([[1]], {"temperature": 0.5}, "give a key"),
     ([[1]], {"temperature": float("nan")}, "temperature is nan"), ([[1]], {"top_p": 0.0}, "top_p is 0"),
-    ([[1]], {"route_last": -1}, "route_last is -1"), ([[1]], {"route_last": 4}, "route_last is 4; the model is plain")])
+    ([[1]], {"route_last": -1}, "route_last is -1"),
+    ([[1]], {"route_last": 4}, "^route_last is 4, but the model is plain")])
 def test_bad_requests_are_refused_by_name(prompts, options, message):
     with pytest.raises(UserError, match=message):
         generate(make_params(None), CONFIG, None, prompts, **{"max_new_tokens": NEW, **options})

@@ -77,10 +77,11 @@ def test_the_command_prints_the_prompt_and_what_follows(command, capsys):
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--prompt", ""], "prompt is empty"),
     (["--prompt-file", "/nowhere.txt"], "--prompt-file /nowhere.txt does not exist"),
-    (["--prompt", "a", "--prune-layers", "1"], "has no router"), (["--prompt", "a", "--window", "0"], "window is 0"),
+    (["--prompt", "a", "--prune-layers", "1"], "--prune-layers: qwen2.5-tiny is plain, and only"),
+    (["--prompt", "a", "--window", "0"], "window is 0"),
     (["--prompt", "a", "--window", "4", "--prune-layers", "3"], "layers [3] cannot be pruned"),
     (["--prompt", "a", "--window", "4", "--prune-layers", "one"], "'one' is no layer"),
-    (["--prompt", "a", "--route-last", "8"], "--route-last is for a routed model"),
+    (["--prompt", "a", "--route-last", "8"], "--route-last is 8, but qwen2.5-tiny is plain: all"),
     (["--prompt", "a", "--top-p", "2"], "--top-p is 2"), (["--prompt", "a", "--max-new-tokens", "2000"], "longer than"),
     (["--prompt", "a", "--dtype", "int8"], "int8")])
 def test_bad_arguments_end_with_one_line(command, capsys, arguments, message):
