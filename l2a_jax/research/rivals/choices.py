@@ -22,7 +22,8 @@ from jaxtyping import Bool, Float64
 
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation.controls import random_decisions, static_rates
-from l2a_jax.evaluation.perplexity import Windows, routing_rates, score_windows
+from l2a_jax.evaluation.perplexity import Scores, Windows, routing_rates, score_windows
+from l2a_jax.research.rivals.cut import cut_at
 from l2a_jax.research.rivals.search import opened
 from l2a_jax.sources import Pretrained
 
@@ -106,33 +107,38 @@ def static_choices(density: float, model: Pretrained, found: Found) -> list[Choi
     return choices
 
 
-def joined_choice(density: float, model: Pretrained, found: Found, windows: Windows, **passes) -> Choice | None:
-    """Half of the density in heads, the rest in tokens; None where there are no heads, or half is less than one."""
+Known = dict[float, Float64[np.ndarray, " L"]]
+"""By cut: the rates of each layer that a pass over the scored text found there, with no heads open."""
+
+
+def joined_heads(density: float, model: Pretrained, found: Found) -> Bool[np.ndarray, "L K"] | None:
+    """Half of the density in heads; None where there are no heads, or half is less than one."""
     shape = model.config.num_layers, model.config.num_kv_heads
     heads = (found.heads or [])[: int(0.5 * density * math.prod(shape))]
-    if not heads:
-        return None
-    return learned_choice(density, model, windows, heads=opened(heads, shape), **passes)
+    return opened(heads, shape) if heads else None
 
 
-def learned_choice(density: float, model: Pretrained, windows: Windows, *, heads: Bool[np.ndarray, "L K"] | None = None,
-                   rounds: int = 18, near: float = 0.002, **passes) -> Choice:
-    """The router cut at the logit with which it routes about the density of the windows, found by bisection: the
-    nearest it came, for tokens whose logits are equal are routed together. `heads` see everything besides.
+def learned_choice(density: float, model: Pretrained, windows: Windows, known: Known, *,
+                   heads: Bool[np.ndarray, "L K"] | None = None, **passes) -> tuple[Choice, Scores | None]:
+    """The router cut at the logit with which it routes about the density of the windows, and its scores where a pass
+    was made here. `known` says where to look, and keeps what passes find; `heads` see everything besides.
 
     On the scored text itself: routing less of one text or length than of another is no merit here, and how much is
     routed tells nothing of the loss.
     """
-    layers, low, high, cut = model.config.num_layers, -64.0, 64.0, 0.0
-    tried: dict[float, float] = {}
     choice = Choice("learned" if heads is None else "joined", density, heads=heads)
-    for _ in range(rounds):
-        scores = score_windows(model, windows, **choice._replace(cut=cut).given(layers, *windows.tokens.shape),
-                               **passes, label=f"{choice.name}, {density:.1%} routed: cut at {cut:.3f}")
-        tried[cut] = found = choice.spent(routing_rates(scores.decisions, windows.real))
-        if abs(found - density) <= near:
-            break
-        low, high = (cut, high) if found > density else (low, cut)
-        cut = (low + high) / 2
-    best = min(tried, key=lambda one: abs(tried[one] - density))
-    return choice._replace(density=tried[best], cut=best)
+    made: dict[float, Scores] = {}
+
+    def share_of(cut: float) -> float:
+        made[cut] = scores = score_windows(
+            model, windows, **choice._replace(cut=cut).given(model.config.num_layers, *windows.tokens.shape), **passes,
+            label=f"{choice.name}, {density:.1%} routed: cut at {cut:.3f}")
+        rates = routing_rates(scores.decisions, windows.real)
+        if heads is None:
+            known[cut] = rates
+        return choice.spent(rates)
+
+    shares = {cut: choice.spent(rates) for cut, rates in known.items()}
+    tried, like = (shares, {}) if heads is None else ({}, shares)
+    cut = cut_at(density, share_of, tried, like=like)
+    return choice._replace(density=tried[cut], cut=cut), made.get(cut)

@@ -33,7 +33,7 @@ from l2a_jax.research.rivals.choices import (
     Found,
     able_layers,
     check_density,
-    joined_choice,
+    joined_heads,
     learned_choice,
     static_choices,
 )
@@ -151,14 +151,16 @@ def _rows(options: RivalOptions, model: Pretrained, prepared: Prepared,
     worth = decision_worth(model, text, options.backend, passes["mesh"])
     times = Times(model, text.tokens[0], options.backend) if options.times else None
     rows: list[dict[str, Any]] = []
+    known = {0.0: routing_rates(own.decisions, text.real)}
     for place, target in enumerate(asked):
-        choices = static_choices(target, model, found)
-        choices.insert(0, Choice("learned", density) if place == 0 else learned_choice(target, model, text, **passes))
-        joined = joined_choice(target, model, found, text, **passes)
-        choices += [] if joined is None else [joined]
-        choices.append(Choice("oracle", target, decisions=most_worth(worth, text.real, target)))
-        for choice in choices:
-            scores = score(f"{choice.name} at {target:.1%}", choice)
+        choices = [(choice, None) for choice in static_choices(target, model, found)]
+        choices.insert(0, (Choice("learned", density), own) if place == 0 else
+                       learned_choice(target, model, text, known, **passes))
+        heads = joined_heads(target, model, found)
+        choices += [] if heads is None else [learned_choice(target, model, text, known, heads=heads, **passes)]
+        choices.append((Choice("oracle", target, decisions=most_worth(worth, text.real, target)), None))
+        for choice, scores in choices:
+            scores = scores or score(f"{choice.name} at {target:.1%}", choice)
             row = {"name": choice.name, "target": target, "own": place == 0, **_density(choice, scores, text, groups),
                    **reach.kept(bounds["none"], sums(scores), bounds["all"]), "sums": np.round(sums(scores), 4)}
             if prepared.prompts and choice.name != "oracle":

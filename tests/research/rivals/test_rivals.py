@@ -120,9 +120,12 @@ def test_pruned_layers_take_no_part_and_cost_no_rival(model, windows):
 
 
 def test_the_learned_choice_reaches_the_density(model, windows):
+    known = {}
     for density in (0.6, 0.3):
-        choice = choices.learned_choice(density, model, windows, **PASSES)
+        choice, made = choices.learned_choice(density, model, windows, known, **PASSES)
         scores = score_windows(model, windows, **choice.given(3, *windows.tokens.shape), **PASSES)
+        np.testing.assert_array_equal(made.token_nll, scores.token_nll)
+        np.testing.assert_array_equal(known[choice.cut], scores.decisions.mean(axis=(1, 2)))
         assert scores.decisions.mean() == pytest.approx(density, abs=0.003)
         assert choice.density == pytest.approx(scores.decisions.mean())
 
@@ -130,7 +133,7 @@ def test_the_learned_choice_reaches_the_density(model, windows):
 def test_heads_and_tokens_spend_the_density_together(model, windows):
     heads = model.config.num_kv_heads
     found = choices.Found(np.zeros(3), [], [(2, 0), (0, heads - 1), (1, 0)])
-    choice = choices.joined_choice(0.6, model, found, windows, **PASSES)
+    choice, _ = choices.learned_choice(0.6, model, windows, {}, heads=choices.joined_heads(0.6, model, found), **PASSES)
     assert choice.heads.sum() == int(0.3 * 3 * heads) > 0 and choice.heads[2, 0]
     scores = score_windows(model, windows, **choice.given(3, *windows.tokens.shape), **PASSES)
     open_ = choice.heads[:, :, None, None] | scores.decisions[:, None]
@@ -138,8 +141,8 @@ def test_heads_and_tokens_spend_the_density_together(model, windows):
     # A head that sees everything changes what a token that stays local sees.
     alone = score_windows(model, windows, scores.decisions, **PASSES)
     assert np.abs(alone.token_nll - scores.token_nll).max() > 1e-4
-    assert choices.joined_choice(0.6, model, found._replace(heads=None), windows, **PASSES) is None
-    assert choices.joined_choice(0.1, model, found, windows, **PASSES) is None
+    assert choices.joined_heads(0.6, model, found._replace(heads=None)) is None
+    assert choices.joined_heads(0.1, model, found) is None
 
 
 def test_a_cut_at_the_threshold_is_the_router(model, windows):
