@@ -7,7 +7,9 @@ from the share at the end of the warm-up to the target while the ramp lasts, fas
     weight = exp(integral + PROPORTIONAL * error),   d integral = INTEGRAL * error a run
 
 within `LEAST` and `MOST`, which the integral keeps to as well: a target out of reach winds nothing up. During warm-up
-the weight is 0. All times are shares of the run, so that gains mean the same in a short and a long one.
+the weight is 0. All times are shares of the run, so that gains mean the same in a short and a long one; but a router
+answers within steps, whatever the run's length, and where the integral is faster than that, weight and share swing
+about the target. In a run of fewer steps than `SETTLING` it is as slow as in one of so many.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from l2a_jax.training.optimizer import Dials
 
-PROPORTIONAL, INTEGRAL = 2.0, 20.0
+PROPORTIONAL, INTEGRAL, SETTLING = 2.0, 20.0, 250
 SPAN = 0.03
 """Of the moving average, as a share of the run."""
 START, LEAST, MOST = 0.05, 1e-3, 1e2
@@ -55,7 +57,7 @@ def updated(control: Control, local: Float[Array, ""], step: Int[Array, ""], dia
     span = jnp.maximum(SPAN * dials.steps, 1.0)
     average = control.average + (local - control.average) / jnp.minimum(span, step + 1.0)
     moved = Control(control.integral, average, jnp.where(step <= dials.penalty_warmup, average, control.start))
-    integral = control.integral + INTEGRAL / dials.steps * _error(moved, step + 1, dials)
+    integral = control.integral + INTEGRAL / jnp.maximum(dials.steps, SETTLING) * _error(moved, step + 1, dials)
     integral = jnp.clip(integral, jnp.log(LEAST), jnp.log(MOST))
     moved = moved._replace(integral=jnp.where(step < dials.penalty_warmup, control.integral, integral))
     return Control(*(jnp.where(jnp.isfinite(local), new, old) for new, old in zip(moved, control, strict=True)))

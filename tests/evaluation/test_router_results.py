@@ -16,7 +16,7 @@ from tests.research.replication.test_findings import check
 ROUTER = pathlib.Path(__file__).parents[2] / "eval/results/router"
 SHORT, LONG = 8_192, 32_768
 RECIPES = ("penalty", "target", "ask", "ask-distill", "ask-32k", "ask-hidden", "lengths", "lengths-mixed",
-           "lengths-mixed-signals", "lengths-signals", "answers", "answers-mixed")
+           "lengths-mixed-signals", "lengths-signals", "answers", "answers-mixed", "target-945", "post-local")
 SEEDS, LENGTHS, ITEMS = ("final-0", "final-1", "final-2"), (4_096, SHORT, 16_384, LONG), 8
 
 
@@ -42,6 +42,18 @@ def points_behind(plain, mine):
 @pytest.fixture(scope="module")
 def runs():
     return {name: read_results(ROUTER / name / "eval.json") for name in ("plain", *RECIPES)}
+
+
+def result(name):
+    return read_results(ROUTER / name / "eval.json")
+
+
+def looks():
+    return result("final-0")["tasks"]["looks"]
+
+
+def section(title):
+    return (ROUTER / "README.md").read_text().partition(f"## {title}\n")[2].partition("\n## ")[0]
 
 
 def ruler(found):
@@ -71,9 +83,10 @@ def test_the_page_says_what_was_measured(runs):
     expected = [1, *ruler(runs["plain"])]
     extra = {"penalty": [0.3], "ask-32k": [LONG], "ask-hidden": [64]}
     for name in RECIPES:
-        asked = {"penalty": [], "lengths": [90], "lengths-mixed": [90], "lengths-mixed-signals": [90]}.get(name, [93])
+        asked = {"penalty": [], "lengths": [90], "lengths-mixed": [90], "lengths-mixed-signals": [90],
+                 "target-945": [94.5], "post-local": [94.5]}.get(name, [93])
         expected += [*extra.get(name, []), *asked, *reach_of(runs[name]), *ruler(runs[name])]
-    check(table, *expected, SHORT, LONG, 1e-3)
+    check(table, *expected, SHORT, LONG, 1e-3, 0)
 
     tracking = [next(100 * cell["score"] for cell in runs[name]["tasks"]["ruler"]["cells"]
                      if (cell["task"], cell["length"]) == ("vt", LONG)) for name in ("plain", "target", "ask")]
@@ -88,18 +101,23 @@ def test_the_page_says_what_was_measured(runs):
           local["ask-32k"], local["answers"] - local["answers-mixed"],
           *difference(runs["answers-mixed"], runs["answers"], LONG), LONG, kept[0]["kept"], *kept[0]["kept_95"],
           kept[1]["kept"], *kept[1]["kept_95"],
-          *behind(runs["lengths-mixed-signals"], runs["lengths-mixed"], SHORT), SHORT, 90, 2, LONG, *nearest, 88, 64,
-          1.4, 21_504, 22_176)
+          *behind(runs["lengths-mixed-signals"], runs["lengths-mixed"], SHORT), SHORT,
+          *behind(runs["post-local"], runs["target-945"], SHORT), SHORT,
+          *behind(runs["post-local"], runs["target-945"], LONG), LONG, 90, 2, LONG, *nearest, 88, 64, 1.4, 21_504,
+          22_176)
+    assert max(layer["routed"] for layer in looks()["layers"][:3]) < 0.0005  # "the first three layers route nothing"
 
 
 def test_the_page_says_what_three_seeds_reached():
-    text = (ROUTER / "README.md").read_text().partition("## Three seeds of the last")[2]
-    seeds = [read_results(ROUTER / name / "eval.json") for name in SEEDS]
+    text = section("Three seeds")
+    seeds = [result(name) for name in SEEDS]
+    shorter = [result(f"{name}-{SHORT}") for name in SEEDS]
+    assert [run["source_hash"] for run in shorter] == [run["source_hash"] for run in seeds]
     plain = read_results(ROUTER.parent / "long/plain/eval.json")
     assert [run["run"]["seed"] for run in seeds] == [0, 1, 2]
     made = [(found["seed"], found["made_of"]) for found in (run["tasks"]["ruler"] for run in (*seeds, plain))]
     assert made == [made[0]] * 4  # a prompt follows from these, its task, its length and its number
-    rows, tasks, gains, lost = [], [], [], []
+    rows, tasks, gains = [], [], []
     for length in LENGTHS:
         base, means, behind_plain, past = scores_of(plain, length), [], [], []
         for control in ("learned", "question"):
@@ -114,17 +132,85 @@ def test_the_page_says_what_three_seeds_reached():
         rows.append([length, 100 * base.mean(), *means, *behind_plain])
         tasks.append([length, *past, by_task.max()])
         gains.append(means[1] - means[0])
-        lost.append(behind_plain[0])
-    each = [[number, *reach_of(run)] for number, run in enumerate(seeds)]
+        lost = [behind_plain[0], behind_plain[3]]
+    each = [[number, *reach_of(short), *reach_of(run)]
+            for number, (short, run) in enumerate(zip(shorter, seeds, strict=True))]
     first, _, rest = text.partition("| 0 |")
-    check(first.replace("WikiText-2", "").replace("`--target-local 0.945`", ""), 88, LONG, 64)
+    check(first.replace("WikiText-2", ""), 88, 64, SHORT, LONG)
     table, _, points = ("| 0 |" + rest).partition("- **It misses")
     check(table, *itertools.chain(*each, *rows), 2, *itertools.chain(*tasks))
-    assert all(kept < 0.97 for _, _, kept in each)
+    assert all(kept < 0.97 for _, _, short, _, long in each for kept in (short, long))
     assert tasks[0][2] == 1 < min(past for _, _, past, _ in tasks[1:])
-    check(points, 0.97, 11, 2, 4_096, 1, *gains, 4_096, LONG, 8)
-    main = (ROUTER.parent / "README.md").read_text()
-    check(main.partition("the last recipe's three seeds, on other prompts, are ")[2].partition(" points")[0], lost[-1])
+    took = json.loads((ROUTER / "post-local/summary.json").read_text())
+    math = [run["tasks"]["gsm8k"]["scores"]["exact_match,strict-match"]["items"] for run in (plain, seeds[0])]
+    lost_math, *interval = points_behind(*map(np.array, math))
+    check(points.replace("GSM8K", ""), 0.97, 11, 2, 4_096, 1, *gains, 4_096, LONG, -lost_math,
+          *(-one for one in reversed(interval)), 0, took["peak_memory_gb"], took["seconds_this_session"], 8)
+    main = (ROUTER.parent / "README.md").read_text().partition("Three seeds of `repair`, on other prompts,")[2]
+    pruned = [scores_of(result(name), LONG) for name in ("final-0", "final-0-pruned")]
+    saved = result("final-0-pruned")["tasks"]["pruning"]
+    check(main.partition(" points. *Limit")[0], *lost, 100 * saved["cache_saved"] / saved["cache_bytes_before"],
+          points_behind(*pruned)[0])
+
+def test_the_page_says_what_the_first_seed_learned():
+    text, found = section("What the first seed learned"), looks()
+    kinds = found["kinds"]
+    shown = [(found["routed"], found["routed_95"]), *((kinds[kind]["routed"], kinds[kind]["routed_95"]) for kind in (
+        "newline", "capitalised, seen beyond", "capitalised, not seen beyond", "token seen beyond", "token new",
+        "token seen near"))]
+    routed = np.array([layer["routed"] for layer in found["layers"]])
+    order = np.argsort(-routed)
+    assert order[:3].tolist() == [16, 11, 9] and (routed < 0.01).sum() == 12 and (routed[:3] < 0.01).all()
+    beyond = {sort: 100 * sum(one["mass"][2:]) for sort, one in found["looks"].items()}
+    check(text.replace("WikiText-2", ""), found["text"]["windows"], LONG,
+          *(100 * one for value, interval in shown for one in (value, *interval)),
+          8, 24, 100 * routed[order[:8]].sum() / routed.sum(), *order[:3], 100 * routed[order[:3]].sum() / routed.sum(),
+          12, kinds["token seen beyond"]["routed"] / kinds["token seen near"]["routed"], beyond["routed"],
+          beyond["local, layers as routed"], 1_056, 24)
+    passage = result("final-0-guides")
+    assert passage["source_hash"] == result("final-0")["source_hash"]
+    assert (ROUTER / "final-0-guides" / passage["tasks"]["looks"]["picture"]["file"]).is_file()
+
+
+def test_the_page_says_what_pruning_costs():
+    text, pruned, whole = section("Pruned by a calibration text"), result("final-0-pruned"), result("final-0")
+    found = pruned["tasks"]["pruning"]
+    cells = [cells_of(run, LONG) for run in (whole, pruned)]
+    assert pruned["source_hash"] == whole["source_hash"]
+    assert all(cells[0][task]["prompts"] == cells[1][task]["prompts"] for task in cells[0])
+    none, needle = pruned["tasks"]["audit"]["rows"]["none"], pruned["tasks"]["needle"]
+    prompts = len(needle["seeds"]) * len(needle["depths"])
+    assert np.mean(needle["exact_match"]) == 1 and needle["lengths"] == [LONG]
+    check(text.replace("WikiText-2", ""), len(found["pruned_layers"]), found["layers"],
+          100 * found["cache_saved"] / found["cache_bytes_before"], LONG, found["cache_bytes_before"] / 1e6,
+          found["cache_bytes_after"] / 1e6, found["cost"], *found["cost_95"], none["worse"], prompts, prompts,
+          *points_behind(*(scores_of(run, LONG) for run in (whole, pruned))), LONG)
+
+
+def test_the_page_says_what_the_larger_model_reached():
+    text, run = section("The 1.5B"), result("final-1.5b")
+    plain = read_results(ROUTER.parent / "long/plain-1.5b/eval.json")
+    made = [(found["seed"], found["made_of"]) for found in (one["tasks"]["ruler"] for one in (run, plain))]
+    assert made[0] == made[1]
+    learned = run["tasks"]["reach"]["rows"]["learned"]
+    rows = []
+    for length in (SHORT, LONG):
+        base = scores_of(plain, length)
+        mine = [scores_of(run, length, control) for control in ("learned", "question")]
+        assert base.shape == mine[0].shape == (11, ITEMS)
+        rows += [length, *(100 * one.mean() for one in (base, *mine)),
+                 *(value for one in mine for value in points_behind(base, one))]
+    nll = {name: np.array(row["window_nll"])[:, 1:].sum(1) for name, row in run["tasks"]["reach"]["rows"].items()}
+    worth, lost = nll["none"] - nll["all"], nll["learned"] - nll["all"]
+    rest = np.arange(len(worth)) != worth.argmax()
+    base, every = scores_of(plain, SHORT), scores_of(run, SHORT, "all")
+    gain, low, high = points_behind(*(scores_of(run, LONG, one) for one in ("question", "learned")))
+    small, large = (json.loads((ROUTER / name / "summary.json").read_text()) for name in ("post-local", "final-1.5b"))
+    settled = [(one["steps"], one["target"]["greatest_weight"], one["target"]["weight"]) for one in (large, small)]
+    check(text, 4, LONG, *reach_of(run), *learned["kept_95"], *rows, *settled[0], *settled[1], gain, low, high, LONG,
+          100 * worth.max() / worth.sum(), 1 - lost[rest].sum() / worth[rest].sum(), (base != every).sum(), 88, SHORT,
+          100 * (base - every).mean())
+    assert len(worth) == 10 and abs(run["run"]["tokens_seen"] / 4e6 - 1) < 0.01
 
 
 def test_the_recipes_are_those_of_the_table(runs):

@@ -51,6 +51,24 @@ def test_a_share_that_answers_to_factors_reaches_its_target(target, power):
     assert abs(shares[-20:].mean() - target) < 0.01
 
 
+@pytest.mark.parametrize("pace", [0.2, 0.25])
+def test_a_short_run_settles(pace):
+    """A router under Adam: its log-odds move by `pace` a step at most, with the momentum of ten steps, towards where
+    the weight's price is what local attention costs. In the second half of 120 steps they stay about the target."""
+    steps, goal = 120, np.log(0.945 / 0.055)
+    dials = DIALS._replace(steps=steps, penalty_warmup=steps // 20, penalty_ramp=0.45 * steps, target_local=0.945)
+    advance, weigh = jax.jit(control.updated), jax.jit(control.penalty_weight)
+    noise, state, odds, moving, found = np.random.default_rng(0), control.initial(), -3.0, 0.0, []
+    for step in range(steps):
+        weight = float(weigh(state, step, dials))
+        pull = 0.8 if weight == 0 else np.tanh(np.log(weight) + 1 - 0.5 * (odds - goal))
+        moving += (pull - moving) / 10
+        odds += pace * moving
+        found.append(odds - goal)
+        state = advance(state, jnp.float32(1 / (1 + np.exp(-odds - 0.25 * noise.normal()))), step, dials)
+    assert np.sqrt(np.mean(np.square(found[steps // 2:]))) < 0.8
+
+
 def test_a_target_out_of_reach_winds_nothing_up():
     """Stuck below it for most of the run the weight is at its bound, and leaves it as soon as the share is above."""
     _, weights = simulate(0.9, lambda weight: 0.5)
