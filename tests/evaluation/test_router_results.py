@@ -149,8 +149,13 @@ def test_the_page_says_what_three_seeds_reached():
     main = (ROUTER.parent / "README.md").read_text().partition("Three seeds of `repair`, on other prompts,")[2]
     pruned = [scores_of(result(name), LONG) for name in ("final-0", "final-0-pruned")]
     saved = result("final-0-pruned")["tasks"]["pruning"]
+    pruning = points_behind(*pruned)[0]
+    top = (ROUTER.parents[2] / "README.md").read_text()
+    for said in (f"are {lost[0]:.1f} points under the plain model's {100 * base.mean():.1f}",
+                 f"another's {len(saved['pruned_layers'])} cost {pruning:.1f} points of RULER"):
+        assert said in top
     check(main.partition(" points. *Limit")[0], *lost, 100 * saved["cache_saved"] / saved["cache_bytes_before"],
-          points_behind(*pruned)[0])
+          pruning)
 
 def test_the_page_says_what_the_first_seed_learned():
     text, found = section("What the first seed learned"), looks()
