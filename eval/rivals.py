@@ -37,7 +37,7 @@ def draw(arguments: list[str] | None) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return commands.run(measure, arguments)
+    return commands.run(measure, arguments, interrupted="interrupted; the same command goes on from what is finished")
 
 
 if __name__ == "__main__":

@@ -14,16 +14,18 @@ Of the last layer as much is routed, at random, as the density leaves; heads are
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float64
+from jaxtyping import Bool, Float, Float64
 
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation.controls import random_decisions, static_rates
 from l2a_jax.evaluation.perplexity import Scores, Windows, routing_rates, score_windows
 from l2a_jax.research.rivals.cut import cut_at
+from l2a_jax.research.rivals.oracle import decision_worth, most_worth
 from l2a_jax.research.rivals.search import opened
 from l2a_jax.sources import Pretrained
 
@@ -63,6 +65,10 @@ class Found(NamedTuple):
     rates: Float64[np.ndarray, " L"]
     layers: list[tuple[int, ...]]
     heads: list[tuple[int, ...]] | None
+
+
+Known = dict[float, Float64[np.ndarray, " L"]]
+"""By cut: the rates of each layer that a pass over the scored text found there, with no heads open."""
 
 
 def able_layers(model: Pretrained) -> list[int]:
@@ -107,10 +113,6 @@ def static_choices(density: float, model: Pretrained, found: Found) -> list[Choi
     return choices
 
 
-Known = dict[float, Float64[np.ndarray, " L"]]
-"""By cut: the rates of each layer that a pass over the scored text found there, with no heads open."""
-
-
 def joined_heads(density: float, model: Pretrained, found: Found) -> Bool[np.ndarray, "L K"] | None:
     """Half of the density in heads; None where there are no heads, or half is less than one."""
     shape = model.config.num_layers, model.config.num_kv_heads
@@ -142,3 +144,32 @@ def learned_choice(density: float, model: Pretrained, windows: Windows, known: K
     tried, like = (shares, {}) if heads is None else ({}, shares)
     cut = cut_at(density, share_of, tried, like=like)
     return choice._replace(density=tried[cut], cut=cut), made.get(cut)
+
+
+class Choices:
+    """The choices of a model and a text by name, at any density. `passes`: how the text is read."""
+
+    def __init__(self, model: Pretrained, text: Windows, found: Found, known: Known, passes: dict[str, Any]):
+        self._model, self._text, self._found, self._known, self._passes = model, text, found, known, passes
+
+    def names(self, density: float) -> list[str]:
+        """In the order of the table."""
+        joined = joined_heads(density, self._model, self._found) is not None
+        static = [choice.name for choice in static_choices(density, self._model, self._found)]
+        return ["learned", *static, *(["joined"] if joined else []), "oracle"]
+
+    def make(self, name: str, density: float) -> tuple[Choice, Scores | None]:
+        """The choice, and its scores where making it gave them."""
+        if name == "learned":
+            return learned_choice(density, self._model, self._text, self._known, **self._passes)
+        if name == "joined":
+            heads = joined_heads(density, self._model, self._found)
+            return learned_choice(density, self._model, self._text, self._known, heads=heads, **self._passes)
+        if name == "oracle":
+            return Choice(name, density, decisions=most_worth(self._worth, self._text.real, density)), None
+        static = static_choices(density, self._model, self._found)
+        return next(choice for choice in static if choice.name == name), None
+
+    @functools.cached_property
+    def _worth(self) -> Float[np.ndarray, "L B T"]:
+        return decision_worth(self._model, self._text, self._passes["backend"], self._passes["mesh"])

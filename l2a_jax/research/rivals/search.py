@@ -8,6 +8,7 @@ so on. One program computes the loss under any mask.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -82,16 +83,20 @@ def _losses_here(params, masks, tokens, targets, weights, shard, *, config, l2a_
                                                         (tokens, targets, weights))), masks)
 
 
-def greedy(losses: Losses, count: int, label: str) -> list[tuple[int, ...]]:
+def greedy(losses: Losses, count: int, label: str, before: Sequence[Sequence[int]] = (),
+           keep: Callable[[list[tuple[int, ...]]], None] = lambda order: None) -> list[tuple[int, ...]]:
     """The first `count` units in the order in which greedy search opens them; a unit is an index (layer,) or
-    (layer, head) of a layer that can route. UserError where there are not so many, or a loss is not finite."""
+    (layer, head) of a layer that can route. `before`: the first of them, where they are known; `keep` is given the
+    order so far after each. UserError where there are not so many, or a loss is not finite."""
     units = losses.able
     if not 0 <= count <= len(units):
         raise UserError(f"{label}: no choice has {count} of {len(units)} units")
-    chosen: list[tuple[int, ...]] = []
-    mask = np.zeros(losses.shape, bool)
-    with progress(label, count) as report:
-        for step in range(count):
+    chosen = [tuple(unit) for unit in before]
+    if len(chosen) == count:
+        return chosen
+    mask = opened(chosen, losses.shape)
+    with progress(label, count, start=len(chosen)) as report:
+        for step in range(len(chosen), count):
             # As many masks each time, so that one program serves: units that are open already are asked again.
             masks = np.repeat(mask[None], len(units), axis=0)
             for row, unit in zip(masks, units, strict=True):
@@ -104,6 +109,7 @@ def greedy(losses: Losses, count: int, label: str) -> list[tuple[int, ...]]:
             best = units[int(np.argmin(found))]
             chosen.append(best)
             mask[best] = True
+            keep(chosen)
             report(step + 1, f"{best}: {found.min():.4f} nats a token")
     return chosen
 

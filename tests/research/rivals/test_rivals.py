@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +19,9 @@ from l2a_jax.research.rivals import choices, compare, oracle
 from l2a_jax.research.rivals.options import RivalOptions
 from l2a_jax.research.rivals.search import Losses, greedy, opened
 from l2a_jax.sources import TINY, load_pretrained
+from tests.research.rivals.conftest import RUN
 
 LAYER = L2AConfig(window=12, sinks=2)
-RUN = pathlib.Path(__file__).parents[2] / "frozen/folders/router_only"
 PASSES = {"batch_tokens": 4_096}
 
 
@@ -167,16 +166,6 @@ def test_the_oracle_is_at_least_as_good_as_every_control(model, windows):
     assert none - told >= 0.9 * (none - truth)
 
 
-@pytest.fixture(scope="module")
-def texts(model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("texts")
-    paths = []
-    for name, batch in zip(("text", "calibration"), RecallCorpus(128, 6).held_out(2), strict=False):
-        paths.append(folder / f"{name}.txt")
-        paths[-1].write_text(" ".join(model.tokenizer.decode(row.tolist()) for row in batch.tokens))
-    return dict(zip(("text", "calibration"), map(str, paths), strict=True))
-
-
 def test_the_command_compares_and_writes(texts, tmp_path):
     options = RivalOptions(source=str(RUN), **texts, local=(80.0,), context=128, calibration_context=128, times=True,
                            out=tmp_path)
@@ -190,6 +179,7 @@ def test_the_command_compares_and_writes(texts, tmp_path):
     assert "80% local" in told and "layers, searched" in told and "prefill ms" in told
     assert all(row["prefill_ms"] > 0 for row in result["rows"] if row["name"] not in ("heads", "joined"))
     assert result["rows"][0]["behind"] == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["rivals.json", "rivals.md", "rivals.png"]
 
 
 @pytest.mark.parametrize(("given", "said"), [
