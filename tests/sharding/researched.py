@@ -6,6 +6,7 @@ it began with.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -59,8 +60,8 @@ def rivals(folder: Path) -> dict[str, Any]:
                                          calibration_windows=3, out=folder / f"rivals {mesh}", mesh=mesh))
         out[str(mesh)] = {"worth": result["worth"], "layers": result["searched_layers"],
                           "heads": result["searched_heads"],
-                          "rows": {f"{row['name']} {row['target']:.4f}": [row["density"], *row["sums"].ravel().tolist()]
-                                   for row in result["rows"]}}
+                          "rows": {f"{row['name']} {row['target']:.4f}":
+                                   [row["density"], *itertools.chain(*row["sums"])] for row in result["rows"]}}
     return out
 
 
