@@ -15,7 +15,7 @@ Wordings are our own and vary; none is that of a task that this project scores.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -198,6 +198,18 @@ EDITION = 2
 KINDS = {"notes": _notes, "register": _register, "names": _names, "tally": _tally}
 
 
+def _kind(key: str) -> str:
+    return _Draws(key).of(tuple(KINDS))
+
+
+def _attempt(kind: str, key: str, attempt: int, size: int, encode: Callable[[Sequence[str]], list[np.ndarray]]
+             ) -> tuple[_Draws, list[str], list[Asked], list[np.ndarray]]:
+    """What is said and asked for in a row of `size` tokens, and the tokens of all of it; each attempt says less."""
+    draws = _Draws(f"{key} {attempt}")
+    said, asked = KINDS[kind](draws, max(_LEAST, size >> attempt))
+    return draws, said, asked, encode([*said, *(f"{question}{answer}\n" for question, answer in asked)])
+
+
 def asked_row(tokens: Int32[np.ndarray, " T"], key: str, encode: Callable[[Sequence[str]], list[np.ndarray]]
               ) -> Row | None:
     """A row of as many tokens that asks about itself, made of `tokens` (what the statements stand in, unless it is
@@ -205,19 +217,15 @@ def asked_row(tokens: Int32[np.ndarray, " T"], key: str, encode: Callable[[Seque
 
     Some questions come between the middle and the end, the others at the end.
     """
-    size = tokens.size
-    kind = _Draws(key).of(tuple(KINDS))
+    kind, size = _kind(key), tokens.size
     for attempt in range(_ATTEMPTS):
-        draws = _Draws(f"{key} {attempt}")
-        said, asked = KINDS[kind](draws, max(_LEAST, size >> attempt))
-        pieces = [np.asarray(ids, tokens.dtype)
-                  for ids in encode([*said, *(f"{question}{answer}\n" for question, answer in asked)])]
-        left = size - sum(ids.size for ids in pieces)
+        draws, said, asked, pieces = _attempt(kind, key, attempt, size, encode)
+        left = size - sum(map(len, pieces))
         if left >= 0:
             break
     else:
         return None
-    filler = np.asarray(tokens)
+    filler, pieces = np.asarray(tokens), [np.asarray(ids, tokens.dtype) for ids in pieces]
     early = len(asked) // 3
     if kind in ("register", "tally"):  # one long list; what text there still is stands before it
         cuts = [left] * (len(said) + early)
@@ -251,6 +259,27 @@ def _of_answers(pieces: Sequence[np.ndarray], questions: Sequence[str],
     return found
 
 
+def _drawn(row: int, share: float, seed: int) -> bool:
+    return int(raw_random(f"ask {seed} {row}", 1)[0]) < share * 2.0**64
+
+
+def _key(row: int, seed: int) -> str:
+    return f"asked {seed} {row}"
+
+
+def rows_that_ask(rows: Iterable[int], size: int, share: float, seed: int,
+                  encode: Callable[[Sequence[str]], list[np.ndarray]]) -> Iterator[int]:
+    """Those of `rows`, of `size` tokens each, that `with_questions` fills, without filling them: the last attempt says
+    least, so that it is soon known whether any fits."""
+    for row in rows:
+        if _drawn(row, share, seed):
+            key = _key(row, seed)
+            kind = _kind(key)
+            if any(sum(map(len, _attempt(kind, key, attempt, size, encode)[-1])) <= size
+                   for attempt in reversed(range(_ATTEMPTS))):
+                yield row
+
+
 def with_questions(batch: Batch, rows: range, share: float, seed: int,
                    encode: Callable[[Sequence[str]], list[np.ndarray]], weight: float = 1.0) -> Batch:
     """The batch with a `share` of its rows asking about themselves, each one document; `rows` are their numbers in the
@@ -259,9 +288,9 @@ def with_questions(batch: Batch, rows: range, share: float, seed: int,
     tokens, targets, weights = batch.tokens.copy(), batch.targets.copy(), batch.weights.copy()
     segments, positions = (None if x is None else x.copy() for x in (batch.segment_ids, batch.positions))
     for b, row in enumerate(rows):
-        if int(raw_random(f"ask {seed} {row}", 1)[0]) >= share * 2.0**64:
+        if not _drawn(row, share, seed):
             continue
-        asked = asked_row(batch.tokens[b], f"asked {seed} {row}", encode)
+        asked = asked_row(batch.tokens[b], _key(row, seed), encode)
         if asked is None:
             continue
         tokens[b], targets[b, :-1] = asked.tokens, asked.tokens[1:]

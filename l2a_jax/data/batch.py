@@ -51,6 +51,11 @@ class TrainingData(Protocol):
         read: a process's."""
         ...
 
+    def tokens_read(self, batches: int) -> int:
+        """Tokens in the first `batches` micro-batches over all processes, padding not counted: what the records of
+        steps add up to."""
+        ...
+
     def describe(self) -> dict[str, Any]:
         """Documents, tokens, unique tokens, domains with their shares, packing efficiency; plain JSON values."""
         ...

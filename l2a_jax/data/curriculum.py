@@ -87,6 +87,17 @@ class Curriculum:
         return sum(stage.share * stage.accumulate * stage.data.tokens_per_batch
                    for stage in self.stages) / self.grad_accum
 
+    def tokens_read(self, batches: int) -> int:
+        """Tokens in the steps of the first `batches` micro-batches, of which a step would have `grad_accum` without
+        stages; padding not counted."""
+        steps, begin, tokens = batches // self.grad_accum, 0, 0
+        for stage in self.stages:
+            first, last = (min(step, steps) * stage.accumulate for step in (begin, stage.end))
+            if last > first:
+                tokens += stage.data.tokens_read(last) - stage.data.tokens_read(first)
+            begin = stage.end
+        return tokens
+
     def batch(self, index: int) -> Batch:
         """Micro-batch `index` of the first stage: what a run begins with."""
         return self.stages[0].data.batch(index)

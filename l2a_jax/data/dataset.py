@@ -131,28 +131,46 @@ class PackedData:
 
     @cached_property
     def tokens_per_batch(self) -> float:
-        """Tokens, padding not counted, in a micro-batch over all processes, on average."""
+        """Tokens of the text, padding not counted, packed into a micro-batch over all processes, on average: what a
+        budget of tokens is counted in (`tokens_read` counts what was read)."""
         per_row = np.array([part.train.tokens / part.train.row_count for part in self.parts])
         return float(self.batch_size * (per_row * self.mix.counts).sum() / self.mix.counts.sum())
 
     def usage(self, batches: int) -> dict[str, Any]:
         """What the first `batches` micro-batches hold: per domain and in all, tokens seen, unique tokens, epochs.
 
-        Tokens exclude padding. Unique tokens count each token of the text once, however often it was seen.
+        Tokens exclude padding; a row that asks has none, whatever the row whose place it takes had. Unique tokens count
+        each token of the text in these rows once, however often it was seen, and of a row that asks all that it had.
         """
-        domains = {}
+        domains, more = {}, self._asking(batches * self.batch_size)
         for part, rows in zip(self.parts, self.mix.used(batches * self.batch_size), strict=True):
             plan, name = part.train, part.domain.name
             tokens = plan.row_tokens
             epochs, rest = divmod(rows, plan.row_count)
             partial = int(tokens[permutation(self.seed, name, epochs, plan.row_count)[:rest]].sum()) if rest else 0
             total = int(tokens.sum())
-            domains[name] = {"tokens": epochs * total + partial, "unique_tokens": total if epochs else partial,
+            domains[name] = {"tokens": epochs * total + partial + more.get(name, 0),
+                             "unique_tokens": total if epochs else partial,
                              "epochs": round(rows / plan.row_count, 4), "rows": rows}
         summed = {key: sum(d[key] for d in domains.values()) for key in ("tokens", "unique_tokens", "rows")}
         for entry in domains.values():
             entry["share"] = round(entry["tokens"] / max(summed["tokens"], 1), 4)
         return {**summed, "domains": domains}
+
+    def tokens_read(self, batches: int) -> int:
+        """Tokens in the first `batches` micro-batches over all processes, padding not counted."""
+        return self.usage(batches)["tokens"]
+
+    def _asking(self, rows: int) -> dict[str, int]:
+        """Of each domain the tokens that the first `rows` rows have more where they ask, having no padding then."""
+        more: dict[str, int] = {}
+        if self.ask:
+            packed = {part.domain.name: part.train.row_tokens for part in self.parts}
+            for row in asking.rows_that_ask(range(rows), self.seq_len, self.ask, self.seed, self.encoder.encode):
+                part, _, nth = self._train_row(row)
+                name = part.domain.name
+                more[name] = more.get(name, 0) + self.seq_len - int(packed[name][nth])
+        return more
 
     def describe(self) -> dict[str, Any]:
         """What there is to train on, as plain JSON values. Tokens include one end token a document."""

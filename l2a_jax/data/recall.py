@@ -91,6 +91,10 @@ class RecallCorpus:
         """Tokens of a micro-batch: every row is full."""
         return self.batch_size * self.seq_len
 
+    def tokens_read(self, batches: int) -> int:
+        """Tokens in the first `batches` micro-batches."""
+        return batches * self.tokens_per_batch
+
     def batch(self, index: int) -> Batch:
         """Micro-batch `index` of the training split, this process's rows of it."""
         batch = self._rows(np.random.default_rng((self.seed, 0, index)), self.emphasis)

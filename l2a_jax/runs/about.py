@@ -38,7 +38,7 @@ def _about(plan: RunPlan) -> list[str]:
     abstract = abstract_params(plan.config, layer)
     total = count_parameters(abstract)
     trained = count_parameters(abstract, regime_mask(abstract, s.regime), s.attention_layers)
-    tokens = round(plan.steps * s.grad_accum * plan.data.tokens_per_batch)
+    tokens = plan.data.tokens_read(plan.steps * s.grad_accum)
     lines = [f"regime: {s.regime} trains {trained:,} of {total:,} parameters of {plan.source or 'a fresh model'}, in "
              f"{plan.dtype.name} on {device.kind()}"]
     if plan.axes is not None:

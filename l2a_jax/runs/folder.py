@@ -102,7 +102,7 @@ def summarise(
     # Counted from the data, whose order is fixed, not from records, which can be lost.
     batches = int(state.step) * s.grad_accum
     usage = plan.data.usage(batches) if hasattr(plan.data, "usage") else None
-    tokens = round(batches * plan.data.tokens_per_batch) if usage is None else usage["tokens"]
+    tokens = plan.data.tokens_read(batches) if usage is None else usage["tokens"]
     speeds = sorted(record["tokens_per_second"] for record in records if "tokens_per_second" in record)
     summary = {
         "regime": s.regime, "steps": int(state.step), "trained_parameters": trained, "tokens_seen": tokens,

@@ -123,7 +123,8 @@ class OptimizerSettings:
 
     steps: Annotated[int | None, count(), STEPS, DIAL, "optimiser steps; they win over --tokens"] = None
     tokens: Annotated[int | None, Range(1, 2**63 - 1), Unit("tokens"), Written(parse_count), DIAL,
-                      "tokens to train on, such as 12M"] = 12_000_000
+                      "tokens to train on, such as 12M; a row of --ask counts as the text in whose place it stands"
+                      ] = 12_000_000
     lr: Annotated[float, above(0), DIAL, "peak learning rate"] = 5e-5
     router_lr: Annotated[float | None, above(0), DIAL, "the router's own (default: --lr)"] = None
     weight_decay: Annotated[float, fields.at_least(0), "of matrices, but for the router"] = 0.0

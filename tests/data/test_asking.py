@@ -17,6 +17,7 @@ from l2a_jax.data.asking import (
     with_questions,
 )
 from l2a_jax.data.batch import decode_row
+from l2a_jax.data.curriculum import Curriculum, Stage
 from l2a_jax.data.encoder import make_encoder
 from l2a_jax.errors import UserError
 
@@ -131,6 +132,27 @@ def test_questions_come_with_targets_and_one_document(opened, write, texts):
     np.testing.assert_array_equal(part.tokens, whole.tokens[1:])  # by place in the stream, however it is divided
     with pytest.raises(UserError, match="ask is 2; expected a share"):
         opened(path, ask=2)
+
+
+@pytest.mark.parametrize("seq_len", [120, 256])
+def test_tokens_are_counted_as_they_are_read(seq_len, opened, write, texts):
+    """By domain, also where a row has no room to ask; a stage of a curriculum reads on where it stands."""
+    spec = [f"a={write('a.jsonl', texts(60, 5, 90))}", f"b={write('b.jsonl', texts(40, 20, 60, seed=1))}"]
+    plain, data = (opened(spec, ask=share, seq_len=seq_len) for share in (0.0, 0.6))
+    tokens, asking = dict.fromkeys("ab", 0), 0
+    for index in range(12):
+        batch = data.batch(index)
+        asking += int((batch.tokens != plain.batch(index).tokens).any(axis=1).sum())
+        for row, count in enumerate((batch.segment_ids > 0).sum(axis=1).tolist(), index * data.batch_size):
+            tokens[data.parts[data.mix.locate(row)[0]].domain.name] += count
+    used = data.usage(12)
+    assert {name: domain["tokens"] for name, domain in used["domains"].items()} == tokens
+    assert data.tokens_read(12) == used["tokens"] == sum(tokens.values()) > plain.tokens_read(12)
+    assert data.tokens_per_batch == plain.tokens_per_batch, "a budget of tokens is as many steps"
+    assert 0 < asking < 15 if seq_len == 120 else asking > 20
+    staged = Curriculum(data, (Stage(seq_len, 0.5, plain, 2, 3), Stage(seq_len, 0.5, data, 1, 8)), 2)
+    assert staged.tokens_read(16) == plain.tokens_read(6) + data.tokens_read(8) - data.tokens_read(3)
+    assert staged.tokens_read(4) == plain.tokens_read(4)
 
 
 def test_all_kinds_occur(prose, encode, monkeypatch):

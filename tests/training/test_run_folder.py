@@ -200,7 +200,7 @@ def trained(tmp_path_factory, text):
     os.chdir(folder)
     try:
         settings = resolve("router_strict", {**GIVEN, "model": "model", "data": ("text", "more=text/*.jsonl"),
-                                             "steps": 6}, ("repair-2025",))
+                                             "ask": 0.5, "steps": 6}, ("repair-2025",))
         train(settings, Path("run"))
     finally:
         os.chdir(here)

@@ -231,7 +231,7 @@ def dry_run(rows: Sequence[Row], session: Session) -> str:
             plan = session.plan(row)
             shapes = abstract_params(plan.config, plan.l2a_config)
             trained = count_parameters(shapes, regime_mask(shapes, row.regime), plan.settings.attention_layers)
-            tokens = 0 if not trained else plan.steps * plan.settings.grad_accum * plan.data.tokens_per_batch
+            tokens = 0 if not trained else plan.data.tokens_read(plan.steps * plan.settings.grad_accum)
             ratio = f", {tokens / trained:.3g} a trained parameter" if trained else ""
             needed = planned_seconds(row, tokens=tokens)
             lines.append(f"{row.name}: {trained:,} trained, {tokens:,.0f} tokens{ratio}, about {needed:.0f} s")
