@@ -17,8 +17,9 @@ from l2a_jax.sharding import mesh as meshes
 from l2a_jax.sharding import processes
 from l2a_jax.sharding.axes import parse
 from l2a_jax.training import memory
+from l2a_jax.training.presets import PRESETS
 from l2a_jax.training.regimes import count_parameters, regime_mask
-from l2a_jax.training.settings import Settings
+from l2a_jax.training.settings import Settings, unread_of_presets
 from l2a_jax.training.tables import MIXED, NEXT_TOKEN, SALIENCY
 
 log = logging.getLogger("l2a_jax")
@@ -52,6 +53,10 @@ def _about(plan: RunPlan) -> list[str]:
                      + (f", router sees {', '.join(layer.router_sees)}" if layer.router_sees else "")
                      + (f", router of {layer.router_hidden} hidden units" if layer.router_hidden else "")
                      + (f", explore {layer.explore:g} {layer.explore_by}" if layer.explore else ""))
+    named = [name for name in s.preset if unread_of_presets(s.regime) & {*PRESETS[name].values}]
+    if named:
+        lines.append(f"layer: none, as --regime {s.regime} runs a plain model; what --preset {' '.join(named)} says of "
+                     "a layer, its router and their training is not read")
     if s.forced is not None:
         lines.append(f"decisions: forced, {', '.join(f'{share:g}' for share in s.forced)} of the tokens routed"
                      + (" in every layer" if len(s.forced) == 1 else ", layer by layer"))

@@ -195,7 +195,9 @@ def resolve(regime: str, given: dict[str, Any], presets: tuple[str, ...] = (),
     if unknown:
         raise UserError(f"--preset is {unknown[0]!r}; expected one of {', '.join(PRESETS)}")
     values: dict[str, Any] = {}
-    for priced in (*(PRESETS[name].values for name in presets), given):
+    unread = unread_of_presets(regime)
+    named = ({key: value for key, value in PRESETS[name].values.items() if key not in unread} for name in presets)
+    for priced in (*named, given):
         if "penalty" in priced and "target_local" not in given:
             values.pop("target_local", None)  # an earlier preset's: the later one says how much stays local
         values |= priced
@@ -263,6 +265,12 @@ def _checked(settings: Settings) -> Settings:
     return settings
 
 
+def unread_of_presets(regime: str) -> frozenset[str]:
+    """The settings of a named preset that the regime reads nothing of: without a router, all that is of one. A flag
+    that says the same is refused, or said to have no effect."""
+    return ROUTED if regime in PLAIN_REGIMES else frozenset()
+
+
 def asked_by(settings: Settings, name: str) -> str:
     """Which preset asked for what stands in a setting, in brackets, for messages; nothing where none did."""
     own = REGIME_PRESET.get(settings.regime)
@@ -283,6 +291,8 @@ def parse_rope(text: str) -> RopeScaling:
 
 
 LAYER_FIELDS = tuple(name for name in fields.declared(L2AConfig) if name in {*fields.declared(Settings)} - {"rope"})
+ROUTED = frozenset({*fields.declared(LayerSettings), *fields.declared(RoutingSettings), "router_lr"} - {"rope"})
+"""Settings of which a plain model has nothing."""
 STRUCTURE = ("topology", "share_attention", "router_input", "router_sees", "router_hidden")
 
 

@@ -10,8 +10,10 @@ from l2a_jax.config import MODELS, L2AConfig
 from l2a_jax.errors import UserError
 from l2a_jax.models.params import abstract_params, init_params, map_with_path
 from l2a_jax.training.optimizer import Dials, OptimizerConfig, make_optimizer
+from l2a_jax.training.presets import PRESETS
 from l2a_jax.training.regimes import combine, count_parameters, partition, regime_mask
-from l2a_jax.training.tables import REGIMES, group_of
+from l2a_jax.training.settings import ROUTED, Settings, resolve
+from l2a_jax.training.tables import PLAIN_REGIMES, REGIMES, check_objective, group_of
 from tests.models.cases import CONFIG, LAYERS, UNTIED, make_params
 
 SEPARATE, SHARED = L2AConfig(share_attention=False), L2AConfig()
@@ -49,6 +51,21 @@ def test_every_parameter_is_covered_exactly_once(config, layer):
 def test_unknown_regime_names_the_known_ones():
     with pytest.raises(UserError, match=r"l2a_tf.*router_only"):
         regime_mask(abstract_params(CONFIG, SHARED), "l2a_tf")
+
+
+@pytest.mark.parametrize("regime", PLAIN_REGIMES)
+def test_without_a_router_a_preset_gives_what_a_plain_model_has(regime):
+    """Whatever it says of a router; a flag that asks for one is refused."""
+    real = {"model": "model", "data": ("text",)}
+    for name, preset in PRESETS.items():
+        settings = resolve(regime, real, (name,))
+        values = {key: value for key, value in preset.values.items() if key not in ROUTED} | real
+        assert {key: getattr(settings, key) for key in values} == values
+        assert all(getattr(settings, key) == getattr(Settings, key) for key in ROUTED)
+        check_objective(settings.objective, regime, None)
+    for flag in ({"target_local": 0.9}, {"forced": (0.5,)}, {"objective": "distill"}):
+        with pytest.raises(UserError, match=f"^--{next(iter(flag)).replace('_', '-')} .*--regime {regime} "):
+            check_objective(resolve(regime, {**real, **flag}, ("repair",)).objective, regime, None)
 
 
 @pytest.mark.parametrize("regime", REGIMES)

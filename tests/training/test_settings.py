@@ -14,6 +14,7 @@ from l2a_jax.attention import api
 from l2a_jax.config import L2AConfig, ModelConfig, RopeScaling, position_limit
 from l2a_jax.errors import Unsupported, UserError
 from l2a_jax.fields import declared, problem
+from l2a_jax.runs.about import announce
 from l2a_jax.runs.plan import dials_of, make_plan
 from l2a_jax.training.loop import stacked_batch
 from l2a_jax.training.presets import PRESETS
@@ -171,6 +172,14 @@ def test_a_flag_without_effect_is_said(regime, given, expected, caplog):
         commands.say_idle(given, idle(resolve(regime, given)))
     assert [line.split()[0] for line in caplog.messages] == [f"--{name.replace('_', '-')}" for name in
                                                              given if name in expected]
+
+
+def test_what_a_plain_model_does_not_read_of_a_preset_is_said(caplog):
+    for names, said in (((), ""), (("repair-target",), "what --preset repair-target says of a layer")):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "l2a_jax"):
+            announce(make_plan(resolve("norms_only", {"echo": 0.0, "seq_len": 128}, names)))
+        assert said in caplog.text and (said or "layer:" not in caplog.text)
 
 
 def test_the_rate_without_effect_has_none():
