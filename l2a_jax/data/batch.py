@@ -53,7 +53,7 @@ class TrainingData(Protocol):
 
     def tokens_read(self, batches: int) -> int:
         """Tokens in the first `batches` micro-batches over all processes, padding not counted: what the records of
-        steps add up to."""
+        steps add up to (they count the end of an epoch's last row in plain concatenation too, which is not filled)."""
         ...
 
     def describe(self) -> dict[str, Any]:

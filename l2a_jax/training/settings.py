@@ -198,7 +198,7 @@ def resolve(regime: str, given: dict[str, Any], presets: tuple[str, ...] = (),
     unread = unread_of_presets(regime)
     named = ({key: value for key, value in PRESETS[name].values.items() if key not in unread} for name in presets)
     for priced in (*named, given):
-        if "penalty" in priced and "target_local" not in given:
+        if ("penalty" in priced or priced.get("forced") is not None) and "target_local" not in given:
             values.pop("target_local", None)  # an earlier preset's: the later one says how much stays local
         values |= priced
     asked = tuple(sorted(values))
@@ -245,7 +245,8 @@ def _checked(settings: Settings) -> Settings:
                if settings.regime in PLAIN_REGIMES else
                "--target-local moves learned ones" if settings.target_local is not None else
                f"--regime {settings.regime} trains nothing else" if REGIMES[settings.regime] == ("router",) else
-               f"--objective {settings.objective} teaches a router" if settings.objective != NEXT_TOKEN else
+               f"--objective {settings.objective}{asked_by(settings, 'objective')} teaches a router"
+               if settings.objective != NEXT_TOKEN else
                f"--penalty {settings.penalty:g} is of learned ones" if settings.penalty else None)
         if why is not None:
             raise UserError(f"--forced takes the router's decisions away, but {why}")

@@ -84,6 +84,14 @@ def test_what_forced_decisions_leave_no_room_for(regime, given, message):
         resolve(regime, {"forced": (1.0,), **given})
 
 
+def test_forced_decisions_take_the_place_of_what_a_preset_says_of_learned_ones():
+    for preset in ("repair-far", "repair-target"):
+        settings = resolve("router_only", {"forced": (0.1,), "model": "m", "data": ("d",)}, (preset,))
+        assert settings.penalty == 0 and settings.target_local is None and settings.seq_len == 8_192
+    with pytest.raises(UserError, match=r"^--forced .* --objective mixed \(by --preset repair\) teaches a router"):
+        resolve("router_only", {"forced": (0.1,), "model": "m", "data": ("d",)}, ("repair",))
+
+
 def test_a_forced_run_says_that_it_is_scored_under_its_routers_decisions(tmp_path, caplog):
     config = json.loads((FOLDERS / "router_only" / "config.json").read_text())
     for forced, said in ((None, 0), ([0.5], 1)):
