@@ -26,6 +26,8 @@ from l2a_jax.files import plain, whole
 from l2a_jax.shapes import at_least, each, one_of, share, some
 from l2a_jax.sources import Pretrained
 
+log = logging.getLogger("l2a_jax.eval")
+
 if TYPE_CHECKING:
     from jax.sharding import Mesh
     from lm_eval.api.task import Task
@@ -240,6 +242,10 @@ def load_tasks(names: Sequence[str], files: dict[str, TaskFile], num_fewshot: in
         shots = (task.config.num_fewshot or 0) if num_fewshot is None else num_fewshot
         if name in files:
             _check_shots(files[name], shots)
+            lacking = LOCAL_TASKS[name].training
+            if shots and lacking and files[name].training is None:
+                log.warning("%s: there is no %s beside %s, whose other items are its worked examples then; scores are "
+                            "not those with examples for training", name, lacking, files[name].path)
         task.set_config("num_fewshot", shots)
         task.set_fewshot_seed(FEWSHOT_SEED)
     return {name: tasks[name] for name in names}

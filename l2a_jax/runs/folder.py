@@ -22,7 +22,7 @@ from l2a_jax.errors import UserError
 from l2a_jax.models.params import abstract_params
 from l2a_jax.provenance import provenance
 from l2a_jax.runs import demo
-from l2a_jax.training import metrics
+from l2a_jax.training import control, metrics
 from l2a_jax.training.checkpoints import BEST, Checkpoints
 from l2a_jax.training.optimizer import learning_rate
 from l2a_jax.training.regimes import count_parameters
@@ -80,6 +80,7 @@ def write_config(run_dir: pathlib.Path, plan: RunPlan, source: str) -> None:
         "data": plan.data.describe(),
         "data_fingerprint": plan.data.fingerprint,
         "steps": plan.steps,
+        **({} if plan.settings.target_local is None else {"control": control.EDITION}),
         "dtype": plan.dtype.name,
         "started": here.pop("date"),
         **here,

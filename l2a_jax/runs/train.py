@@ -33,7 +33,7 @@ from l2a_jax.runs.calibrate import batches_of, calibrate
 from l2a_jax.runs.demo import recall_report
 from l2a_jax.runs.plan import Run, RunPlan, compile_run, load_tree, make_plan, plan_of, set_deterministic
 from l2a_jax.sharding import processes
-from l2a_jax.training import metrics
+from l2a_jax.training import control, metrics
 from l2a_jax.training.checkpoints import BEST, LATEST, Checkpoints
 from l2a_jax.training.diagnose import first_non_finite
 from l2a_jax.training.loop import NonFinite, Schedule, Stopped, StopRequest, fit, stacked_batch
@@ -62,6 +62,7 @@ def resume(run_dir: pathlib.Path, mesh: str | None = None) -> dict[str, Any]:
     if not (run_dir / "config.json").exists():
         raise UserError(f"--resume {run_dir}: there is no config.json; expected the folder of an earlier run")
     recorded = read_run(run_dir).whole()
+    _check_control(recorded, f"--resume {run_dir}")
     if mesh is not None:
         if mesh != recorded.settings.mesh:
             log.warning("the run began on %s and goes on on %s: sums are taken in another order, so its numbers will "
@@ -110,6 +111,14 @@ def _carry_out(plan: RunPlan, run_dir: pathlib.Path, stop: StopRequest, recorded
             log.warning("there is no checkpoint: the run begins again from its start")
         state = run.start(trainable)
     return _fit_and_score(run, run_dir, state, frozen, source_params, stop)
+
+
+def _check_control(recorded: RunConfig, what: str) -> None:
+    """Refuse a run whose target was controlled otherwise when it began."""
+    short = recorded.steps is None or recorded.steps < control.SETTLING
+    if recorded.settings.target_local is not None and short and recorded.control != control.EDITION:
+        raise UserError(f"{what}: in runs of fewer than {control.SETTLING} steps --target-local was controlled in "
+                        "another way when this one began, so that it cannot go on as it was; begin it anew")
 
 
 def _check_machine(plan: RunPlan, recorded: RunConfig, what: str) -> None:

@@ -7,9 +7,9 @@ from the share at the end of the warm-up to the target while the ramp lasts, fas
     weight = exp(integral + PROPORTIONAL * error),   d integral = INTEGRAL * error a run
 
 within `LEAST` and `MOST`, which the integral keeps to as well: a target out of reach winds nothing up. During warm-up
-the weight is 0. All times are shares of the run, so that gains mean the same in a short and a long one; but a router
-answers within steps, whatever the run's length, and where the integral is faster than that, weight and share swing
-about the target. In a run of fewer steps than `SETTLING` it is as slow as in one of so many.
+the weight is 0. All times are shares of the run, so that gains mean the same in a short and a long one. Below
+`SETTLING` steps the integral is as slow as in a run of so many: a router takes steps to answer, and in the one run of
+123 steps that there was, weight and share swung about the target. The number comes from a simulation.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from jaxtyping import Array, Float, Int
 from l2a_jax.training.optimizer import Dials
 
 PROPORTIONAL, INTEGRAL, SETTLING = 2.0, 20.0, 250
+EDITION = 2
+"""A short run goes on with the edition that it began with, or not at all: in the first, its integral was faster."""
 SPAN = 0.03
 """Of the moving average, as a share of the run."""
 START, LEAST, MOST = 0.05, 1e-3, 1e2

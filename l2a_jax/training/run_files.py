@@ -28,7 +28,7 @@ CALIBRATED = "calibrated_threshold"
 CONFIG = {
     "settings": dict, "model_source": nullable(str), "source_hash": str, "model_config": dict, "l2a_config?": dict,
     "data?": dict, "data_fingerprint?": str, "data_source?": [str], "dtype?": str, "device?": str, "steps?": int,
-    f"{CALIBRATED}?": number,
+    "control?": int, f"{CALIBRATED}?": number,
 }
 SUMMARY = {f"{name}?": number for name in (
     "trained_parameters", "tokens_seen", "tokens_per_trained_parameter", "steps", "loss_last_5_percent",
@@ -37,8 +37,9 @@ SUMMARY = {f"{name}?": number for name in (
 
 class RunConfig(NamedTuple):
     """A run as its `config.json` records it. `missing`: the settings that it does not name, which have their defaults;
-    what other keys it lacks is None. `l2a_config` is the layer of the trained model, `trained_layer` that of its
-    training and of every checkpoint before the last: a run with a target moves the threshold at its end."""
+    what other keys it lacks is None. `control`: the edition of a target's. `l2a_config` is the layer of the trained
+    model, `trained_layer` that of its training and of every checkpoint before the last: a run with a target moves the
+    threshold at its end."""
 
     path: Path
     settings: Settings
@@ -54,6 +55,7 @@ class RunConfig(NamedTuple):
     dtype: str | None
     device: str | None
     steps: int | None
+    control: int | None
 
     def whole(self) -> RunConfig:
         """This, where it says all that repeating the run needs, within the ranges of today. UserError where not."""
@@ -99,7 +101,7 @@ def read_run(run_dir: Path) -> RunConfig:
                      trained,
                      found.get("data") or {}, found.get("data_fingerprint"),
                      None if entries is None else tuple(entries), found.get("dtype"), found.get("device"),
-                     found.get("steps"))
+                     found.get("steps"), found.get("control"))
 
 
 def _settings(found: dict[str, Any], path: Path) -> tuple[Settings, tuple[str, ...]]:

@@ -84,7 +84,12 @@ def test_scores_are_lm_evals_own(model, folder, monkeypatch):
             assert sample["scores"][f"exact_match,{name}"] == task.process_results(instance.doc, [kept])["exact_match"]
 
 
-def test_worked_examples_come_from_the_training_file(model, folder, monkeypatch):
+def test_worked_examples_come_from_the_training_file(model, folder, monkeypatch, caplog):
+    tasks.load(("gsm8k",), folder, 0, None)
+    assert not caplog.records
+    tasks.load(("gsm8k",), folder, 2, None)
+    assert "there is no *gsm8k_train*.jsonl beside" in caplog.text
+    caplog.clear()
     save(folder / "math_gsm8k_train.jsonl", TRAINING)
     say(monkeypatch, [""] * 3)
     found, samples = ask(model, folder, num_fewshot=None)
@@ -92,6 +97,7 @@ def test_worked_examples_come_from_the_training_file(model, folder, monkeypatch)
     for sample in samples:
         *examples, _ = sample["context"].split("\n\n")
         assert len(examples) == 5 and all(example.startswith("Question: How much is") for example in examples)
+    assert not caplog.records
     say(monkeypatch, [""])
     assert ask(model, folder, limit=1)[0]["n"] == 1
     with pytest.raises(UserError, match=r"gsm8k_train\.jsonl holds 7 items; 8 worked examples need more"):

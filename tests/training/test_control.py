@@ -206,6 +206,14 @@ def test_a_run_reaches_its_target_on_held_out_rows_and_says_so(reached):
     assert [record["local"] for record in found] == pytest.approx([record["sparsity"] for record in found])
 
 
+def test_a_short_run_of_an_earlier_control_does_not_go_on(reached, tmp_path):
+    config = json.loads((reached[0] / "config.json").read_text())
+    assert config.pop("control") == control.EDITION
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="--target-local was controlled in another"):
+        resume(tmp_path)
+
+
 def test_a_run_resumed_in_the_middle_of_control_is_the_unbroken_one(reached, tmp_path, monkeypatch, caplog, optimised):
     """Stopped after 25 steps: the ramp is not over, and the weight is moving."""
     from l2a_jax.runs import train as runs
