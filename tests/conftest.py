@@ -10,7 +10,7 @@ from importlib.metadata import version
 from jaxtyping import install_import_hook
 
 import tests.typecheck  # noqa: F401  (the hook finds it by name)
-from tests import compiler
+from tests import compiler, garbage
 
 os.environ.update(compiler.flags(quick=True))  # subprocesses inherit it
 # Every annotated shape of the library is checked while tests run; users pay nothing for it.
@@ -56,6 +56,10 @@ def _lacking(marker: str) -> str | None:
 # Files with tests of half a minute and more: they begin first, so that at the end no worker is left alone with one.
 LONG = ("frozen/test_frozen.py", "training/test_demo.py", "training/test_resume.py", "training/test_control.py",
         "sharding/test_steps.py", "tests/test_guides.py")
+
+
+def pytest_collection_finish():
+    garbage.seldom()
 
 
 def pytest_collection_modifyitems(items):

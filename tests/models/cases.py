@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from l2a_jax.config import L2AConfig, ModelConfig, RopeScaling
-from l2a_jax.models.params import init_params, map_with_path
+from l2a_jax.models.params import by_path, init_params, map_with_path, param_shapes
 from l2a_jax.models.transformer import hidden_states
 
 CONFIG = ModelConfig(61, 32, 48, 3, 6, 2, 8, rope_theta=10_000.0, max_positions=128)
@@ -23,8 +23,19 @@ LAYERS = {
 }
 
 
+_DRAWN = {}
+
+
 def make_params(l2a_config, config=CONFIG, seed=0):
-    """Every leaf random: biases, norms, both sets and the router all differ from their start."""
+    """Every leaf random: biases, norms, both sets and the router all differ from their start. Drawn once for all
+    layers that have the same leaves: each draw of a leaf runs in programs of its own."""
+    key = config, seed, tuple(by_path(param_shapes(config, l2a_config)).items())
+    if key not in _DRAWN:
+        _DRAWN[key] = _drawn(l2a_config, config, seed)
+    return jax.tree.map(lambda leaf: leaf, _DRAWN[key])
+
+
+def _drawn(l2a_config, config, seed):
     base = init_params(config, jax.random.key(seed), l2a_config)
 
     def disturb(path, leaf):

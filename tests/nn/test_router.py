@@ -14,7 +14,6 @@ from l2a_jax.errors import UserError
 from l2a_jax.models import layer as layer_module
 from l2a_jax.models.layer import Attention, context_of
 from l2a_jax.models.params import abstract_params, add_routing, by_path, init_params
-from l2a_jax.models.transformer import hidden_states
 from l2a_jax.nn import router
 from l2a_jax.nn.layers import rms_norm
 from l2a_jax.training.regimes import count_parameters, regime_mask
@@ -41,7 +40,8 @@ def test_the_signal_of_position_is_the_log_of_the_past_in_windows():
 def test_logits_and_gradients_are_the_formulas():
     leaves, h, seen = one_layer()
     cotangent = jax.random.normal(jax.random.key(3), h.shape[:2])
-    z, gradient = jax.value_and_grad(lambda leaves: jnp.sum(router.logits(h, seen, leaves) * cotangent))(leaves)
+    z, gradient = jax.jit(jax.value_and_grad(
+        lambda leaves: jnp.sum(router.logits(h, seen, leaves) * cotangent)))(leaves)
     w, u, hid = leaves["kernel"], leaves["signals"], jax.tree.map(lambda x: np.asarray(x, np.float64), leaves["hidden"])
     h, s, g = (np.asarray(x, np.float64) for x in (h, seen, cotangent))
     units = h @ hid["kernel"] + s @ hid["signals"] + hid["bias"]
@@ -58,7 +58,7 @@ def test_logits_and_gradients_are_the_formulas():
 
 def test_everything_is_routed_at_first_and_every_unit_differs():
     params = add_routing(init_params(CONFIG, jax.random.key(0)), CONFIG, MORE)
-    _, routed = hidden_states(params, make_tokens(), CONFIG, MORE, backend="reference")
+    _, routed = hidden(params, make_tokens(), CONFIG, MORE, backend="reference")
     assert bool(routed.decisions.all()) and not np.asarray(routed.logits).any()
     units = params["layers"]["router"]["hidden"]["kernel"]
     assert len(np.unique(units)) == units.size
@@ -94,7 +94,7 @@ def first_layers_heads(params, tokens, ids, layer):
     first = jax.tree.map(lambda leaf: leaf[0], params["layers"])
     x = rms_norm(params["embed"]["embedding"][tokens], first["norm_attention"], CONFIG.rms_norm_eps)
     q, k, _ = layer_module._qkv(x, first["attention"], context)
-    return first, (np.asarray(q, np.float64), np.asarray(k, np.float64))
+    return first, (q, k)
 
 
 @pytest.mark.parametrize("how", ["pre", "post_local", "train"])
@@ -102,7 +102,8 @@ def test_a_router_sees_the_scores_of_local_attention(how):
     """The first layer's logits against signals written out, in packed rows."""
     layer = dataclasses.replace(ALL, router_input="pre" if how == "train" else how, router_hidden=0)
     params, tokens, ids = make_params(layer), make_tokens(), packed()
-    first, heads = first_layers_heads(params, tokens, ids, layer)
+    first, heads = jax.jit(first_layers_heads, static_argnums=3)(params, tokens, ids, layer)
+    heads = [np.asarray(of, np.float64) for of in heads]
     starts = np.where(ids != 0, segment_starts(ids, tokens.shape), None)
     lse, mass = literal_scores(*heads, layer.window, layer.sinks, starts)
     position = np.log(np.maximum(1, (np.arange(24) - segment_starts(ids, tokens.shape) + 1) / layer.window))
@@ -119,10 +120,15 @@ def test_a_router_sees_the_scores_of_local_attention(how):
 def test_the_scores_of_a_decode_step_are_those_of_the_row():
     """One token over the keys that it sees, in any order."""
     q, k = (jax.random.normal(jax.random.key(i), (2, 24, heads, 8)) for i, heads in enumerate((4, 2)))
-    _, lse = attention.local_with_lse(q, k, k, window=5, sinks=2, backend="reference")
-    row = router.scores_of(q, k, lse, None, 2)
     slots = jnp.array([[21, 1, 7, 20, 0, 23, 22, 19]] * 2)
-    step = router.scores_over(q[:, 23], take(k, slots), slots != 7, slots < 2)
+
+    @jax.jit
+    def both(q, k):
+        _, lse = attention.local_with_lse(q, k, k, window=5, sinks=2, backend="reference")
+        return (router.scores_of(q, k, lse, None, 2),
+                router.scores_over(q[:, 23], take(k, slots), slots != 7, slots < 2))
+
+    row, step = both(q, k)
     np.testing.assert_allclose(step.lse[:, 0], row.lse[:, 23], atol=1e-5)
     np.testing.assert_allclose(step.sink[:, 0], row.sink[:, 23], atol=1e-5)
 
