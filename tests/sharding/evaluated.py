@@ -13,6 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from tests import garbage
+
 DEVICES = 4
 MESHES = ("data=4", "data=2,context=2")
 
@@ -128,4 +130,5 @@ def main(file: str) -> None:
 
 if __name__ == "__main__":
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
+    garbage.seldom()
     main(*sys.argv[1:])

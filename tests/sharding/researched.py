@@ -14,6 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from tests import garbage
+
 MESHES = (None, "data=2")
 RUN = Path(__file__).parents[1] / "frozen/folders/router_only"
 
@@ -78,4 +80,5 @@ def main(file: str) -> None:
 
 if __name__ == "__main__":
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+    garbage.seldom()
     main(*sys.argv[1:])

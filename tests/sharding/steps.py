@@ -19,6 +19,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from tests import garbage
+
 DEVICES = 8
 EPSILON = 1e-3
 """AdamW's. It divides each gradient by its own size: at the usual 1e-8 one that is nothing but rounding (that of the
@@ -334,4 +336,5 @@ def main(file: str) -> None:
 
 if __name__ == "__main__":
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
+    garbage.seldom()
     main(*sys.argv[1:])

@@ -9,6 +9,8 @@ import os
 import sys
 from pathlib import Path
 
+from tests import garbage
+
 SHARDS, LENGTH = 4, 48
 OPERATIONS = ("full", "local", "local_with_scores", "routed", "mixed", "both")
 PACKINGS = {"one document": None, "packed": ((20, 1, 22), (3, 30))}
@@ -175,4 +177,5 @@ def main(file: str) -> None:
 
 if __name__ == "__main__":
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={SHARDS}"
+    garbage.seldom()
     main(*sys.argv[1:])

@@ -20,7 +20,7 @@ from l2a_jax.training.optimizer import Dials, OptimizerConfig, make_optimizer
 from l2a_jax.training.regimes import partition, regime_mask
 from l2a_jax.training.step import Objective, compute_params, initial_state, split_params, train_step
 from tests import compiler
-from tests.models.cases import CONFIG, LAYERS, make_params, make_tokens, packed
+from tests.models.cases import CONFIG, LAYERS, hidden, make_params, make_tokens, packed
 
 LAYER = LAYERS["shared"]
 OBJECTIVE = Objective(CONFIG, LAYER)
@@ -38,11 +38,17 @@ def make_batch(micro, seed=0, segments=True):
     return jax.tree.map(lambda *x: jnp.stack(x), *parts)
 
 
+@functools.cache
+def step_of(objective, rule):
+    """One program for all runs that differ in numbers alone."""
+    return jax.jit(functools.partial(train_step, objective=objective, optimizer=rule))
+
+
 def set_up(regime="l2a_ft", objective=OBJECTIVE, params=None, **dials):
     params = make_params(objective.l2a_config) if params is None else params
     rule, dials = OptimizerConfig(regime), DIALS._replace(**dials)
     trainable, frozen = partition(params, regime_mask(params, regime))
-    step = jax.jit(functools.partial(train_step, dials=dials, objective=objective, optimizer=rule))
+    step = functools.partial(step_of(objective, rule), dials=dials)
     return params, initial_state(trainable, make_optimizer(rule, dials), jnp.float32), frozen, step
 
 
@@ -82,9 +88,9 @@ def test_accumulated_gradients_are_those_of_all_tokens_at_once(cost, monkeypatch
     def whole(params):
         def one(given):
             micro, costs = given
-            hidden, routed = hidden_states(params, micro.tokens, CONFIG, LAYER, segment_ids=micro.segment_ids,
+            states, routed = hidden_states(params, micro.tokens, CONFIG, LAYER, segment_ids=micro.segment_ids,
                                            train=True)
-            nll = cross_entropy(params, hidden, micro.targets, micro.weights, CONFIG).nll
+            nll = cross_entropy(params, states, micro.targets, micro.weights, CONFIG).nll
             return nll, jnp.sum(jnp.where(micro.segment_ids != 0, costs * routed.probabilities**2, 0.0))
 
         nll, squares = (sums.sum() for sums in jax.lax.map(one, (batch, costs)))
@@ -113,8 +119,8 @@ def test_metrics_mean_what_they_say():
     _, metrics = step(state, frozen, batch, jax.random.key(0))
     real, unrouted = batch.segment_ids != 0, 0
     for index in range(2):
-        _, routed = hidden_states(make_params(LAYER), batch.tokens[index], CONFIG, LAYER,
-                                  segment_ids=batch.segment_ids[index])
+        _, routed = hidden(make_params(LAYER), batch.tokens[index], CONFIG, LAYER,
+                           segment_ids=batch.segment_ids[index])
         unrouted += np.asarray(routing.sparsity(routed.decisions, real[index])) * real[index].sum()
     np.testing.assert_allclose(metrics["sparsity_per_layer"], unrouted / real.sum(), rtol=1e-5)
     assert int(metrics["tokens"]) == real.sum()
@@ -175,8 +181,8 @@ def test_an_unrolled_step_takes_frozen_layers_one_by_one(regime):
     jax.tree.map(np.testing.assert_array_equal, trainable, partition(params, regime_mask(params, regime))[0])
     jax.tree.map(np.testing.assert_array_equal, stacked(apart), frozen)
     batch, key = make_batch(1), jax.random.key(0)
-    one_by_one = step.lower(state, apart, batch, key).compile(compiler.AS_USERS)
-    (one, _), (other, _) = step(state, frozen, batch, key), one_by_one(state, apart, batch, key)
+    one_by_one = step.func.lower(state, apart, batch, key, **step.keywords).compile(compiler.AS_USERS)
+    (one, _), (other, _) = step(state, frozen, batch, key), one_by_one(state, apart, batch, key, **step.keywords)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), one.trainable, other.trainable)
     text = one_by_one.as_text()
     shape = "f32[{},{},{}]".format(*params["layers"]["mlp"]["down"]["kernel"].shape)
