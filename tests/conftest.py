@@ -19,10 +19,12 @@ install_import_hook("l2a_jax", "tests.typecheck.check")
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from tests import mappings  # noqa: E402
+
 if jax.default_backend() == "cpu":
     # Programs run a few times on a few numbers: compiling them well would take most of the time, and compiling them
     # again in every worker, subprocess and run much of the rest. The cache is left out with jaxlib 0.12, which now and
-    # then ends the process where it writes or reads an entry; once it did so inside a compilation, without a cache.
+    # then ended the process where it wrote or read an entry, perhaps for want of mappings (tests/mappings.py).
     cache = pathlib.Path(__file__).resolve().parents[1] / ".pytest_cache" / "jax"
     for name, value in (("jax_disable_most_optimizations", True), *(
             [] if version("jaxlib").startswith("0.12.") else [
@@ -30,6 +32,13 @@ if jax.default_backend() == "cpu":
         if name.upper() not in os.environ:
             os.environ[name.upper()] = str(int(value) if isinstance(value, bool) else value)
             jax.config.update(name, value)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def spared():
+    """After every file of tests."""
+    yield
+    mappings.spare()
 
 
 @pytest.fixture
