@@ -26,11 +26,11 @@ from l2a_jax.files import plain, whole
 from l2a_jax.shapes import at_least, each, one_of, share, some
 from l2a_jax.sources import Pretrained
 
-log = logging.getLogger("l2a_jax.eval")
-
 if TYPE_CHECKING:
     from jax.sharding import Mesh
     from lm_eval.api.task import Task
+
+log = logging.getLogger("l2a_jax.eval")
 
 FEWSHOT_SEED = 1_234
 """lm-eval's own default."""

@@ -126,7 +126,6 @@ def _beside(row: dict[str, Any], rows: list[dict[str, Any]], worth: np.ndarray) 
     return {**row, "behind": behind, "behind_95": interval, **_behind(row.get("ruler"), lead.get("ruler"))}
 
 
-
 def _behind(mine: dict[str, dict] | None, lead: dict[str, dict] | None) -> dict[str, Any]:
     """RULER's mean, how much was local, and how much less than the learned choice, paired over prompts."""
     if mine is None:
