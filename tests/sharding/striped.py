@@ -118,7 +118,7 @@ def layers(name) -> float:
     return apart(over_shards(part, *given).compile()(*given), wanted)
 
 
-def prompts() -> dict:
+def prompts(shards: int = SHARDS) -> dict:
     """Prompts of uneven lengths, read over shards: how far logits and caches are apart, where rows have keys; whether
     the decisions are the same, and the texts."""
     import jax
@@ -132,14 +132,14 @@ def prompts() -> dict:
     from l2a_jax.sharding.mesh import make
     from tests.models.cases import CONFIG, LAYERS, make_params, make_tokens
 
-    mesh = make(Axes(context=SHARDS))
+    mesh = make(Axes(context=shards))
     tokens, lengths, layer = make_tokens(length=LENGTH), jnp.asarray([LENGTH, 17]), LAYERS["parallel"]
     params, layout = make_params(layer), layout_of(CONFIG, layer, LENGTH + 8)
 
-    def read(*given, shards=1):
-        return prefill(*given, CONFIG, layer, layout, backend="xla", shards=shards)
+    def read(*given, of=1):
+        return prefill(*given, CONFIG, layer, layout, backend="xla", shards=of)
 
-    over = jax.shard_map(functools.partial(read, shards=SHARDS), mesh=mesh, in_specs=PartitionSpec(),
+    over = jax.shard_map(functools.partial(read, of=shards), mesh=mesh, in_specs=PartitionSpec(),
                          out_specs=PartitionSpec(), check_vma=False)
     (logits, cache, decided), (*wanted, decisions) = (jax.jit(run)(params, tokens, lengths) for run in (over, read))
     filled = jnp.arange(layout.slots) < lengths[:, None]

@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool
 
 from l2a_jax.config import MODELS, L2AConfig, ModelConfig
@@ -25,7 +26,11 @@ from l2a_jax.inference.generate import Generation, Options, Settings, State, adv
 from l2a_jax.models.params import add_routing, init_params
 from l2a_jax.nn import routing
 from l2a_jax.research import tables
+from l2a_jax.research.speed.scaling import COUNTS
 from l2a_jax.research.speed.timing import median_ms
+from l2a_jax.sharding import whole
+from l2a_jax.sharding.axes import Axes
+from l2a_jax.sharding.mesh import make
 
 log = logging.getLogger("l2a_jax.speed")
 LAYER = L2AConfig(window=256, sinks=4)
@@ -41,15 +46,23 @@ class InferenceCase:
     operation: str  # prefill or decode
     tokens: int
     batch: int = 1
+    context: int = 1  # devices that share the tokens of a prefill
 
     @property
     def name(self) -> str:
-        """Operation and size."""
-        return f"{self.operation} {self.tokens:,} x {self.batch}"
+        """Operation, size, and over how many devices."""
+        over = "" if self.context == 1 else f", context={self.context}"
+        return f"{self.operation} {self.tokens:,} x {self.batch}{over}"
 
 
 CASES = (*(InferenceCase("prefill", tokens) for tokens in (2_048, 8_192, 32_768, 131_072)),
          InferenceCase("decode", 2_048), InferenceCase("decode", 32_768), InferenceCase("decode", 32_768, 16))
+
+
+def cases() -> tuple[InferenceCase, ...]:
+    """Those of one device, and long prefills over as many as are here."""
+    return CASES + tuple(InferenceCase("prefill", tokens, context=count) for tokens in (32_768, 131_072)
+                         for count in COUNTS[1:] if count <= len(jax.devices()))
 
 
 def measure(case: InferenceCase, params, config: ModelConfig, layer: L2AConfig | None, backend: str = "auto",
@@ -75,12 +88,18 @@ def _decisions(case, config, layer, length):
 
 def _measure_prefill(case, params, config, layer, backend, repeats):
     layout = layout_of(config, layer, case.tokens)
-    run = jax.jit(lambda *inputs: prefill(params=inputs[0], tokens=inputs[1], lengths=inputs[2], decisions=inputs[3],
-                                          config=config, l2a_config=layer, layout=layout, backend=backend)[:2])
+
+    def run(params, tokens, lengths, decisions):
+        return prefill(params, tokens, lengths, config, layer, layout, decisions=decisions, backend=backend,
+                       shards=case.context)[:2]
+
+    if case.context > 1:
+        mesh = make(Axes(context=case.context))
+        run, params = jax.shard_map(run, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False), whole.put(params, mesh)
     tokens = jax.random.randint(jax.random.key(0), (case.batch, case.tokens), 0, config.vocab_size)
     inputs = (params, tokens, jnp.full((case.batch,), case.tokens, jnp.int32),
               _decisions(case, config, layer, case.tokens))
-    run = run.lower(*inputs).compile()
+    run = jax.jit(run).lower(*inputs).compile()
     _check_finite(case, jnp.isfinite(run(*inputs)[0]))
     return median_ms(lambda: run(*inputs), repeats=repeats)
 
@@ -159,7 +178,7 @@ def main(out: Path | None, model: str | None = None, with_torch: bool = True, on
     JSON to `out`."""
     params, config, weights = load(model)
     result = {**tables.heading(), "weights": weights, "cases": []}
-    chosen = tables.chosen(CASES, only)
+    chosen = tables.chosen(cases(), only)
     for case in chosen:
         times, failed = {}, {}
         for kind, layer in (("routed", LAYER), ("dense", None)):
@@ -168,12 +187,14 @@ def main(out: Path | None, model: str | None = None, with_torch: bool = True, on
             except jax.errors.JaxRuntimeError as error:  # out of memory, on a smaller card
                 failed[kind] = tables.reason(error)
         log.info("%s: %s", case.name, json.dumps(times))
-        result["cases"].append({"case": case.name, "ms": times, "failed": failed,
+        result["cases"].append({"case": case.name, "ms": times, "failed": failed, "context": case.context,
                                 "cache_bytes": cache_bytes(config, LAYER, case.batch, case.tokens)})
     if with_torch:  # last: the two libraries need not share the card's memory then
         del params
         jax.clear_caches()
         for case, row in zip(chosen, result["cases"], strict=True):
+            if case.context > 1:
+                continue  # the peer has one device
             try:
                 from l2a_jax.research.speed.inference_peer import measure_torch
 

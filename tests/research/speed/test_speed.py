@@ -117,3 +117,9 @@ def test_lines_of_scaling_grow_along_their_axis():
         assert training_steps.config_of(line.case(None)).max_positions >= line.length
     names = [line.name for line in scaling.lines()]
     assert len(set(names)) == len(names)
+
+
+def test_a_step_of_many_seconds_is_not_measured_on_a_mesh_of_one(monkeypatch):
+    monkeypatch.setattr(scaling.jax, "devices", lambda: [None] * 4)
+    counts = {line.length: [axes and axes.devices for axes in scaling.meshes(line)] for line in scaling.lines()}
+    assert counts == {2_048: [None, 1, 2, 4], 32_768: [None, 1, 2, 4], 131_072: [None, 2, 4]}
