@@ -95,7 +95,8 @@ def _measure_prefill(case, params, config, layer, backend, repeats):
 
     if case.context > 1:
         mesh = make(Axes(context=case.context))
-        run, params = jax.shard_map(run, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False), whole.put(params, mesh)
+        run = jax.shard_map(run, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+        params = whole.put(params, mesh)
     tokens = jax.random.randint(jax.random.key(0), (case.batch, case.tokens), 0, config.vocab_size)
     inputs = (params, tokens, jnp.full((case.batch,), case.tokens, jnp.int32),
               _decisions(case, config, layer, case.tokens))
