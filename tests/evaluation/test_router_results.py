@@ -156,7 +156,7 @@ def test_the_page_says_what_three_seeds_reached():
     assert all(np.ptp(shares) < 1 for shares in counted)
     controls = [[run["tasks"]["reach"]["rows"][name]["kept"] for run in seeds] for name in ("random", "static")]
     took = json.loads((ROUTER / "post-local/summary.json").read_text())
-    check(points, 0.97, 11, 2, 8, SHORT, first_worst, LONG, second_worst,
+    check(points.partition("GSM8K of")[0], 0.97, 11, 2, 8, SHORT, first_worst, LONG, second_worst,
           *points_behind(over["question"], over["learned"]), *points_behind(over["plain"], over["question"]),
           *points_behind(over["plain"], over["learned"]), SHORT, np.mean(counted[0]), SHORT, np.mean(counted[1]), LONG,
           *(bound for kept in controls for bound in (min(kept), max(kept))), took["seconds_this_session"],
@@ -213,12 +213,63 @@ def test_the_page_says_what_pruning_costs():
           *points_behind(*(scores_of(run, LONG) for run in (whole, pruned))), LONG)
 
 
+def rivals_of(path):
+    """(percent local that was asked for, choice): its row; the router's own density is "own"."""
+    return {("own" if row["own"] else round(100 * (1 - row["target"])), row["name"]): row
+            for row in json.loads((ROUTER.parent / path / "rivals.json").read_text())["rows"]}
+
+
+def prompts_of(row):
+    """The scores [task, prompt] of a row of rivals."""
+    return np.array([row["ruler"][name]["scores"] for name in sorted(row["ruler"])])
+
+
+def test_the_page_says_how_the_first_seed_compares_with_its_rivals():
+    text, rows = section("The first seed beside its rivals"), rivals_of("router/final-0")
+    run, plain = result("final-0"), read_results(ROUTER.parent / "long/plain/eval.json")
+    read = scores_of(run, SHORT)[:, :5]
+    assert np.abs(read - prompts_of(rows["own", "learned"])).max() < 1e-3  # so the prompts are those of the three seeds
+    base = scores_of(plain, SHORT)[:, :5]
+    expected = [4, SHORT, 5, SHORT, 100 * base.mean()]
+    for local in (80, 90, 95, 98):
+        expected.append(local)
+        for name in ("learned", "heads", "joined", "searched", "random"):
+            if (local, name) == (98, "joined"):
+                assert (local, name) not in rows
+                continue
+            row = rows[local, name]
+            assert abs(100 * (1 - row["density"]) - local) < 1.3
+            expected += [row["kept"], 100 * row["ruler_mean"]]
+
+    def kept(local, name, sign=1):
+        return [sign * one for one in (rows[local, name]["behind"], *rows[local, name]["behind_95"][::sign])]
+
+    def lost(local, name):
+        return [100 * one for one in (rows[local, name]["ruler_behind"], *rows[local, name]["ruler_behind_95"])]
+
+    before = rivals_of("long/strict")[90, "learned"]
+    asked = points_behind(prompts_of(rows[90, "learned"]), prompts_of(before))
+    left = [points_behind(base, prompts_of(rows[local, "learned"])) for local in (80, 90)]
+    own = 100 * (1 - rows["own", "learned"]["density"])
+    assert all(lost("own", name)[1] > 0 for name in ("searched", "ranked")) and lost("own", "heads")[1] < 0
+    check(text.replace("WikiText-2", ""), *expected, 90, *kept(90, "heads"), *lost(90, "heads"), *kept(90, "searched"),
+          *lost(90, "searched"), own, *kept("own", "heads"), *lost("own", "heads"), 80, *kept(80, "heads", -1),
+          *kept(90, "joined", -1), 90, *lost(90, "joined"), 90, *asked,
+          before["kept"] - rows[90, "learned"]["kept"], 80, *left[0], 90, *left[1], 55)
+
+    gsm8k = [found["tasks"]["gsm8k"]["scores"]["exact_match,strict-match"]["items"] for found in (plain, run)]
+    value, (low, high) = intervals.paired_items(*gsm8k)
+    said = section("Three seeds").partition("GSM8K of")[2].partition("Two in five")[0]
+    check(said, 100 * np.mean(gsm8k[1]), 100 * value, 100 * low, 100 * high)
+    assert np.mean(gsm8k[0]) == np.mean(gsm8k[1])
+
+
 def test_the_page_says_what_the_larger_model_reached():
-    text, run = section("The 1.5B"), result("final-1.5b")
+    text, run, before = section("The 1.5B"), result("final-1.5b"), result("final-1.5b-before")
     plain = read_results(ROUTER.parent / "long/plain-1.5b/eval.json")
-    made = [(found["seed"], found["made_of"]) for found in (one["tasks"]["ruler"] for one in (run, plain))]
-    assert made[0] == made[1]
-    learned = run["tasks"]["reach"]["rows"]["learned"]
+    made = [(found["seed"], found["made_of"]) for found in (one["tasks"]["ruler"] for one in (run, before, plain))]
+    assert made == [made[0]] * 3
+    learned, earlier = (one["tasks"]["reach"]["rows"]["learned"] for one in (run, before))
     rows = []
     for length in (SHORT, LONG):
         base = scores_of(plain, length)
@@ -226,16 +277,25 @@ def test_the_page_says_what_the_larger_model_reached():
         assert base.shape == mine[0].shape == (11, ITEMS)
         rows += [length, *(100 * one.mean() for one in (base, *mine)),
                  *(value for one in mine for value in points_behind(base, one))]
-    nll = {name: np.array(row["window_nll"])[:, 1:].sum(1) for name, row in run["tasks"]["reach"]["rows"].items()}
-    worth, lost = nll["none"] - nll["all"], nll["learned"] - nll["all"]
-    rest = np.arange(len(worth)) != worth.argmax()
-    read = points_behind(scores_of(plain, SHORT), scores_of(run, SHORT, "all"))
-    gain, low, high = points_behind(*(scores_of(run, LONG, one) for one in ("question", "learned")))
-    small, large = (json.loads((ROUTER / name / "summary.json").read_text()) for name in ("post-local", "final-1.5b"))
-    settled = [(one["steps"], one["target"]["greatest_weight"], one["target"]["weight"]) for one in (large, small)]
-    check(text, 4, LONG, *reach_of(run), *learned["kept_95"], *rows, *settled[0], *settled[1], gain, low, high, LONG,
-          100 * worth.max() / worth.sum(), 1 - lost[rest].sum() / worth[rest].sum(), *read, SHORT)
-    assert len(worth) == 10 and abs(run["run"]["tokens_seen"] / 4e6 - 1) < 0.01
+
+    def one_window(of):
+        """Its share of the worth, and what is kept in the others."""
+        nll = {name: np.array(row["window_nll"])[:, 1:].sum(1) for name, row in of["tasks"]["reach"]["rows"].items()}
+        worth, lost = nll["none"] - nll["all"], nll["learned"] - nll["all"]
+        rest = np.arange(len(worth)) != worth.argmax()
+        assert len(worth) == 10
+        return 100 * worth.max() / worth.sum(), 1 - lost[rest].sum() / worth[rest].sum()
+
+    gain = points_behind(*(scores_of(run, LONG, one) for one in ("question", "learned")))
+    ahead = points_behind(scores_of(before, SHORT), scores_of(run, SHORT))
+    behind_it = points_behind(scores_of(run, LONG), scores_of(before, LONG))
+    of_target = [json.loads((ROUTER / name / "summary.json").read_text()) for name in (
+        "final-1.5b", "post-local", "final-1.5b-before")]
+    now, small, then = [(one["steps"], one["target"]["greatest_weight"], one["target"]["weight"]) for one in of_target]
+    assert then[0] == now[0]
+    check(text, 4, LONG, *reach_of(run), *learned["kept_95"], *rows, *now, *small, *then[1:], earlier["kept"],
+          *earlier["kept_95"], *ahead, SHORT, *behind_it, LONG, *gain, LONG, *one_window(run), one_window(before)[1])
+    assert abs(run["run"]["tokens_seen"] / 4e6 - 1) < 0.01
 
 
 def test_the_recipes_are_those_of_the_table(runs):
