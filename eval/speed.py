@@ -31,8 +31,8 @@ def check(options: SpeedOptions, given: list[str]) -> str | None:
     commands.say_idle(given, [
         (mode != "inference", ("model",), "it is of --inference"),
         (mode != "imbalance", ("text",), "it is of --imbalance"),
-        (mode in ("profile", "compile"), ("only",), f"--{mode} has no cases to choose from"),
-        (mode in ("windows", "blocks", "shares", "large", "scaling", "imbalance", "profile", "compile"),
+        (mode in ("drift", "profile", "compile"), ("only",), f"--{mode} has no cases to choose from"),
+        (mode in ("windows", "blocks", "shares", "large", "scaling", "imbalance", "drift", "profile", "compile"),
          ("no_torch",),
          f"--{mode} leaves PyTorch out anyway"),
         (mode == "profile", ("out",), "--profile writes no file")])
@@ -74,6 +74,10 @@ def measure(arguments: list[str] | None) -> None:
         from l2a_jax.research.speed import imbalance
 
         imbalance.main(options.imbalance, options.text, only, out)
+    elif mode == "drift":
+        from l2a_jax.research.speed import drift
+
+        drift.main(options.drift, out)
     elif mode == "profile":
         # Kernels that are launched as one graph do not say where they come from.
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="

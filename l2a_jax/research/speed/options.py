@@ -22,6 +22,8 @@ class OtherTables:
     scaling: Annotated[bool, "training steps over meshes of 1, 2, 4 and 8 devices, as many as there are"] = False
     imbalance: Annotated[tuple[Annotated[str, Filled(), Unit("source")], ...],
                          "how evenly the decisions of these runs lie on devices that share a row; needs no GPU"] = ()
+    drift: Annotated[tuple[Annotated[str, Filled(), Unit("run")], ...],
+                     "how far the losses of these runs, over meshes and not, are apart; needs no GPU"] = ()
     profile: Annotated[str | None, Choice(*REGIMES), Unit("regime"), "the kernels of one training step"] = None
     inference: Annotated[bool, "prefill and decode steps, beside transformers"] = False
     compile: Annotated[bool, "registers, spills and shared memory of every kernel for sm_89 and sm_90, without a GPU"
