@@ -256,6 +256,10 @@ def test_the_page_says_how_the_first_seed_compares_with_its_rivals():
           *lost(90, "searched"), own, *kept("own", "heads"), *lost("own", "heads"), 80, *kept(80, "heads", -1),
           *kept(90, "joined", -1), 90, *lost(90, "joined"), 90, *asked,
           before["kept"] - rows[90, "learned"]["kept"], 80, *left[0], 90, *left[1], 55)
+    top = " ".join((ROUTER.parents[2] / "README.md").read_text().split())
+    heads, layers = lost(90, "heads"), lost(90, "searched")
+    assert (f"searched heads lose {heads[0]:.1f} points of RULER [{heads[1]:.1f}, {heads[2]:.1f}] to learned tokens, "
+            f"layers {layers[0]:.1f}.") in top
 
     gsm8k = [found["tasks"]["gsm8k"]["scores"]["exact_match,strict-match"]["items"] for found in (plain, run)]
     value, (low, high) = intervals.paired_items(*gsm8k)
