@@ -53,9 +53,9 @@ class Case(NamedTuple):
 
 
 class Moved(NamedTuple):
-    """Bytes that come to each device in a step: weights (forward, and again backward), their gradients on the way to
-    those who hold them, keys and values of the other parts of a row (forward, again, and their gradients), and sums of
-    gradients over those who hold the same part."""
+    """Bytes that come to each device in a step: weights (those of layers forward and again backward, others once),
+    their gradients on the way to those who hold them, keys and values of the other parts of a row (forward, again, and
+    their gradients), and sums of gradients over those who hold the same part."""
 
     weights: int
     gradients: int
@@ -132,7 +132,8 @@ def moved_bytes(config: ModelConfig, layer: L2AConfig, case: Case, trainable: Tr
     # What is whole everywhere is summed over all; what is dealt, over the copies of each part. A sum goes round twice.
     copied = trained // shards, axes.devices // shards
     whole = sum(math.prod(leaf.shape) * MASTERS.itemsize for leaf in jax.tree.leaves(trainable)) - trained
-    return Moved(2 * all_but_own(dealt(params), shards), all_but_own(trained, shards),
+    weights = dealt(params) + dealt({"layers": params["layers"]})
+    return Moved(all_but_own(weights, shards), all_but_own(trained, shards),
                  3 * config.num_layers * all_but_own(keys, axes.context),
                  2 * all_but_own(*copied) + 2 * all_but_own(whole, axes.devices))
 
@@ -165,7 +166,7 @@ CASES = (
 )
 HELD = {"frozen": "frozen weights", "masters": "masters", "optimizer": "optimizer", "gradients": "gradients",
         "gathered": "weights gathered", "kept": "kept for the backward pass", "working": "a layer at work"}
-MOVED = {"weights": "weights, twice", "gradients": "gradients to those who hold them", "keys": "keys and values",
+MOVED = {"weights": "weights", "gradients": "gradients to those who hold them", "keys": "keys and values",
          "copies": "sums over copies"}
 TIMES = {"products": "matrix products", "attention": "attention", **MOVED}
 

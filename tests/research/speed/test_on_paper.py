@@ -50,7 +50,8 @@ def test_what_moves_is_all_but_what_a_device_has():
     one, eight = planned(Axes(1, 1)), planned(Axes(1, 8))
     assert one.moved == (0, 0, 0, 0)
     weights = 2 * count_parameters(abstract_params(CONFIG, LAYER))
-    assert eight.moved.weights == pytest.approx(2 * weights * 7 / 8, rel=1e-3)
+    ends = 2 * 2 * CONFIG.vocab_size * CONFIG.hidden_size  # come once: the layers' are not kept for the backward pass
+    assert eight.moved.weights == pytest.approx((2 * weights - ends) * 7 / 8, rel=1e-3)
     assert eight.moved.gradients == pytest.approx(2 * weights * 7 / 8, rel=1e-3)  # summed in float32
     # 235 MB a layer and direction.
     assert eight.moved.keys == pytest.approx(3 * 28 * 234_881_024, rel=1e-6) and eight.moved.copies == 0
@@ -66,7 +67,7 @@ def test_what_no_dimension_divides_is_on_every_card():
 def test_what_the_page_says_of_its_table():
     plans = [plan(case, CONFIG, LAYER, seq_len=SEQ_LEN) for case in CASES]
     assert [found.held.total < 80e9 for found in plans] == [True, True, False, True, True]
-    for found, received in zip(plans, (49, 73), strict=False):
+    for found, received in zip(plans, (47, 71), strict=False):
         assert round(sum(found.moved) / 1e9) == received and sum(found.moved[:2]) > received * 1e9 / 2
         assert sum(found.seconds[2:]) < found.seconds.products / 10
     dense, kept = (plan(CASES[1], CONFIG, LAYER, seq_len=SEQ_LEN, **given)
