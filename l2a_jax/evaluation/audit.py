@@ -21,6 +21,7 @@ from l2a_jax.evaluation.columns import ROUTING, Column
 from l2a_jax.evaluation.controls import controls, static_rates
 from l2a_jax.evaluation.perplexity import BATCH_TOKENS, Scores, Windows, routing_rates, score_windows
 from l2a_jax.evaluation.registry import Work
+from l2a_jax.evaluation.subject import check_routed
 from l2a_jax.shapes import each, share
 from l2a_jax.sources import Pretrained
 
@@ -47,9 +48,7 @@ def audit(
     95 % interval over windows; rows of several seeds add their mean and standard deviation over seeds, and their
     interval is of the seeds' mean. Raises UserError for a plain model, or where the learned row is not reproduced.
     """
-    if learned.decisions is None:
-        raise UserError("audit: this is a plain model, which routes nothing; give a routed one, or --window to put an "
-                        "untrained layer on it")
+    check_routed(learned.decisions, "audit")
     if seeds < 1:
         raise UserError(f"--audit-seeds is {seeds}; expected at least 1")
     rates = routing_rates(learned.decisions, windows.real)

@@ -73,14 +73,11 @@ def set_up(options: Options) -> Setup:
         raise UserError("--prune-sparsity measures the router on --calibration TEXT: give both")
     config, own = read_config(options.source)
     config, layer = subject.layer_of(config, own, options.layer, options.route, options.prune_layers, options.source)
-    for name in [name for name in tasks if registry.find(name).routed]:
-        why = None if layer is not None and options.route == "learned" else (
-            f"--route {options.route} leaves no decision to audit" if layer is not None else
-            f"{options.source} is a plain model, which routes nothing; give a routed one, or --window to put an "
-            "untrained layer on it")
-        if why is not None and name in options.tasks:
-            raise UserError(f"--tasks {name}: {why}")
-        tasks = tuple(other for other in tasks if other != name or why is None)
+    if layer is None or options.route != "learned":
+        for name in [name for name in options.tasks if registry.find(name).routed]:
+            subject.check_routed(layer, f"--tasks {name}", model=options.source)
+            raise UserError(f"--tasks {name}: --route {options.route} leaves no decision to audit")
+        tasks = tuple(name for name in tasks if not registry.find(name).routed)
     if options.prune_sparsity is not None:
         check_prunable(layer, "--prune-sparsity", options.source)
     bare = Pretrained(config, layer, {}, source_tokenizer(options.source), "")

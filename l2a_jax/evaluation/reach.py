@@ -27,6 +27,7 @@ from l2a_jax.evaluation.columns import ROUTING, Column
 from l2a_jax.evaluation.controls import controls
 from l2a_jax.evaluation.perplexity import BATCH_TOKENS, Scores, Windows, score_windows
 from l2a_jax.evaluation.registry import Work
+from l2a_jax.evaluation.subject import check_routed
 from l2a_jax.evaluation.windows import windows_of
 from l2a_jax.shapes import at_least, each, share, some
 from l2a_jax.sources import Pretrained
@@ -111,9 +112,8 @@ def reach(
     edges, groups = distances(windows, model)
     tokens = sums(np.ones(groups.shape, int), groups, len(edges))
     layer = model.l2a_config
-    if layer is None and forced:
-        raise UserError(f"reach: this is a plain model, which routes nothing; {', '.join(forced)} cannot be forced on "
-                        "it")
+    if forced:
+        check_routed(layer, "reach", f"{', '.join(forced)} cannot be forced on it")
 
     def score(decisions=None, label="the router's own decisions"):
         return score_windows(model, windows, decisions, backend=backend, batch_tokens=batch_tokens, mesh=mesh,

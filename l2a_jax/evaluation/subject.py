@@ -27,6 +27,14 @@ from l2a_jax.training.settings import LayerSettings, adapt_layer, make_layer, pa
 
 log = logging.getLogger("l2a_jax.eval")
 
+INSTEAD = "give a routed one, or --window to put an untrained layer on it"
+
+
+def check_routed(routed: object | None, asked: str, instead: str = INSTEAD, model: str = "this") -> None:
+    """UserError, beginning with what `asked`, where a model is plain: `routed`, its layer or its decisions, is None."""
+    if routed is None:
+        raise UserError(f"{asked}: {model} is a plain model, which routes nothing; {instead}")
+
 
 def layer_of(config: ModelConfig, own: L2AConfig | None, given: dict[str, Any], route: str,
              prune: tuple[int, ...], source: str) -> tuple[ModelConfig, L2AConfig | None]:

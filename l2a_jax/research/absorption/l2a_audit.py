@@ -25,6 +25,7 @@ from l2a_jax.data.batch import Batch
 from l2a_jax.data.dataset import open_data
 from l2a_jax.data.recall import needs_memory
 from l2a_jax.errors import UserError
+from l2a_jax.evaluation.subject import check_routed
 from l2a_jax.models.params import Tree
 from l2a_jax.nn import routing
 from l2a_jax.research.absorption import outcome
@@ -74,8 +75,7 @@ def open_audited(source: str, data: Sequence[str], batches: int | None, seq_len:
                        plan.dtype)
     dtype = jnp.dtype(device.default_dtype())
     loaded = load_pretrained(source, dtype)
-    if loaded.l2a_config is None:
-        raise UserError(f"{source} is a plain model; expected one with an L2A layer")
+    check_routed(loaded.l2a_config, "audit", "expected one with an L2A layer", source)
     if not data or loaded.tokenizer is None:
         raise UserError(f"{source} says nothing of its data; give text with --data (and a model with a tokenizer)")
     packed = open_data(data, loaded.tokenizer, seq_len=seq_len or 1_024, batch_size=batch_size or 4, seed=0,

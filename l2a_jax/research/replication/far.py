@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from l2a_jax.errors import UserError
 from l2a_jax.evaluation import intervals, perplexity, ruler, subject
 from l2a_jax.evaluation import reach as reach_task
 from l2a_jax.evaluation.options import Options
@@ -42,8 +41,7 @@ def all_routed(evaluated) -> dict[str, Any]:
     row is asked: how much worse its router's decisions are, paired."""
     row, session, passes = evaluated.row, evaluated.session, evaluated.session.passes
     layer = evaluated.model.l2a_config
-    if layer is None:
-        raise UserError("all_routed: this is a plain model, which routes nothing")
+    subject.check_routed(layer, "all_routed")
     layer = dataclasses.replace(layer, threshold=0.5)  # where a zero router routes everything
     model = subject.with_layer(evaluated.model, evaluated.model.config, layer, "all")
     out: dict[str, Any] = {"contexts": {}, "benchmarks": {}}

@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, PRNGKeyArray
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import intervals
 from l2a_jax.evaluation.perplexity import Scores, Windows, score_windows
+from l2a_jax.evaluation.subject import check_routed
 from l2a_jax.nn import routing
 from l2a_jax.sources import Pretrained
 
@@ -66,8 +67,7 @@ def flip_sweep(model: Pretrained, windows: Windows, learned: Scores, *, shares: 
 
     Raises UserError for a plain model.
     """
-    if learned.decisions is None:
-        raise UserError("flips: this is a plain model, which routes nothing")
+    check_routed(learned.decisions, "flips")
     pruned, layers = model.l2a_config.pruned_layers, learned.decisions.shape[0]
     able = windows.real.sum() * (layers - len(pruned))
     rows = []

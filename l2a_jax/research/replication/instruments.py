@@ -11,6 +11,7 @@ import numpy as np
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import perplexity, routed_picture
 from l2a_jax.evaluation.perplexity import Windows
+from l2a_jax.evaluation.subject import check_routed
 from l2a_jax.files import read_text
 from l2a_jax.research.replication import autopsy, benchmarks, damage, needles, routed_text, under
 from l2a_jax.research.replication.faulty import FAULTS
@@ -58,8 +59,7 @@ def _picture(evaluated) -> dict[str, Any]:
     ids = np.concatenate([sample, between[: max(0, context - 2 * len(sample))], sample])[:context]
     windows = perplexity.text_windows(ids, context, context, {"name": SAMPLE.name}, limit=1)
     decisions = perplexity.score_windows(evaluated.model, windows, **evaluated.session.passes).decisions
-    if decisions is None:
-        raise UserError("picture: this is a plain model, which routes nothing")
+    check_routed(decisions, "picture")
     window = evaluated.model.l2a_config.window
     if window >= windows.real[0].sum():
         raise UserError(f"picture: the window of {window:,} covers the text's {windows.real[0].sum():,} tokens, so no "

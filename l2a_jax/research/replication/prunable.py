@@ -13,6 +13,7 @@ from l2a_jax.errors import UserError
 from l2a_jax.evaluation import intervals
 from l2a_jax.evaluation.perplexity import Scores, Windows, routing_rates, score_windows
 from l2a_jax.evaluation.pruning_cost import CACHE_TOKENS
+from l2a_jax.evaluation.subject import check_routed
 from l2a_jax.inference.pruning import cache_saving, prune_by_sparsity, pruned
 from l2a_jax.sources import Pretrained
 
@@ -33,8 +34,7 @@ def prunable(model: Pretrained, calibration: Windows, windows: Windows, *, thres
     if not thresholds:
         raise UserError("pruning needs at least one threshold of sparsity")
     found = score_windows(model, calibration, **passes, label="calibration")
-    if found.decisions is None:
-        raise UserError("this is a plain model, which has no layers to prune")
+    check_routed(found.decisions, "pruning")
     sparsity = 1 - routing_rates(found.decisions, calibration.real)
     already = set(model.l2a_config.pruned_layers)
     above = prune_by_sparsity(sparsity.tolist(), min(thresholds))

@@ -14,6 +14,7 @@ from l2a_jax.errors import UserError
 from l2a_jax.evaluation import intervals
 from l2a_jax.evaluation.needle import NeedleOptions
 from l2a_jax.evaluation.perplexity import Scores, Windows, routing_rates, score_windows
+from l2a_jax.evaluation.subject import check_routed
 from l2a_jax.research.replication import needles
 from l2a_jax.sources import Pretrained
 
@@ -26,8 +27,7 @@ def threshold_sweep(model: Pretrained, windows: Windows, learned: Scores, prepar
 
     UserError on a plain model and on thresholds outside (0, 1)."""
     layer = model.l2a_config
-    if layer is None or learned.decisions is None:
-        raise UserError("thresholds: this is a plain model, which routes nothing")
+    check_routed(layer, "thresholds")
     if wrong := [value for value in thresholds if not 0 < value < 1]:
         raise UserError(f"a threshold is {wrong[0]}; expected a probability between 0 and 1")
     rows = []

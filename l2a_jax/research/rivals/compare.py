@@ -18,6 +18,7 @@ from l2a_jax import device, fields
 from l2a_jax.attention import api as attention
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation.perplexity import BATCH_TOKENS
+from l2a_jax.evaluation.subject import check_routed
 from l2a_jax.files import check_file, check_writable, write_json, write_text
 from l2a_jax.provenance import provenance
 from l2a_jax.research.rivals import report
@@ -38,8 +39,7 @@ def compare(options: RivalOptions) -> tuple[dict[str, Any], Path]:
     attention.check(options.backend)
     mesh = _mesh(options)
     config, layer = read_config(options.source)
-    if layer is None:
-        raise UserError(f"{options.source} is a plain model, which routes nothing; rivals stand beside a router")
+    check_routed(layer, "rivals", "they stand beside a router", options.source)
     folder = _folder(options)
     with unfinished(folder) as kept:
         prepared = prepare(options, config, layer)

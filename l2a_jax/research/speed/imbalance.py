@@ -19,6 +19,7 @@ from l2a_jax import device
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import texts
 from l2a_jax.evaluation.perplexity import score_windows, text_windows
+from l2a_jax.evaluation.subject import check_routed
 from l2a_jax.research import tables
 from l2a_jax.sharding import stripes
 from l2a_jax.sources import Pretrained, load_pretrained
@@ -49,8 +50,7 @@ def decided(model: Pretrained, text: str, length: int) -> Bool[np.ndarray, "L T"
     windows = text_windows(ids, length, length, about, limit=1)
     last = np.arange(length) == length - 1  # the loss is not asked for: as little of it as can be
     decisions = score_windows(model, windows._replace(scored=windows.scored & last), label=f"{length} tokens").decisions
-    if decisions is None:
-        raise UserError("--imbalance is given a plain model, which routes nothing")
+    check_routed(decisions, "--imbalance", "expected a routed one")
     return decisions[:, 0]
 
 

@@ -58,7 +58,7 @@ def test_what_cannot_be_measured_is_said(command, tmp_path, capsys):
     (tmp_path / "short.txt").write_text("copper .")
     for flags, said in (((RUN,), "--imbalance needs --text FILE"),
                         ((RUN, "--text", str(tmp_path / "short.txt")), "tokens; expected more than 64"),
-                        ((TINY, "--text", str(tmp_path / "text.txt")), "--imbalance is given a plain model")):
+                        ((TINY, "--text", str(tmp_path / "text.txt")), "--imbalance: this is a plain model")):
         assert command(*flags) == 2
         assert said in capsys.readouterr().err
 
