@@ -9,7 +9,7 @@ import pytest
 
 from l2a_jax.evaluation.results import read_results
 from l2a_jax.evaluation.table import make_table
-from tests.research.replication.test_findings import check
+from tests.research.replication.recomputed import check
 
 LONG = pathlib.Path(__file__).parents[2] / "eval/results/long"
 LENGTHS = (4_096, 8_192, 16_384, 32_768)

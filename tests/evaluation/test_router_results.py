@@ -11,7 +11,7 @@ from l2a_jax.evaluation import intervals
 from l2a_jax.evaluation.results import read_results
 from l2a_jax.training.settings import Settings, resolve
 from tests.evaluation.test_long_results import reach_of, ruler_of
-from tests.research.replication.test_findings import check
+from tests.research.replication.recomputed import check
 
 ROUTER = pathlib.Path(__file__).parents[2] / "eval/results/router"
 SHORT, LONG = 8_192, 32_768

@@ -58,10 +58,13 @@ def _about(run, rows) -> list[str]:
     versions = sorted({f"jax {row['versions']['jax']}, Python {row['versions']['python']}" for row in run})
     dates = sorted(row["date"][:10] for row in run)
     part = [row["name"] for row in run if row["status"] != "done"]
+    first = [row for row in rows if row["group"] not in arms.GROUPS]
+    later = sum(row["group"] in arms.GROUPS for row in run)
     elsewhere = [f"{row['name']}: {task} on {device}" for row in run for task, device in row["elsewhere"].items()]
     hashes = sorted({(row["size"], row["source_hash"][:12]) for row in run if row["source_hash"]})
     return ["What these numbers say is written in [findings.md](findings.md).", "",
-            f"{len(run) - len(part)} of {len(rows)} declared rows were run"
+            f"{sum(row['status'] == 'done' for row in first)} of {len(first)} declared rows were run"
+            + (f", and {later} of later arms" if later else "")
             + (f" ({', '.join(part)} in part)" if part else "")
             + f", {dates[0]} to {dates[-1]}, on {'; '.join(devices)} ({'; '.join(versions)})."
             + (f" Measured elsewhere than trained: {'; '.join(elsewhere)}." if elsewhere else "")
@@ -255,10 +258,11 @@ _ARM = {"trained": lambda row: _count(row.get("trained_parameters")), **_QUALITY
 def _arms(rows) -> list[str]:
     """A table for each later arm that was run."""
     lines = []
-    for group in arms.GROUPS:
+    for group, declared in arms.GROUPS.items():
         some = group_of(rows, group)
         columns = {name: show for name, show in _ARM.items() if any(show(row) != "-" for row in some)}
-        lines += ["### " + some[0]["question"], "", *_rows(some, columns)] if some else []
+        lines += ["### " + some[0]["question"], "", f"{len(some)} of {len(declared())} declared rows were run.", "",
+                  *_rows(some, columns)] if some else []
     return ["## Later arms", "", *lines] if lines else []
 
 

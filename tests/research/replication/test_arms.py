@@ -14,7 +14,7 @@ from l2a_jax.research.replication.row import BENCHMARKS
 from l2a_jax.research.replication.rows import choose, with_baselines
 from l2a_jax.training.settings import Settings
 from tests.research.replication.conftest import LAYER, QUICK
-from tests.research.replication.test_findings import RESULTS
+from tests.research.replication.recomputed import RESULTS
 from tests.research.replication.test_report import fabricate
 
 TINY = {name: value for name, value in LAYER.items() if name != "window"}
@@ -197,7 +197,8 @@ def test_an_arm_that_was_run_has_its_table(tmp_path):
     line = next(line for line in text.splitlines() if line.startswith("| router_only-diverse-0.5b-s2"))
     assert ("| 2,048: 30.00, +0.020 |" in line and "| 0.750 [0.700, 0.800] | 4,096: 25.0% |" in line
             and "| text loops | learned 2.0000<br>none 2.5000 |" in line)
-    assert "## Later arms" in text and "2 of 137 declared rows were run" in text
+    assert "0 of 135 declared rows were run, and 2 of later arms" in text
+    assert "## Later arms" in text and "2 of 12 declared rows were run." in text
 
 
 def test_the_guide_says_what_each_arm_trains():

@@ -6,7 +6,6 @@ Beside each section stand the rules behind its words (agrees, lost, reached), so
 import itertools
 import json
 import math
-import pathlib
 import re
 import statistics
 
@@ -14,15 +13,31 @@ import pytest
 
 from l2a_jax.evaluation import table
 from l2a_jax.files import plain
-from l2a_jax.research.replication import damage, report
+from l2a_jax.research.replication import arms, damage, report
 from l2a_jax.training.settings import Settings
-
-RESULTS = pathlib.Path(__file__).parents[3] / "eval" / "results"
-NUMBER = re.compile(r"(?<![\w.,-])[-+]?\d[\d,]*(?:\.\d+)?")
-AGREES, NEUTRAL, LOST, SPARSE, PARAMETERS = 1.25, 1.05, 0.2, 0.9, 65_000
-ALLOWED = {"hellaswag": 1.0, "piqa": 2.0, "arc_challenge": 3.5}
-LEVERS = ("seq_len", "flip", "echo")
-LENGTHS = ("2048", "8192", "32768")
+from tests.research.replication.recomputed import (
+    AGREES,
+    ALLOWED,
+    LENGTHS,
+    LEVERS,
+    LOST,
+    NEUTRAL,
+    PARAMETERS,
+    RESULTS,
+    SPARSE,
+    accounted,
+    best_evidence,
+    check,
+    frontier,
+    is_pair,
+    limits,
+    norms_alone,
+    percent,
+    ratio,
+    sparse_and_good,
+    trained_under,
+    were_run,
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,55 +54,6 @@ def rows(made):
 def sections():
     parts = re.split(r"^## (.*)$", (RESULTS / "findings.md").read_text(), flags=re.M)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
-
-
-def numbers(text):
-    """Numbers of a text, without those in names (`code`, sizes such as 0.5B)."""
-    text = re.sub(r"`[^`]*`|\b\d+(?:\.\d+)?B\b", "", text)
-    return [float(found.rstrip(",").replace(",", "")) for found in NUMBER.findall(text)]
-
-
-def check(text, *expected):
-    """The numbers of the text are the expected ones, to the digits in which they are written."""
-    written = numbers(text)
-    assert len(written) == len(expected), (written, expected)
-    spelled = NUMBER.findall(re.sub(r"`[^`]*`|\b\d+(?:\.\d+)?B\b", "", text))
-    for found, value, spelling in zip(written, expected, spelled, strict=True):
-        digits = len(spelling.partition(".")[2]) if "." in spelling else 0
-        step = 10.0 ** -digits if found < 1_000 or digits or value == int(value) else 1.0
-        assert abs(found - value) <= 0.5 * step + 1e-9, f"{spelling} is written where the rows say {value}"
-
-
-def ratio(row):
-    return row["perplexity_ratio"]["ratio"]
-
-
-def percent(row, length=None):
-    needle = row["needle"] if length is None else row["needle"]["lengths"][length]
-    return 100 * needle["exact_match"]
-
-
-def reached(row):
-    """The aim, condition by condition; None where it was not asked."""
-    relative, needle, longer = row["perplexity_ratio"], row["needle"], row["contexts"].values()
-    out = {"parameters": row["trained_parameters"] <= PARAMETERS,
-           "sparsity": None if row["sparsity"] is None else row["sparsity"] >= SPARSE,
-           "perplexity": None if relative is None else relative["ratio"] <= 1}
-    for task, allowed in ALLOWED.items():
-        entry = row["benchmarks"][task]
-        out[task] = None if entry is None else entry["difference"]["points_95"][0] >= -allowed
-    out["needle"] = None if needle is None else needle["at_least_baseline"]
-    out["longer"] = all(one["ratio"] <= 1 and one["sparsity"] >= SPARSE for one in longer) if longer else None
-    return out
-
-
-def frontier(rows):
-    """(row, its aim) of the repair."""
-    return [(row, reached(row)) for row in rows.values() if row["group"] == "frontier"]
-
-
-def sparse_and_good(rows):
-    return [(row, aim) for row, aim in frontier(rows) if aim["sparsity"] and aim["perplexity"]]
 
 
 def test_every_number_stored_is_that_of_the_rows(made):
@@ -119,26 +85,25 @@ def test_every_section_is_checked_and_every_row_exists(sections, made):
     assert len(tests) == len(sections)
     names = {row["name"] for row in made["rows"]}
     text = (RESULTS / "findings.md").read_text()
-    assert set(re.findall(r"`((?:router_only|l2a_ft|full_ft|repair|damage|baseline|autopsy)-[^`]*)`", text)) <= names
+    kinds = "norms_only|router_only|l2a_ft|full_ft|repair|damage|baseline|autopsy"
+    assert set(re.findall(f"`((?:{kinds})-[^`]*)`", text)) <= names
 
 
 def test_section_what_was_run(sections, rows, made):
-    assert {row["date"][:10] for row in rows.values()} == {"2026-11-26"}
+    assert {(row["group"] in arms.GROUPS, row["date"][:10]) for row in rows.values()} == {
+        (False, "2026-11-26"), (True, "2026-11-29")}
     assert {row["device"] for row in rows.values()} == {"1 x NVIDIA H200"}
     assert [(row["name"], row["elsewhere"]) for row in rows.values() if row["elsewhere"]] == [
         ("router_only-diverse-1.5b", {"arc_challenge": "1 x cpu"})]
     hashes = {row["size"]: row["source_hash"][:12] for row in rows.values() if row["source_hash"]}
     assert all(f"`{short}`" in sections["What was run"] for short in hashes.values())
-    check(sections["What was run"], len(rows), len(made["rows"]), 26, 2026, 1, 4, 1, 95, 1)
-
-
-def accounted(rows, rope, leakage):
-    """The gap in nats of the sequential layer without sinks at a window of 256, and what part of it goes, in percent:
-    with the parallel layer and sinks, with either alone."""
-    nats = {cell: math.log(ratio(rows[f"damage-{cell}-{rope}-w256-l{leakage}"]))
-            for cell in ("seq-k0", "par-k4", "par-k0", "seq-k4")}
-    gap = nats.pop("seq-k0")
-    return [gap, *(100 * (1 - left / gap) for left in nats.values())]
+    assert [row["name"] for row in rows.values() if row["status"] != "done"] == ["norms_only-s0"]
+    assert not any(rows["norms_only-s0"]["benchmarks"].values())
+    later = [row["settings"]["seed"] for row in rows.values() if row["group"] == "forced"]
+    run, first, arms_run, declared = were_run(made)
+    assert arms_run == len(later) + 1
+    seeds = [value for seed in (2, 3, 4) for value in (later.count(seed), seed)]
+    check(sections["What was run"], run, first, 26, 2026, 1, declared, arms_run, 29, *seeds, 4, 1, 95, 1)
 
 
 def test_section_verdicts(sections, rows):
@@ -167,8 +132,12 @@ def test_section_verdicts(sections, rows):
         assert after >= 0.2 * before
         told.append((before, after, 100 * after / before))
     (before, after, share), (other, left, part) = told
+    frozen = rows["l2a_ft-frozen-s2"]["under"]["rows"]
+    own, coins = (frozen[kind]["nll"] - frozen["learned"]["nll"] for kind in ("frozen", "random"))
+    assert coins >= 0.2 * other
+    assert all(round(100 * one / before) == round(100 * one / other) for one in (own, coins)), "of either number before"
     check(without_rates(sections["Verdicts by rules fixed beforehand"]), *collapse, *damage, 20, before, after, share,
-          other, left, part)
+          other, left, part, own, 100 * own / before, coins, 100 * coins / before)
 
 
 def without_rates(text):
@@ -304,16 +273,7 @@ def test_section_repair(sections, rows):
     assert best["name"] == "repair-w1024-p1-s0"
     check(sections["The repair"], len(some), 100 * SPARSE, len(asked), sum(map(all, asked)), *ALLOWED.values(),
           100 * best["sparsity"], ratio(best), *(best["audit"]["ratio"][name] for name in ("none", "random", "static")),
-          percent(best), 1, *best_evidence(rows["repair-w256-p1-1.5b"]))
-
-
-def best_evidence(row):
-    """For tokens over layers: every control finds the same share."""
-    needle = row["needle"]["lengths"]["2048"]
-    controls = {needle["controls"][name] for name in ("random", "static", "none")}
-    assert len(controls) == 1
-    return [row["settings"]["window"], row["settings"]["penalty"], 100 * row["sparsity"], 100 * needle["sparsity"],
-            percent(row, "2048"), 2_048, 100 * controls.pop(), ratio(row)]
+          percent(best), 1, *norms_alone(rows), *best_evidence(rows["repair-w256-p1-1.5b"]))
 
 
 def test_section_needle(sections, rows):
@@ -338,27 +298,6 @@ def test_section_needle(sections, rows):
             edges = [points[0], points[-1], statistics.median(points)] if len(points) > 1 else points
             expected += [*edges, len(points)]
     check(sections["The needle"], *expected)
-
-
-def is_pair(one, other, lever):
-    """Whether two rows differ in the lever alone, and what comes with longer rows."""
-    leave = {lever, *(("batch_size", "remat") if lever == "seq_len" else ())}
-    rest = [{"size": row["size"], **{name: value for name, value in row["settings"].items()
-                                     if value and name not in leave}} for row in (one, other)]
-    low, high = ((row["settings"].get(lever) or 0) for row in (one, other))
-    return low < high and rest[0] == rest[1]
-
-
-def limits(rows, made):
-    """Of the aim: nothing routed, a bound of one point on every benchmark, and pruning where routing costs nothing."""
-    seeds = [rows[f"repair-t8192-w1024-p0.5-f0.3-e1{seed}"] for seed in ("", "-s1", "-s2")]
-    strict = [row for row in seeds if reached(row)["longer"]
-              and all(row["benchmarks"][task]["difference"]["points_95"][0] >= -1 for task in ALLOWED)]
-    assert strict == seeds[:1]
-    pruned = made["instruments"]["prunable"][seeds[1]["name"]]["thresholds"]
-    best = next(row for row in pruned if len(row["pruned"]) == 17)
-    return [*(row["audit"]["ratio"]["none"] for row in seeds), 2_048, 1.0, len(strict), 17, best["cost"],
-            seeds[1]["audit"]["worse"]["none"]]
 
 
 def test_section_aim(sections, rows, made):
@@ -386,7 +325,7 @@ def test_section_absorption(sections, rows):
     twins = [rows[f"repair-w256-p0.3-s{seed}"]["audit"]["worse"]["static"] for seed in (0, 1)]
     left = [one["static"] for one in worse]
     check(sections["Absorption"], *carried, *(one["static"] / one["none"] for one in worse), *twins, *left,
-          *(100 * (1 - one / other) for one, other in zip(left, twins, strict=True)))
+          *(100 * (1 - one / other) for one, other in zip(left, twins, strict=True)), *trained_under(rows))
 
 
 def test_section_claims(sections, made):
@@ -394,4 +333,4 @@ def test_section_claims(sections, made):
     groups = {row["group"] for row in made["rows"]}
     assert groups - {"absorption"} <= set(re.findall("`(.*?)`", text)), "every row belongs to a claim"
     assert [row["name"] for row in made["rows"] if "device" not in row] == re.findall("Not run: `(.*?)`", text)
-    check(text, 12)
+    check(text, 3, 4, 12)

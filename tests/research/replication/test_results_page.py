@@ -7,7 +7,17 @@ import re
 import pytest
 
 from l2a_jax.evaluation import intervals, table
-from tests.research.replication.test_findings import ALLOWED, RESULTS, accounted, check, limits, percent, ratio, reached
+from tests.research.replication.recomputed import (
+    ALLOWED,
+    RESULTS,
+    accounted,
+    check,
+    limits,
+    percent,
+    ratio,
+    reached,
+    were_run,
+)
 
 SEEDS = ("", "-s1", "-s2")
 AIM = "repair-t8192-w1024-p0.5-f0.3-e1"
@@ -40,8 +50,7 @@ def without_names(text):
 
 def test_what_was_run(parts, made, rows):
     base = [rows[f"baseline-{size}"]["perplexity"] for size in ("0.5b", "1.5b")]
-    check(without_names(re.sub("H200|Qwen2.5", "", parts[""])), len(rows), len(made["rows"]), 4, *base, 256, 12, 4, 8,
-          2_048)
+    check(without_names(re.sub("H200|Qwen2.5", "", parts[""])), *were_run(made), 4, *base, 256, 12, 4, 8, 2_048)
 
 
 def test_verdicts(parts, rows):
@@ -50,14 +59,17 @@ def test_verdicts(parts, rows):
     gap, both, _, sinks = accounted(rows, "none", 1)
     told = [rows[f"l2a_ft-repair-s{seed}"]["absorption"] for seed in (0, 1)]
     fast, layers = rows["l2a_ft-1.3M-lr0.0003"], [rows[f"damage-{cell}-none-w256-l1"] for cell in ("par-k4", "seq-k4")]
-    static = [rows[f"{name}-s{seed}"]["audit"]["worse"]["static"] for seed in (0, 1)
-              for name in ("l2a_ft-repair", "repair-w256-p0.3")]
+    left = [rows[f"l2a_ft-repair-s{seed}"]["audit"]["worse"]["static"] for seed in (0, 1)]
+    fixed = {round(rows[f"repair-w256-p0.3-s{seed}"]["audit"]["worse"]["static"], 3) for seed in (0, 1, 2)}
+    trained = {kind: rows[f"l2a_ft-{kind}-s2"]["under"]["rows"] for kind in ("frozen", "static")}
+    own = {kind: found[kind]["nll"] - found["learned"]["nll"] for kind, found in trained.items()}
     assert "at 3e-4:" in parts["Verdicts"] and fast["settings"]["lr"] == 3e-4
     check(parts["Verdicts"].replace("3e-4", ""), pair[0]["tokens_per_trained_parameter"],
           *(row["loss_last_5_percent"] for row in pair), 100 * min(row["sparsity"] for row in pair),
           *map(ratio, pair), fast["tokens_seen"] / 1e6, 100 * fast["sparsity"], ratio(fast), percent(fast), both, gap,
           4, sinks, *map(percent, layers),
-          *(one[when]["random_worse"] for one in told for when in ("after", "before")), *static)
+          *(one[when]["random_worse"] for one in told for when in ("after", "before")), own["frozen"], *left, *fixed,
+          own["static"])
 
 
 def test_reported_and_measured(parts, rows):
@@ -83,7 +95,11 @@ def test_reported_and_measured(parts, rows):
 
 
 def test_what_routing_costs(parts, rows):
-    expected = [1]
+    alone = ratio(rows["norms_only-s0"])
+    below = [100 * row["sparsity"] for row in rows.values() if row["group"] == "frontier" and row["size"] == "0.5b"
+             and row["perplexity_ratio"] and ratio(row) < alone]
+    assert rows["repair-w256-p0.3-s0"]["audit"]["ratio"]["all"] > alone
+    expected = [1, alone, min(below), max(below)]
     for name in ("repair-w256-p0.3-s0", AIM, "repair-w256-p0.1-1.5b", "repair-w256-p0.3-1.5b", "repair-w256-p1-1.5b"):
         row = rows[name]
         expected += [row["settings"]["window"], row["settings"]["penalty"], 100 * row["sparsity"]]
