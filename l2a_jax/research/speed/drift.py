@@ -24,11 +24,12 @@ FREE = {*DEALT, "model", "backend", "remat", "unroll", "save_every", "eval_every
 
 
 class Run(NamedTuple):
-    """A run folder: model, regime and tokens a step; how its rows are dealt; what all of its group have to have alike;
-    its training losses from step 1 on."""
+    """A run folder: model, regime and tokens a step; on what it ran, and how its rows are dealt; what all of its group
+    have to have alike; its training losses from step 1 on."""
 
     folder: Path
     group: str
+    device: str | None
     dealt: tuple
     fixed: dict
     losses: Float64[np.ndarray, " steps"]
@@ -48,22 +49,24 @@ def read(folder: Path) -> Run:
     s = config.settings
     group = f"{Path(s.model or 'demo').name} {s.regime}, {s.batch_size * s.grad_accum * s.seq_len:,} tokens a step"
     fixed = {f"settings.{name}": value for name, value in vars(s).items() if name not in FREE}
-    return Run(folder, group, tuple(getattr(s, name) for name in DEALT), {"source_hash": config.source_hash, **fixed},
-               np.array([*losses.values()], np.float64))
+    return Run(folder, group, config.device, tuple(getattr(s, name) for name in DEALT),
+               {"source_hash": config.source_hash, **fixed}, np.array([*losses.values()], np.float64))
 
 
 def beside(run: Run, base: Run, before: list[Run]) -> dict:
-    """A run beside `base`; `same`: beside the first run `before` it that was dealt alike, how many steps are equal and
-    how far apart later ones are at most."""
+    """A run beside `base`; `same`: beside the first run `before` it that was dealt alike, how many steps of
+    how many are equal at first, and how far apart later ones are at most."""
     signed, same = run.less(base), None
     sizes, twin = np.abs(signed), next((one for one in before if one.dealt == run.dealt), None)
     if twin is not None:
         other = np.append(np.abs(run.less(twin)), np.inf)
         equal = int(np.argmax(other != 0))
-        same = {"run": str(twin.folder), "steps": equal, "largest_later": other[equal:-1].max(initial=0)}
-    return {"of": run.group, "run": str(run.folder), "mesh": run.dealt[0], "micro_batches": run.dealt[2],
-            "steps": len(signed), "mean": sizes.mean(), "largest": sizes.max(), "largest_at": int(sizes.argmax()) + 1,
-            "last": sizes[-LAST:].mean(), "signed": signed.mean(), "base": str(base.folder), "same": same}
+        same = {"run": str(twin.folder), "steps": equal, "of": len(other) - 1,
+                "largest_later": other[equal:-1].max(initial=0)}
+    return {"of": run.group, "run": str(run.folder), "device": run.device, "mesh": run.dealt[0],
+            "micro_batches": run.dealt[2], "steps": len(signed), "mean": sizes.mean(), "largest": sizes.max(),
+            "largest_at": int(sizes.argmax()) + 1, "last": sizes[-LAST:].mean(), "signed": signed.mean(),
+            "base": str(base.folder), "same": same}
 
 
 def compared(runs: list[Run]) -> list[dict]:
@@ -82,16 +85,16 @@ def compared(runs: list[Run]) -> list[dict]:
 
 def markdown(result: dict) -> str:
     """The runs as one table."""
-    rows = [[row["of"], row["run"], row["mesh"] or "none", row["micro_batches"], row["steps"], f"{row['mean']:.4f}",
-             f"{row['largest']:.4f}", row["largest_at"], f"{row['last']:.4f}", f"{row['signed']:+.4f}"]
-            for row in result["runs"]]
+    rows = [[row["of"], row["run"], row["device"] or "unknown", row["mesh"] or "none", row["micro_batches"],
+             row["steps"], f"{row['mean']:.4f}", f"{row['largest']:.4f}", row["largest_at"], f"{row['last']:.4f}",
+             f"{row['signed']:+.4f}"] for row in result["runs"]]
     return "\n".join([
         "# Losses of the same run, its sums taken in another order", "",
         f"{tables.said(result)} Differences of the training loss, in nats, from the run on one device in one "
         f"micro-batch: mean and largest size, the mean size of the last {LAST} steps, and the mean with its sign.", "",
-        *tables.grid(["of", "run", "mesh", "micro-batches", "steps", "mean", "largest", "at step", f"last {LAST}",
-                      "signed"], rows),
-        *(f"- {row['run']} is {same['run']} to the last bit for {same['steps']} steps, and at most "
+        *tables.grid(["of", "run", "on", "mesh", "micro-batches", "steps", "mean", "largest", "at step",
+                      f"last {LAST}", "signed"], rows),
+        *(f"- {row['run']} is {same['run']} to the last bit for {same['steps']} of {same['of']} steps, and at most "
           f"{same['largest_later']:.4f} nats from it later." for row in result["runs"] if (same := row["same"]))
     ]).rstrip() + "\n"
 

@@ -19,7 +19,7 @@ def make(tmp_path, monkeypatch):
 
     def made(name, losses, source_hash="1", **settings):
         config = json.loads(FROZEN.read_text())
-        config |= {"settings": {**config["settings"], **settings}, "source_hash": source_hash}
+        config |= {"settings": {**config["settings"], **settings}, "source_hash": source_hash, "device": "1 x H200"}
         pathlib.Path(name).mkdir()
         pathlib.Path(name, "config.json").write_text(json.dumps(config))
         pathlib.Path(name, "metrics.jsonl").write_text("".join(
@@ -46,15 +46,15 @@ def test_runs_stand_beside_the_one_without_a_mesh(make, command):
     result = json.loads(pathlib.Path("drift.json").read_text())
     halves, data, again, other = result["runs"]
     assert {row["base"] for row in result["runs"][:3]} == {"one"} and result["losses"]["data"] == [4, 3, 2, 1]
-    assert halves == {"of": "demo router_only, 256 tokens a step", "run": "halves", "mesh": None, "micro_batches": 2,
-                      "steps": 24, "mean": pytest.approx(10.75 / 24), "largest": 0.5, "largest_at": 2, "last": 0.5,
-                      "signed": pytest.approx(-10.25 / 24), "base": "one", "same": None}
+    assert halves == {"of": "demo router_only, 256 tokens a step", "run": "halves", "device": "1 x H200", "mesh": None,
+                      "micro_batches": 2, "steps": 24, "mean": pytest.approx(10.75 / 24), "largest": 0.5,
+                      "largest_at": 2, "last": 0.5, "signed": pytest.approx(-10.25 / 24), "base": "one", "same": None}
     assert (data["steps"], data["mean"], data["largest"], data["largest_at"], data["same"]) == (4, 1.5 / 4, 1, 4, None)
-    assert again["same"] == {"run": "data", "steps": 2, "largest_later": 0.5} and again["largest"] == 7.5
+    assert again["same"] == {"run": "data", "steps": 2, "of": 4, "largest_later": 0.5} and again["largest"] == 7.5
     assert (other["of"], other["mean"], other["signed"]) == ("demo router_strict, 256 tokens a step", 0.5, 0.5)
     text = pathlib.Path("drift.md").read_text()
-    assert "| halves | none | 2 | 24 | 0.4479 | 0.5000 | 2 | 0.5000 | -0.4271 |" in text
-    assert "- again is data to the last bit for 2 steps, and at most 0.5000 nats from it later." in text
+    assert "| halves | 1 x H200 | none | 2 | 24 | 0.4479 | 0.5000 | 2 | 0.5000 | -0.4271 |" in text
+    assert "- again is data to the last bit for 2 of 4 steps, and at most 0.5000 nats from it later." in text
 
 
 def test_runs_that_say_different_things_are_refused(make, command, capsys):
