@@ -17,7 +17,7 @@ from l2a_jax.sharding.axes import Axes
 from l2a_jax.training.regimes import count_parameters, partition, regime_mask
 from l2a_jax.training.settings import layer_of, resolve
 from l2a_jax.training.tables import FIRST_PRESET
-from tests.research.replication.test_findings import check
+from tests.research.replication.recomputed import check
 
 RESULTS = pathlib.Path(__file__).resolve().parents[3] / "eval/results"
 LONG = 131_072
@@ -69,6 +69,9 @@ def test_the_goals_and_what_two_devices_reach(lines):
         return lines[key][1][-1]["of_linear"]
 
     large = lines["router_strict", "context", "1.5b"][1]
+    page = (RESULTS / "README.md").read_text().partition("\n## Agreement and speed\n")[2]
+    check(re.search(r"Two H200s(.*?)\(\[meshes\]", page, flags=re.S)[1], of_linear("router_only", "data", "0.5b"),
+          of_linear("full_ft", "data", "0.5b"), of_linear("router_strict", "context", "0.5b"))
     assert all(row["devices"] <= 2 for _, rows in lines.values() for row in rows)
     check(parts("scaling")[1]["The goals"], 8, 0.85, 0.75, LONG, 6, of_linear("router_only", "data", "0.5b"),
           of_linear("full_ft", "data", "0.5b"), of_linear("router_strict", "context", "0.5b"),
@@ -131,5 +134,14 @@ def test_what_the_page_says_of_the_differences(runs):
     text = parts("drift")[1]["What it says"]
     when, _, said = text.partition("the same step, whose")
     assert "2026-11-29, jax 0.11.2" in when
+    page = (RESULTS / "README.md").read_text().partition("\n## Agreement and speed\n")[2]
+    check(re.search(r"with losses on the mean(.*?)nats", page, flags=re.S)[1], max(means + large))
     check(said, *means, *large, *lower, before["steps"], again["steps"], 0.0, 1, again["steps"],
           again["largest_later"], 4)
+
+
+def test_what_the_page_says_of_prefill():
+    one, two = measured("speed_inference_meshes")["cases"]
+    assert (one["context"], two["context"]) == (1, 2) and one["cache_bytes"] == two["cache_bytes"]
+    check(parts("speed_inference_meshes")[1]["What it says"], LONG, one["ms"]["routed"] / two["ms"]["routed"], 12,
+          one["ms"]["dense"] / two["ms"]["dense"])
