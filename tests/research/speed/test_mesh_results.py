@@ -101,6 +101,15 @@ def test_what_comes_over_the_links_and_what_a_step_takes_longer(lines, dealt):
     assert guesses[1] < 0.85 and shares[0] < shares[1] < 50
 
 
+def test_the_page_of_what_is_reckoned_says_how_far_off_it_was(lines, dealt):
+    text = (RESULTS.parents[1] / "l2a_jax/SCALE.md").read_text()
+    said = re.search(r"Two cards, which were\n(.*?)\n\n", text, flags=re.S)[1]
+    off = [(rows[-1]["ms"] - rows[0]["ms"]) / (sum(moved) / on_paper.Card().near * 1e3)
+           for _, _, moved, _, rows in dealt.values()]
+    none, two = (lines["router_strict", "context", "0.5b"][1][place]["ms"] for place in (0, -1))
+    check(said, *sorted(off), LONG, 100 * (2 * two / none - 1))
+
+
 @pytest.fixture(scope="module")
 def runs():
     return {row["run"]: row for row in measured("drift")["runs"]}
