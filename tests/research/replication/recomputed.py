@@ -180,6 +180,8 @@ def trained_under(rows):
     static, own = (differ(("static", "static"), (kind, "learned")) for kind in ("static", "learned"))
     third = {kind: rows[f"l2a_ft-{kind}-s3"]["under"]["rows"] for kind in KINDS[:2]}
     count = len(of["learned"]["under"]["window_tokens"])
+    everywhere = perplexity_ratio(*(stored(of[kind]["name"]) for kind in ("static", "learned")))
+    whole = stored(of["static"]["name"])["evaluations"]["perplexity"]["result"]
     assert max(static[0], own[0]) < 0.2 * fixed < differ(("learned", "static"), ("learned", "learned"))[0]
     return [of["learned"]["tokens_seen"] / 1e6,
             *(100 * of["learned"]["under"]["rows"][kind]["density"] for kind in KINDS), count, 2,
@@ -189,7 +191,8 @@ def trained_under(rows):
             nats["learned"]["random"] - nats["frozen"]["random"], *differ(("frozen", "frozen"), ("frozen", "learned")),
             *differ(("frozen", "frozen"), ("learned", "learned")), percent(of["learned"]), percent(of["frozen"]),
             fixed, nats["learned"]["static"] - nats["learned"]["learned"], *static, 100 * static[0] / fixed, *own,
-            100 * own[0] / fixed, percent(of["learned"]), percent(of["static"]),
+            100 * own[0] / fixed, len(whole["window_tokens"]), everywhere["nats"], *everywhere["nats_95"],
+            percent(of["learned"]), percent(of["static"]),
             3, third["frozen"]["frozen"]["nll"] - third["frozen"]["learned"]["nll"],
             third["frozen"]["frozen"]["nll"] - third["learned"]["learned"]["nll"],
             100 * statistics.mean(of["static"]["settings"]["forced"])]

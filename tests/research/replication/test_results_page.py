@@ -59,6 +59,7 @@ def test_verdicts(parts, rows):
     gap, both, _, sinks = accounted(rows, "none", 1)
     told = [rows[f"l2a_ft-repair-s{seed}"]["absorption"] for seed in (0, 1)]
     fast, layers = rows["l2a_ft-1.3M-lr0.0003"], [rows[f"damage-{cell}-none-w256-l1"] for cell in ("par-k4", "seq-k4")]
+    layers.append(rows["damage-seq-k4-none-w256-l1-s1"])
     left = [rows[f"l2a_ft-repair-s{seed}"]["audit"]["worse"]["static"] for seed in (0, 1)]
     fixed = {round(rows[f"repair-w256-p0.3-s{seed}"]["audit"]["worse"]["static"], 3) for seed in (0, 1, 2)}
     trained = {kind: rows[f"l2a_ft-{kind}-s2"]["under"]["rows"] for kind in ("frozen", "static")}
@@ -89,8 +90,10 @@ def test_reported_and_measured(parts, rows):
                 theirs, base = reported(size, regime)
                 points = rows[f"router_only-diverse-{size}"]["benchmarks"][task]["difference"]["points"]
                 expected += [100 * (getattr(theirs, task) - getattr(base, task)), points]
-    share, row = reported("0.5b", "router_only")[1].hellaswag, rows["router_only-diverse-0.5b"]
-    check(parts["Reported and measured"], *expected, ratio(row), expected[0], 500,
+    (theirs, base), row = reported("0.5b", "router_only"), rows["router_only-diverse-0.5b"]
+    share, lost, told = base.hellaswag, 100 * (theirs.piqa - base.piqa), row["benchmarks"]["piqa"]["difference"]
+    assert told["points_95"][0] < lost < 0 < told["points_95"][1]
+    check(parts["Reported and measured"], *expected, lost, ratio(row), expected[0], 500,
           196 * math.sqrt(share * (1 - share) / 500), *(row["benchmarks"][task]["n"] for task in ALLOWED))
 
 
