@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from l2a_jax.evaluation import intervals
+from l2a_jax.evaluation import intervals, reach
 from l2a_jax.evaluation.results import read_results
 from l2a_jax.training.settings import Settings, resolve
 from tests.evaluation.test_long_results import reach_of, ruler_of
@@ -248,18 +248,30 @@ def test_the_page_says_how_the_first_seed_compares_with_its_rivals():
         return [100 * one for one in (rows[local, name]["ruler_behind"], *rows[local, name]["ruler_behind_95"])]
 
     before = rivals_of("long/strict")[90, "learned"]
-    asked = points_behind(prompts_of(rows[90, "learned"]), prompts_of(before))
+    newer = points_behind(prompts_of(rows[90, "learned"]), prompts_of(before))
+    asking = difference(result("ask"), result("target"), SHORT)
+    needles = np.array([name.startswith("niah") for name in sorted(rows[90, "heads"]["ruler"])])
+    lead = [points_behind(*(prompts_of(rows[90, name])[tasks] for name in ("learned", "heads")))
+            for tasks in (~needles, needles)]
+    layers = [rivals_of(path)[80, "searched"] for path in ("router/final-0", "long/strict")]
+    first, second = (json.loads((ROUTER.parent / path / "rivals.json").read_text())["searched_layers"]
+                     for path in ("router/final-0", "long/strict"))
+    assert first == second and layers[0]["density"] == layers[1]["density"]
+    local = [100 * rows[90, name]["ruler_local"] for name in ("learned", "heads")]
     left = [points_behind(base, prompts_of(rows[local, "learned"])) for local in (80, 90)]
     own = 100 * (1 - rows["own", "learned"]["density"])
     assert all(lost("own", name)[1] > 0 for name in ("searched", "ranked")) and lost("own", "heads")[1] < 0
     check(text.replace("WikiText-2", ""), *expected, 90, *kept(90, "heads"), *lost(90, "heads"), *kept(90, "searched"),
           *lost(90, "searched"), own, *kept("own", "heads"), *lost("own", "heads"), 80, *kept(80, "heads", -1),
-          *kept(90, "joined", -1), 90, *lost(90, "joined"), 90, *asked,
-          before["kept"] - rows[90, "learned"]["kept"], 80, *left[0], 90, *left[1], 55)
+          *kept(90, "joined", -1), 90, *lost(90, "joined"), 90, *newer,
+          before["kept"] - rows[90, "learned"]["kept"], *asking, SHORT, 90, *lead[0], (~needles).sum(), *lead[1],
+          needles.sum(), 80, *left[0], 90, *left[1], 55, 12, 90, *local, 80, *points_behind(*map(prompts_of, layers)))
     top = " ".join((ROUTER.parents[2] / "README.md").read_text().split())
     heads, layers = lost(90, "heads"), lost(90, "searched")
     assert (f"searched heads lose {heads[0]:.1f} points of RULER [{heads[1]:.1f}, {heads[2]:.1f}] to learned tokens, "
             f"layers {layers[0]:.1f}.") in top
+    earlier = rivals_of("long/strict")[90, "heads"]["ruler_behind"]
+    assert f"an earlier router trails heads by {-100 * earlier:.1f}." in top
 
     gsm8k = [found["tasks"]["gsm8k"]["scores"]["exact_match,strict-match"]["items"] for found in (plain, run)]
     value, (low, high) = intervals.paired_items(*gsm8k)
@@ -290,7 +302,11 @@ def test_the_page_says_what_the_larger_model_reached():
         assert len(worth) == 10
         return 100 * worth.max() / worth.sum(), 1 - lost[rest].sum() / worth[rest].sum()
 
-    gain = points_behind(*(scores_of(run, LONG, one) for one in ("question", "learned")))
+    gain, short_gain = (points_behind(*(scores_of(run, length, one) for one in ("question", "learned")))
+                        for length in (LONG, SHORT))
+    lost = [np.array([one["tasks"]["reach"]["rows"][name]["window_nll"] for name in ("learned", "none", "all")])[
+        :, :, 1:].sum(2) for one in (run, before)]
+    less, less_95 = reach.ratio(lost[1][0] - lost[0][0], lost[0][1] - lost[0][2])
     ahead = points_behind(scores_of(before, SHORT), scores_of(run, SHORT))
     behind_it = points_behind(scores_of(run, LONG), scores_of(before, LONG))
     of_target = [json.loads((ROUTER / name / "summary.json").read_text()) for name in (
@@ -298,7 +314,8 @@ def test_the_page_says_what_the_larger_model_reached():
     now, small, then = [(one["steps"], one["target"]["greatest_weight"], one["target"]["weight"]) for one in of_target]
     assert then[0] == now[0]
     check(text, 4, LONG, *reach_of(run), *learned["kept_95"], *rows, *now, *small, *then[1:], earlier["kept"],
-          *earlier["kept_95"], *ahead, SHORT, *behind_it, LONG, *gain, LONG, *one_window(run), one_window(before)[1])
+          *earlier["kept_95"], less, *less_95, *ahead, SHORT, *behind_it, LONG, *gain, LONG, *short_gain, SHORT,
+          *one_window(run), one_window(before)[1])
     assert abs(run["run"]["tokens_seen"] / 4e6 - 1) < 0.01
 
 

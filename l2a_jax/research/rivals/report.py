@@ -38,9 +38,9 @@ def markdown(result: dict[str, Any]) -> str:
         "until it routed as much of the text. Brackets: 95 % intervals over windows, paired.", ""]
     if ruled:
         lines += [f"RULER: mean of its tasks at {', '.join(f'{one:,}' for one in result['lengths'])} tokens, "
-                  f"{result['ruler_items']} prompts a task and length; prompts are read under the choice, answers "
-                  "written by the router's own rule (heads stay open). The oracle needs the text that it is scored "
-                  "on, and has none.", ""]
+                  f"{result['ruler_items']} prompts a task and length, over which its intervals are. Prompts are read "
+                  "under the choice; what is written is decided by the router, its threshold unmoved (open heads stay "
+                  "open, layers do not). The oracle needs the text that it is scored on, and has none.", ""]
     if timed:
         lines += [f"Times: one row of {result['context']:,} tokens on {result['device']}, medians. Heads of different "
                   "windows have no kernel here, and are not timed.", ""]
