@@ -34,8 +34,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['source']}; {result['text']['name']} in windows of {result['context']:,} tokens, of which a local "
         f"token sees {result['window']:,} and {result['sinks']} sinks. Global attention is worth {result['worth']:.4f} "
         f"nats a token [{low:.4f}, {high:.4f}] beyond the window. Layers and heads were chosen on "
-        f"{result['calibration']['name']}; the router's threshold was moved "
-        "until it routed as much of the text. Brackets: 95 % intervals over windows, paired.", ""]
+        f"{result['calibration']['name']}; the router's threshold was moved until it routed as much of the text. "
+        "Random tokens: every layer routes as many. Brackets: 95 % intervals over windows, paired.", ""]
     if ruled:
         lines += [f"RULER: mean of its tasks at {', '.join(f'{one:,}' for one in result['lengths'])} tokens, "
                   f"{result['ruler_items']} prompts a task and length, over which its intervals are. Prompts are read "
