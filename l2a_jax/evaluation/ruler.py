@@ -199,10 +199,11 @@ def _cells(work: Work, task: str, length: int, building: Sequence[Future[Item]],
 
 
 def write(model: Pretrained, items: Sequence[Item], task: str, length: int, options: Any, *,
-          decisions: Bool[np.ndarray, "L B T"] | None = None, heads: Bool[np.ndarray, "L K"] | None = None,
+          decisions: Bool[np.ndarray, "L B T"] | Bool[np.ndarray, "L B S"] | None = None,
+          heads: Bool[np.ndarray, "L K"] | None = None, cut: Float[np.ndarray, " L"] | None = None,
           route_last: int | None = None, mesh: Mesh | None = None) -> Written:
-    """What the model writes after each prompt, in batches of one size; `decisions`, `heads`, `route_last` and `mesh`
-    are those of `generate`."""
+    """What the model writes after each prompt, in batches of one size; `decisions`, `heads`, `cut`, `route_last` and
+    `mesh` are those of `generate`."""
     most = _most_rows(model, length, options.batch_tokens) * axes_of(mesh).data
     batches = -(-len(items) // most)
     rows = -(-len(items) // batches)
@@ -214,8 +215,8 @@ def write(model: Pretrained, items: Sequence[Item], task: str, length: int, opti
             model.params, model.config, model.l2a_config, [items[index].tokens.tolist() for index in chosen],
             max_new_tokens=ruler_source.settings(task).new_tokens, room=_room(options.ruler_tasks),
             stop_tokens=model.tokenizer.end_ids, backend=options.backend,
-            decisions=None if decisions is None else decisions[:, chosen], heads=heads, route_last=route_last,
-            mesh=mesh)
+            decisions=None if decisions is None else decisions[:, chosen], heads=heads, cut=cut,
+            route_last=route_last, mesh=mesh)
         kept = min(rows, len(items) - start)
         tokens, lengths, finite, read = jax.device_get((out.tokens, out.lengths, out.finite, out.decisions))
         read = None if read is None else read[:, :kept, :size]

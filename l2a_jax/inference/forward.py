@@ -66,14 +66,14 @@ def prefill(
     params: Tree, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], config: ModelConfig,
     l2a_config: L2AConfig | None, layout: Layout, *,
     decisions: Bool[Array, "L B T"] | None = None, pruned: Bool[Array, " L"] | None = None,
-    heads: Bool[Array, "L K"] | None = None, route_last: Int[Array, ""] | None = None, backend: str = "auto",
-    shards: int = 1,
+    heads: Bool[Array, "L K"] | None = None, cut: Float[Array, " L"] | None = None,
+    route_last: Int[Array, ""] | None = None, backend: str = "auto", shards: int = 1,
 ) -> tuple[Float[Array, "B V"], Cache, Bool[Array, "L B T"] | None]:
     """Logits after the last token of each row (of `lengths[b]` tokens, then padding), the cache, and the decisions.
 
-    `decisions`, `pruned` and `heads` are those of `hidden_states`, `route_last` is that of `generate`; padding is never
-    routed. Memory is O(T): the caches are filled layer by layer. Inside `shard_map`, `shards` devices of its axis
-    "context" share the tokens of whole prompts; each holds the weights, and in the end the whole cache. ValueError
+    `decisions`, `pruned`, `heads` and `cut` are those of `hidden_states`, `route_last` is that of `generate`; padding
+    is never routed. Memory is O(T): the caches are filled layer by layer. Inside `shard_map`, `shards` devices of its
+    axis "context" share the tokens of whole prompts; each holds the weights, and in the end the whole cache. ValueError
     where they do not divide T.
     """
     whole = tokens.shape
@@ -103,7 +103,8 @@ def prefill(
         return (x, cache), None if routing is None else routing.decisions
 
     cache = empty_cache(config, layout, tokens.shape[0], x.dtype)
-    inputs = (params["layers"], OfLayer(decisions, None, pruned, heads), _scanned(layout.full), _scanned(layout.ring))
+    given = OfLayer(decisions, None, pruned, heads, cut)
+    inputs = (params["layers"], given, _scanned(layout.full), _scanned(layout.ring))
     (x, cache), decided = jax.lax.scan(step, (x, cache), inputs)
     if shards > 1:  # whoever has a row's last token gives it to all
         mine = (positions == lengths[:, None] - 1)[:, :, None]
@@ -204,12 +205,12 @@ def decode_step(
     params: DecodeParams, tokens: Int[Array, " B"], position: Int[Array, " B"], active: Bool[Array, " B"], cache: Cache,
     config: ModelConfig, l2a_config: L2AConfig | None, layout: Layout, *,
     decisions: Bool[Array, "L B"] | None = None, pruned: Bool[Array, " L"] | None = None,
-    heads: Bool[Array, "L K"] | None = None, backend: str = "auto",
+    heads: Bool[Array, "L K"] | None = None, cut: Float[Array, " L"] | None = None, backend: str = "auto",
 ) -> tuple[Float[Array, "B V"], Cache, Bool[Array, "L B"] | None]:
     """Logits after one more token per row, at `position` (the number of tokens before it); cache; decisions.
 
-    Rows that are not `active` read nothing; their logits mean nothing. `decisions` override the router; `pruned`
-    and `heads` are those of `hidden_states`.
+    Rows that are not `active` read nothing; their logits mean nothing. `decisions` override the router; `pruned`,
+    `heads` and `cut` are those of `hidden_states`.
     """
     reader = _Reader(l2a_config, None, backend, cache, layout, position, active)
     context = context_of(config, l2a_config, position[:, None], active[:, None], reader)
@@ -220,8 +221,8 @@ def decode_step(
         forced = None if decisions is None else decisions[index][:, None]
         own = jnp.asarray(True) if l2a_config is not None and index in l2a_config.pruned_layers else None
         off = own if pruned is None else pruned[index]
-        opened = None if heads is None else heads[index]
-        x, routing = block(x, layer, context, OfLayer(forced, None, off, opened))
+        opened, least = (None if of is None else of[index] for of in (heads, cut))
+        x, routing = block(x, layer, context, OfLayer(forced, None, off, opened, least))
         decided.append(None if routing is None else routing.decisions[:, 0])
     return _logits(params.rest, x, config), reader.cache, None if l2a_config is None else jnp.stack(decided)
 

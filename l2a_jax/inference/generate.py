@@ -77,6 +77,7 @@ class Settings(NamedTuple):
     decisions: Bool[Array, "L B T"] | Bool[Array, "L B S"] | None
     heads: Bool[Array, "L K"] | None = None
     route_last: Int[Array, ""] | None = None
+    cut: Float[Array, " L"] | None = None
 
 
 class State(NamedTuple):
@@ -103,6 +104,7 @@ def generate(
     stop_tokens: Sequence[int] = (),
     decisions: Bool[Any, "L B T"] | Bool[Any, "L B S"] | None = None,
     heads: Bool[Any, "L K"] | None = None,
+    cut: Float[Any, " L"] | None = None,
     route_last: int | None = None,
     room: int | None = None,
     backend: str = "auto",
@@ -112,7 +114,8 @@ def generate(
 
     `temperature` 0 takes the likeliest token; above 0, tokens are drawn with `key` from the `top_p` nucleus.
     `decisions` override the router by position. [L, B, T], T being the longest prompt, in the prompts; after them it
-    decides itself. [L, B, S], S being T plus `max_new_tokens`, in everything. `heads` are those of `hidden_states`.
+    decides itself. [L, B, S], S being T plus `max_new_tokens`, in everything. `heads` and `cut` are those of
+    `hidden_states`, for prompts and what is written alike.
     `route_last`: so many tokens at the end of each prompt (its question), and all that is written, are routed, whatever
     is decided (0: what is written alone; None: nothing more than is decided).
     `room` (at least `max_new_tokens`): what to compile for; calls of different `max_new_tokens` then share a program.
@@ -124,8 +127,8 @@ def generate(
     """
     tokens, lengths, options, settings = request(
         config, l2a_config, prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, key=key,
-        stop_tokens=stop_tokens, decisions=decisions, heads=heads, route_last=route_last, room=room, backend=backend,
-        params=params, mesh=mesh)
+        stop_tokens=stop_tokens, decisions=decisions, heads=heads, cut=cut, route_last=route_last, room=room,
+        backend=backend, params=params, mesh=mesh)
     out = _generate(whole.put(params, mesh), tokens, lengths, settings, options, bucket(room or max_new_tokens, 16))
     last = int(lengths.max()) + max_new_tokens
     out = out._replace(
@@ -140,8 +143,8 @@ def request(
     config: ModelConfig, l2a_config: L2AConfig | None, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
     temperature: float = 0.0, top_p: float = 1.0, key: PRNGKeyArray | None = None, stop_tokens: Sequence[int] = (),
     decisions: Bool[Any, "L B T"] | Bool[Any, "L B S"] | None = None, heads: Bool[Any, "L K"] | None = None,
-    route_last: int | None = None, room: int | None = None, backend: str = "auto", params: Tree | None = None,
-    mesh: Mesh | None = None,
+    cut: Float[Any, " L"] | None = None, route_last: int | None = None, room: int | None = None, backend: str = "auto",
+    params: Tree | None = None, mesh: Mesh | None = None,
 ) -> tuple[Int[Array, "R W"], Int[Array, " R"], Options, Settings]:
     """The padded prompts, their lengths, and the two halves of the options, checked as `generate` says. Where a mesh
     does not divide the rows, the last one is there several times."""
@@ -190,6 +193,8 @@ def request(
         size = slots if decisions.shape[2] == whole else tokens.shape[1]
         decisions = jnp.asarray(np.pad(decisions, ((0, 0), (0, 0), (0, size - decisions.shape[2]))))
     check_heads(heads, config, l2a_config)
+    if cut is not None and (l2a_config is None or np.shape(cut) != (config.num_layers,)):
+        raise ValueError(f"cut is {np.shape(cut)}; expected [L] = {(config.num_layers,)} of a routed model")
     stop_tokens = [stop for stop in stop_tokens if 0 <= stop < config.vocab_size]  # no other can ever be chosen
     stops = np.full((-(-max(len(stop_tokens), 1) // STOP_SLOTS) * STOP_SLOTS,), -1, np.int32)
     stops[: len(stop_tokens)] = stop_tokens
@@ -198,7 +203,8 @@ def request(
     settings = Settings(jnp.int32(max_new_tokens), jnp.float32(temperature), jnp.float32(top_p),
                         key if temperature > 0 else None, jnp.asarray(stops), decisions,
                         None if heads is None else jnp.asarray(heads),
-                        None if route_last is None else jnp.int32(route_last))
+                        None if route_last is None else jnp.int32(route_last),
+                        None if cut is None else jnp.asarray(cut, jnp.float32))
     return tokens, jnp.asarray(lengths), options, settings
 
 
@@ -221,8 +227,9 @@ def start(params: Tree, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], se
     batch, width = tokens.shape
     forced = None if settings.decisions is None else settings.decisions[:, :, :width]
     logits, cache, decided = prefill(params, tokens, lengths, options.config, options.l2a_config, options.layout,
-                                     decisions=forced, heads=settings.heads, route_last=settings.route_last,
-                                     backend=options.backend, shards=axes_of(options.mesh).context)
+                                     decisions=forced, heads=settings.heads, cut=settings.cut,
+                                     route_last=settings.route_last, backend=options.backend,
+                                     shards=axes_of(options.mesh).context)
     if decided is not None:
         decided = jnp.pad(decided, ((0, 0), (0, 0), (0, options.layout.slots - width)))
     zeros = jnp.zeros((batch,), jnp.int32)
@@ -246,7 +253,7 @@ def advance(params: DecodeParams, state: State, settings: Settings, options: Opt
             forced = jnp.ones((options.config.num_layers, rows.size), bool)
         logits, cache, decided = decode_step(params, state.next, state.position, active, state.cache, options.config,
                                              options.l2a_config, options.layout, decisions=forced,
-                                             heads=settings.heads, backend=options.backend)
+                                             heads=settings.heads, cut=settings.cut, backend=options.backend)
         out = state.out
         if decided is not None:
             out = out._replace(decisions=out.decisions.at[:, rows, state.position].set(decided))
@@ -283,6 +290,6 @@ def _generate(params, tokens, lengths, settings, options, room):
     if options.mesh is None:
         return of_rows(*given)
     # No step asks anything of another device: each goes on until its own rows are done.
-    settings_dealt = Settings(*(P(),) * 5, STACKED, P(), P())
+    settings_dealt = Settings(*(P(),) * 5, STACKED, P(), P(), P())
     return jax.shard_map(of_rows, mesh=options.mesh, in_specs=(P(), ROWS, ROWS, settings_dealt),
                          out_specs=_BY_ROW, check_vma=False)(*given)

@@ -189,7 +189,7 @@ def _check(params: Tree, tokens: Int[Array, "*S"], config: ModelConfig, l2a_conf
     check_tokens(tokens, config)
 
 
-def check_heads(heads: Bool[Array, "L K"] | None, config: ModelConfig, l2a_config: L2AConfig | None,
+def check_heads(heads: Bool[Any, "L K"] | None, config: ModelConfig, l2a_config: L2AConfig | None,
                 train: bool = False) -> None:
     """Raise ValueError where key/value heads cannot be opened: they share one set and one cache with the window."""
     if heads is None:

@@ -27,9 +27,14 @@ def router_logits(h: Float[Array, "B T D"], kernel: Float[Array, " D"]) -> Float
                       precision=jax.lax.Precision.HIGHEST)
 
 
+def least(temperature: float, threshold: float) -> float:
+    """temperature * logit(threshold): the router logit from which on a token is routed."""
+    return temperature * math.log(threshold / (1 - threshold))
+
+
 def decide(z: Float[Array, "*S"], temperature: float, threshold: float) -> Bool[Array, "*S"]:
     """d = 1[z >= temperature * logit(threshold)]; `>=`, so that a router at zero routes everything at threshold 0.5."""
-    return z >= temperature * math.log(threshold / (1 - threshold))
+    return z >= least(temperature, threshold)
 
 
 def flipped(key: PRNGKeyArray, d: Bool[Array, "*S"], share: Any, shard: Shard = ALONE) -> Bool[Array, "*S"]:

@@ -146,6 +146,20 @@ def test_the_end_of_a_prompt_and_what_is_written_are_routed(name):
     assert (free.log_probabilities != one.log_probabilities).any()
 
 
+@pytest.mark.parametrize("name", ["shared, pruned", "sequential sinks, pruned"])
+def test_a_cut_is_a_threshold_for_prompts_and_what_is_written(name):
+    layer = WIRINGS[name][0]
+    params, moved = make_params(layer), dataclasses.replace(layer, threshold=0.999)
+    cut = np.full(CONFIG.num_layers, routing.least(moved.temperature, moved.threshold), np.float32)
+    one, other, free = (generate(params, CONFIG, of, PROMPTS, max_new_tokens=6, room=NEW, backend="reference", cut=at)
+                        for of, at in ((layer, cut), (moved, None), (layer, None)))
+    np.testing.assert_array_equal(one.tokens, other.tokens)
+    np.testing.assert_array_equal(one.decisions, other.decisions)
+    assert one.decisions.sum() < free.decisions.sum()
+    with pytest.raises(ValueError, match="of a routed model"):
+        generate(params, CONFIG, layer, PROMPTS, max_new_tokens=1, cut=cut[1:])
+
+
 def test_a_row_alone_left_or_right_padded_gives_the_same():
     layer, params = LAYERS["shared"], make_params(LAYERS["shared"])
     together = generate(params, CONFIG, layer, PROMPTS, max_new_tokens=NEW, backend="xla")

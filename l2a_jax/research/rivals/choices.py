@@ -43,7 +43,7 @@ class Choice(NamedTuple):
     decisions: Bool[np.ndarray, "L B T"] | None = None
 
     def given(self, layers: int, windows: int, length: int) -> dict:
-        """What `score_windows` is given for windows of a shape."""
+        """What `score_windows` is given for windows of a shape, or `generate` for prompts and answers of it."""
         if self.cut is not None:
             cut = {"cut": np.full(layers, self.cut, np.float32)}
             return cut if self.heads is None else {**cut, "heads": self.heads}

@@ -29,7 +29,7 @@ SHAPE = {"source": str, "context": int, "window": int, "sinks": int, "text": {"n
              "kept_95": nullable(intervals.INTERVAL), "prefill_ms?": float,
              "ruler?": each({"local": share, "scores": [float]})}]}
 """What is read of a `rivals.json`."""
-SAME = ("context", "window", "sinks", "text", "lengths", "ruler_items")
+SAME = ("context", "window", "sinks", "text", "lengths", "ruler_items", "answers")
 """What two of them must share, so that a number means the same in both."""
 ROUTERS = (("#0072B2", "o", "solid"), ("#56B4E9", "P", "dashed"), ("#332288", "h", "dashdot"),
            ("#88CCEE", "8", "dotted"))

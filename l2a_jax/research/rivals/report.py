@@ -37,10 +37,12 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['calibration']['name']}; the router's threshold was moved until it routed as much of the text. "
         "Random tokens: every layer routes as many. Brackets: 95 % intervals over windows, paired.", ""]
     if ruled:
+        answers = ("Prompts are read and answers written under the choice." if result.get("answers") == "choice" else
+                   "Prompts are read under the choice; what is written is decided by the router, its threshold unmoved "
+                   "(open heads stay open, layers do not).")
         lines += [f"RULER: mean of its tasks at {', '.join(f'{one:,}' for one in result['lengths'])} tokens, "
-                  f"{result['ruler_items']} prompts a task and length, over which its intervals are. Prompts are read "
-                  "under the choice; what is written is decided by the router, its threshold unmoved (open heads stay "
-                  "open, layers do not). The oracle needs the text that it is scored on, and has none.", ""]
+                  f"{result['ruler_items']} prompts a task and length, over which its intervals are. {answers} The "
+                  "oracle needs the text that it is scored on, and has none.", ""]
     if timed:
         lines += [f"Times: one row of {result['context']:,} tokens on {result['device']}, medians. Heads of different "
                   "windows have no kernel here, and are not timed.", ""]

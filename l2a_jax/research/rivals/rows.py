@@ -16,6 +16,7 @@ import numpy as np
 
 from l2a_jax.evaluation import intervals, reach, ruler, ruler_source
 from l2a_jax.evaluation.perplexity import Scores, Windows, routing_rates, score_windows
+from l2a_jax.nn import routing
 from l2a_jax.research.rivals import report
 from l2a_jax.research.rivals.choices import Choice, Choices, Found, able_layers, check_density
 from l2a_jax.research.rivals.options import RivalOptions
@@ -52,7 +53,9 @@ def rows_of(options: RivalOptions, model: Pretrained, prepared: Prepared, passes
     check_density(density, model, "the router's own density")
     asked = [density, *sorted((1 - local / 100 for local in options.local), reverse=True)]
     found = _found(options, model, prepared, max(asked), rates, passes, kept)
-    known = {one["cut"]: np.array(one["rates"]) for one in kept.parts.get("known", [{"cut": 0.0, "rates": rates}])}
+    as_trained = routing.least(model.l2a_config.temperature, model.l2a_config.threshold)
+    known = {one["cut"]: np.array(one["rates"])
+             for one in kept.parts.get("known", [{"cut": as_trained, "rates": rates}])}
     choices = Choices(model, text, found, known, passes)
     wanted = [(place == 0, target, name) for place, target in enumerate(asked) for name in choices.names(target)]
     kept.expect([(name, target) for _, target, name in wanted])
@@ -101,18 +104,11 @@ def _density(choice: Choice, scores: Scores, text: Windows, groups: np.ndarray) 
 
 def _ruler(model: Pretrained, prepared: Prepared, choice: Choice,
            passes: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(task and length, the score of each prompt and the share of decisions that was local) with the prompts read
-    under the choice."""
+    """(task and length, the score of each prompt and the share of its decisions that was local), with prompts and
+    answers under the choice."""
     for (task, length), items in prepared.prompts.items():
-        shape = (len(items), len(items[0].tokens))
-        given = choice.given(model.config.num_layers, *shape)
-        if choice.cut is not None:
-            tokens, last = np.stack([item.tokens for item in items]), np.zeros(shape, bool)
-            last[:, -1] = True  # the loss is not asked for: as little of it as can be
-            windows = Windows(tokens, np.zeros(shape, np.int32), last, np.ones(shape, bool), {"name": task})
-            given["decisions"] = score_windows(model, windows, **given, **passes,
-                                               label=f"{task} of {length:,} tokens").decisions
-            del given["cut"]
+        whole = len(items[0].tokens) + ruler_source.settings(task).new_tokens
+        given = choice.given(model.config.num_layers, len(items), whole)
         written = ruler.write(model, items, task, length, prepared.ruler, **given, mesh=passes["mesh"])
         local = 1 - choice.spent(written.decisions.mean(axis=(1, 2)))
         yield f"{task} {length}", {"local": local, "scores": [

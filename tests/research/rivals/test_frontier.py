@@ -45,6 +45,7 @@ def test_what_was_not_measured_leaves_its_panel_empty(tmp_path):
 @pytest.mark.parametrize(("change", "said"), [
     ({"context": 8_192}, "context is 8192, and that of"),
     ({"text": {"name": "t", "hash": "another"}}, "text is 'another', and that of"),
+    ({"answers": "choice"}, "answers is 'choice', and that of"),
     ({"rows": [{"name": "learned"}]}, "density is missing"),
 ])
 def test_other_texts_and_other_files_are_refused(tmp_path, change, said):
