@@ -22,6 +22,7 @@ import pytest
 
 from l2a_jax.config import MODELS, L2AConfig
 from l2a_jax.evaluation.registry import ASKED
+from l2a_jax.flags import flag_table
 from l2a_jax.models.params import init_params
 from l2a_jax.training.presets import PRESETS
 from l2a_jax.training.regimes import count_parameters, regime_mask
@@ -148,8 +149,6 @@ FLAGS = re.compile(r"(<!-- flags: ([\w.]+) -->\n)(.*?)(<!-- end of flags -->)", 
 
 def with_flags(guide: str) -> str:
     """The guide with the flags of every dataclass that a comment names (`<!-- flags: MODULE.CLASS -->`)."""
-    flag_table = pytest.importorskip("l2a_jax.flags").flag_table
-
     def generated(match: re.Match) -> str:
         module, _, name = match[2].rpartition(".")
         return f"{match[1]}\n{flag_table(getattr(importlib.import_module(module), name)).strip()}\n\n{match[4]}"

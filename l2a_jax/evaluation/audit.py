@@ -21,7 +21,7 @@ from l2a_jax.evaluation.columns import ROUTING, Column
 from l2a_jax.evaluation.controls import controls, static_rates
 from l2a_jax.evaluation.perplexity import BATCH_TOKENS, Scores, Windows, routing_rates, score_windows
 from l2a_jax.evaluation.registry import Work
-from l2a_jax.evaluation.subject import check_routed
+from l2a_jax.evaluation.subject import INSTEAD, check_routed
 from l2a_jax.shapes import each, share
 from l2a_jax.sources import Pretrained
 
@@ -48,7 +48,7 @@ def audit(
     95 % interval over windows; rows of several seeds add their mean and standard deviation over seeds, and their
     interval is of the seeds' mean. Raises UserError for a plain model, or where the learned row is not reproduced.
     """
-    check_routed(learned.decisions, "audit")
+    check_routed(learned.decisions, "audit", INSTEAD)
     if seeds < 1:
         raise UserError(f"--audit-seeds is {seeds}; expected at least 1")
     rates = routing_rates(learned.decisions, windows.real)

@@ -75,7 +75,7 @@ def set_up(options: Options) -> Setup:
     config, layer = subject.layer_of(config, own, options.layer, options.route, options.prune_layers, options.source)
     if layer is None or options.route != "learned":
         for name in [name for name in options.tasks if registry.find(name).routed]:
-            subject.check_routed(layer, f"--tasks {name}", model=options.source)
+            subject.check_routed(layer, f"--tasks {name}", subject.INSTEAD, options.source)
             raise UserError(f"--tasks {name}: --route {options.route} leaves no decision to audit")
         tasks = tuple(name for name in tasks if not registry.find(name).routed)
     if options.prune_sparsity is not None:

@@ -28,9 +28,11 @@ from l2a_jax.training.settings import LayerSettings, adapt_layer, make_layer, pa
 log = logging.getLogger("l2a_jax.eval")
 
 INSTEAD = "give a routed one, or --window to put an untrained layer on it"
+"""What a user of `eval/run.py` can do."""
 
 
-def check_routed(routed: object | None, asked: str, instead: str = INSTEAD, model: str = "this") -> None:
+def check_routed(routed: object | None, asked: str, instead: str = "expected a routed one",
+                 model: str = "this") -> None:
     """UserError, beginning with what `asked`, where a model is plain: `routed`, its layer or its decisions, is None."""
     if routed is None:
         raise UserError(f"{asked}: {model} is a plain model, which routes nothing; {instead}")

@@ -10,9 +10,9 @@ from l2a_jax.errors import UserError
 from l2a_jax.evaluation import controls, intervals, perplexity, reach
 from l2a_jax.evaluation.evaluate import evaluate
 from l2a_jax.evaluation.options import Options
-from l2a_jax.models.params import add_routing
 from l2a_jax.models.transformer import forward
 from l2a_jax.sources import TINY, load_pretrained
+from tests.models.cases import with_router
 
 LAYER = L2AConfig(window=6, sinks=1)
 LENGTH, ROWS = 40, 5
@@ -25,10 +25,7 @@ def plain():
 
 @pytest.fixture(scope="module")
 def model(plain):
-    params = add_routing(plain.params, plain.config, LAYER)
-    kernel = jax.random.normal(jax.random.key(5), params["layers"]["router"]["kernel"].shape)
-    return plain._replace(l2a_config=LAYER,
-                          params={**params, "layers": {**params["layers"], "router": {"kernel": kernel}}})
+    return with_router(plain, LAYER, seed=5)
 
 
 @pytest.fixture(scope="module")

@@ -262,8 +262,8 @@ def test_the_page_says_how_the_first_seed_compares_with_its_rivals():
     own = 100 * (1 - rows["own", "learned"]["density"])
     assert all(lost("own", name)[1] > 0 for name in ("searched", "ranked")) and lost("own", "heads")[1] < 0
     check(text.replace("WikiText-2", ""), *expected, 90, *kept(90, "heads"), *lost(90, "heads"), *kept(90, "searched"),
-          *lost(90, "searched"), *lost(90, "ranked"), own, *kept("own", "heads"), *lost("own", "heads"), 80, *kept(80, "heads", -1),
-          *kept(90, "joined", -1), 90, *lost(90, "joined"), 90, *newer,
+          *lost(90, "searched"), *lost(90, "ranked"), own, *kept("own", "heads"), *lost("own", "heads"), 80,
+          *kept(80, "heads", -1), *kept(90, "joined", -1), 90, *lost(90, "joined"), 90, *newer,
           before["kept"] - rows[90, "learned"]["kept"], *asking, SHORT, 90, *lead[0], (~needles).sum(), *lead[1],
           needles.sum(), 80, *left[0], 90, *left[1], 55, 12, 90, *local, 80, *points_behind(*map(prompts_of, layers)))
     top = " ".join((ROUTER.parents[2] / "README.md").read_text().split())

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from l2a_jax.config import L2AConfig, ModelConfig, RopeScaling
-from l2a_jax.models.params import by_path, init_params, map_with_path, param_shapes
+from l2a_jax.models.params import add_routing, by_path, init_params, map_with_path, param_shapes
 from l2a_jax.models.transformer import hidden_states
 
 CONFIG = ModelConfig(61, 32, 48, 3, 6, 2, 8, rope_theta=10_000.0, max_positions=128)
@@ -44,6 +44,14 @@ def _drawn(l2a_config, config, seed):
         return leaf + noise * (0.3 if "scale" in path or "router" in path else 0.15)
 
     return map_with_path(disturb, base)
+
+
+def with_router(plain, layer, seed):
+    """A plain model behind a shared `layer`, its router's weights random: it sends tokens both ways."""
+    params = add_routing(plain.params, plain.config, layer)
+    kernel = jax.random.normal(jax.random.key(seed), params["layers"]["router"]["kernel"].shape)
+    return plain._replace(l2a_config=layer,
+                          params={**params, "layers": {**params["layers"], "router": {"kernel": kernel}}})
 
 
 def make_tokens(batch=2, length=24, seed=0):

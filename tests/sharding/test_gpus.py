@@ -29,6 +29,7 @@ def test_gpus_train_what_one_trains(found, name):
     for axes in found["meshes"]:
         told = found["training"][name][axes]
         assert told["told"] < BOUND and told["gradient"] < BOUND, axes
+        assert max(told["gradients"].values()) < 4 * BOUND, (axes, told["gradients"])
         assert max(told["parameters"].values()) < BOUND, (axes, told["parameters"])
 
 

@@ -75,7 +75,7 @@ def open_audited(source: str, data: Sequence[str], batches: int | None, seq_len:
                        plan.dtype)
     dtype = jnp.dtype(device.default_dtype())
     loaded = load_pretrained(source, dtype)
-    check_routed(loaded.l2a_config, "audit", "expected one with an L2A layer", source)
+    check_routed(loaded.l2a_config, "audit", model=source)
     if not data or loaded.tokenizer is None:
         raise UserError(f"{source} says nothing of its data; give text with --data (and a model with a tokenizer)")
     packed = open_data(data, loaded.tokenizer, seq_len=seq_len or 1_024, batch_size=batch_size or 4, seed=0,

@@ -50,7 +50,7 @@ def decided(model: Pretrained, text: str, length: int) -> Bool[np.ndarray, "L T"
     windows = text_windows(ids, length, length, about, limit=1)
     last = np.arange(length) == length - 1  # the loss is not asked for: as little of it as can be
     decisions = score_windows(model, windows._replace(scored=windows.scored & last), label=f"{length} tokens").decisions
-    check_routed(decisions, "--imbalance", "expected a routed one")
+    check_routed(decisions, "--imbalance")
     return decisions[:, 0]
 
 

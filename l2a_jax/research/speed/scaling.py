@@ -2,9 +2,8 @@
 
 Over `data` every device has as many rows as the one has alone; over `context` a row is divided. One device stands there
 twice where a step is short, without a mesh and as a mesh of one: the difference is what dealing costs where there is
-nothing to deal. Random
-weights and tokens; `drift` is the largest difference of a loss from that of one device over the same rows and steps,
-relative, in bfloat16, where sums in another order round otherwise.
+nothing to deal. Random weights and tokens; `drift` is the largest difference of a loss from that of one device over the
+same rows and steps, relative, in bfloat16, where sums in another order round otherwise.
 """
 
 from __future__ import annotations

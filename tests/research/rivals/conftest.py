@@ -1,13 +1,28 @@
-"""A tiny run with a router, and two texts that it can read."""
+"""A tiny run with a router, and two texts that it can read; a model whose router is random, and windows for it."""
 
 import pathlib
 
+import jax.numpy as jnp
 import pytest
 
-from l2a_jax.data.recall import RecallCorpus
-from l2a_jax.sources import recall_tokenizer
+from l2a_jax.config import L2AConfig
+from l2a_jax.data.recall import RecallCorpus, needs_memory
+from l2a_jax.evaluation.perplexity import batch_windows
+from l2a_jax.sources import TINY, load_pretrained, recall_tokenizer
+from tests.models.cases import with_router
 
+LAYER = L2AConfig(window=12, sinks=2)
 RUN = pathlib.Path(__file__).parents[2] / "frozen/folders/router_only"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return with_router(load_pretrained(TINY, jnp.float32), LAYER, seed=3)
+
+
+@pytest.fixture(scope="module")
+def windows():
+    return batch_windows(list(RecallCorpus(128, 8).held_out(1)), {"name": "recall corpus"}, needs_memory)
 
 
 @pytest.fixture(scope="module")

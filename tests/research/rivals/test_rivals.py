@@ -4,39 +4,20 @@ import dataclasses
 import itertools
 import json
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l2a_jax.config import L2AConfig
-from l2a_jax.data.recall import RecallCorpus, needs_memory
+from l2a_jax.data.recall import needs_memory
 from l2a_jax.errors import UserError
 from l2a_jax.evaluation import controls, reach
-from l2a_jax.evaluation.perplexity import batch_windows, score_windows
-from l2a_jax.models.params import add_routing
+from l2a_jax.evaluation.perplexity import score_windows
 from l2a_jax.research.rivals import choices, compare, oracle
 from l2a_jax.research.rivals.options import RivalOptions
 from l2a_jax.research.rivals.search import Losses, greedy, opened
-from l2a_jax.sources import TINY, load_pretrained
-from tests.research.rivals.conftest import RUN
+from l2a_jax.sources import TINY
+from tests.research.rivals.conftest import LAYER, RUN
 
-LAYER = L2AConfig(window=12, sinks=2)
 PASSES = {"batch_tokens": 4_096}
-
-
-@pytest.fixture(scope="module")
-def model():
-    plain = load_pretrained(TINY, jnp.float32)
-    params = add_routing(plain.params, plain.config, LAYER)
-    kernel = jax.random.normal(jax.random.key(3), params["layers"]["router"]["kernel"].shape)
-    return plain._replace(l2a_config=LAYER,
-                          params={**params, "layers": {**params["layers"], "router": {"kernel": kernel}}})
-
-
-@pytest.fixture(scope="module")
-def windows():
-    return batch_windows(list(RecallCorpus(128, 8).held_out(1)), {"name": "recall corpus"}, needs_memory)
 
 
 def beyond(model, windows, **given):

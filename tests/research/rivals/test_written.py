@@ -2,36 +2,23 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l2a_jax.config import L2AConfig
-from l2a_jax.data.recall import RecallCorpus, needs_memory
 from l2a_jax.evaluation import ruler, ruler_source
 from l2a_jax.evaluation.options import Options
-from l2a_jax.evaluation.perplexity import batch_windows
 from l2a_jax.evaluation.ruler_text import Item
-from l2a_jax.models.params import add_routing
 from l2a_jax.nn import routing
 from l2a_jax.research.rivals import rows
 from l2a_jax.research.rivals.choices import Choice
 from l2a_jax.research.rivals.options import RivalOptions
 from l2a_jax.research.rivals.prepare import Prepared
 from l2a_jax.research.rivals.unfinished import Unfinished
-from l2a_jax.sources import TINY, load_pretrained
+from l2a_jax.sources import TINY
+from tests.research.rivals.conftest import LAYER
 
-LAYER, TASK, LENGTH = L2AConfig(window=12, sinks=2), "niah_single_1", 40
-
-
-@pytest.fixture(scope="module")
-def model():
-    plain = load_pretrained(TINY, jnp.float32)
-    params = add_routing(plain.params, plain.config, LAYER)
-    kernel = jax.random.normal(jax.random.key(3), params["layers"]["router"]["kernel"].shape)
-    return plain._replace(l2a_config=LAYER,
-                          params={**params, "layers": {**params["layers"], "router": {"kernel": kernel}}})
+TASK, LENGTH = "niah_single_1", 40
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +63,7 @@ def test_an_answer_is_written_under_the_choice_of_its_prompt(model, prepared, mo
     assert found.mean() < free.mean() and local == pytest.approx(1 - found[:, :, :LENGTH].mean())
 
 
-def test_a_router_is_known_at_the_cut_of_its_own_threshold(model, prepared, monkeypatch, tmp_path):
+def test_a_router_is_known_at_the_cut_of_its_own_threshold(model, windows, prepared, monkeypatch, tmp_path):
     """Not at 0, where one of another threshold routes otherwise."""
     z = jnp.linspace(-3, 3, 61)
     np.testing.assert_array_equal(routing.decide(z, 0.5, 0.2), z >= routing.least(0.5, 0.2))
@@ -87,7 +74,6 @@ def test_a_router_is_known_at_the_cut_of_its_own_threshold(model, prepared, monk
     def choices(model, text, found, known, passes):
         raise Reached(known)
 
-    text = batch_windows(list(RecallCorpus(128, 2).held_out(1)), {"name": "recall corpus"}, needs_memory)
     monkeypatch.setattr(rows.reach, "distances", lambda text, model: ([0], None))
     monkeypatch.setattr(rows, "_found", lambda *_: None)
     monkeypatch.setattr(rows, "Choices", choices)
@@ -95,6 +81,7 @@ def test_a_router_is_known_at_the_cut_of_its_own_threshold(model, prepared, monk
     kept = Unfinished(tmp_path)
     kept.parts = {"all": [[0.0]], "none": [[1.0]], "rates": [0.1, 0.2, 0.3]}
     with pytest.raises(Reached) as reached:
-        rows.rows_of(RivalOptions(source=TINY, text="a", calibration="b"), mine, prepared._replace(text=text), {}, kept)
+        rows.rows_of(RivalOptions(source=TINY, text="a", calibration="b"), mine, prepared._replace(text=windows), {},
+                     kept)
     [(cut, rates)] = reached.value.args[0].items()
     assert cut == pytest.approx(0.5 * np.log(0.25)) and rates.tolist() == [0.1, 0.2, 0.3]
