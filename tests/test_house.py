@@ -18,7 +18,7 @@ GROUND = ("errors", "commands", "device", "provenance",
 FLOORS = (GROUND, ("attention",), ("nn",), ("models",), ("data",), ("sharding",), ("training",), ("weights",),
           ("sources",), ("inference",), ("evaluation",), ("runs",), ("research",))
 """From the ground up. A module may import from its own floor and from those below."""
-LINES = {"library": 21_198, "research": 9_926}
+LINES = {"library": 21_198, "research": 9_927}
 
 
 def module_of(path: pathlib.Path) -> str:

@@ -8,8 +8,8 @@ from the share at the end of the warm-up to the target while the ramp lasts, fas
 
 within `LEAST` and `MOST`, which the integral keeps to as well: a target out of reach winds nothing up. During warm-up
 the weight is 0. All times are shares of the run, so that gains mean the same in a short and a long one. Below
-`SETTLING` steps the integral is as slow as in a run of so many: a router takes steps to answer, and in the one run of
-123 steps that there was, weight and share swung about the target. The number comes from a simulation.
+`SETTLING` steps the integral is as slow as in a run of so many: a router takes steps to answer, and a faster integral
+has weight and share swing about the target. The number comes from a simulation; it does not end all swinging.
 """
 
 from __future__ import annotations

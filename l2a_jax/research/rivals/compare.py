@@ -64,7 +64,8 @@ def _result(options: RivalOptions, prepared: Prepared, mesh: Mesh | None, kept: 
     return {"source": options.source, "source_hash": model.source_hash, "context": options.context,
             "window": layer.window, "sinks": layer.sinks, "text": prepared.text.about,
             "calibration": prepared.calibration.about, "ruler_items": options.ruler_items,
-            "lengths": list(options.lengths or ()), "answers": "choice", **about, "rows": rows, **provenance()}
+            "lengths": list(options.lengths or ()), "answers": "choice" if options.lengths else None, **about,
+            "rows": rows, **provenance()}
 
 
 def _question(options: RivalOptions, model: Pretrained, prepared: Prepared, passes: dict[str, Any],

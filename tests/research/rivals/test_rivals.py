@@ -154,6 +154,7 @@ def test_the_command_compares_and_writes(texts, tmp_path):
     names = ["learned", "ranked", "searched", "alternating", "random", "heads", "oracle"]
     assert [row["name"] for row in result["rows"] if row["name"] != "joined"] == names * 2
     held = json.loads((folder / "rivals.json").read_text())
+    assert held["answers"] is None  # none was asked for
     assert held["rows"][0]["kept"] == pytest.approx(result["rows"][0]["kept"])
     assert (folder / "rivals.png").stat().st_size > 10_000
     told = (folder / "rivals.md").read_text()
